@@ -1,0 +1,61 @@
+"""subspace-peft: many LoRA adapters, one frozen basis, kilobyte tasks, in stock PEFT.
+
+Importing this package registers the `SUBSPACE` method with PEFT: at once where PEFT is imported already, else at the
+moment it is. Everything else loads when it is first used, so that the import itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._on_import import when_imported
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .basis import ModuleBasis, SubspaceBasis
+    from .build import build_basis
+    from .convert import export_lora, project_lora
+    from .tuner import SubspaceConfig, SubspaceModel
+
+_PLACES = {
+    "ModuleBasis": "basis",
+    "SubspaceBasis": "basis",
+    "build_basis": "build",
+    "export_lora": "convert",
+    "project_lora": "convert",
+    "SubspaceConfig": "tuner",
+    "SubspaceModel": "tuner",
+}
+
+__all__ = [
+    "ModuleBasis",
+    "SubspaceBasis",
+    "SubspaceConfig",
+    "SubspaceModel",
+    "__version__",
+    "build_basis",
+    "export_lora",
+    "project_lora",
+]
+
+
+def _register() -> None:
+    from .tuner.registration import register
+
+    register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+when_imported("peft", _register)

@@ -1,0 +1,258 @@
+"""`SubspaceBasis`: the shared bases of all target modules of one base model, content-hashed, read lazily."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BasisMismatchError, SubspaceError
+from .module import ModuleBasis
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """The fingerprint of a basis: sha256 over its modules' names and digests, in sorted order."""
+    total = hashlib.sha256()
+    for name, digest in sorted(digests.items()):
+        total.update(f"{name}\0{digest}\n".encode())
+    return total.hexdigest()
+
+
+class SubspaceBasis(Mapping[str, ModuleBasis]):
+    """A mapping from module name to `ModuleBasis`, with provenance. Immutable.
+
+    Built by `subspace_peft.build_basis`, or loaded by `SubspaceBasis.from_pretrained`, in which case a module's tensors
+    are read, and their sha256 verified, when they are asked for.
+
+    Attributes:
+        info: what `basis_config.json` holds beside the modules: base model, builder and its arguments, sources.
+        location: folder or Hub id this basis was loaded from or saved to; None for one that lives in memory only.
+        revision: commit sha on the Hub, or None.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, ModuleBasis],
+        info: Mapping[str, Any] | None = None,
+        *,
+        location: str | None = None,
+        revision: str | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
+        if not modules:
+            raise SubspaceError("A basis needs at least one module.")
+        self._modules = modules
+        self.info: dict[str, Any] = dict(info or {})
+        self.location = location
+        self.revision = revision
+        if digests is None:
+            for name, module in modules.items():
+                module.check(name)
+            digests = {name: module.digest() for name, module in modules.items()}
+        self.digests = dict(digests)
+        self.fingerprint = combine_digests(self.digests)
+        remember(self)
+
+    # -- mapping ----------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> ModuleBasis:
+        return self._modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SubspaceBasis) and other.fingerprint == self.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SubspaceBasis:
+        return self  # immutable: a deep copy of a model shares it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (dict(self.items()), self.info, self.location, self.revision)
+
+    def __repr__(self) -> str:
+        where = self.location or "in memory"
+        return f"SubspaceBasis({len(self)} modules, {self.describe_k()}, {self.fingerprint[:12]}…, {where})"
+
+    # -- facts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> str | None:
+        """Name or path of the base model that the sources were trained on."""
+        return self.info.get("base_model_name_or_path")
+
+    def shapes(self) -> dict[str, dict[str, int]]:
+        """Per module ``{"out", "in", "k_out", "k_in", "directions"}``, without reading tensors where a file knows."""
+        known = getattr(self._modules, "shapes", None)
+        if known is not None:
+            return known()
+        return {name: module_shape(module) for name, module in self.items()}
+
+    def describe_k(self) -> str:
+        """``k=16``, or ``k=8…16`` where modules or sides differ."""
+        sizes = {side for shape in self.shapes().values() for side in (shape["k_out"], shape["k_in"])}
+        low, high = min(sizes), max(sizes)
+        return f"k={low}" if low == high else f"k={low}…{high}"
+
+    def find(self, module_name: str) -> str | None:
+        """The basis's name for a model's module: the same, or one differing by a leading prefix such as ``bert.``.
+
+        A task head adds a prefix to its backbone's module names; ``encoder.layer.0.query`` and
+        ``bert.encoder.layer.0.query`` are the same weight. Returns None where nothing matches.
+
+        Raises:
+            BasisMismatchError: several of the basis's modules match.
+        """
+        if module_name in self._modules:
+            return module_name
+        hits = [
+            name for name in self if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")
+        ]  # fmt: skip
+        if len(hits) > 1:
+            raise BasisMismatchError(
+                f"Module {module_name!r} matches several modules of the basis: {sorted(hits)[:5]}. Rename the model's "
+                "modules as they were when the source adapters were trained."
+            )
+        return hits[0] if hits else None
+
+    # -- algebra ----------------------------------------------------------------------------------------------------
+
+    def project(self, delta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Cores ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) of updates given per module as ΔW (out, in) or factors ``(B, A)``.
+
+        Raises:
+            BasisMismatchError: a module that the basis does not have, or a shape that does not fit; names it.
+        """
+        cores = {}
+        for name, value in delta.items():
+            key = self.find(name)
+            if key is None:
+                raise BasisMismatchError(
+                    f"The basis has no module {name!r}; it has {len(self)}, such as {next(iter(self))!r}. Project only "
+                    "modules that the basis was built for, or build one from sources that adapt it."
+                )
+            try:
+                cores[key] = self[key].project(value)
+            except BasisMismatchError as error:
+                raise BasisMismatchError(f"Module {name!r}: {error}") from None
+        return cores
+
+    def reconstruct(self, cores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``U C V`` (out, in) per module. `project(reconstruct(C)) == C` up to rounding."""
+        missing = [name for name in cores if name not in self._modules]
+        if missing:
+            raise BasisMismatchError(f"The basis has no module {missing[0]!r}; these cores belong to another basis.")
+        return {name: self[name].reconstruct(core) for name, core in cores.items()}
+
+    def truncate(self, k: int | tuple[int, int]) -> SubspaceBasis:
+        """A smaller basis of the leading `k` (or ``(k_out, k_in)``) directions of every module, held in memory."""
+        k_out, k_in = (k, k) if isinstance(k, int) else k
+        modules = {name: module.truncate(k_out, k_in) for name, module in self.items()}
+        info = {**self.info, "truncated_from": self.fingerprint, "k": [k_out, k_in]}
+        # what was measured of the larger basis (energies) is not true of this one
+        info.pop("measured", None)
+        return SubspaceBasis(modules, info)
+
+    def to(self, dtype: torch.dtype) -> SubspaceBasis:
+        """The same basis in another float dtype, in memory. Its bytes, and so its fingerprint, are others."""
+        modules = {
+            name: ModuleBasis(**{key: value.to(dtype) for key, value in module.tensors().items()})
+            for name, module in self.items()
+        }
+        return SubspaceBasis(modules, {**self.info, "cast_from": self.fingerprint})
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write `basis_config.json`, `basis.safetensors` and a card into `folder`, aside first and then renamed.
+
+        After it, `location` is that folder. Returns it. Raises `OSError` where the disk refuses; earlier files stay.
+        """
+        from .files import write_basis
+
+        path = write_basis(self, Path(folder))
+        self.location = str(path)
+        self.revision = None
+        return path
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        revision: str | None = None,
+        fingerprint: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> SubspaceBasis:
+        """Open a basis from a folder or the Hub. Reads the config and the header now, tensors when asked for.
+
+        Args:
+            path_or_id: a folder written by `save_pretrained`, or a Hub model repository id.
+            revision: branch, tag or commit sha on the Hub.
+            fingerprint: the sha256 that the basis must have.
+            token, cache_dir: as in huggingface_hub.
+
+        Raises:
+            BasisNotFoundError: nothing is there.
+            BadFileError: the files are truncated, malformed or altered.
+            BasisMismatchError: another fingerprint than the one asked for.
+        """
+        from .files import open_basis
+
+        basis = open_basis(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
+        if fingerprint is not None and basis.fingerprint != fingerprint:
+            raise BasisMismatchError(
+                f"The basis at {str(path_or_id)!r} has fingerprint {basis.fingerprint}, but {fingerprint} is asked for. "
+                "It is another basis, or it was rebuilt since: pass the one these coefficients were trained on as "
+                "`basis=`, or train the task again on this one."
+            )
+        return basis
+
+
+def module_shape(module: ModuleBasis) -> dict[str, int]:
+    return {
+        "out": module.out_features,
+        "in": module.in_features,
+        "k_out": module.k_out,
+        "k_in": module.k_in,
+        "directions": 0 if module.G is None else module.G.shape[0],
+    }
+
+
+def _rebuild(modules: dict[str, ModuleBasis], info: dict[str, Any], location: str | None, revision: str | None) -> Any:
+    return SubspaceBasis(modules, info, location=location, revision=revision)
+
+
+# Bases alive in this process, by fingerprint: a second task on the same basis finds it without a path.
+_alive: Any = None
+
+
+def remember(basis: SubspaceBasis) -> None:
+    global _alive
+    if _alive is None:
+        import weakref
+
+        _alive = weakref.WeakValueDictionary()
+    _alive.setdefault(basis.fingerprint, basis)
+
+
+def alive(fingerprint: str) -> SubspaceBasis | None:
+    """A basis with this fingerprint that some part of this process holds, or None."""
+    return None if _alive is None else _alive.get(fingerprint)
+
+
+def names_of(modules: Iterable[str], most: int = 5) -> str:
+    """A few module names for an error message, with the count of the rest."""
+    names = sorted(modules)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

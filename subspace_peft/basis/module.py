@@ -1,0 +1,167 @@
+"""The shared basis of one target module: two orthonormal matrices and what belongs to them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import BasisMismatchError, SubspaceError
+
+TENSOR_NAMES = ("U", "V", "M", "G", "core_rms", "cores", "spectrum_out", "spectrum_in")
+FLOAT_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleBasis:
+    """The frozen part of ``ΔW = s · U (g·M/s + C) V`` for one module.
+
+    Attributes:
+        U: (out, k_out) float, orthonormal columns: the output basis.
+        V: (k_in, in) float, orthonormal rows: the input basis.
+        M: (k_out, k_in) float or None: the fleet's mean core, in units of ΔW.
+        G: (m, k_out, k_in) float or None: frozen directions of unit Frobenius norm for the `directions` coefficients.
+        core_rms: (k_out, k_in) float or None: root mean square of the sources' cores, entry by entry.
+        cores: (N, k_out, k_in) float or None: the sources' own cores, in the order of the basis's list of sources.
+        spectrum_out: (n,) float or None: eigenvalues of the output second moment, descending, as fractions of the
+            fleet's (weighted) energy.
+        spectrum_in: (n,) float or None: the same for the input side.
+    """
+
+    U: torch.Tensor
+    V: torch.Tensor
+    M: torch.Tensor | None = None
+    G: torch.Tensor | None = None
+    core_rms: torch.Tensor | None = None
+    cores: torch.Tensor | None = None
+    spectrum_out: torch.Tensor | None = None
+    spectrum_in: torch.Tensor | None = None
+
+    @property
+    def k_out(self) -> int:
+        return self.U.shape[1]
+
+    @property
+    def k_in(self) -> int:
+        return self.V.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.U.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.V.shape[1]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are present, by name."""
+        return {name: value for name in TENSOR_NAMES if (value := getattr(self, name)) is not None}
+
+    def check(self, name: str) -> None:
+        """Raise `SubspaceError` naming module `name` where shapes clash, a dtype is no float, or a value is not finite."""
+        if self.U.dim() != 2 or self.V.dim() != 2:
+            raise SubspaceError(
+                f"Basis of module {name!r}: U must be (out, k_out) and V (k_in, in), got {tuple(self.U.shape)} and "
+                f"{tuple(self.V.shape)}. The file is not a subspace_peft basis, or it is damaged: build it again."
+            )
+        core = (self.k_out, self.k_in)
+        expected = {"M": core, "core_rms": core}
+        expected |= {
+            key: (value.shape[0], *core) for key in ("G", "cores") if (value := getattr(self, key)) is not None
+        }
+        for key, value in self.tensors().items():
+            if value.dtype not in FLOAT_DTYPES:
+                raise SubspaceError(
+                    f"Basis of module {name!r}: {key} has dtype {value.dtype}; expected one of "
+                    f"{', '.join(map(str, FLOAT_DTYPES))}. Build the basis again."
+                )
+            if key in expected and tuple(value.shape) != expected[key]:
+                raise SubspaceError(
+                    f"Basis of module {name!r}: {key} has shape {tuple(value.shape)}, but U and V ask for "
+                    f"{expected[key]}. Build the basis again."
+                )
+            if value.device.type != "meta" and not torch.isfinite(value).all():
+                raise SubspaceError(
+                    f"Basis of module {name!r}: {key} holds NaN or infinite values. A source adapter was broken or the "
+                    "file is damaged: check the sources and build the basis again."
+                )
+
+    def digest(self) -> str:
+        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors: a function of bytes, not of mathematics."""
+        total = hashlib.sha256()
+        for key, value in sorted(self.tensors().items()):
+            value = value.detach().cpu().contiguous()
+            total.update(f"{key}:{FLOAT_DTYPES[value.dtype]}:{list(value.shape)};".encode())
+            total.update(value.view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
+
+    def project(self, delta: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The core ``C = Uᵀ ΔW Vᵀ`` of an update, the least-squares optimum for orthonormal U and V.
+
+        Args:
+            delta: ΔW as one tensor (out, in), or in factored form ``(B, A)`` with B (out, r) and A (r, in).
+
+        Returns:
+            (k_out, k_in), in the wider of the dtypes involved.
+
+        Raises:
+            BasisMismatchError: the update's shape is not (out, in).
+        """
+        B, A = delta if isinstance(delta, tuple) else (delta, None)
+        shape = (B.shape[0], A.shape[1]) if A is not None else tuple(B.shape)
+        if shape != (self.out_features, self.in_features):
+            raise BasisMismatchError(
+                f"Cannot project an update of shape {shape} on a basis for {(self.out_features, self.in_features)}: "
+                "they belong to different modules or to different base models."
+            )
+        dtype = torch.promote_types(B.dtype, self.U.dtype)
+        left = self.U.to(dtype).T @ B.to(dtype)
+        if A is None:
+            return left @ self.V.to(dtype).T
+        return left @ (A.to(dtype) @ self.V.to(dtype).T)
+
+    def reconstruct(self, core: torch.Tensor) -> torch.Tensor:
+        """``U C V``: the update that a core (k_out, k_in) stands for, materialised as (out, in)."""
+        if tuple(core.shape) != (self.k_out, self.k_in):
+            raise BasisMismatchError(
+                f"Cannot reconstruct from a core of shape {tuple(core.shape)}: this basis has cores of shape "
+                f"{(self.k_out, self.k_in)}. The coefficients belong to another basis."
+            )
+        dtype = torch.promote_types(core.dtype, self.U.dtype)
+        return (self.U.to(dtype) @ core.to(dtype)) @ self.V.to(dtype)
+
+    def truncate(self, k_out: int, k_in: int) -> ModuleBasis:
+        """The leading `k_out` and `k_in` directions, with M, G and core_rms cut alike (spectra are kept whole)."""
+        if k_out < 1 or k_in < 1:
+            raise SubspaceError(f"Cannot truncate to k_out={k_out}, k_in={k_in}: both must be at least 1.")
+        a, b = min(k_out, self.k_out), min(k_in, self.k_in)
+        G = None
+        if self.G is not None:
+            cut = self.G[:, :a, :b]
+            # directions whose weight lay outside the kept block shrink: they are made unit-norm again, dead ones go
+            norms = cut.flatten(1).norm(dim=1)
+            alive = norms > 1e-6
+            G = (cut[alive] / norms[alive, None, None]).contiguous() if alive.any() else None
+        return replace(
+            self,
+            U=self.U[:, :a].contiguous(),
+            V=self.V[:b].contiguous(),
+            M=None if self.M is None else self.M[:a, :b].contiguous(),
+            core_rms=None if self.core_rms is None else self.core_rms[:a, :b].contiguous(),
+            cores=None if self.cores is None else self.cores[:, :a, :b].contiguous(),
+            G=G,
+        )
+
+
+def tensor_sha256(value: torch.Tensor) -> str:
+    """sha256 (hex) of one tensor's bytes."""
+    return hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def fix_signs(directions: torch.Tensor) -> torch.Tensor:
+    """Flip columns of (n, k) so that each one's entry of largest magnitude is positive: the same sign every time."""
+    if directions.numel() == 0:
+        return directions
+    top = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    return directions * torch.where(top < 0, -1.0, 1.0).to(directions.dtype)

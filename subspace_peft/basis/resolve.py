@@ -1,0 +1,105 @@
+"""From a reference (object, path, Hub id, fingerprint) to the basis it means, in the order that docs/architecture.md gives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from .._atomic import write_text_aside
+from ..errors import BasisMismatchError, BasisNotFoundError, SubspaceError
+from .basis import SubspaceBasis, alive
+
+
+def cache_home() -> Path:
+    """Folder of this package's own cache: `SUBSPACE_PEFT_CACHE`, else `subspace_peft` in the user's cache folder."""
+    if given := os.environ.get("SUBSPACE_PEFT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace_peft"
+
+
+def note_location(basis: SubspaceBasis) -> None:
+    """Remember where this fingerprint was seen, so that loaders that know only the fingerprint find it again.
+
+    The note is a hint of a few bytes; what it points to is verified on use, so a stale or hostile note cannot
+    bring in another basis. A cache that cannot be written is no reason to fail.
+    """
+    if basis.location is None:
+        return
+    entry = {"location": basis.location, "revision": basis.revision}
+    with contextlib.suppress(OSError):
+        file = cache_home() / "locations" / f"{basis.fingerprint}.json"
+        known = [old for old in read_notes(basis.fingerprint) if old["location"] != basis.location]
+        write_text_aside(file, json.dumps([entry, *known[:7]], indent=1))
+
+
+def read_notes(fingerprint: str) -> list[dict[str, str | None]]:
+    if len(fingerprint) != 64 or any(c not in "0123456789abcdef" for c in fingerprint):
+        return []
+    try:
+        notes = json.loads((cache_home() / "locations" / f"{fingerprint}.json").read_text(encoding="utf-8"))
+        return [note for note in notes if isinstance(note.get("location"), str)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+
+
+def resolve_basis(
+    reference: str | None,
+    *,
+    revision: str | None = None,
+    fingerprint: str | None = None,
+    near: Path | None = None,
+    token: str | bool | None = None,
+) -> SubspaceBasis:
+    """Find and verify a basis.
+
+    Looks among the bases alive in this process (by fingerprint), then at `reference` (a folder, relative to `near` or
+    to the working directory, or a Hub id at `revision`), then where this machine saw the fingerprint before.
+
+    Raises:
+        BasisNotFoundError: it is nowhere; says where was looked.
+        BasisMismatchError: `reference` holds a basis with another fingerprint; names both.
+    """
+    if fingerprint is not None and (found := alive(fingerprint)) is not None:
+        return found
+    tried: list[str] = []
+    wrong: BasisMismatchError | None = None
+    places: list[tuple[str, str | None]] = []
+    if reference is not None:
+        if near is not None and not os.path.isabs(reference):
+            places.append((str(near / reference), None))
+        places.append((reference, revision))
+    if fingerprint is not None:
+        places += [(str(note["location"]), note.get("revision")) for note in read_notes(fingerprint)]
+    for place, at in places:
+        try:
+            basis = SubspaceBasis.from_pretrained(place, revision=at, fingerprint=fingerprint, token=token)
+        except BasisMismatchError as error:
+            wrong = wrong or error
+        except BasisNotFoundError as error:
+            tried.append(f"{place}: {str(error).splitlines()[0]}")
+        else:
+            note_location(basis)
+            return basis
+    if wrong is not None:
+        raise wrong
+    looked = "\n  ".join(tried) or "no path or Hub id is recorded"
+    raise BasisNotFoundError(
+        f"The basis {reference or ''} (fingerprint {fingerprint or 'not given'}) was not found:\n  {looked}\n"
+        "Say where it is with `SubspaceConfig(basis=…)` or, for a saved task, set `config.basis` to its folder or Hub "
+        "id; open it once with `SubspaceBasis.from_pretrained(…)` in this process; or save tasks with "
+        "`save_basis=True` to make them self-contained."
+    )
+
+
+def require_same(basis: SubspaceBasis, fingerprint: str | None, what: str) -> None:
+    """Raise `BasisMismatchError` naming both fingerprints where `basis` is not the one that `what` asks for."""
+    if fingerprint is not None and basis.fingerprint != fingerprint:
+        raise BasisMismatchError(
+            f"{what} needs the basis with fingerprint {fingerprint}, but got {basis.fingerprint} "
+            f"({basis.location or 'in memory'}). Pass the basis it was trained on, or train it again on this one."
+        )
+
+
+__all__ = ["SubspaceError", "cache_home", "note_location", "require_same", "resolve_basis"]

@@ -1,0 +1,109 @@
+"""``subspace-peft VERB``: argument parsing only, so that ``--help`` needs no heavy import."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .._version import __version__
+from . import verbs
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="subspace-peft",
+        description="Many LoRA adapters, one frozen basis, kilobyte tasks, in stock PEFT.",
+    )
+    top.add_argument("--version", action="version", version=f"subspace-peft {__version__}")
+    add = top.add_subparsers(dest="verb", metavar="VERB", required=True).add_parser
+
+    build = add("build", help="build a basis from LoRA adapters", description="Build a basis from LoRA adapters.")
+    build.add_argument("sources", nargs="*", metavar="ADAPTER", help="LoRA folder, or Hub id with @revision")
+    build.add_argument("--out", required=True, metavar="FOLDER", help="where to write the basis")
+    build.add_argument("-k", "--k", default="32", help="directions per side, or a share of energy to keep (0.9)")
+    build.add_argument("--k-in", type=int, help="directions on the input side, where they differ")
+    build.add_argument(
+        "--builder", default="adapters", choices=["adapters", "eigenlora", "random", "base-weights"],
+        help="where the basis comes from (default: %(default)s)",
+    )  # fmt: skip
+    build.add_argument("--weights", default="equal", choices=["equal", "norm"], help="how sources count")
+    build.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
+    build.add_argument("--directions", type=int, default=0, metavar="M", help="direction tensors to keep")
+    build.add_argument("--base-model", help="model id or folder, for `random` and `base-weights`")
+    build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
+    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
+    build.add_argument("--partial", action="store_true", help="allow modules that only some sources adapt")
+    build.set_defaults(run=verbs.build)
+
+    look = add(
+        "inspect", help="say what a basis or a task is", description="Say what a basis or a task is; verify it."
+    )
+    look.add_argument("path", help="folder or Hub id")
+    look.add_argument("--no-verify", action="store_true", help="do not read and hash every tensor")
+    look.set_defaults(run=verbs.inspect)
+
+    project = add(
+        "project", help="turn a LoRA into coefficients",
+        description="Project a LoRA on a basis and say how much of it the basis keeps.",
+    )  # fmt: skip
+    project.add_argument("lora", help="LoRA folder, or Hub id with @revision")
+    project.add_argument("--basis", required=True, help="folder or Hub id of the basis")
+    project.add_argument("--out", metavar="FOLDER", help="write the coefficients as a task")
+    project.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
+    project.set_defaults(run=verbs.project)
+
+    export = add(
+        "export-lora", help="turn a task into a stock PEFT LoRA",
+        description="Write a task as a stock PEFT LoRA folder: exact, no SVD unless --rank asks for one.",
+    )  # fmt: skip
+    export.add_argument("task", help="folder or Hub id of a task")
+    export.add_argument("--out", required=True, metavar="FOLDER")
+    export.add_argument("--basis", help="where the basis is, if not where the task says")
+    export.add_argument("--rank", type=int, help="truncate to this rank")
+    export.add_argument("--pad-to", help="fill up to this rank with zeros, or 'vllm'")
+    export.add_argument("--no-modules-to-save", action="store_true", help="leave classifiers and the like out")
+    export.set_defaults(run=verbs.export_lora)
+
+    demo = add(
+        "demo", help="the whole path on real data, in minutes",
+        description="Train a fleet on real text tasks, build its basis, train held-out tasks in it beside their controls.",
+    )  # fmt: skip
+    demo.add_argument("--out", default="demo-output", metavar="FOLDER")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quick", action="store_true", help="a minute's version, whose scores mean nothing")
+    demo.set_defaults(run=verbs.demo)
+
+    run = add(
+        "run", help="run a stock script with the plugin imported",
+        description="Import subspace_peft, then run a script (or -m module) unchanged.",
+    )  # fmt: skip
+    run.add_argument(
+        "script", nargs=argparse.REMAINDER, metavar="SCRIPT …", help="script.py or -m module, and arguments"
+    )
+    run.set_defaults(run=verbs.run)
+
+    for verb in (build, look, project, export, demo):
+        verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    for verb in (build, project, export, demo):
+        verb.add_argument("--quiet", action="store_true", help="no progress bars")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for an error on the way, 2 for wrong arguments."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left behind", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from ..errors import SubspaceError
+
+        if not isinstance(error, (SubspaceError, OSError)):
+            raise
+        print(f"subspace-peft {arguments.verb}: {error}", file=sys.stderr)
+        return 1

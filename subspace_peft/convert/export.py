@@ -1,0 +1,160 @@
+"""Coefficients → a stock PEFT LoRA folder, exact, without an SVD of anything larger than a core."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .._atomic import write_aside, write_text_aside
+from ..basis import ModuleBasis, SubspaceBasis
+from ..errors import SubspaceError
+from .task import Task, read_task
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_lora` wrote.
+
+    Attributes:
+        folder: where.
+        rank: the LoRA's r, the same for every module.
+        modules: how many modules.
+        bytes: size of its weights' file.
+        energy_kept: share of ‖ΔW‖² that is in it: 1 unless a smaller `rank` was asked for.
+        modules_to_save: names of modules that went along whole.
+    """
+
+    folder: str
+    rank: int
+    modules: int
+    bytes: int
+    energy_kept: float
+    modules_to_save: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export_lora(
+    task: Any,
+    out: str | Path,
+    *,
+    adapter_name: str | None = None,
+    basis: SubspaceBasis | str | None = None,
+    rank: int | None = None,
+    pad_to: int | str | None = None,
+    modules_to_save: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **hub: Any,
+) -> Export:
+    """Write a task as a stock PEFT LoRA folder.
+
+    With k_in ≤ k_out, ``lora_A = V`` and ``lora_B = s·U·C``; else ``lora_A = s·C·V`` and ``lora_B = U``: the same ΔW, no
+    SVD. A smaller `rank` takes the SVD of the small core alone, which is optimal since U and V are orthonormal. Every
+    module gets the same rank (zeros fill up) and ``lora_alpha = r``, so that no patterns are needed.
+
+    Args:
+        task: folder or Hub id of a saved task, or a live PeftModel.
+        out: the folder to write.
+        adapter_name: which adapter of a live model; default the active one.
+        basis: where the basis is, if not where the task's config says.
+        rank: at most this rank, by truncation; None keeps all.
+        pad_to: a rank to fill up to with zeros, or ``"vllm"`` for the next one that vLLM serves.
+        modules_to_save: whether the task's other trained modules (a classifier) go along. vLLM refuses them.
+        dtype: of the written factors.
+        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+
+    Raises:
+        SubspaceError: no subspace task, or a rank that cannot be.
+    """
+    if rank is not None and rank < 1:
+        raise SubspaceError(f"rank={rank}: give at least 1.")
+    read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
+    factors, kept, total = {}, 0.0, 0.0
+    for name, core in read.cores.items():
+        factors[name] = lora_factors(read.modules[name], core, rank)
+        energy = float(core.square().sum())
+        total += energy
+        kept += energy if rank is None else float(torch.linalg.svdvals(core)[:rank].square().sum())
+    r = _padded(max(B.shape[1] for B, _ in factors.values()), pad_to)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (B, A) in factors.items():
+        fill = r - B.shape[1]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, fill)).to(dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, fill)).to(dtype)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    config = _lora_config(read, r, modules_to_save)
+    if modules_to_save:
+        tensors |= {key: value.contiguous() for key, value in read.extras.items()}
+    folder = Path(out)
+    if folder.is_file():
+        raise SubspaceError(f"{folder} is a file; a LoRA is saved into a folder.")
+    weights = folder / "adapter_model.safetensors"
+    write_aside(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_text_aside(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return Export(
+        str(folder), r, len(factors), weights.stat().st_size, kept / total if total else 1.0,
+        list(config["modules_to_save"] or []),
+    )  # fmt: skip
+
+
+def lora_factors(
+    module: ModuleBasis, core: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(B, A)``, (out, r) and (r, in) float64, with ``B A = U core V``, or its best approximation of rank `rank`.
+
+    Args:
+        core: (k_out, k_in), in units of ΔW.
+    """
+    U, V = module.U.double(), module.V.double()
+    core = core.double()
+    if rank is not None and rank < min(core.shape):
+        P, S, Th = torch.linalg.svd(core, full_matrices=False)
+        return U @ (P[:, :rank] * S[:rank]), Th[:rank] @ V
+    return (U @ core, V) if core.shape[1] <= core.shape[0] else (U, core @ V)
+
+
+def _padded(rank: int, pad_to: int | str | None) -> int:
+    if pad_to is None:
+        return rank
+    if pad_to == "vllm":
+        fits = [r for r in VLLM_RANKS if r >= rank]
+        if not fits:
+            raise SubspaceError(
+                f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this task needs {rank}: pass rank= as well."
+            )
+        return fits[0]
+    if not isinstance(pad_to, int) or pad_to < rank:
+        raise SubspaceError(
+            f"pad_to={pad_to!r}: the task has rank {rank}; give at least that, or 'vllm', or a smaller rank=."
+        )
+    return pad_to
+
+
+def _lora_config(task: Task, r: int, keep_modules: bool) -> dict[str, Any]:
+    from peft import LoraConfig
+
+    source = task.config
+    targets = source.target_modules
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=targets if isinstance(targets, str) else sorted(targets or task.cores),
+        exclude_modules=source.exclude_modules,
+        layers_to_transform=source.layers_to_transform,
+        layers_pattern=source.layers_pattern,
+        modules_to_save=source.modules_to_save if keep_modules else None,
+        fan_in_fan_out=source.fan_in_fan_out,
+        task_type=source.task_type,
+        base_model_name_or_path=source.base_model_name_or_path,
+        revision=source.revision,
+        inference_mode=True,
+    ).to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

@@ -1,0 +1,162 @@
+"""A LoRA → coefficients in a shared basis, with the share of its energy that the basis keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .._atomic import write_aside, write_text_aside
+from ..basis import SubspaceBasis
+from ..basis.basis import names_of
+from ..build import Source, open_source
+from ..errors import BasisMismatchError, SubspaceError
+from ..tuner import SubspaceConfig
+from ..tuner.task_files import WEIGHTS_FILE
+
+# Relative error √(1 − energy): up to about 0.6 compressed LoRAs kept their function in Compress-then-Serve
+# (arXiv 2407.00066); beyond about 0.77 they did not.
+FAITHFUL, POOR = 1 - 0.6**2, 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A LoRA's coefficients in a basis.
+
+    Attributes:
+        source: the LoRA.
+        basis: the basis.
+        cores: basis module → ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) float64, the least-squares optimum.
+        energy: basis module → ‖C‖² / ‖ΔW‖², the share kept (1 for a module whose ΔW is zero).
+        energy_random: the share that a random basis of the same size keeps on average.
+        energy_kept: the share over all modules together.
+    """
+
+    source: Source
+    basis: SubspaceBasis
+    cores: dict[str, torch.Tensor]
+    energy: dict[str, float]
+    energy_random: float
+    energy_kept: float
+
+    @property
+    def relative_error(self) -> float:
+        """‖ΔW − U C V‖ / ‖ΔW‖ over all modules."""
+        return math.sqrt(max(0.0, 1 - self.energy_kept))
+
+    @property
+    def verdict(self) -> str:
+        """``faithful``, ``partial`` or ``poor``, by the energy kept; measure the task's own score before relying on it."""
+        return "faithful" if self.energy_kept >= FAITHFUL else "partial" if self.energy_kept >= POOR else "poor"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {
+            "source": self.source.location,
+            "basis": self.basis.location,
+            "fingerprint": self.basis.fingerprint,
+            "energy_kept": self.energy_kept,
+            "energy_random": self.energy_random,
+            "relative_error": self.relative_error,
+            "verdict": self.verdict,
+            "modules": self.energy,
+        }
+
+    def save_pretrained(self, folder: str | Path, *, save_basis: bool | None = None) -> Path:
+        """Write the coefficients as a task that `PeftModel.from_pretrained` loads; the LoRA's `modules_to_save` go along.
+
+        Raises:
+            SubspaceError: the basis lives in memory only and would not be found again.
+        """
+        if self.basis.location is None or save_basis:
+            raise SubspaceError(
+                "The projection refers to its basis, which has to be stored: `basis.save_pretrained(folder)` first."
+            )
+        folder = Path(folder)
+        names = {key: self.source.aliases.get(key, key) for key in self.source.keys}
+        by_basis = {self.basis.find(key): name for key, name in names.items()}
+        config = self._config(sorted(by_basis.values()))
+        tensors: dict[str, torch.Tensor] = {}
+        for name, core in self.cores.items():
+            scale = config.alpha / math.sqrt(core.numel())
+            tensors[f"base_model.model.{by_basis[name]}.subspace_coef.weight"] = (core / scale).float().contiguous()
+        tensors |= _extras(self.source)
+        write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        values = config.to_dict()
+        write_text_aside(folder / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+        return folder
+
+    def _config(self, targets: list[str]) -> SubspaceConfig:
+        source = self.source.config
+        kept = {
+            key: source[key]
+            for key in ("task_type", "modules_to_save", "revision", "fan_in_fan_out")
+            if source.get(key)
+        }
+        config = SubspaceConfig(
+            basis=self.basis.location, target_modules=targets, base_model_name_or_path=self.source.base_model,
+            inference_mode=True, **kept,
+        )  # fmt: skip
+        config.adopt(self.basis)
+        return config
+
+
+def project_lora(
+    lora: Any, basis: SubspaceBasis | str | Path, *, token: str | bool | None = None, check_base_model: bool = True
+) -> Projection:
+    """Project an existing LoRA on a basis: closed form, exact, (UᵀB)(AVᵀ) per module.
+
+    Args:
+        lora: folder, Hub id with ``@revision``, state dict, ``(state_dict, config)`` or live PeftModel.
+        basis: a basis, its folder or its Hub id.
+        token: as in huggingface_hub.
+        check_base_model: refuse a LoRA whose config names another base model than the basis.
+
+    Raises:
+        SourceError: the LoRA cannot be read.
+        BasisMismatchError: modules that the basis does not have, clashing shapes, another base model.
+    """
+    source = open_source(lora, token=token)
+    if not isinstance(basis, SubspaceBasis):
+        basis = SubspaceBasis.from_pretrained(basis, token=token)
+    if check_base_model and source.base_model and basis.base_model and source.base_model != basis.base_model:
+        raise BasisMismatchError(
+            f"{source.location}: trained on {source.base_model!r}, but the basis was built for {basis.base_model!r}. Use a "
+            "basis of the same base model, or pass check_base_model=False if they are copies of one."
+        )
+    absent = [name for name in source.keys if basis.find(name) is None]
+    if absent:
+        raise BasisMismatchError(
+            f"{source.location}: {len(absent)} of its modules are not in the basis, such as {names_of(absent, 3)}; it has "
+            f"{names_of(basis, 3)}. Build a basis from sources that adapt these modules."
+        )
+    cores, energy, random, kept, total = {}, {}, 0.0, 0.0, 0.0
+    for name in source.keys:
+        key = str(basis.find(name))
+        module, update = basis[key], source.factors(name)
+        try:
+            core = module.project((update.B, update.A))
+        except BasisMismatchError as error:
+            raise BasisMismatchError(f"{source.location}: module {name!r}: {error}") from None
+        norm = update.norm() ** 2
+        size = float(core.square().sum())
+        cores[key], energy[key] = core, size / norm if norm else 1.0
+        kept, total = kept + size, total + norm
+        random += norm * module.k_out * module.k_in / (module.out_features * module.in_features)
+    if not total:
+        raise SubspaceError(f"{source.location}: every lora_B is zero, so there is nothing to project.")
+    return Projection(source, basis, cores, energy, random / total, kept / total)
+
+
+def _extras(source: Source) -> dict[str, torch.Tensor]:
+    """The tensors of a saved LoRA's `modules_to_save`."""
+    if source.folder is None:
+        return {}
+    with safe_open(source.folder / WEIGHTS_FILE, framework="pt", device="cpu") as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys() if ".lora_" not in key}  # noqa: SIM118

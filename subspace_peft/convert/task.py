@@ -1,0 +1,108 @@
+"""A task's numbers, read from its folder or taken from a live model, without building a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..basis import ModuleBasis, SubspaceBasis
+from ..errors import SubspaceError
+from ..tuner import SubspaceConfig
+from ..tuner.coefficients import default_scale, make_coefficients
+from ..tuner.task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, used_part
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task in a shared basis.
+
+    Attributes:
+        config: its configuration, basis resolved.
+        cores: module → ``s·C(θ) + g·M`` (k_out, k_in) float64: the core in units of ΔW.
+        modules: module → the part of the basis that it uses.
+        extras: other saved tensors by key, such as a classifier's (`modules_to_save`).
+    """
+
+    config: SubspaceConfig
+    cores: dict[str, torch.Tensor]
+    modules: dict[str, ModuleBasis]
+    extras: dict[str, torch.Tensor]
+
+
+def read_task(
+    task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
+) -> Task:
+    """Read a task.
+
+    Args:
+        task: the folder or Hub id of a saved task, or a live PeftModel.
+        adapter_name: which adapter of a live model; default the active one.
+        basis: where the basis is, if not where the task's config says.
+        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+
+    Raises:
+        SubspaceError: it is no subspace task; and what `SubspaceConfig.from_pretrained` raises.
+    """
+    if hasattr(task, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        name = adapter_name or (
+            task.active_adapter if isinstance(task.active_adapter, str) else task.active_adapters[0]
+        )
+        config = task.peft_config[name]
+        tensors = get_peft_model_state_dict(task, adapter_name=name)
+    else:
+        given = {} if basis is None else {"basis": basis}
+        config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
+        file = None if config._near is None else Path(config._near) / WEIGHTS_FILE
+        if file is None or not file.is_file():
+            raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")
+        tensors = load_file(file)
+    if not isinstance(config, SubspaceConfig):
+        raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
+    return _assemble(config, tensors)
+
+
+def _assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Task:
+    coefficients: dict[str, dict[str, torch.Tensor]] = {}
+    own: dict[str, dict[str, torch.Tensor]] = {}
+    extras = {}
+    for key, value in tensors.items():
+        if found := COEFFICIENT_KEY.match(key):
+            coefficients.setdefault(found["module"], {})[found["name"]] = value.detach().cpu()
+        elif found := BASIS_KEY.match(key):
+            own.setdefault(found["module"], {})[found["name"]] = value.detach().cpu()
+        else:
+            extras[key] = value.detach().cpu()
+    basis = config.resolve() if config._basis is None else config._basis
+    cores, modules = {}, {}
+    for name, parts in coefficients.items():
+        if basis is not None:
+            key = basis.find(name)
+            module = used_part(config, basis[str(key)])
+        else:
+            module = ModuleBasis(**{key: value.float() for key, value in own[name].items()})
+        cores[name] = _core(config, module, parts)
+        modules[name] = module
+    return Task(config, cores, modules, extras)
+
+
+def _core(config: SubspaceConfig, module: ModuleBasis, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    made = make_coefficients(
+        config.coefficients,
+        module.k_out,
+        module.k_in,
+        r=config.r,
+        directions=0 if module.G is None else module.G.shape[0],
+        mean_gain=config.mean_gain,
+    ).double()
+    made.load_state_dict({name: value.double() for name, value in parts.items()})
+    scale = default_scale(config.alpha, made)
+    mean = None if config.mean_gain == "none" or module.M is None else module.M.double() / scale
+    with torch.no_grad():
+        return made.core(mean, None if module.G is None else module.G.double()) * scale

@@ -1,0 +1,23 @@
+"""The errors of this package. Each message names what clashed and the remedy."""
+
+from __future__ import annotations
+
+
+class SubspaceError(ValueError):
+    """Base of every error that subspace_peft raises on bad input. A `ValueError`, as PEFT's own checks are."""
+
+
+class BasisNotFoundError(SubspaceError):
+    """No basis was given, or the one referenced is nowhere to be found."""
+
+
+class BasisMismatchError(SubspaceError):
+    """A basis was found, but it is not the one referenced, or it does not fit the model."""
+
+
+class BadFileError(SubspaceError):
+    """A file is truncated, malformed, of a wrong dtype or holds non-finite numbers."""
+
+
+class SourceError(SubspaceError):
+    """One or more source adapters cannot be used."""

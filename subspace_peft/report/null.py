@@ -1,0 +1,43 @@
+"""What a basis would look like if the fleet had nothing in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..basis import SubspaceBasis
+from ..build import build_basis, open_source
+
+
+def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> SubspaceBasis:
+    """The basis of a fleet of noise: for each source, adapters of the same singular values in random directions.
+
+    Built by the same code with the same arguments, so spectra and energies compare like with like (a strength-matched
+    null). Sources of one shared-seed group become independent here.
+
+    Args:
+        sources: the fleet, as `build_basis` takes it.
+        seed: of the random directions.
+        build: arguments for `build_basis`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fleet = []
+    for reference in sources:
+        source = open_source(reference)
+        state: dict[str, torch.Tensor] = {}
+        for name in source.keys:
+            update = source.factors(name)
+            _, S, _ = update.canonical()
+            out, inner = update.shape
+            P = _directions(out, len(S), generator)
+            T = _directions(inner, len(S), generator)
+            state[f"{name}.lora_B.weight"] = P * S
+            state[f"{name}.lora_A.weight"] = T.T.contiguous()
+        fleet.append(state)
+    return build_basis(fleet, **build)
+
+
+def _directions(d: int, r: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64))[0].contiguous()

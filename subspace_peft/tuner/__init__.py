@@ -1,0 +1,12 @@
+"""Training and serving in a basis: PEFT's own trio of config, layer and model."""
+
+import peft  # noqa: F401  registers this method first, whichever module of this room is imported first
+
+from .config import SubspaceConfig
+from .layer import SubspaceLayer
+from .model import SubspaceModel
+from .registration import register
+
+register()
+
+__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel", "register"]

@@ -1,0 +1,118 @@
+"""Frozen tensors keyed by adapter: one storage however many adapters share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..basis.module import tensor_sha256
+from ..errors import BasisMismatchError
+
+
+class SharedBuffers(nn.Module):
+    """A dict of frozen tensors, adapter name → tensor, in which adapters on the same basis hold the same object.
+
+    Not PEFT's `BufferDict`: PEFT upcasts and moves that one adapter at a time, which makes copies. Moves and casts go
+    through `_apply` here, once per distinct tensor. Tensors are in the state dict only for adapters that save their basis.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: dict[str, str] = {}
+
+    def put(self, adapter: str, value: torch.Tensor, *, saved: bool, sha256: str | None = None) -> None:
+        """Hold `value` for `adapter`; `saved`: keep it in the state dict; `sha256`: what a loaded tensor has to be."""
+        self.register_buffer(adapter, value, persistent=saved)
+        if sha256 is not None:
+            self.expected[adapter] = sha256
+
+    def verify(self, adapter: str, key: str, value: torch.Tensor) -> str | None:
+        """The complaint about a tensor that was loaded for `adapter`, or None."""
+        known = self._buffers.get(adapter)
+        if known is not None and known.shape != value.shape:
+            return f"size mismatch for {key}: the file has {tuple(value.shape)}, the model {tuple(known.shape)}"
+        if value.device.type == "meta":
+            return None
+        if not torch.isfinite(value).all():
+            return f"{key} holds NaN or infinite values: the file is damaged"
+        want = self.expected.get(adapter)
+        # a file saved after model.half() holds other bytes than were hashed: then only shape and finiteness can be held
+        if want is not None and value.dtype == torch.float32 and tensor_sha256(value) != want:
+            return (
+                f"{key} has sha256 {tensor_sha256(value)}, but the task's config says {want}: the basis in this file "
+                "is not the one the task was trained on. Fetch or save the task again."
+            )
+        return None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' own loader assigns tensors by name instead of calling load_state_dict
+        loads = isinstance(value, torch.Tensor) and name in self.__dict__.get("_buffers", {})
+        if loads and (complaint := self.verify(name, name, value)):
+            raise BasisMismatchError(complaint)
+        super().__setattr__(name, value)
+
+    def __getitem__(self, adapter: str) -> torch.Tensor:
+        return self._buffers[adapter]  # type: ignore[return-value]
+
+    def __setitem__(self, adapter: str, value: torch.Tensor) -> None:
+        self._buffers[adapter] = value
+
+    def __delitem__(self, adapter: str) -> None:
+        del self._buffers[adapter]
+        self._non_persistent_buffers_set.discard(adapter)
+        self.expected.pop(adapter, None)
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def keys(self) -> Any:
+        return self._buffers.keys()
+
+    def get(self, adapter: str) -> torch.Tensor | None:
+        return self._buffers.get(adapter)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SharedBuffers:
+        moved: dict[int, torch.Tensor] = {}
+        for adapter, value in self._buffers.items():
+            if value is not None:
+                if id(value) not in moved:
+                    moved[id(value)] = fn(value)
+                self._buffers[adapter] = moved[id(value)]
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # copying in place would overwrite the basis of every adapter that shares the tensor
+        for adapter, value in self._buffers.items():
+            key = prefix + adapter
+            if adapter in self._non_persistent_buffers_set or value is None:
+                continue
+            if key not in state_dict:
+                missing_keys.append(key)
+                continue
+            given = state_dict[key]
+            if complaint := self.verify(adapter, key, given):
+                error_msgs.append(complaint)
+            elif value.device.type == "meta" or not torch.equal(value.to(given.device, given.dtype), given):
+                device = given.device if value.device.type == "meta" else value.device
+                self._buffers[adapter] = given.detach().to(device).clone()
+        for key in state_dict:
+            if strict and key.startswith(prefix) and key[len(prefix) :] not in self._buffers:
+                unexpected_keys.append(key)

@@ -1,0 +1,172 @@
+"""How the core C(θ) of one module is parameterised: all kinds behind one face."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+KINDS = ("core", "factor", "diagonal", "directions", "none")
+
+
+class Coefficients(nn.Module):
+    """The trained numbers of one task in one module.
+
+    A call maps ``h`` (…, k_in) to ``(C(θ) + g·M) h`` (…, k_out). Every trained tensor lies on this module and is used
+    inside its call, so that hooks which gather or onload parameters (FSDP, CPU offload) see it.
+
+    Attributes:
+        steps: how many numbers one Adam step moves the core by; the scale makes that step's size the same for all.
+        gain: (1,) trained gain g of the mean core, or None.
+    """
+
+    def __init__(self, k_out: int, k_in: int, steps: int, mean_gain: str) -> None:
+        super().__init__()
+        self.k_out, self.k_in, self.steps = k_out, k_in, steps
+        self.gain = nn.Parameter(torch.zeros(1)) if mean_gain == "trainable" else None
+
+    def core(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
+        """``C(θ) + g·M`` as (k_out, k_in)."""
+        core = self.own_core(directions)
+        if mean is not None:
+            core = core + (mean.to(core.dtype) if self.gain is None else self.gain * mean.to(core.dtype))
+        return core
+
+    def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        """C(θ) as (k_out, k_in)."""
+        raise NotImplementedError(type(self).__name__)
+
+    def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        """Set θ so that C(θ) is nearest to `core` (k_out, k_in), or zero for None."""
+        raise NotImplementedError(type(self).__name__)
+
+    def perturb(self) -> None:
+        """A small random θ, so that the update is not zero (`init_weights=False`)."""
+        for parameter in self.parameters():
+            if parameter.device.type != "meta":
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self, h: torch.Tensor, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return F.linear(h, self.core(mean, directions).to(h.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class Core(Coefficients):
+    """θ is the core itself, (k_out, k_in): LoRA-XS (arXiv 2405.17604), JD-Full (arXiv 2407.00066)."""
+
+    def __init__(self, k_out: int, k_in: int, mean_gain: str) -> None:
+        super().__init__(k_out, k_in, k_out * k_in, mean_gain)
+        self.weight = nn.Parameter(torch.zeros(k_out, k_in))
+
+    def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        return self.weight
+
+    def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        with torch.no_grad():
+            self.weight.zero_() if core is None else self.weight.copy_(core)
+
+
+class Factor(Coefficients):
+    """``C = up · down`` of rank r: EigenLoRAx (arXiv 2502.04700), SubspaceAdapter (2512.05117), Share (2602.06043).
+
+    Only `up` starts at zero: with both at zero neither would ever get a gradient.
+    """
+
+    def __init__(self, k_out: int, k_in: int, r: int, mean_gain: str) -> None:
+        r = min(r, k_out, k_in)
+        super().__init__(k_out, k_in, k_out * r, mean_gain)
+        self.up = nn.Parameter(torch.zeros(k_out, r))
+        self.down = nn.Parameter(torch.zeros(r, k_in))
+
+    def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        return self.up @ self.down
+
+    def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        with torch.no_grad():
+            if core is None:
+                self.up.zero_()
+                if self.down.device.type != "meta":
+                    nn.init.orthogonal_(self.down)
+                return
+            P, S, Th = torch.linalg.svd(core.float(), full_matrices=False)
+            r = self.down.shape[0]
+            self.up.copy_(P[:, :r] * S[:r])
+            self.down.copy_(Th[:r])
+
+
+class Diagonal(Coefficients):
+    """``C = diag(θ)``, k numbers: SVFT, JD-Diag."""
+
+    def __init__(self, k_out: int, k_in: int, mean_gain: str) -> None:
+        k = min(k_out, k_in)
+        super().__init__(k_out, k_in, k, mean_gain)
+        self.weight = nn.Parameter(torch.zeros(k))
+
+    def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        k = self.weight.shape[0]
+        return F.pad(torch.diag(self.weight), (0, self.k_in - k, 0, self.k_out - k))
+
+    def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        with torch.no_grad():
+            self.weight.zero_() if core is None else self.weight.copy_(core.diagonal()[: self.weight.shape[0]])
+
+
+class Directions(Coefficients):
+    """``C = Σ_j θ_j G_j`` with frozen G (m, k_out, k_in): UWSH's scalars per layer (arXiv 2512.05117), NOLA."""
+
+    def __init__(self, k_out: int, k_in: int, m: int, mean_gain: str) -> None:
+        super().__init__(k_out, k_in, m, mean_gain)
+        self.weight = nn.Parameter(torch.zeros(m))
+
+    def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        if directions is None:
+            raise RuntimeError("the `directions` coefficients need the basis's directions G")
+        return torch.einsum("m,moi->oi", self.weight, directions.to(self.weight.dtype))
+
+    def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        with torch.no_grad():
+            if core is None or directions is None:
+                self.weight.zero_()
+                return
+            flat = directions.flatten(1).float().T
+            self.weight.copy_(torch.linalg.lstsq(flat, core.float().flatten()[:, None]).solution[:, 0])
+
+
+class MeanOnly(Coefficients):
+    """``C = 0``: only the mean core's gain is trained. The control that a fleet's basis has to beat."""
+
+    def __init__(self, k_out: int, k_in: int, mean_gain: str) -> None:
+        super().__init__(k_out, k_in, 1, mean_gain)
+
+    def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        return torch.zeros(self.k_out, self.k_in, dtype=self.dtype, device=next(self.parameters()).device)
+
+    def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        """Nothing to set: this kind has no θ."""
+
+
+def make_coefficients(
+    kind: str, k_out: int, k_in: int, *, r: int, directions: int, mean_gain: str
+) -> Coefficients:  # fmt: skip
+    """The coefficients of one module, at zero. `r` is for `factor`, `directions` (m) for `directions`."""
+    if kind == "none":
+        return MeanOnly(k_out, k_in, mean_gain)
+    if kind == "core":
+        return Core(k_out, k_in, mean_gain)
+    if kind == "factor":
+        return Factor(k_out, k_in, r, mean_gain)
+    if kind == "diagonal":
+        return Diagonal(k_out, k_in, mean_gain)
+    return Directions(k_out, k_in, directions, mean_gain)
+
+
+def default_scale(alpha: float, coefficients: Coefficients) -> float:
+    """``s = α / √steps``: one Adam step of learning rate η moves ΔW by at most α·η in Frobenius norm, whatever k."""
+    return alpha / math.sqrt(coefficients.steps)

@@ -1,0 +1,253 @@
+"""`SubspaceConfig`: which basis, which coefficients."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from .._version import __version__
+from ..basis import SubspaceBasis, resolve_basis
+from ..basis.resolve import note_location, require_same
+from ..errors import BasisNotFoundError, SubspaceError
+from .coefficients import KINDS
+from .registration import SUBSPACE
+
+GENERATED = ("random", "base-weights")
+
+
+@dataclass
+class SubspaceConfig(PeftConfig):
+    """Configuration of a task in a shared basis: ``ΔW = s · U (g·M/s + C(θ)) V``, of which only θ (and g) is trained.
+
+    A relative `basis` is looked for beside the saved task first, then in the working directory.
+    """
+
+    basis: Any = field(
+        default=None,
+        metadata={
+            "help": "The shared basis: a `SubspaceBasis`, its folder, or its Hub id. 'random' (zero-mean Gaussian, "
+            "orthonormalised) and 'base-weights' (top singular vectors of the base model's weights, LoRA-XS) make one "
+            "at injection, of size `k`; it then travels in the task's own file."
+        },
+    )
+    basis_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit sha of a basis on the Hub."}
+    )
+    basis_fingerprint: str | None = field(
+        default=None, metadata={"help": "sha256 that the basis must have. Filled in when the adapter is made."}
+    )
+    save_basis: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the task's own file carries its basis. None: only a basis that is stored nowhere else does."
+        },
+    )
+    coefficients: Literal["core", "factor", "diagonal", "directions", "none"] = field(
+        default="core",
+        metadata={
+            "help": "'core': C itself, k_out × k_in numbers per module. 'factor': C = up · down of rank `r`. 'diagonal': k "
+            "numbers. 'directions': one number per direction tensor of the basis. 'none': only the mean core's gain."
+        },
+    )
+    k: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the basis's directions to use, the leading ones. None: all (16 for generated ones)."
+        },
+    )
+    r: int = field(default=8, metadata={"help": "Rank of the `factor` coefficients."})
+    alpha: float = field(
+        default=32.0,
+        metadata={
+            "help": "Scale: s = alpha / √(how many numbers an Adam step moves C by), so that a step of learning rate η "
+            "changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind."
+        },
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input while training."})
+    mean_gain: Literal["none", "fixed", "trainable"] = field(
+        default="none",
+        metadata={
+            "help": "The fleet's mean core M: 'none' leaves it out, 'fixed' adds it (g = 1), 'trainable' trains g per "
+            "module, from 0."
+        },
+    )
+    start: str = field(
+        default="zero",
+        metadata={
+            "help": "Where training starts: 'zero' (the base model's function), 'mean' (the fleet's mean update), or the "
+            "name of one of the basis's sources (its projection)."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of a generated 'random' basis."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Module names, a regular expression, or 'all-linear', as in LoRA. None: the basis's own modules."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, as in LoRA."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved whole, such as a classifier."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices, as in LoRA."})
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers where it is not a usual one, as in LoRA."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Whether targets are `Conv1D`. Filled in when the adapter is made."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "False draws small random coefficients instead of the start. For tests."}
+    )
+    check_base_model: bool = field(
+        default=True, metadata={"help": "Refuse a base model other than the one the basis or the task belongs to."}
+    )
+    base_probe: list[float] | None = field(
+        default=None,
+        metadata={"help": "A few numbers computed from the base weights, by which a wrong base is noticed."},
+    )
+    basis_modules: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Shapes and hashes of the basis carried in the task's own file."}
+    )
+    subspace_version: str | None = field(
+        default=None, metadata={"help": "Version of subspace_peft that saved this file; None until it is saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = SUBSPACE
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        self._check_choices()
+        self._basis: SubspaceBasis | None = None
+        self._plan: Any = None
+        self._near: Path | None = None
+        self._given = False
+        self._file_modules: frozenset[str] | None = None
+
+    def _check_choices(self) -> None:
+        for name, choices in (("coefficients", KINDS), ("mean_gain", ("none", "fixed", "trainable"))):
+            if getattr(self, name) not in choices:
+                raise SubspaceError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}.")
+        if self.coefficients == "none" and self.mean_gain != "trainable":
+            raise SubspaceError(
+                "coefficients='none' trains only the mean core's gain, so it needs mean_gain='trainable'."
+            )
+        for name, least in (("k", 1), ("r", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise SubspaceError(f"{name}={value!r}: give a whole number of at least {least}.")
+        if not isinstance(self.alpha, (int, float)) or not self.alpha > 0:
+            raise SubspaceError(f"alpha={self.alpha!r}: give a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise SubspaceError(f"dropout={self.dropout!r}: give a number from 0 to below 1.")
+        if not (self.basis is None or isinstance(self.basis, (str, Path, SubspaceBasis))):
+            raise SubspaceError(
+                f"basis={type(self.basis).__name__}: give a SubspaceBasis, the folder of one, or a Hub id."
+            )
+
+    # -- the basis --------------------------------------------------------------------------------------------------
+
+    @property
+    def generated(self) -> bool:
+        """Whether the basis is made at injection rather than built from a fleet."""
+        return isinstance(self.basis, str) and self.basis in GENERATED
+
+    @property
+    def loaded(self) -> bool:
+        """Whether this configuration was read from a saved task."""
+        return self.subspace_version is not None
+
+    def resolve(self) -> SubspaceBasis | None:
+        """Find and verify the basis. None: it is to be generated, or lies in the task's own file.
+
+        Raises:
+            BasisNotFoundError: none is given, or it is nowhere.
+            BasisMismatchError: the one found has another fingerprint; names both.
+        """
+        if self._basis is not None:
+            return self._basis
+        if isinstance(self.basis, SubspaceBasis):
+            require_same(self.basis, self.basis_fingerprint, "This task")
+            self._basis = self.basis
+            note_location(self.basis)
+        elif (self.basis_modules is not None and not self._given) or (self.generated and not self.loaded):
+            return None
+        elif self.basis is None and self.basis_fingerprint is None:
+            raise BasisNotFoundError(
+                "SubspaceConfig has no basis. Build one from LoRA adapters with `subspace_peft.build_basis([...])` or "
+                "`subspace-peft build`, and pass it, its folder or its Hub id as basis=…; or ask for a random one with "
+                "basis='random', k=16."
+            )
+        else:
+            self._basis = resolve_basis(
+                None if self.basis is None or self.generated else str(self.basis),
+                revision=self.basis_revision,
+                fingerprint=self.basis_fingerprint,
+                near=self._near,
+            )
+        return self._basis
+
+    def adopt(self, basis: SubspaceBasis) -> None:
+        """Take `basis` as the resolved one and record its fingerprint and, on the Hub, its commit."""
+        self._basis = basis
+        self.basis_fingerprint = basis.fingerprint
+        if basis.revision is not None:
+            self.basis_revision = basis.revision
+
+    # -- PEFT's own interface ---------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with the basis as its location: a folder or a Hub id."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        basis = values["basis"]
+        values["basis"] = (
+            basis.location if isinstance(basis, SubspaceBasis) else (None if basis is None else str(basis))
+        )
+        values["subspace_version"] = __version__
+        return {
+            key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()
+        }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's. `basis=` says where the basis is, if not where the task's config says.
+
+        The task's tensors, where they lie beside the config, are checked against the basis here, before any model is
+        touched.
+
+        Raises:
+            BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers.
+            BasisNotFoundError, BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
+        """
+        from .task_files import check_task, locate_task
+
+        basis = kwargs.pop("basis", None)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, SubspaceConfig):
+            return config
+        if basis is not None:
+            config.basis, config.basis_revision, config._given = basis, None, True
+        folder, weights = locate_task(pretrained_model_name_or_path, subfolder, kwargs)
+        config._near = folder
+        if weights is not None:
+            config._file_modules = check_task(weights, config)
+        return config
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickled config carries the basis's whereabouts, not its tensors
+        state = dict(self.__dict__)
+        state["_basis"] = state["_plan"] = None
+        if isinstance(state.get("basis"), SubspaceBasis) and state["basis"].location is not None:
+            state["basis"] = state["basis"].location
+        return state

@@ -1,0 +1,255 @@
+"""The adapter layer: ``x → V x → C · → U ·`` beside a frozen linear layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .buffers import SharedBuffers
+from .coefficients import Coefficients, default_scale, make_coefficients
+from .injection import Plan, source_index
+
+
+class SubspaceLayer(BaseTunerLayer):
+    """What every adapter layer has: coefficients by adapter, and the shared basis.
+
+    Attributes:
+        subspace_coef: adapter → `Coefficients`, the only Parameters.
+        subspace_U, subspace_V, subspace_M, subspace_G: adapter → frozen tensor; adapters on one basis share it.
+        scaling: adapter → s, as `set_scale` and others may have changed it.
+        configured_scaling: adapter → s as its config has it.
+        r: adapter → (k_out, k_in).
+        basis_key: adapter → fingerprint and size of the basis, by which adapters find one to share.
+    """
+
+    adapter_layer_names = ("subspace_coef",)
+    other_param_names = (
+        "subspace_U",
+        "subspace_V",
+        "subspace_M",
+        "subspace_G",
+        "subspace_dropout",
+        "scaling",
+        "configured_scaling",
+        "r",
+        "basis_key",
+    )
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(
+            base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.subspace_coef = nn.ModuleDict()
+        self.subspace_dropout = nn.ModuleDict()
+        self.subspace_U = SharedBuffers()
+        self.subspace_V = SharedBuffers()
+        self.subspace_M = SharedBuffers()
+        self.subspace_G = SharedBuffers()
+        self.scaling: dict[str, float] = {}
+        self.configured_scaling: dict[str, float] = {}
+        self.r: dict[str, tuple[int, int]] = {}
+        self.basis_key: dict[str, tuple[Any, ...]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.kwargs = kwargs
+
+    # -- making an adapter ------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, plan: Plan, key: str, inference_mode: bool = False) -> None:
+        """Add (or replace) the adapter `adapter_name` as `plan` says for the module at `key`."""
+        config = plan.config
+        self._put_basis(adapter_name, plan, key)
+        U, V = self.subspace_U[adapter_name], self.subspace_V[adapter_name]
+        directions = self.subspace_G.get(adapter_name)
+        coefficients = make_coefficients(
+            config.coefficients,
+            U.shape[1],
+            V.shape[0],
+            r=config.r,
+            directions=0 if directions is None else directions.shape[0],
+            mean_gain=config.mean_gain,
+        )
+        scale = default_scale(config.alpha, coefficients)
+        self.scaling[adapter_name] = self.configured_scaling[adapter_name] = scale
+        self.r[adapter_name] = (U.shape[1], V.shape[0])
+        self.subspace_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self._start(coefficients, adapter_name, plan, key)
+        self.subspace_coef[adapter_name] = coefficients
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> None:
+        config = plan.config
+        saved = config.basis_modules is not None
+        wanted = (plan.fingerprint, config.k, config.mean_gain != "none", config.coefficients == "directions")
+        # placeholders are empty until the task's own file fills them, so they are nobody else's basis yet
+        twin = None if plan.basis is None else next((a for a, k in self.basis_key.items() if k == wanted), None)
+        self.basis_key[adapter_name] = wanted if plan.basis is not None else (*wanted, "own", adapter_name)
+        hashes = (config.basis_modules or {}).get(plan.names[key] if plan.basis is None else key, {}).get("sha256", {})
+        if twin is not None:
+            parts = {name: getattr(self, f"subspace_{name}").get(twin) for name in "UVMG"}
+        else:
+            module = plan.module(key)
+            parts = {"U": module.U, "V": module.V}
+            parts["M"] = module.M if config.mean_gain != "none" else None
+            parts["G"] = module.G if config.coefficients == "directions" else None
+        for name, value in parts.items():
+            if value is not None:
+                container: SharedBuffers = getattr(self, f"subspace_{name}")
+                container.put(adapter_name, value, saved=saved, sha256=hashes.get(name))
+
+    def _start(self, coefficients: Coefficients, adapter_name: str, plan: Plan, key: str) -> None:
+        config = plan.config
+        directions = self.subspace_G.get(adapter_name)
+        core = None
+        if plan.basis is not None and not config.loaded and config.start != "zero":
+            module = plan.module(key)
+            if config.start == "mean" and config.mean_gain == "trainable":
+                with torch.no_grad():
+                    coefficients.gain.fill_(1.0)
+            elif config.start == "mean":
+                core = module.M if config.mean_gain == "none" else None
+            else:
+                core = module.cores[source_index(config, plan.basis)]
+                if config.mean_gain == "fixed":
+                    core = core - module.M
+        core = None if core is None else core.cpu() / self.scaling[adapter_name]
+        coefficients.start(core, None if directions is None else directions.cpu())
+        if not config.init_weights and not config.loaded:
+            coefficients.perturb()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if target is None or target.type == "meta":
+            return
+        for container in (self.subspace_U, self.subspace_V, self.subspace_M, self.subspace_G):
+            value = container.get(adapter_name)
+            if value is not None and value.device != target and value.device.type != "meta":
+                moved = value.to(target)
+                for name in [other for other in container if container[other] is value]:
+                    container[name] = moved
+
+    # -- what an adapter computes -----------------------------------------------------------------------------------
+
+    def _core(self, adapter: str) -> torch.Tensor:
+        """``C(θ) + g·M/s`` (k_out, k_in), detached."""
+        mean, directions = self._frozen(adapter)
+        with torch.no_grad():
+            return self.subspace_coef[adapter].core(mean, directions)
+
+    def _frozen(self, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        mean = self.subspace_M.get(adapter)
+        return None if mean is None else mean / self.configured_scaling[adapter], self.subspace_G.get(adapter)
+
+    def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """``s · U (C V x)`` for x (…, in), in x's dtype."""
+        U, V = self.subspace_U[adapter], self.subspace_V[adapter]
+        h = F.linear(self.subspace_dropout[adapter](x), V.to(x.dtype))
+        h = self.subspace_coef[adapter](h, *self._frozen(adapter))
+        return F.linear(h * self.scaling[adapter], U.to(h.dtype))
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """ΔW in the base weight's layout: (out, in), or (in, out) for `Conv1D`; float32 or wider."""
+        U, V, core = self.subspace_U[adapter], self.subspace_V[adapter], self._core(adapter) * self.scaling[adapter]
+        dtype = torch.promote_types(U.dtype, torch.float32)
+        delta = (U.to(dtype) @ core.to(dtype)) @ V.to(dtype)
+        return delta.T if self.fan_in_fan_out else delta
+
+    # -- scale, as PEFT's LoRA layers have it -----------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set s to `scale` times its configured value."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.configured_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply s of the active adapters by `scale`."""
+        if scale != 1:
+            for adapter in self.active_adapters:
+                if adapter in self.scaling:
+                    self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`; None returns to the configured s."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                known = self.configured_scaling[adapter]
+                self.scaling[adapter] = known if scale is None else self.scaling[adapter] / scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class Linear(nn.Module, SubspaceLayer):
+    """The adapter layer around `nn.Linear`, a quantised kind of it, or transformers' `Conv1D`."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, plan: Plan, key: str, **kwargs: Any) -> None:
+        super().__init__()
+        SubspaceLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, plan, key, inference_mode=plan.config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.subspace_coef:
+                result = result + self._update(x, adapter).to(dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.subspace_coef:
+                continue
+            self._add_to_base(adapter, 1.0, safe_merge)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if adapter in self.subspace_coef:
+                self._add_to_base(adapter, -1.0, False)
+
+    def _add_to_base(self, adapter: str, sign: float, safe: bool) -> None:
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter).to(weight.device) * sign
+        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+        if self.quantization_backend is None:
+            # in place, so that whoever else holds this weight sees the same
+            weight.copy_(merged)
+        else:
+            self.set_base_weight(merged)
+
+    def __repr__(self) -> str:
+        return "subspace." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

@@ -1,0 +1,103 @@
+"""The tuner that PEFT drives: finds the basis, checks that it fits, puts adapter layers in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from torch import nn
+
+from ..errors import SubspaceError
+from .config import SubspaceConfig
+from .injection import Plan, make_plan, modules_of_basis
+from .layer import Linear, SubspaceLayer
+from .registration import PREFIX
+
+
+class SubspaceModel(BaseTuner):
+    """A model whose target layers train coefficients in a frozen shared basis.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from subspace_peft import SubspaceConfig
+        >>> model = get_peft_model(base_model, SubspaceConfig(basis="my-basis", task_type="SEQ_CLS"))
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = SubspaceLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_adapter_config(self, peft_config: SubspaceConfig, model_config: dict[str, Any]) -> SubspaceConfig:
+        if peft_config.target_modules is None:
+            basis = peft_config.resolve()
+            if basis is not None:
+                peft_config.target_modules = modules_of_basis(self.model, basis)
+            elif peft_config.basis_modules is not None:
+                peft_config.target_modules = set(peft_config.basis_modules)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # `state_dict` decides which modules are adapted; the plan has to be for the same ones
+        self._given_keys = kwargs.get("state_dict")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
+        # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
+        expanded = _maybe_include_all_linear_layers(peft_config, model)
+        keys = getattr(self, "_given_keys", None)
+        given = None if keys is None else {k.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for k in keys}
+        targets = []
+        inside: list[str] = []
+        for key, module in model.named_modules():
+            if not key or any(key.startswith(prefix) for prefix in inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside.append(f"{key}.")
+            if key in given if given is not None else self._check_target_module_exists(expanded, key):
+                targets.append(key)
+        if targets:
+            peft_config._plan = make_plan(model, peft_config, targets)
+
+    def _create_and_replace(
+        self,
+        peft_config: SubspaceConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        if parameter_name is not None:
+            raise SubspaceError(f"target_parameters ({parameter_name}) is not supported; use target_modules.")
+        plan: Plan = peft_config._plan
+        if isinstance(target, SubspaceLayer):
+            target.update_layer(adapter_name, plan, current_key, inference_mode=peft_config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                target.subspace_coef[adapter_name].requires_grad_(False)
+            return
+        layer = Linear(target, adapter_name, plan, current_key, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if not isinstance(config, SubspaceConfig):
+            raise SubspaceError(f"SubspaceModel takes a SubspaceConfig, got {type(config).__name__}.")
+
+    @staticmethod
+    def basis_storage(model: nn.Module) -> int:
+        """Bytes of distinct basis storage in `model`, whatever the number of adapters that use it."""
+        seen: dict[int, int] = {}
+        for layer in model.modules():
+            if isinstance(layer, SubspaceLayer):
+                for container in (layer.subspace_U, layer.subspace_V, layer.subspace_M, layer.subspace_G):
+                    for name in container:
+                        tensor: torch.Tensor = container[name]
+                        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(seen.values())
