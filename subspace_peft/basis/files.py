@@ -84,7 +84,8 @@ def write_basis(basis: SubspaceBasis, folder: Path) -> Path:
         **{key: value for key, value in basis.info.items() if key not in ("format_version", "modules", "fingerprint")},
         "modules": entries,
     }
-    metadata = {"format": "pt", "subspace_peft": str(FORMAT_VERSION), "fingerprint": basis.fingerprint}
+    # one key only: safetensors writes several in an order that differs from process to process
+    metadata = {"fingerprint": basis.fingerprint}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_aside(folder / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
     write_text_aside(folder / CONFIG_FILE, text)

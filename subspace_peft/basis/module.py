@@ -91,9 +91,8 @@ class ModuleBasis:
         """sha256 (hex) over names, dtypes, shapes and bytes of the tensors: a function of bytes, not of mathematics."""
         total = hashlib.sha256()
         for key, value in sorted(self.tensors().items()):
-            value = value.detach().cpu().contiguous()
             total.update(f"{key}:{FLOAT_DTYPES[value.dtype]}:{list(value.shape)};".encode())
-            total.update(value.view(torch.uint8).numpy().tobytes())
+            total.update(tensor_bytes(value))
         return total.hexdigest()
 
     def project(self, delta: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -156,7 +155,13 @@ class ModuleBasis:
 
 def tensor_sha256(value: torch.Tensor) -> str:
     """sha256 (hex) of one tensor's bytes."""
-    return hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor_bytes(value)).hexdigest()
+
+
+def tensor_bytes(value: torch.Tensor) -> bytes:
+    """A tensor's numbers in row-major order, as safetensors stores them."""
+    # flat first: a matrix of one column counts as contiguous whatever its stride, and then cannot be viewed as bytes
+    return value.detach().cpu().contiguous().flatten().clone().view(torch.uint8).numpy().tobytes()
 
 
 def fix_signs(directions: torch.Tensor) -> torch.Tensor:

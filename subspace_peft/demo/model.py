@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertModel, BertPreTrainedModel
+from transformers import AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
@@ -35,12 +35,17 @@ class MeanPooledClassifier(BertPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> SequenceClassifierOutput:
         """Logits (batch, num_labels), and the cross-entropy where `labels` (batch,) int64 are given.
 
         Args:
             input_ids: (batch, length) int64, or None where `inputs_embeds` (batch, length, hidden) is given.
             attention_mask: (batch, length), 1 at real tokens; all are real by default.
+            output_attentions, output_hidden_states, return_dict: PEFT passes them to every classifier; this one has
+                nothing more to return.
         """
         hidden = self.bert(
             input_ids=input_ids,
@@ -61,17 +66,22 @@ def mean_of_real_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | Non
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
-def load_classifier(encoder: str | Path, num_labels: int, seed: int) -> MeanPooledClassifier:
-    """The pretrained encoder in folder `encoder` under a new head for `num_labels` classes, drawn under `seed`.
+def load_encoder(encoder: str | Path, labels: int, seed: int) -> MeanPooledClassifier:
+    """The pretrained encoder in folder `encoder` under a new head for `labels` classes, drawn under `seed`.
 
     Dropout is off: the runs are too short to need it, and attention without it takes two thirds of the time on a CPU.
     """
     torch.manual_seed(seed)
     model = MeanPooledClassifier.from_pretrained(
-        str(encoder), num_labels=num_labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dtype=torch.float32
+        str(encoder), num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dtype=torch.float32
     )
     # drawn here: how transformers draws missing weights (when, in which order) changes between its versions
     with torch.no_grad():
         model.classifier.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
         model.classifier.bias.zero_()
     return model
+
+
+def load_tokenizer(encoder: str | Path) -> PreTrainedTokenizerBase:
+    """The encoder's own tokenizer."""
+    return AutoTokenizer.from_pretrained(str(encoder))

@@ -88,7 +88,9 @@ def fetch(package: Package, *, cache: Path | None = None, download: Download | N
         with contextlib.suppress(OSError):
             os.rename(unpacked, home)
     if not home.is_dir():
-        raise PackageError(f"{package}: {home} could not be written. Set SUBSPACE_PEFT_CACHE to a folder you may write.")
+        raise PackageError(
+            f"{package}: {home} could not be written. Set SUBSPACE_PEFT_CACHE to a folder you may write."
+        )
     return home
 
 
@@ -172,3 +174,11 @@ def pip_download(package: Package, folder: Path, waiting: Callable[[], object] |
         + "\nThis needs pip (`python -m ensurepip`, or install subspace-peft[demo]) and the package index or a mirror of it: "
         "check the network and pip's own settings (`pip config list`), then run it again; what was fetched so far is kept."
     )
+
+
+def find(folder: Path, ending: str) -> Path:
+    """The one file below `folder` whose path ends so. Raises `BadFileError` where there is none."""
+    hits = sorted(path for path in folder.rglob("*") if path.as_posix().endswith(ending))
+    if not hits:
+        raise BadFileError(f"{folder}: no file ends with {ending!r}. Remove the folder to have it fetched again.")
+    return hits[0]

