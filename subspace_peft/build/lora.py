@@ -1,0 +1,65 @@
+"""What a LoRA's keys and configuration mean: module names, factors and scale."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+LORA_KEY = re.compile(
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$"
+)
+REFUSED = {
+    "lora_magnitude_vector": "DoRA's magnitude is no low-rank update; train or convert the adapter without use_dora",
+    "lora_embedding_": "embedding adapters are not supported; leave embeddings out of target_modules",
+    ".lora_B.bias": "a trained LoRA bias (lora_bias=True) is no low-rank update; train without it",
+}
+
+
+def sort_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Group a state dict's keys.
+
+    Returns:
+        ``{module: {"A": key, "B": key}}``, and a list of problems (each says the key and the remedy). Keys of
+        `modules_to_save` and others that no LoRA layer owns are passed over.
+    """
+    modules: dict[str, dict[str, str]] = {}
+    problems: dict[str, str] = {}
+    for key in keys:
+        for mark, remedy in REFUSED.items():
+            if mark in key:
+                problems.setdefault(mark, f"{key}: {remedy}")
+        if found := LORA_KEY.match(key):
+            sides = modules.setdefault(found["module"], {})
+            if found["side"] in sides:
+                problems.setdefault(
+                    found["module"],
+                    f"{key}: the state dict holds several adapters; pass one, as `get_peft_model_state_dict` gives it",
+                )
+            sides[found["side"]] = key
+    for module, sides in modules.items():
+        if len(sides) < 2:
+            problems[module] = f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"
+    return modules, list(problems.values())
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """``lora_alpha / r``, or ``/ √r`` with rsLoRA, for one module; `rank_pattern` and `alpha_pattern` folded in.
+
+    Raises:
+        ValueError: the configuration's rank for this module is not the rank of its tensors.
+    """
+    r = _pattern(config.get("rank_pattern"), module, config.get("r", rank))
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", r))
+    if r != rank:
+        raise ValueError(f"module {module!r} has rank {rank}, but its adapter_config.json says {r}")
+    return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    # PEFT's rule: the first key that matches the whole name or its end, as a regular expression
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

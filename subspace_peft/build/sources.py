@@ -1,0 +1,237 @@
+"""Source adapters: PEFT LoRA folders, Hub ids with a revision, state dicts in memory, live PeftModels."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..basis.module import tensor_bytes
+from ..basis.reference import looks_like_path, split_revision
+from ..errors import SourceError
+from .factors import Factors
+from .lora import scaling, sort_keys
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Source:
+    """One source adapter, its tensors read when asked for.
+
+    Attributes:
+        name: what the basis calls it: the last part of its path or id, or the adapter's name.
+        location: folder, Hub id, or "in memory".
+        config: the LoRA configuration as a dict; empty for a bare state dict, whose scale then counts as 1.
+        keys: ``{module: {"A": key, "B": key}}``.
+        read: key → tensor.
+        sha256: hex digest of the weights' file, or of the tensors of a source in memory.
+        revision: commit sha on the Hub, or None.
+        folder: where its files lie on this machine, or None.
+        norms: ‖ΔW‖_F per module, as far as asked for.
+        aliases: module name in the fleet → module name in this source's own config, where they differ.
+    """
+
+    name: str
+    location: str
+    config: dict[str, Any]
+    keys: dict[str, dict[str, str]]
+    read: Callable[[str], torch.Tensor]
+    sha256: str
+    revision: str | None = None
+    folder: Path | None = None
+    norms: dict[str, float] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.get("base_model_name_or_path") or None
+
+    def raw(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stored ``lora_B`` (out, r) and ``lora_A`` (r, in) in float64, without their scale."""
+        pair = []
+        for side in ("B", "A"):
+            key = self.keys[module][side]
+            value = self.read(key)
+            if value.dtype not in FLOATS:
+                raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
+            if value.dim() != 2:
+                raise SourceError(
+                    f"{self.location}: {key} has shape {tuple(value.shape)}; only linear layers are supported. Leave "
+                    "convolutions out of the adapter's target_modules."
+                )
+            if not torch.isfinite(value).all():
+                raise SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
+            pair.append(value.detach().to(device="cpu", dtype=torch.float64))
+        B, A = pair
+        if B.shape[1] != A.shape[0]:
+            raise SourceError(
+                f"{self.location}: module {module!r} has lora_B {tuple(B.shape)} and lora_A {tuple(A.shape)}, which do "
+                "not multiply. The file is damaged: save the adapter again."
+            )
+        return B, A
+
+    def factors(self, module: str) -> Factors:
+        """``ΔW = s B A`` of one module, scale folded in."""
+        B, A = self.raw(module)
+        try:
+            scale = scaling(self.config, self.aliases.get(module, module), A.shape[0]) if self.config else 1.0
+        except ValueError as error:
+            raise SourceError(
+                f"{self.location}: {error}. The config and the weights do not belong together."
+            ) from None
+        return Factors(B * scale, A)
+
+    def norm(self, module: str) -> float:
+        """‖ΔW‖_F of one module."""
+        if module not in self.norms:
+            self.norms[module] = self.factors(module).norm()
+        return self.norms[module]
+
+
+def open_source(reference: Any, *, token: str | bool | None = None) -> Source:
+    """Open a source adapter.
+
+    Args:
+        reference: the folder of a PEFT LoRA; a Hub id, with ``@revision`` if wanted; a LoRA state dict, alone (its
+            scale then counts as 1) or as ``(state_dict, LoraConfig or dict)``; or a live PeftModel (its active adapter).
+        token: as in huggingface_hub.
+
+    Raises:
+        SourceError: it is none of these, or it cannot be read; names what and the remedy.
+    """
+    if isinstance(reference, Source):
+        return reference
+    if isinstance(reference, (str, Path)):
+        return _from_files(str(reference), token)
+    if isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping):
+        return _from_state_dict(dict(reference[0]), _as_dict(reference[1]), "in memory")
+    if isinstance(reference, Mapping):
+        return _from_state_dict(dict(reference), {}, "in memory")
+    if hasattr(reference, "peft_config"):
+        return _from_model(reference)
+    raise SourceError(
+        f"A source adapter is a LoRA folder, a Hub id, a state dict, (state_dict, config), or a PeftModel; got "
+        f"{type(reference).__name__}."
+    )
+
+
+def _from_model(model: Any) -> Source:
+    from peft import get_peft_model_state_dict
+
+    adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters[0]
+    config = _as_dict(model.peft_config[adapter])
+    source = _from_state_dict(get_peft_model_state_dict(model, adapter_name=adapter), config, "in memory")
+    source.name = adapter
+    return source
+
+
+def _from_state_dict(tensors: dict[str, torch.Tensor], config: dict[str, Any], location: str) -> Source:
+    keys = _keys(tensors, config, location)
+    digest = hashlib.sha256()
+    for key in sorted(key for sides in keys.values() for key in sides.values()):
+        value = tensors[key]
+        digest.update(f"{key}:{value.dtype}:{list(value.shape)};".encode())
+        digest.update(tensor_bytes(value))
+    return Source("adapter", location, config, keys, tensors.__getitem__, digest.hexdigest())
+
+
+def _from_files(reference: str, token: str | bool | None) -> Source:
+    folder, revision, location = Path(reference).expanduser(), None, reference
+    if not folder.is_dir():
+        if folder.exists() or looks_like_path(reference):
+            raise SourceError(f"{reference}: there is no such folder. A source is the folder of a saved PEFT LoRA.")
+        folder, revision, location = _download(reference, token)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{location}: {CONFIG_FILE} cannot be read ({error}). A source is the folder of a saved PEFT LoRA."
+        ) from error
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        other = "adapter_model.bin"
+        remedy = (
+            f"it holds {other}, which would have to be unpickled: load it with PEFT and save it with safetensors"
+            if (folder / other).is_file()
+            else "save the adapter with `model.save_pretrained(folder)`"
+        )
+        raise SourceError(f"{location}: there is no {WEIGHTS_FILE}; {remedy}.")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            names = list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{location}: {WEIGHTS_FILE} cannot be read ({error}). It is truncated or damaged: fetch or save it again."
+        ) from error
+
+    def read(key: str) -> torch.Tensor:
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            return tensors.get_tensor(key)
+
+    keys = _keys(names, config, location)
+    name = Path(reference.split("@")[0].rstrip("/")).name or reference
+    return Source(name, location, config, keys, read, _sha256(file), revision, folder)
+
+
+def _download(reference: str, token: str | bool | None) -> tuple[Path, str | None, str]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    repo, revision = split_revision(reference)
+    try:
+        config = Path(hf_hub_download(repo, CONFIG_FILE, revision=revision, token=token))
+        sha = config.parent.name if config.parent.parent.name == "snapshots" else None
+        with contextlib.suppress(FileNotFoundError):
+            hf_hub_download(repo, WEIGHTS_FILE, revision=sha or revision, token=token)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise SourceError(
+            f"{reference}: there is no such folder, and the Hub gave no adapter of that id (revision "
+            f"{revision or 'main'}): {error}"
+        ) from error
+    return config.parent, sha, repo
+
+
+def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[str, str]]:
+    kind = config.get("peft_type", "LORA")
+    if str(getattr(kind, "value", kind)) != "LORA":
+        raise SourceError(
+            f"{location}: the adapter's peft_type is {kind}, not LORA. Convert it with PEFT's `save_as_lora` first."
+        )
+    keys, problems = sort_keys(names)
+    if config.get("use_dora"):
+        problems.append("it was trained with use_dora=True, which is no low-rank update; train it without")
+    if problems:
+        raise SourceError(f"{location}: " + "; ".join(problems[:5]) + ".")
+    if not keys:
+        raise SourceError(f"{location}: no lora_A/lora_B tensors inside. It is no LoRA, or it was saved empty.")
+    return keys
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        return dict(config)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    if is_dataclass(config) and not isinstance(config, type):
+        return asdict(config)
+    raise SourceError(f"An adapter's config is a LoraConfig or a dict, got {type(config).__name__}.")
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
