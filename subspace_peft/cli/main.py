@@ -94,7 +94,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for an error on the way, 2 for wrong arguments."""
-    arguments = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
+        # whatever follows belongs to the script, `-m` and other options too, which argparse would claim
+        arguments = argparse.Namespace(verb="run", run=verbs.run, script=argv[1:])
+    else:
+        arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

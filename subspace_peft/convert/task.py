@@ -58,7 +58,13 @@ def read_task(
         tensors = get_peft_model_state_dict(task, adapter_name=name)
     else:
         given = {} if basis is None else {"basis": basis}
-        config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
+        try:
+            config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
+        except SubspaceError:
+            raise
+        except ValueError as error:
+            # PEFT's word for a folder or repository without an adapter_config.json
+            raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
         file = None if config._near is None else Path(config._near) / WEIGHTS_FILE
         if file is None or not file.is_file():
             raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")

@@ -61,7 +61,7 @@ class SubspaceConfig(PeftConfig):
     )
     r: int = field(default=8, metadata={"help": "Rank of the `factor` coefficients."})
     alpha: float = field(
-        default=32.0,
+        default=256.0,
         metadata={
             "help": "Scale: s = alpha / √(how many numbers an Adam step moves C by), so that a step of learning rate η "
             "changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind."
