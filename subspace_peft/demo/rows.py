@@ -64,7 +64,7 @@ def rows(basis: SubspaceBasis, random: SubspaceBasis) -> list[Row]:
     return [
         Row("head only", head_only, (2e-3, 5e-3, 2e-2)),
         Row("mean core only", in_basis(basis, coefficients="none", mean_gain="trainable"), (1e-2, 3e-2, 1e-1)),
-        Row("LoRA r=8", lora, (1e-3, 2e-3, 4e-3)),
+        Row("LoRA r=8", lora, (2e-3, 4e-3, 8e-3)),
         Row("random basis", in_basis(random, save_basis=False), CORE_RATES),
         Row("this basis", in_basis(basis), CORE_RATES),
     ]

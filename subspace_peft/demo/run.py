@@ -33,7 +33,7 @@ from .table import markdown_table, summary_lines
 from .tasks import ENCODER, PACKAGES, TextTask, held_out_tasks, source_tasks
 from .train import Budget, accuracy, predictions, tokenised, train_best, train_once
 
-SOURCE_RATE = 2e-3
+SOURCE_RATE = 4e-3
 K = 16
 QUICK = Budget(train=48, validation=32, test=48, epochs=1)
 

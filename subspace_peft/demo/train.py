@@ -27,12 +27,12 @@ class Budget:
         tokens: longest input.
     """
 
-    train: int = 300
-    validation: int = 200
+    train: int = 256
+    validation: int = 160
     test: int = 600
     epochs: int = 4
     batch: int = 16
-    tokens: int = 40
+    tokens: int = 32
 
     def sizes(self) -> dict[str, int]:
         return {"train": self.train, "validation": self.validation, "test": self.test}
@@ -86,6 +86,7 @@ def train_once(
             num_train_epochs=budget.epochs,
             per_device_train_batch_size=budget.batch,
             per_device_eval_batch_size=4 * budget.batch,
+            train_sampling_strategy="group_by_length",
             learning_rate=rate,
             lr_scheduler_type="linear",
             eval_strategy="epoch",

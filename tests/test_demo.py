@@ -1,0 +1,234 @@
+"""The demo: fetching without trusting, honest splits, and the whole path once with the real encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig
+
+from subspace_peft import SubspaceBasis
+from subspace_peft.demo import packages, run_demo
+from subspace_peft.demo.archives import unpack
+from subspace_peft.demo.model import MeanPooledClassifier
+from subspace_peft.demo.packages import Package, PackageError, fetch, fetch_all, find
+from subspace_peft.demo.tasks import Row, TextTask, held_out_tasks, plain, source_tasks
+from subspace_peft.errors import BadFileError, SubspaceError
+
+# real packages are fetched once for all runs of the tests, not once per test
+REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"
+
+
+def zipped(file: Path, members: dict[str, str]) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return file
+
+
+def tarred(file: Path, members: dict[str, str], link: str | None = None) -> Path:
+    with tarfile.open(file, "w:gz") as archive:
+        for name, text in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+        if link is not None:
+            info = tarfile.TarInfo("link")
+            info.type, info.linkname = tarfile.SYMTYPE, link
+            archive.addfile(info)
+    return file
+
+
+def package_of(archive: Path, **changes: object) -> Package:
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return Package(**{"name": "thing", "version": "1", "sha256": digest, **changes})
+
+
+# -- archives and packages --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [zipped, tarred])
+def test_only_the_wanted_members_are_unpacked(make, tmp_path):
+    archive = make(tmp_path / "a", {"x/data.txt": "1", "x/code.py": "2"})
+    assert unpack(archive, tmp_path / "out", ("*.txt",)) == 1
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["data.txt"]
+
+
+@pytest.mark.parametrize("make", [zipped, tarred])
+@pytest.mark.parametrize("name", ["../out.txt", "/abs.txt", "a/../../b.txt", "C:/x.txt"])
+def test_members_that_climb_out_are_refused(make, name, tmp_path):
+    with pytest.raises(BadFileError, match="outside the folder"):
+        unpack(make(tmp_path / "a", {name: "1"}), tmp_path / "out" / "deep")
+    assert not list(tmp_path.rglob("*.txt"))
+
+
+def test_links_are_left_out(tmp_path):
+    unpack(tarred(tmp_path / "a", {"x.txt": "1"}, link="/etc/passwd"), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.txt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"\x1f\x8b torn", b"nothing of the kind"])
+def test_damaged_archives_are_refused(content, tmp_path):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(BadFileError, match="cannot be unpacked"):
+        unpack(tmp_path / "a", tmp_path / "out")
+
+
+def test_a_package_is_fetched_once_and_verified(tmp_path):
+    archive = zipped(tmp_path / "a.whl", {"thing/data.txt": "1"})
+    calls = []
+    package = package_of(archive)
+
+    def download(wanted: Package, folder: Path) -> Path:
+        calls.append(wanted.name)
+        return Path(archive)
+
+    for _ in range(2):
+        folder = fetch(package, cache=tmp_path / "cache", download=download)
+    assert calls == ["thing"]
+    assert find(folder, "thing/data.txt").read_text() == "1"
+    with pytest.raises(BadFileError, match="no file ends with"):
+        find(folder, "other.txt")
+
+
+def test_another_archive_than_recorded_is_refused_and_leaves_nothing(tmp_path):
+    archive = zipped(tmp_path / "a.whl", {"thing/data.txt": "1"})
+    package = package_of(archive, sha256="0" * 64)
+    with pytest.raises(BadFileError, match="0" * 64):
+        fetch(package, cache=tmp_path / "cache", download=lambda *_: archive)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_pip_that_fails_says_so(tmp_path, monkeypatch):
+    program = "import sys; print('ERROR: no such thing', file=sys.stderr); sys.exit(1)"
+    monkeypatch.setattr(packages, "pip_command", lambda *_: [sys.executable, "-c", program])
+    with pytest.raises(PackageError, match="no such thing"):
+        fetch(Package("thing", "1", "0" * 64), cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_fetch_all_reports_every_folder(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "a.whl", {"thing/data.txt": "1"})
+    monkeypatch.setattr(packages, "pip_download", lambda package, folder, waiting=None: archive)
+    folders = fetch_all([package_of(archive)], progress=False, cache=tmp_path / "cache")
+    assert (folders["thing"] / "thing" / "data.txt").is_file()
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_splits_are_disjoint_deterministic_and_keep_documents_together():
+    rows = [Row(f"Text {d} {s}", "ab"[d % 2], f"doc{d}") for d in range(60) for s in range(3)]
+    task = TextTask("t", "", [*rows, *rows, Row("TEXT 1 1!", "b", "doc1")])
+    sizes = {"train": 50, "validation": 30, "test": 60}
+    parts = task.split(sizes, seed=0)
+    texts = {name: set(part["text"]) for name, part in parts.items()}
+    documents = {name: {text.split()[1] for text in part} for name, part in texts.items()}
+    assert {name: len(part) for name, part in parts.items()} == sizes
+    assert not documents["train"] & documents["test"]
+    assert not documents["train"] & documents["validation"]
+    assert task.split(sizes, seed=0)["train"]["text"] == parts["train"]["text"]
+    assert task.split(sizes, seed=1)["train"]["text"] != parts["train"]["text"]
+    assert parts["train"].features["label"].names == ["a", "b"]
+    with pytest.raises(SubspaceError, match="too few"):
+        task.split({"train": 170, "validation": 100, "test": 10}, seed=0)
+
+
+def test_texts_of_other_tasks_are_left_out():
+    one = TextTask("one", "", [Row("Hello, world", "a"), Row("Other", "b")])
+    two = TextTask("two", "", [Row("hello world @you https://x.y", "c")])
+    assert [row.text for row in one.without([two]).rows] == ["Other"]
+    assert plain("A b-C! @me http://q.r/s") == "a b c"
+
+
+def test_mean_pooling_ignores_padding():
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
+    )
+    model = MeanPooledClassifier(config).eval()
+    ids = torch.tensor([[4, 5, 6]])
+    padded = torch.tensor([[4, 5, 6, 0, 0]])
+    with torch.no_grad():
+        short = model(ids).logits
+        long = model(padded, attention_mask=torch.tensor([[1, 1, 1, 0, 0]])).logits
+        assert model(ids, labels=torch.tensor([1])).loss > 0
+    torch.testing.assert_close(short, long)
+
+
+# -- the whole path, with the real encoder and real data --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
+        results = run_demo(folder, quick=True, progress=False)
+    return folder, results
+
+
+def test_real_tasks_are_what_they_say(result, monkeypatch):
+    monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
+    sources, held_out = source_tasks(), held_out_tasks()
+    assert (len(sources), len(held_out)) == (8, 2)
+    seen = {plain(row.text) for task in sources for row in task.rows}
+    for task in held_out:
+        assert not seen & {plain(row.text) for row in task.rows}
+    for task in [*sources, *held_out]:
+        counts = [sum(row.label == label for row in task.rows) for label in task.labels]
+        assert len(counts) >= 2
+        assert min(counts) > 100
+
+
+def test_the_demo_measures_every_row_and_writes_what_it_says(result):
+    folder, results = result
+    for task in results["held_out"]:
+        rows = {row["row"]: row for row in task["rows"]}
+        assert list(rows) == ["head only", "mean core only", "LoRA r=8", "random basis", "this basis"]
+        assert rows["LoRA r=8"]["adapter_parameters"] == 6 * 8 * 2 * 384
+        assert rows["this basis"]["adapter_parameters"] == rows["random basis"]["adapter_parameters"] == 6 * 16 * 16
+        assert rows["mean core only"]["adapter_parameters"] == 6
+        assert rows["this basis"]["bytes"] < rows["LoRA r=8"]["bytes"] / 10
+        assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 and row["curve"] for row in rows.values())
+    assert json.loads((folder / "results.json").read_text())["held_out"] == json.loads(json.dumps(results["held_out"]))
+    assert results["basis"]["fingerprint"] == SubspaceBasis.from_pretrained(folder / "basis").fingerprint
+    assert len(results["basis"]["sources"]) == results["basis"]["seed_groups"] == 8
+    for figure in ("spectrum.png", "curves.png"):
+        data = (folder / figure).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) > 10_000
+    assert "this basis" in (folder / "table.md").read_text()
+
+
+def test_the_saved_task_and_its_export_gave_equal_logits_in_fresh_processes(result):
+    _, results = result
+    for check in results["checks"]:
+        assert check["reloaded_max_difference"] < 1e-5
+        assert check["exported_max_difference"] < 1e-4
+        assert check["logits_scale"] > 0.01
+        assert check["exported_rank"] == 16
+
+
+def test_the_demo_repeats_itself(result, monkeypatch):
+    """A second run uses the finished sources again and measures the same numbers."""
+    folder, results = result
+    monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
+    again = run_demo(folder, quick=True, progress=False)
+    timeless = [
+        [
+            {key: value for key, value in row.items() if key != "seconds"}
+            for task in r["held_out"]
+            for row in task["rows"]
+        ]
+        for r in (results, again)
+    ]
+    assert timeless[0] == timeless[1]
+    assert np.isfinite([row["accuracy"] for row in timeless[0]]).all()
