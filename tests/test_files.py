@@ -197,6 +197,19 @@ def test_a_task_holds_coefficients_and_modules_to_save_only(task_folder, bases):
     assert not set(config) & {"_basis", "_plan", "_near"}
 
 
+def test_the_readme_of_a_task_says_how_to_load_it_and_keeps_other_words(task_folder, bases):
+    readme = task_folder / "README.md"
+    text = readme.read_text()
+    assert "KeyError: 'SUBSPACE'" in text
+    assert bases[bert].fingerprint in text
+    readme.write_text(f"mine, before\n\n{text}\nmine, after\n")
+    SubspaceConfig.from_pretrained(str(task_folder)).save_pretrained(str(task_folder))
+    again = readme.read_text()
+    assert again.startswith("mine, before")
+    assert again.rstrip().endswith("mine, after")
+    assert again.count("## Loading") == 1
+
+
 def damage_task(folder: Path, how: str) -> None:
     tensors = load_file(folder / WEIGHTS)
     first = next(key for key in sorted(tensors) if "subspace_coef" in key)

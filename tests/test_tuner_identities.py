@@ -20,9 +20,9 @@ GAINS = ["none", "fixed", "trainable"]
 TABLE = [*itertools.product(KINDS, GAINS), ("none", "trainable")]
 
 
-def adapted(make, basis, coefficients="core", mean_gain="none", **config):
+def adapted(make, basis, coefficients="core", mean_gain="none", alpha=8.0, **config):
     return get_peft_model(
-        make(), SubspaceConfig(basis=basis, coefficients=coefficients, mean_gain=mean_gain, r=3, **config)
+        make(), SubspaceConfig(basis=basis, coefficients=coefficients, mean_gain=mean_gain, r=3, alpha=alpha, **config)
     ).eval()
 
 
@@ -142,7 +142,9 @@ def test_other_dtypes_stay_close_to_float32(kind, bases, coefficients, dtype):
     if dtype is torch.float16 and kind().config.model_type == "gpt2":
         dtype = torch.bfloat16  # CPU has no half-precision addmm for Conv1D on every build
     reference = randomise(adapted(kind, bases[kind], coefficients))
-    model = get_peft_model(kind().to(dtype), SubspaceConfig(basis=bases[kind], coefficients=coefficients, r=3)).eval()
+    model = get_peft_model(
+        kind().to(dtype), SubspaceConfig(basis=bases[kind], coefficients=coefficients, r=3, alpha=8.0)
+    ).eval()
     assert all(p.dtype in (torch.float32, torch.float64) for n, p in model.named_parameters() if "subspace_coef" in n)
     randomise(model)
     out = logits(model)
@@ -291,3 +293,25 @@ def test_dropout_acts_in_training_only(kind, bases):
     assert torch.equal(layer(x), layer(x))
     layer.train()
     assert not torch.equal(layer(x), layer(x))
+
+
+def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_weights(kind, bases):
+    model = randomise(adapted(kind, bases[kind]))
+    layer = layers(model)[0]
+    with torch.no_grad():
+        layer.subspace_coef["default"].weight[0, 0] = float("nan")
+    before = layer.get_base_layer().weight.clone()
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight, before)
+    assert not layer.merged
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_batches_of_several_tasks_are_never_silently_wrong(kind, bases):
+    model = adapted(kind, bases[kind])
+    with pytest.raises(ValueError, match="adapter_names"):
+        model(inputs(), adapter_names=["default", "__base__", "default"])

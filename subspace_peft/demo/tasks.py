@@ -66,6 +66,9 @@ def plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", re.sub(r"https?://\S+|@\w+", " ", text.lower())))
 
 
+PER_DOCUMENT = 3  # at most so many texts of one: a long thread would fill a whole split with near-copies
+
+
 @dataclass(frozen=True)
 class TextTask:
     """A classification task.
@@ -90,7 +93,8 @@ class TextTask:
         return replace(self, rows=[row for row in self.rows if plain(row.text) not in known])
 
     def split(self, sizes: dict[str, int], seed: int) -> dict[str, Any]:
-        """Disjoint `datasets.Dataset`s with columns text and label; texts of one document are all in one split.
+        """Disjoint `datasets.Dataset`s with columns text and label; texts of one document are all in one split, and
+        at most three of them are used.
 
         Args:
             sizes: split name → so many examples (the last split may come out smaller).
@@ -110,7 +114,7 @@ class TextTask:
         queue = iter(order)
         for name, size in sizes.items():
             while len(parts[name]) < size and (document := next(queue, None)) is not None:
-                parts[name] += documents[document][: size - len(parts[name])]
+                parts[name] += documents[document][: min(PER_DOCUMENT, size - len(parts[name]))]
         short = [name for name, size in list(sizes.items())[:-1] if len(parts[name]) < size]
         if short or not parts[list(sizes)[-1]]:
             raise SubspaceError(f"Task {self.name!r} has {len(self.rows)} texts, too few for the splits {sizes}.")

@@ -219,6 +219,14 @@ class SubspaceConfig(PeftConfig):
             key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()
         }
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; where a task is saved, its README also says how to load it."""
+        from .card import write_section
+
+        super().save_pretrained(save_directory, **kwargs)
+        if self.basis_fingerprint is not None:
+            write_section(Path(save_directory), self)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """As PEFT's. `basis=` says where the basis is, if not where the task's config says.

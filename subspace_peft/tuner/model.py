@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,6 +91,16 @@ class SubspaceModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"SubspaceModel takes a SubspaceConfig, got {type(config).__name__}.")
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT leaves out `adapter_names` silently for a tuner without this hook: every row would get the active task
+        if kwargs.get("adapter_names") is not None:
+            raise SubspaceError(
+                "adapter_names: batches of several tasks are not supported by this version. Run one task at a time with "
+                "`model.set_adapter(name)`."
+            )
+        yield
 
     @staticmethod
     def basis_storage(model: nn.Module) -> int:
