@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def bases(fleets: dict[object, list[str]], tmp_path_factory: pytest.TempPathFact
         basis.save_pretrained(tmp_path_factory.mktemp(f"{make.__name__}-basis"))
         made[make] = basis
     return made
+
+
+@pytest.fixture
+def basis_folder(bases: dict[object, SubspaceBasis], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bases[bert].location, tmp_path / "basis"))
 
 
 def inputs() -> torch.Tensor:
