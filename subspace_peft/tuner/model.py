@@ -43,14 +43,16 @@ class SubspaceModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # `state_dict` decides which modules are adapted; the plan has to be for the same ones
-        self._given_keys = kwargs.get("state_dict")
+        given = kwargs.get("state_dict")
+        self._given = (
+            None if given is None else {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in given}
+        )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
         expanded = _maybe_include_all_linear_layers(peft_config, model)
-        keys = getattr(self, "_given_keys", None)
-        given = None if keys is None else {k.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for k in keys}
+        given = getattr(self, "_given", None)
         targets = []
         inside: list[str] = []
         for key, module in model.named_modules():
