@@ -33,12 +33,14 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
     for task, check in zip(results["held_out"], results["checks"], strict=True):
         scores = {row["row"]: row for row in task["rows"]}
         ours, lora, random = scores["this basis"], scores["LoRA r=8"], scores["random basis"]
+        mean, head = scores["mean core only"], scores["head only"]
         noise = (ours["standard_error"] ** 2 + random["standard_error"] ** 2) ** 0.5
         gap = ours["accuracy"] - random["accuracy"]
         reading = "within the noise of" if abs(gap) < 2 * noise else ("above" if gap > 0 else "below")
         lines.append(
             f"{task['task']}: this basis {ours['accuracy']:.3f}, {reading} a random one ({random['accuracy']:.3f}, "
-            f"difference {gap:+.3f} ± {noise:.3f}); LoRA {lora['accuracy']:.3f}. Without the head its file has "
+            f"difference {gap:+.3f} ± {noise:.3f}); LoRA {lora['accuracy']:.3f}, "
+            f"the fleet's mean alone {mean['accuracy']:.3f}, head only {head['accuracy']:.3f}. Without the head its file has "
             f"{ours['bytes_without_head']:,} bytes, LoRA's {lora['bytes_without_head']:,}."
         )
         lines.append(
