@@ -119,7 +119,7 @@ def test_truncated_export_is_the_best_approximation_of_that_rank(task, kind, tmp
 def test_export_needs_no_patterns_where_modules_differ_in_size(fleets, tmp_path):
     basis = build_basis(fleets[bert], k=0.6, progress=False)
     assert len({shape["k_out"] for shape in basis.shapes().values()}) > 1
-    model = randomise(get_peft_model(bert(), SubspaceConfig(basis=basis)))
+    model = randomise(get_peft_model(bert(), SubspaceConfig(basis=basis, save_basis=True)))
     export_lora(model, tmp_path / "lora")
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
@@ -131,7 +131,7 @@ def test_export_needs_no_patterns_where_modules_differ_in_size(fleets, tmp_path)
 def test_unequal_sides_export_at_the_smaller_one(fleets, tmp_path):
     for k, k_in in ((3, 7), (7, 3)):
         basis = build_basis(fleets[bert], k=k, k_in=k_in, progress=False)
-        model = randomise(get_peft_model(bert(), SubspaceConfig(basis=basis)))
+        model = randomise(get_peft_model(bert(), SubspaceConfig(basis=basis, save_basis=True)))
         assert export_lora(model, tmp_path / f"lora{k}").rank == 3
         loaded = PeftModel.from_pretrained(bert(), tmp_path / f"lora{k}")
         torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)

@@ -167,7 +167,7 @@ def test_different_hub_ids_are_different_base_models(bases, tmp_path):
     model.config._name_or_path = "org/two"
     with pytest.raises(BasisMismatchError, match=r"org/one.*org/two"):
         get_peft_model(model, SubspaceConfig(basis=basis))
-    get_peft_model(model, SubspaceConfig(basis=basis, check_base_model=False))
+    get_peft_model(model, SubspaceConfig(basis=basis, check_base_model=False, save_basis=True))
 
 
 def test_the_same_weights_in_half_precision_are_the_same_base_model(task_folder):
@@ -291,6 +291,15 @@ def test_a_self_contained_task_needs_no_basis_and_notices_a_changed_one(basis_fo
     missing = fresh(LOAD.format(task=str(tmp_path / "task"), more=""), SUBSPACE_PEFT_CACHE=cache)
     assert missing.returncode == 1
     assert "subspace_U" in missing.stderr
+
+
+def test_a_basis_in_memory_is_carried_along_but_never_silently(fleets, tmp_path):
+    basis = build_basis(fleets[bert], k=3, progress=False)
+    with pytest.warns(UserWarning, match="lives in memory only"):
+        model = randomise(get_peft_model(bert(), SubspaceConfig(basis=basis)))
+    model.save_pretrained(tmp_path / "task")
+    assert any(key.endswith("subspace_U") for key in load_file(tmp_path / "task" / WEIGHTS))
+    assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "task")), logits(model))
 
 
 NATIVE = """

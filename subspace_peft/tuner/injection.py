@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,16 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     _check_probe(model, modules, plan)
     if basis is not None and config.basis_modules is None and _carries_basis(config, basis):
         config.basis_modules = describe(plan, targets)
+        if config.save_basis is None and not config.generated:
+            size = sum(
+                value.numel() * value.element_size() for n in targets for value in (plan.module(n).U, plan.module(n).V)
+            )
+            warnings.warn(
+                f"This basis lives in memory only, so the task's own file will carry a copy of it ({size:,} bytes). Save it "
+                "with `basis.save_pretrained(folder)` before `get_peft_model` for a task of kilobytes, or pass "
+                "save_basis=True if this is meant.",
+                stacklevel=2,
+            )
     return plan
 
 
