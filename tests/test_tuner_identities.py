@@ -198,6 +198,18 @@ def test_a_second_basis_never_touches_the_first(kind, bases, fleets, tmp_path):
             assert torch.equal(logits(model.eval()), logits(expected))
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_self_contained_tasks_on_one_basis_share_it_too(kind, bases, tmp_path, low_memory):
+    for seed in (1, 2):
+        randomise(adapted(kind, bases[kind], save_basis=True), seed=seed).save_pretrained(tmp_path / str(seed))
+    model = PeftModel.from_pretrained(kind(), tmp_path / "1", "one")
+    size = SubspaceModel.basis_storage(model)
+    model.load_adapter(tmp_path / "2", "two", low_cpu_mem_usage=low_memory)
+    assert SubspaceModel.basis_storage(model) == size
+    model.set_adapter("two")
+    assert torch.equal(logits(model.eval()), logits(randomise(adapted(kind, bases[kind]), seed=2)))
+
+
 def test_delete_leaves_no_trace(kind, bases):
     model = randomise(adapted(kind, bases[kind]))
     model.add_adapter("gone", SubspaceConfig(basis=bases[kind], mean_gain="fixed"))

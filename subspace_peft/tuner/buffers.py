@@ -52,7 +52,15 @@ class SharedBuffers(nn.Module):
         loads = isinstance(value, torch.Tensor) and name in self.__dict__.get("_buffers", {})
         if loads and (complaint := self.verify(name, name, value)):
             raise BasisMismatchError(complaint)
-        super().__setattr__(name, value)
+        super().__setattr__(name, self._one_storage(name, value.detach()) if loads else value)
+
+    def _one_storage(self, adapter: str, value: torch.Tensor) -> torch.Tensor:
+        """The tensor of another adapter that equals `value`, so that self-contained tasks share too; else a copy."""
+        for other in {id(t): t for name, t in self._buffers.items() if name != adapter and t is not None}.values():
+            alike = (other.shape, other.dtype, other.device) == (value.shape, value.dtype, value.device)
+            if alike and other.device.type != "meta" and torch.equal(other, value):
+                return other
+        return value.clone()
 
     def __getitem__(self, adapter: str) -> torch.Tensor:
         return self._buffers[adapter]  # type: ignore[return-value]
@@ -112,7 +120,7 @@ class SharedBuffers(nn.Module):
                 error_msgs.append(complaint)
             elif value.device.type == "meta" or not torch.equal(value.to(given.device, given.dtype), given):
                 device = given.device if value.device.type == "meta" else value.device
-                self._buffers[adapter] = given.detach().to(device).clone()
+                self._buffers[adapter] = self._one_storage(adapter, given.detach().to(device))
         for key in state_dict:
             if strict and key.startswith(prefix) and key[len(prefix) :] not in self._buffers:
                 unexpected_keys.append(key)
