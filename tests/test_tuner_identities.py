@@ -321,9 +321,3 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_weights(kind, bases)
     assert not layer.merged
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
-
-
-def test_batches_of_several_tasks_are_never_silently_wrong(kind, bases):
-    model = adapted(kind, bases[kind])
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(inputs(), adapter_names=["default", "__base__", "default"])

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
+from .mixed import add_updates, check_rows
 
 
 class SubspaceLayer(BaseTunerLayer):
@@ -203,6 +204,9 @@ class Linear(nn.Module, SubspaceLayer):
         self.update_layer(adapter_name, plan, key, inference_mode=plan.config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            check_rows(self, x, names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -212,6 +216,8 @@ class Linear(nn.Module, SubspaceLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if names is not None:
+            return add_updates(self, result, x, names)
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.subspace_coef:

@@ -16,6 +16,7 @@ from ..errors import SubspaceError
 from .config import SubspaceConfig
 from .injection import Plan, make_plan, modules_of_basis
 from .layer import Linear, SubspaceLayer
+from .mixed import task_names_passed
 from .registration import PREFIX
 
 
@@ -96,13 +97,8 @@ class SubspaceModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT leaves out `adapter_names` silently for a tuner without this hook: every row would get the active task
-        if kwargs.get("adapter_names") is not None:
-            raise SubspaceError(
-                "adapter_names: batches of several tasks are not supported by this version. Run one task at a time with "
-                "`model.set_adapter(name)`."
-            )
-        yield
+        with task_names_passed(self.model, SubspaceLayer, self.training, kwargs):
+            yield
 
     @staticmethod
     def basis_storage(model: nn.Module) -> int:

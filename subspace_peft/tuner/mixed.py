@@ -1,0 +1,154 @@
+"""Batches in which every row has its own task: one product with V, one with the rows' cores, one with U."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..errors import SubspaceError
+
+if TYPE_CHECKING:
+    from .layer import SubspaceLayer
+
+BASE = "__base__"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The rows of a batch whose tasks share one basis.
+
+    Attributes:
+        rows: (n,) their places in the batch; None where the whole batch is one group.
+        cores: (n, k_in, k_out) each row's core, transposed, scale folded in; zero for rows without a task.
+        U, V: the basis, (out, k_out) and (k_in, in).
+    """
+
+    rows: torch.Tensor | None
+    cores: torch.Tensor
+    U: torch.Tensor
+    V: torch.Tensor
+
+
+class TaskNames(list[str]):
+    """A task name per row, with what each layer has prepared for it: one `generate` calls every layer many times."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(names)
+        self.prepared: dict[int, list[Group]] = {}
+
+
+def prepare(layer: SubspaceLayer, names: Sequence[str]) -> list[Group]:
+    """The groups of a batch in one layer. A name that this layer does not have leaves its rows as the base has them."""
+    known = isinstance(names, TaskNames)
+    if known and id(layer) in names.prepared:
+        return names.prepared[id(layer)]
+    by_basis: dict[tuple[int, int], list[str]] = {}
+    for name in dict.fromkeys(names):
+        if name != BASE and name in layer.subspace_coef:
+            key = (id(layer.subspace_U[name]), id(layer.subspace_V[name]))
+            by_basis.setdefault(key, []).append(name)
+    groups = [_group(layer, names, tasks, whole=len(by_basis) == 1) for tasks in by_basis.values()]
+    if known:
+        names.prepared[id(layer)] = groups
+    return groups
+
+
+def _group(layer: SubspaceLayer, names: Sequence[str], tasks: list[str], whole: bool) -> Group:
+    U, V = layer.subspace_U[tasks[0]], layer.subspace_V[tasks[0]]
+    # core 0 is zero, for rows of the base: dropping them from the batch would cost more than multiplying them by it
+    stack = [torch.zeros(U.shape[1], V.shape[0], device=U.device)]
+    stack += [layer._core(task).float() * layer.scaling[task] for task in tasks]
+    place = {task: number for number, task in enumerate(tasks, start=1)}
+    rows = None if whole else torch.tensor([i for i, name in enumerate(names) if name in place], device=U.device)
+    chosen = [place.get(name, 0) for name in names] if whole else [place[name] for name in names if name in place]
+    cores = torch.stack(stack).transpose(1, 2)[torch.tensor(chosen, device=U.device)].contiguous()
+    return Group(rows, cores, U, V)
+
+
+def add_updates(layer: SubspaceLayer, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """``result + s U C_row V x`` for x (batch, …, in) and result (batch, …, out), row by row its own task's core."""
+    for group in prepare(layer, names):
+        given = x if group.rows is None else x.index_select(0, group.rows)
+        h = F.linear(given, group.V.to(x.dtype))
+        z = torch.bmm(h.reshape(len(h), -1, h.shape[-1]), group.cores.to(h.dtype))
+        update = F.linear(z.reshape(*h.shape[:-1], -1), group.U.to(z.dtype)).to(result.dtype)
+        result = result + update if group.rows is None else result.index_add(0, group.rows, update)
+    return result
+
+
+def check_rows(layer: SubspaceLayer, x: torch.Tensor, names: Sequence[str]) -> None:
+    """Raise `SubspaceError` where the names do not fit the batch, or adapters are merged into the weights."""
+    if len(x) != len(names):
+        raise SubspaceError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {len(x)} "
+            "respectively."
+        )
+    if layer.merged:
+        raise SubspaceError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+
+
+@contextlib.contextmanager
+def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: dict[str, Any]) -> Iterator[None]:
+    """While open, `adapter_names` from `kwargs` reaches every adapter layer of `model` and every `modules_to_save`.
+
+    Args:
+        model: the wrapped base model.
+        layers: the class of adapter layers.
+        training: whether the model is in training mode.
+        kwargs: of the model's `forward` or `generate`.
+
+    Raises:
+        SubspaceError: in training mode, or for a name that no layer has.
+    """
+    names = kwargs.get("adapter_names")
+    if names is None:
+        yield
+        return
+    if training:
+        raise SubspaceError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
+        )
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+    targets = [module for module in model.modules() if isinstance(module, (layers, AuxiliaryTrainingWrapper))]
+    known = {BASE}.union(*(module.subspace_coef for module in targets if isinstance(module, layers)))
+    if unknown := sorted(set(names) - known):
+        raise SubspaceError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are {', '.join(sorted(known))}."
+        )
+    single, repeated = TaskNames(names), TaskNames([name for name in names for _ in range(_copies(kwargs))])
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    # an encoder sees each input once; only the decoder's batch is multiplied
+    once = set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
+    handles = []
+    try:
+        for module in targets:
+            given = single if id(module) in once else repeated
+            handles.append(module.register_forward_pre_hook(_passing(given), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copies(kwargs: dict[str, Any]) -> int:
+    """How many rows `generate` makes of each input."""
+    config = kwargs.get("generation_config")
+    counts = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
+    return max([1, *(count for count in counts if isinstance(count, int))])
+
+
+def _passing(names: TaskNames) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": names}
+
+    return hook
