@@ -62,9 +62,9 @@ def in_basis(basis: SubspaceBasis, **config: object) -> Callable[[MeanPooledClas
 def rows(basis: SubspaceBasis, random: SubspaceBasis) -> list[Row]:
     """The compared methods: each sweeps its learning rate; ranges as trials on two source tasks suggested."""
     return [
-        Row("head only", head_only, (2e-3, 5e-3, 2e-2)),
-        Row("mean core only", in_basis(basis, coefficients="none", mean_gain="trainable"), (1e-2, 3e-2, 1e-1)),
-        Row("LoRA r=8", lora, (1e-3, 2e-3, 4e-3, 8e-3)),
+        Row("head only", head_only, (1e-3, 5e-3, 2e-2)),
+        Row("mean core only", in_basis(basis, coefficients="none", mean_gain="trainable"), (3e-2, 1e-1, 3e-1)),
+        Row("LoRA r=8", lora, (1e-3, 2.5e-3, 6e-3, 1.5e-2)),
         Row("random basis", in_basis(random, save_basis=False), CORE_RATES),
         Row("this basis", in_basis(basis), CORE_RATES),
     ]
