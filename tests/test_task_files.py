@@ -194,6 +194,7 @@ def test_a_config_alone_does_not_need_its_basis(tmp_path):
         ({"r": 2.5}, "whole number"),
         ({"alpha": 0}, "above 0"),
         ({"dropout": 1.0}, "below 1"),
+        ({"dropout": "much"}, "below 1"),
         ({"basis": 3}, "give a SubspaceBasis"),
     ],
 )

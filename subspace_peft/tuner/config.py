@@ -149,7 +149,7 @@ class SubspaceConfig(PeftConfig):
                 raise SubspaceError(f"{name}={value!r}: give a whole number of at least {least}.")
         if not isinstance(self.alpha, (int, float)) or not self.alpha > 0:
             raise SubspaceError(f"alpha={self.alpha!r}: give a number above 0.")
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise SubspaceError(f"dropout={self.dropout!r}: give a number from 0 to below 1.")
         if not (self.basis is None or isinstance(self.basis, (str, Path, SubspaceBasis))):
             raise SubspaceError(
