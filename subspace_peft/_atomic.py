@@ -35,4 +35,8 @@ def write_aside(target: Path, write: Callable[[Path], None]) -> None:
 
 def write_text_aside(target: Path, text: str) -> None:
     """`write_aside` for UTF-8 text."""
-    write_aside(target, lambda path: path.write_text(text, encoding="utf-8") and None)
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    write_aside(target, write)

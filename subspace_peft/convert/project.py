@@ -68,13 +68,13 @@ class Projection:
             "modules": self.energy,
         }
 
-    def save_pretrained(self, folder: str | Path, *, save_basis: bool | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path) -> Path:
         """Write the coefficients as a task that `PeftModel.from_pretrained` loads; the LoRA's `modules_to_save` go along.
 
         Raises:
             SubspaceError: the basis lives in memory only and would not be found again.
         """
-        if self.basis.location is None or save_basis:
+        if self.basis.location is None:
             raise SubspaceError(
                 "The projection refers to its basis, which has to be stored: `basis.save_pretrained(folder)` first."
             )
