@@ -27,21 +27,27 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, function: Callable[[], None]) -> None:
         self.name = name
         self.function = function
+        self.searching = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
             return spec
         run, function = spec.loader.exec_module, self.function
 
         def exec_module(module: ModuleType) -> None:
             run(module)
+            # only now: others probe with find_spec, as transformers does, and throw the spec away
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             function()
 
         # the loader object is this spec's own: shadowing its method changes no other import

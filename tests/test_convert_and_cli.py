@@ -147,6 +147,12 @@ def test_exports_that_cannot_be(task, tmp_path, arguments, message):
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_lora_is_no_task(fleets, tmp_path):
+    for refuse in (lambda: export_lora(fleets[bert][0], tmp_path / "x"), lambda: inspect_path(fleets[bert][0])):
+        with pytest.raises(SubspaceError, match="not SUBSPACE"):
+            refuse()
+
+
 def test_modules_to_save_can_stay_behind(bases, tmp_path):
     config = SubspaceConfig(basis=bases[bert].location, modules_to_save=["classifier"])
     get_peft_model(bert(), config).save_pretrained(tmp_path / "task")

@@ -63,7 +63,15 @@ def test_configs_pickle_copy_and_become_json(bases):
     assert json.loads(json.dumps(config.to_dict()))["peft_type"] == "SUBSPACE"
 
 
-@pytest.mark.parametrize("order", ["import subspace_peft, peft", "import peft, subspace_peft"])
+ORDERS = [
+    "import subspace_peft, peft",
+    "import peft, subspace_peft",
+    "import subspace_peft, importlib.util; importlib.util.find_spec('peft'); import peft",
+    "import subspace_peft; from transformers import AutoModel; import peft",
+]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_either_import_order_registers(order):
     program = f"{order}\nfrom peft import PeftType\nassert PeftType.SUBSPACE in peft.PEFT_TYPE_TO_CONFIG_MAPPING"
     assert fresh("-c", program).returncode == 0

@@ -55,6 +55,8 @@ def read_task(
             task.active_adapter if isinstance(task.active_adapter, str) else task.active_adapters[0]
         )
         config = task.peft_config[name]
+        if not isinstance(config, SubspaceConfig):
+            raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")
         tensors = get_peft_model_state_dict(task, adapter_name=name)
     else:
         given = {} if basis is None else {"basis": basis}
@@ -65,12 +67,12 @@ def read_task(
         except ValueError as error:
             # PEFT's word for a folder or repository without an adapter_config.json
             raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
+        if not isinstance(config, SubspaceConfig):
+            raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
         file = None if config._near is None else Path(config._near) / WEIGHTS_FILE
         if file is None or not file.is_file():
             raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")
         tensors = load_file(file)
-    if not isinstance(config, SubspaceConfig):
-        raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
     return _assemble(config, tensors)
 
 
