@@ -271,6 +271,15 @@ def test_another_basis_passed_by_hand_is_refused(task_folder, fleets):
     assert config["basis_fingerprint"] in str(caught.value)
 
 
+def test_a_basis_said_by_hand_is_looked_for_there_and_nowhere_else(task_folder, fleets, tmp_path):
+    build_basis(fleets[bert][:3], k=6, progress=False).save_pretrained(tmp_path / "other")
+    PeftModel.from_pretrained(bert(), task_folder)  # the right basis is alive, and its place is noted
+    with pytest.raises(BasisMismatchError, match="other"):
+        PeftModel.from_pretrained(bert(), task_folder, basis=str(tmp_path / "other"))
+    with pytest.raises(BasisNotFoundError, match="/no/such"):
+        PeftModel.from_pretrained(bert(), task_folder, basis="/no/such")
+
+
 def test_a_self_contained_task_needs_no_basis_and_notices_a_changed_one(basis_folder, tmp_path):
     config = SubspaceConfig(basis=str(basis_folder), save_basis=True, mean_gain="fixed", coefficients="directions")
     model = randomise(get_peft_model(bert(), config))

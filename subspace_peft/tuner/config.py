@@ -189,6 +189,10 @@ class SubspaceConfig(PeftConfig):
                 "`subspace-peft build`, and pass it, its folder or its Hub id as basis=…; or ask for a random one with "
                 "basis='random', k=16."
             )
+        elif self._given:
+            # said by hand: that place and no other, whatever this process or machine has seen before
+            self._basis = SubspaceBasis.from_pretrained(str(self.basis), fingerprint=self.basis_fingerprint)
+            note_location(self._basis)
         else:
             self._basis = resolve_basis(
                 None if self.basis is None or self.generated else str(self.basis),
