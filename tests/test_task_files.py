@@ -161,6 +161,14 @@ def test_wrong_base_models_are_refused(task_folder, basis_folder):
     PeftModel.from_pretrained(bert(seed=5), task_folder, config=config)
 
 
+def test_merged_weights_are_not_taken_for_another_base_model(task_folder):
+    model = PeftModel.from_pretrained(bert(), task_folder)
+    model.merge_adapter()
+    model.load_adapter(task_folder, "second")
+    model.unmerge_adapter()
+    assert list(model.peft_config) == ["default", "second"]
+
+
 def test_different_hub_ids_are_different_base_models(bases, tmp_path):
     basis = SubspaceBasis(dict(bases[bert].items()), {**bases[bert].info, "base_model_name_or_path": "org/one"})
     model = bert()

@@ -67,7 +67,7 @@ class LazyModules(Mapping[str, ModuleBasis]):
 
 
 def write_basis(basis: SubspaceBasis, folder: Path) -> Path:
-    """Write `basis` into `folder`; both files are complete on disk before either takes its name."""
+    """Write `basis` into `folder`, each file aside first and then renamed: the tensors, then the config."""
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a basis is saved into a folder.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from .._atomic import write_text_aside
-from ..errors import BasisMismatchError, BasisNotFoundError, SubspaceError
+from ..errors import BasisMismatchError, BasisNotFoundError
 from .basis import SubspaceBasis, alive
 
 
@@ -102,4 +102,4 @@ def require_same(basis: SubspaceBasis, fingerprint: str | None, what: str) -> No
         )
 
 
-__all__ = ["SubspaceError", "cache_home", "note_location", "require_same", "resolve_basis"]
+__all__ = ["cache_home", "note_location", "require_same", "resolve_basis"]

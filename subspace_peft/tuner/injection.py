@@ -265,6 +265,9 @@ def _check_probe(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan)
     """Record a few numbers ``UᵀW₀Vᵀ`` of the base weights in the config, or hold them against those recorded."""
     config = plan.config
     names = list(plan.names)
+    if any(getattr(modules[name], "merged_adapters", None) for name in names):
+        # merged weights are not the base's: neither to be recorded nor to be held against a record
+        return
     if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
         return
     # evenly spread over the depth, and the same for the same targets
