@@ -18,6 +18,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from subspace_peft import SubspaceBasis, build_basis
+from subspace_peft.tuner import SubspaceLayer
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +98,15 @@ def randomise(model: nn.Module, seed: int = 3, std: float = 0.3) -> nn.Module:
         if "subspace_coef" in name:
             parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def basis_storage(model: nn.Module) -> int:
+    """Bytes of distinct basis storage in `model`, whatever the number of adapters that use it."""
+    seen: dict[int, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, SubspaceLayer):
+            for container in (layer.subspace_U, layer.subspace_V, layer.subspace_M, layer.subspace_G):
+                for name in container:
+                    storage = container[name].untyped_storage()
+                    seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())

@@ -120,3 +120,25 @@ def test_a_changed_basis_under_a_pinned_name_is_refused_naming_both(repos, bases
     assert done.returncode == 1
     assert "BasisMismatchError" in done.stderr
     assert bases[bert].fingerprint in done.stderr
+
+
+def test_inspect_tells_bases_from_tasks_on_the_hub(repos, bases, tmp_path):
+    randomise(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location))).save_pretrained(tmp_path / "task")
+    program = """
+        from subspace_peft.report import inspect_path
+        for path in ("org/basis@v1", "org/task", "org/task@main"):
+            facts = inspect_path(path)
+            print(facts["kind"], facts["bytes"], facts["modules"])
+        try:
+            inspect_path("org/nothing")
+        except ValueError as error:
+            print("neither a basis" in str(error))
+    """
+    with Hub({**repos, "org/task": {"main": tmp_path / "task"}}) as hub:
+        done = client(hub, tmp_path / "home", program)
+    assert done.returncode == 0, done.stderr
+    sizes = [
+        (Path(bases[bert].location) / "basis.safetensors").stat().st_size,
+        (tmp_path / "task" / "adapter_model.safetensors").stat().st_size,
+    ]
+    assert done.stdout.split() == ["basis", str(sizes[0]), "4", *["task", str(sizes[1]), "4"] * 2, "True"]

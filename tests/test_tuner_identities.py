@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 
 from subspace_peft import SubspaceConfig, export_lora
-from subspace_peft.tuner import SubspaceLayer, SubspaceModel
+from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import inputs, randomise
+from .conftest import basis_storage, inputs, randomise
 
 KINDS = ["core", "factor", "diagonal", "directions"]
 GAINS = ["none", "fixed", "trainable"]
@@ -163,15 +163,15 @@ def test_disabled_is_the_base_bit_for_bit(kind, bases):
 
 def test_several_active_adapters_add_up_and_share_one_basis(kind, bases):
     model = randomise(adapted(kind, bases[kind]))
-    one = SubspaceModel.basis_storage(model)
+    one = basis_storage(model)
     for i, coefficients in enumerate(["core", "factor", "diagonal"]):
         model.add_adapter(f"task{i}", SubspaceConfig(basis=bases[kind], coefficients=coefficients, r=3))
     randomise(model)
-    assert SubspaceModel.basis_storage(model) == one
+    assert basis_storage(model) == one
     for change in (lambda m: m.to(torch.float64), lambda m: m.float(), copy.deepcopy, lambda m: m.to("cpu")):
         model = change(model)
         per_number = next(iter(layers(model)[0].subspace_U._buffers.values())).element_size() // 4
-        assert SubspaceModel.basis_storage(model) == one * per_number
+        assert basis_storage(model) == one * per_number
     model.base_model.set_adapter(["default", "task0", "task2"])
     for layer in layers(model):
         x = torch.randn(4, layer.in_features)
@@ -203,9 +203,9 @@ def test_self_contained_tasks_on_one_basis_share_it_too(kind, bases, tmp_path, l
     for seed in (1, 2):
         randomise(adapted(kind, bases[kind], save_basis=True), seed=seed).save_pretrained(tmp_path / str(seed))
     model = PeftModel.from_pretrained(kind(), tmp_path / "1", "one")
-    size = SubspaceModel.basis_storage(model)
+    size = basis_storage(model)
     model.load_adapter(tmp_path / "2", "two", low_cpu_mem_usage=low_memory)
-    assert SubspaceModel.basis_storage(model) == size
+    assert basis_storage(model) == size
     model.set_adapter("two")
     assert torch.equal(logits(model.eval()), logits(randomise(adapted(kind, bases[kind]), seed=2)))
 

@@ -83,6 +83,11 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         where = self.location or "in memory"
         return f"SubspaceBasis({len(self)} modules, {self.describe_k()}, {self.fingerprint[:12]}…, {where})"
 
+    @property
+    def file(self) -> Path | None:
+        """The file on this machine that holds the tensors, or None for a basis in memory."""
+        return getattr(self._modules, "file", None)
+
     # -- facts ------------------------------------------------------------------------------------------------------
 
     @property
@@ -112,11 +117,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         Raises:
             BasisMismatchError: several of the basis's modules match.
         """
-        if module_name in self._modules:
-            return module_name
-        hits = [
-            name for name in self if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")
-        ]  # fmt: skip
+        hits = same_module(module_name, self._modules)
         if len(hits) > 1:
             raise BasisMismatchError(
                 f"Module {module_name!r} matches several modules of the basis: {sorted(hits)[:5]}. Rename the model's "
@@ -217,6 +218,13 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
                 "`basis=`, or train the task again on this one."
             )
         return basis
+
+
+def same_module(module_name: str, names: Mapping[str, Any]) -> list[str]:
+    """Those of `names` that mean the module `module_name`: itself alone, else all that differ by leading parts only."""
+    if module_name in names:
+        return [module_name]
+    return [name for name in names if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")]
 
 
 def module_shape(module: ModuleBasis) -> dict[str, int]:

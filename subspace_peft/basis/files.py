@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .._atomic import write_aside, write_text_aside
+from .._atomic import write_all_aside, write_text_aside
 from .._version import __version__
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
 from .basis import SubspaceBasis, combine_digests, module_shape
@@ -67,7 +67,7 @@ class LazyModules(Mapping[str, ModuleBasis]):
 
 
 def write_basis(basis: SubspaceBasis, folder: Path) -> Path:
-    """Write `basis` into `folder`, each file aside first and then renamed: the tensors, then the config."""
+    """Write `basis` into `folder`: both files aside, and only when both are whole, renamed one after the other."""
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a basis is saved into a folder.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,12 @@ def write_basis(basis: SubspaceBasis, folder: Path) -> Path:
     # one key only: safetensors writes several in an order that differs from process to process
     metadata = {"fingerprint": basis.fingerprint}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_aside(folder / TENSORS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
-    write_text_aside(folder / CONFIG_FILE, text)
+    write_all_aside(
+        {
+            folder / TENSORS_FILE: lambda path: save_file(tensors, path, metadata=metadata),
+            folder / CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
     write_card(folder, basis_card(basis))
     return folder.resolve()
 
@@ -108,7 +112,7 @@ def open_basis(
     cache_dir: str | Path | None = None,
 ) -> SubspaceBasis:
     """Open the basis in a folder or on the Hub; see `SubspaceBasis.from_pretrained`."""
-    folder = Path(path_or_id)
+    folder = Path(path_or_id).expanduser()
     if (folder / CONFIG_FILE).is_file():
         return read_folder(folder, location=str(folder.resolve()), revision=None)
     if folder.exists():

@@ -21,7 +21,8 @@ class ModuleBasis:
         U: (out, k_out) float, orthonormal columns: the output basis.
         V: (k_in, in) float, orthonormal rows: the input basis.
         M: (k_out, k_in) float or None: the fleet's mean core, in units of ΔW.
-        G: (m, k_out, k_in) float or None: frozen directions of unit Frobenius norm for the `directions` coefficients.
+        G: (m, k_out, k_in) float or None: frozen directions of unit Frobenius norm for the `directions` coefficients;
+            zero where a truncation left nothing of one.
         core_rms: (k_out, k_in) float or None: root mean square of the sources' cores, entry by entry.
         cores: (N, k_out, k_in) float or None: the sources' own cores, in the order of the basis's list of sources.
         spectrum_out: (n,) float or None: eigenvalues of the output second moment, descending, as fractions of the
@@ -138,10 +139,10 @@ class ModuleBasis:
         G = None
         if self.G is not None:
             cut = self.G[:, :a, :b]
-            # directions whose weight lay outside the kept block shrink: they are made unit-norm again, dead ones go
-            norms = cut.flatten(1).norm(dim=1)
-            alive = norms > 1e-6
-            G = (cut[alive] / norms[alive, None, None]).contiguous() if alive.any() else None
+            # directions whose weight lay outside the kept block shrink: they are made unit-norm again; dead ones stay, as
+            # zeros, so that a module's number of coefficients does not depend on how its directions happen to lie
+            norms = cut.flatten(1).norm(dim=1)[:, None, None]
+            G = torch.where(norms > 1e-6, cut / norms.clamp_min(1e-6), torch.zeros_like(cut)).contiguous()
         return replace(
             self,
             U=self.U[:, :a].contiguous(),

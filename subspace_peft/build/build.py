@@ -43,7 +43,7 @@ def build_basis(
     """Build a shared basis: per target module an orthonormal output basis U (out, k_out) and input basis V (k_in, in).
 
     Args:
-        sources: the fleet: LoRA folders, Hub ids (``org/name@revision``), state dicts, ``(state_dict, config)`` pairs or
+        sources: the fleet, a list (one alone counts as a list of one): LoRA folders, Hub ids (``org/name@revision``), state dicts, ``(state_dict, config)`` pairs or
             live PeftModels. Rank, scaling and target modules are read from each. Not needed by the last two builders.
         k: directions per side, or a share of energy in (0, 1) that every module has to keep.
         k_in: directions on the input side where they differ from `k`.
@@ -140,7 +140,10 @@ def _with_statistics(
     U64, V64 = U.double(), V.double()
     cores = torch.stack([(U64.T @ update.B) @ (update.A @ V64.T) for update in updates])
     weight = torch.tensor(votes, dtype=torch.float64) / sum(votes)
-    kept = [float(core.square().sum()) / update.norm() ** 2 for core, update in zip(cores, updates, strict=True)]
+    # rounding can bring the share of a source that lies wholly inside a hair above one
+    kept = [
+        min(1.0, float(core.square().sum()) / update.norm() ** 2) for core, update in zip(cores, updates, strict=True)
+    ]
     stored = torch.zeros(fleet_size, *cores.shape[1:], dtype=torch.float64)
     stored[list(members)] = cores
     module = ModuleBasis(

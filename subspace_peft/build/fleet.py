@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 from ..errors import SourceError
 from .seed_groups import seed_groups
-from .sources import Source, open_source
+from .sources import Source, is_one_source, open_source
+
+RESERVED = ("zero", "mean")  # what `SubspaceConfig.start` means by these is no source
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ def gather(
     """Open every source and check it against the others.
 
     Args:
-        references: what `open_source` takes.
+        references: what `open_source` takes, one or a list of them.
         skip_bad: leave bad sources out, each with its reason, instead of raising.
         partial: allow modules that only some of the sources adapt.
 
@@ -54,7 +56,7 @@ def gather(
     """
     opened: list[Source] = []
     bad: list[dict[str, str]] = []
-    listed = list(references)
+    listed = [references] if is_one_source(references) else list(references)
     for reference in tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not progress):
         try:
             source = open_source(reference, token=token)
@@ -124,11 +126,15 @@ def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
 
 def _unify_names(sources: list[Source]) -> None:
     """Unique source names, and one name per module: a task head adds a prefix, ``bert.encoder…`` for ``encoder…``."""
-    seen: dict[str, int] = {}
+    taken = set(RESERVED)
+    given = {source.name for source in sources}
     for source in sources:
-        seen[source.name] = seen.get(source.name, 0) + 1
-        if seen[source.name] > 1:
-            source.name = f"{source.name}-{seen[source.name]}"
+        name, number = source.name, 1
+        while name in taken or (number > 1 and name in given):
+            number += 1
+            name = f"{source.name}-{number}"
+        source.name = name
+        taken.add(name)
     names = sorted({module for source in sources for module in source.keys}, key=len)
     short = {name: next((s for s in names if s != name and name.endswith(f".{s}")), name) for name in names}
     # a one-part name such as "lin" would swallow every "x.lin": prefixes are dropped only from real paths

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.basis import same_module
 from ..basis.generic import base_weight_module, random_module, with_random_directions
 from ..errors import SubspaceError
 from .fleet import gather
@@ -50,7 +51,8 @@ def build_generic(
             shapes |= {name: (*source.factors(name).shape, int(k), k_in or int(k)) for name in source.keys}
     if not shapes:
         raise SubspaceError(
-            f"The builder {builder!r} has to know which modules: pass like=basis, or base_model= with target_modules=."
+            f"The builder {builder!r} has to know which modules: pass sources, or like=basis (--like), or base_model= "
+            "with target_modules= (--base-model, --target-modules)."
         )
     modules: dict[str, ModuleBasis] = {}
     for name, (out, inner, a, b) in tqdm(
@@ -91,7 +93,7 @@ def linear_weights(model: nn.Module, target_modules: str | Sequence[str] | None)
 
 
 def _weight_for(name: str, weights: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    hits = [key for key in weights if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")]
+    hits = same_module(name, weights)
     if len(hits) != 1 or tuple(weights[hits[0]].shape) != shape:
         raise SubspaceError(
             f"Module {name!r} of shape {shape} is not among the base model's given target_modules. Pass the base model "

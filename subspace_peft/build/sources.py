@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..basis.module import tensor_bytes
+from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..basis.reference import looks_like_path, split_revision
 from ..errors import SourceError
 from .factors import Factors
@@ -21,7 +21,8 @@ from .lora import scaling, sort_keys
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# the start takes its factors out of the base weights: the saved update means nothing on the base model itself
+MUTATED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(eq=False)
@@ -39,6 +40,7 @@ class Source:
         folder: where its files lie on this machine, or None.
         norms: ‖ΔW‖_F per module, as far as asked for.
         aliases: module name in the fleet → module name in this source's own config, where they differ.
+        other_keys: tensors in it that are no LoRA factors, such as a classifier's (`modules_to_save`).
     """
 
     name: str
@@ -51,6 +53,7 @@ class Source:
     folder: Path | None = None
     norms: dict[str, float] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    other_keys: tuple[str, ...] = ()
 
     @property
     def base_model(self) -> str | None:
@@ -62,7 +65,7 @@ class Source:
         for side in ("B", "A"):
             key = self.keys[module][side]
             value = self.read(key)
-            if value.dtype not in FLOATS:
+            if value.dtype not in FLOAT_DTYPES:
                 raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
             if value.dim() != 2:
                 raise SourceError(
@@ -125,10 +128,23 @@ def open_source(reference: Any, *, token: str | bool | None = None) -> Source:
     )
 
 
+def is_one_source(reference: Any) -> bool:
+    """Whether `reference` is one source adapter, where a list of them is expected."""
+    pair = isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping)
+    return pair or isinstance(reference, (str, Path, Mapping, Source)) or hasattr(reference, "peft_config")
+
+
+def active_adapter(model: Any) -> str:
+    """The (first) active adapter of a PeftModel, or of a model adapted by transformers' own `add_adapter`."""
+    active = model.active_adapters
+    names = active() if callable(active) else active
+    return names if isinstance(names, str) else str(names[0])
+
+
 def _from_model(model: Any) -> Source:
     from peft import get_peft_model_state_dict
 
-    adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters[0]
+    adapter = active_adapter(model)
     config = _as_dict(model.peft_config[adapter])
     source = _from_state_dict(get_peft_model_state_dict(model, adapter_name=adapter), config, "in memory")
     source.name = adapter
@@ -142,7 +158,8 @@ def _from_state_dict(tensors: dict[str, torch.Tensor], config: dict[str, Any], l
         value = tensors[key]
         digest.update(f"{key}:{value.dtype}:{list(value.shape)};".encode())
         digest.update(tensor_bytes(value))
-    return Source("adapter", location, config, keys, tensors.__getitem__, digest.hexdigest())
+    others = _others(tensors)
+    return Source("adapter", location, config, keys, tensors.__getitem__, digest.hexdigest(), other_keys=others)
 
 
 def _from_files(reference: str, token: str | bool | None) -> Source:
@@ -182,7 +199,7 @@ def _from_files(reference: str, token: str | bool | None) -> Source:
 
     keys = _keys(names, config, location)
     name = Path(reference.split("@")[0].rstrip("/")).name or reference
-    return Source(name, location, config, keys, read, _sha256(file), revision, folder)
+    return Source(name, location, config, keys, read, _sha256(file), revision, folder, other_keys=_others(names))
 
 
 def _download(reference: str, token: str | bool | None) -> tuple[Path, str | None, str]:
@@ -212,11 +229,21 @@ def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[s
     keys, problems = sort_keys(names)
     if config.get("use_dora"):
         problems.append("it was trained with use_dora=True, which is no low-rank update; train it without")
+    start = str(config.get("init_lora_weights") or "")
+    if start.startswith(MUTATED):
+        problems.append(
+            f"it was trained with init_lora_weights={start!r}, which changes the base weights, so its update does not belong "
+            "to the base model: save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+        )
     if problems:
         raise SourceError(f"{location}: " + "; ".join(problems[:5]) + ".")
     if not keys:
         raise SourceError(f"{location}: no lora_A/lora_B tensors inside. It is no LoRA, or it was saved empty.")
     return keys
+
+
+def _others(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if ".lora_" not in name))
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

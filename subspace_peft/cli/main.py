@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--weights", default="equal", choices=["equal", "norm"], help="how sources count")
     build.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
     build.add_argument("--directions", type=int, default=0, metavar="M", help="direction tensors to keep")
+    build.add_argument("--like", metavar="BASIS", help="a basis whose modules and sizes `random` takes over")
     build.add_argument("--base-model", help="model id or folder, for `random` and `base-weights`")
     build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
     build.add_argument("--seed", type=int, default=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from argparse import Namespace
 from typing import Any
 
@@ -10,6 +12,7 @@ from ..errors import SubspaceError
 
 
 def build(args: Namespace) -> int:
+    from ..basis import SubspaceBasis
     from ..build import build_basis
 
     base = None
@@ -22,6 +25,7 @@ def build(args: Namespace) -> int:
         k=_number(args.k),
         k_in=args.k_in,
         builder=args.builder,
+        like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
         weights=args.weights,
         alternations=args.alternations,
         directions=args.directions,
@@ -83,7 +87,7 @@ def project(args: Namespace) -> int:
 def export_lora(args: Namespace) -> int:
     from ..convert import export_lora as export
 
-    pad = args.pad_to if args.pad_to in (None, "vllm") else int(_number(args.pad_to))
+    pad = args.pad_to if args.pad_to in (None, "vllm") else _number(args.pad_to)
     result = export(
         args.task, args.out, basis=args.basis, rank=args.rank, pad_to=pad, modules_to_save=not args.no_modules_to_save
     )
@@ -114,10 +118,10 @@ def _number(text: str) -> int | float:
     try:
         return int(text)
     except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            raise SubspaceError(f"{text!r} is no number.") from None
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(text)):
+                return number
+        raise SubspaceError(f"{text!r} is no number.") from None
 
 
 def _json(facts: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .._atomic import write_aside, write_text_aside
+from .._atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
 from .task import Task, read_task
@@ -61,7 +61,7 @@ def export_lora(
     module gets the same rank (zeros fill up) and ``lora_alpha = r``, so that no patterns are needed.
 
     Args:
-        task: folder or Hub id of a saved task, or a live PeftModel.
+        task: folder or Hub id of a saved task, or a live PeftModel, exported at its configured scale (`set_scale` aside).
         out: the folder to write.
         adapter_name: which adapter of a live model; default the active one.
         basis: where the basis is, if not where the task's config says.
@@ -97,8 +97,13 @@ def export_lora(
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a LoRA is saved into a folder.")
     weights = folder / "adapter_model.safetensors"
-    write_aside(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_text_aside(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_all_aside(
+        {
+            weights: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
     return Export(
         str(folder), r, len(factors), weights.stat().st_size, kept / total if total else 1.0,
         list(config["modules_to_save"] or []),
@@ -131,7 +136,7 @@ def _padded(rank: int, pad_to: int | str | None) -> int:
                 f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this task needs {rank}: pass rank= as well."
             )
         return fits[0]
-    if not isinstance(pad_to, int) or pad_to < rank:
+    if not isinstance(pad_to, int) or isinstance(pad_to, bool) or pad_to < rank:
         raise SubspaceError(
             f"pad_to={pad_to!r}: the task has rank {rank}; give at least that, or 'vllm', or a smaller rank=."
         )

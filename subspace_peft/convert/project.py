@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .._atomic import write_aside, write_text_aside
+from .._atomic import write_all_aside
+from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.basis import names_of
 from ..build import Source, open_source
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner import SubspaceConfig
+from ..tuner.card import write_section
 from ..tuner.task_files import WEIGHTS_FILE
 
 # Relative error √(1 − energy): up to about 0.6 compressed LoRAs kept their function in Compress-then-Serve
@@ -72,7 +73,8 @@ class Projection:
         """Write the coefficients as a task that `PeftModel.from_pretrained` loads; the LoRA's `modules_to_save` go along.
 
         Raises:
-            SubspaceError: the basis lives in memory only and would not be found again.
+            SubspaceError: the basis lives in memory only and would not be found again; or the LoRA has trained tensors that
+                a task cannot hold (token embeddings, biases of the base model).
         """
         if self.basis.location is None:
             raise SubspaceError(
@@ -87,9 +89,14 @@ class Projection:
             scale = config.alpha / math.sqrt(core.numel())
             tensors[f"base_model.model.{by_basis[name]}.subspace_coef.weight"] = (core / scale).float().contiguous()
         tensors |= _extras(self.source)
-        write_aside(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        values = config.to_dict()
-        write_text_aside(folder / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+        text = json.dumps({**config.to_dict(), "subspace_version": __version__}, indent=2, sort_keys=True) + "\n"
+        write_all_aside(
+            {
+                folder / WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+                folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
+            }
+        )
+        write_section(folder, config)
         return folder
 
     def _config(self, targets: list[str]) -> SubspaceConfig:
@@ -146,17 +153,22 @@ def project_lora(
             raise BasisMismatchError(f"{source.location}: module {name!r}: {error}") from None
         norm = update.norm() ** 2
         size = float(core.square().sum())
-        cores[key], energy[key] = core, size / norm if norm else 1.0
+        cores[key], energy[key] = core, min(1.0, size / norm) if norm else 1.0
         kept, total = kept + size, total + norm
         random += norm * module.k_out * module.k_in / (module.out_features * module.in_features)
     if not total:
         raise SubspaceError(f"{source.location}: every lora_B is zero, so there is nothing to project.")
-    return Projection(source, basis, cores, energy, random / total, kept / total)
+    return Projection(source, basis, cores, energy, random / total, min(1.0, kept / total))
 
 
 def _extras(source: Source) -> dict[str, torch.Tensor]:
-    """The tensors of a saved LoRA's `modules_to_save`."""
-    if source.folder is None:
-        return {}
-    with safe_open(source.folder / WEIGHTS_FILE, framework="pt", device="cpu") as tensors:
-        return {key: tensors.get_tensor(key) for key in tensors.keys() if ".lora_" not in key}  # noqa: SIM118
+    """The tensors of a LoRA's `modules_to_save`."""
+    saved = source.config.get("modules_to_save") or []
+    for key in source.other_keys:
+        if not any(f".{name}." in f".{key}" for name in saved):
+            raise SubspaceError(
+                f"{source.location}: {key} was trained with the LoRA, and is neither a factor nor of its modules_to_save "
+                f"({', '.join(saved) or 'none'}). A projected task cannot hold it, and without it the adapter is another: train "
+                "without trainable_token_indices and with bias='none'."
+            )
+    return {key: source.read(key).detach().cpu().contiguous() for key in source.other_keys}

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..basis import ModuleBasis, SubspaceBasis
+from ..build import active_adapter
 from ..errors import SubspaceError
 from ..tuner import SubspaceConfig
 from ..tuner.coefficients import default_scale, make_coefficients
@@ -51,9 +52,9 @@ def read_task(
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        name = adapter_name or (
-            task.active_adapter if isinstance(task.active_adapter, str) else task.active_adapters[0]
-        )
+        name = adapter_name or active_adapter(task)
+        if name not in task.peft_config:
+            raise SubspaceError(f"The model has no adapter {name!r}; it has {', '.join(sorted(task.peft_config))}.")
         config = task.peft_config[name]
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")

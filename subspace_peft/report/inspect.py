@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..basis import SubspaceBasis
-from ..basis.files import CONFIG_FILE, TENSORS_FILE
-from ..errors import SubspaceError
+from ..basis.files import CONFIG_FILE
+from ..basis.reference import looks_like_path, split_revision
+from ..errors import BasisNotFoundError, SubspaceError
+from ..tuner.task_files import WEIGHTS_FILE
 
 
 def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -23,12 +25,21 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         SubspaceError: neither is there, or it is damaged.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
         if (folder / "adapter_config.json").is_file():
-            return _task(path)
+            return _task(folder)
         raise SubspaceError(f"{folder}: neither a basis ({CONFIG_FILE}) nor a task (adapter_config.json) is in there.")
-    return _basis(SubspaceBasis.from_pretrained(path), verify)
+    try:
+        basis = SubspaceBasis.from_pretrained(folder if folder.exists() else path)
+    except BasisNotFoundError as error:
+        if folder.exists() or looks_like_path(str(path)):
+            raise
+        try:
+            return _task(path)
+        except SubspaceError as other:
+            raise SubspaceError(f"{path}: neither a basis ({error}) nor a task ({other}).") from error
+    return _basis(basis, verify)
 
 
 def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
@@ -36,7 +47,6 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
         for name in basis:
             basis[name]
     shapes = basis.shapes()
-    file = Path(basis.location or "") / TENSORS_FILE
     facts = {
         "kind": "basis",
         "location": basis.location,
@@ -50,7 +60,7 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
         "k": basis.describe_k(),
         "frozen_numbers": sum(s["k_out"] * s["out"] + s["k_in"] * s["in"] for s in shapes.values()),
         "core_numbers_per_task": sum(s["k_out"] * s["k_in"] for s in shapes.values()),
-        "bytes": file.stat().st_size if file.is_file() else None,
+        "bytes": None if basis.file is None else basis.file.stat().st_size,
         "sources": basis.info.get("sources", []),
         "skipped": basis.info.get("skipped", []),
         "shapes": shapes,
@@ -61,9 +71,9 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
 def _task(path: str | Path) -> dict[str, Any]:
     from ..convert import read_task
 
-    task = read_task(path)
+    repo, revision = (str(path), None) if Path(path).is_dir() else split_revision(str(path))
+    task = read_task(repo, **({"revision": revision} if revision else {}))
     config = task.config
-    file = Path(path) / "adapter_model.safetensors"
     return {
         "kind": "task",
         "location": str(path),
@@ -78,6 +88,6 @@ def _task(path: str | Path) -> dict[str, Any]:
         "carries_basis": config.basis_modules is not None,
         "modules": len(task.cores),
         "other_tensors": sorted(task.extras),
-        "bytes": file.stat().st_size,
+        "bytes": (Path(str(config._near)) / WEIGHTS_FILE).stat().st_size,
         "update_norms": {name: float(core.norm()) for name, core in task.cores.items()},
     }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..basis.module import tensor_sha256
 from ..errors import BasisMismatchError
+
+if TYPE_CHECKING:
+    from .arrivals import Arrivals
+    from .config import SubspaceConfig
 
 
 class SharedBuffers(nn.Module):
@@ -21,13 +25,35 @@ class SharedBuffers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.expected: dict[str, str] = {}
+        self._expected: dict[str, str] = {}
+        self._configs: dict[str, SubspaceConfig] = {}
+        self._origins: dict[str, tuple[Arrivals, str, str]] = {}
 
-    def put(self, adapter: str, value: torch.Tensor, *, saved: bool, sha256: str | None = None) -> None:
-        """Hold `value` for `adapter`; `saved`: keep it in the state dict; `sha256`: what a loaded tensor has to be."""
-        self.register_buffer(adapter, value, persistent=saved)
+    def put(self, adapter: str, value: torch.Tensor, config: SubspaceConfig, sha256: str | None = None) -> None:
+        """Hold `value` for `adapter`, whose `config` says whether it is in the state dict; a loaded tensor has to have `sha256`."""
+        # not register_buffer, which refuses adapters named like any attribute of this class
+        self._buffers[adapter] = value
+        self._configs[adapter] = config
+        if config.basis_modules is None:
+            self._non_persistent_buffers_set.add(adapter)
         if sha256 is not None:
-            self.expected[adapter] = sha256
+            self._expected[adapter] = sha256
+
+    def expect(self, adapter: str, arrivals: Arrivals, module: str, name: str) -> None:
+        """Note in `arrivals` when `adapter`'s tensor has come from its file, as `name` of `module`."""
+        self._origins[adapter] = (arrivals, module, name)
+
+    def _came(self, adapter: str) -> None:
+        if adapter in self._origins:
+            arrivals, module, name = self._origins.pop(adapter)
+            arrivals.note(module, name)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for adapter, value in self._buffers.items():
+            # `save_basis` may have been asked for after the adapter was made
+            saved = adapter not in self._non_persistent_buffers_set or self._configs[adapter].save_basis
+            if value is not None and saved:
+                destination[prefix + adapter] = value if keep_vars else value.detach()
 
     def verify(self, adapter: str, key: str, value: torch.Tensor) -> str | None:
         """The complaint about a tensor that was loaded for `adapter`, or None."""
@@ -38,7 +64,7 @@ class SharedBuffers(nn.Module):
             return None
         if not torch.isfinite(value).all():
             return f"{key} holds NaN or infinite values: the file is damaged"
-        want = self.expected.get(adapter)
+        want = self._expected.get(adapter)
         # a file saved after model.half() holds other bytes than were hashed: then only shape and finiteness can be held
         if want is not None and value.dtype == torch.float32 and tensor_sha256(value) != want:
             return (
@@ -52,6 +78,8 @@ class SharedBuffers(nn.Module):
         loads = isinstance(value, torch.Tensor) and name in self.__dict__.get("_buffers", {})
         if loads and (complaint := self.verify(name, name, value)):
             raise BasisMismatchError(complaint)
+        if loads:
+            self._came(name)
         super().__setattr__(name, self._one_storage(name, value.detach()) if loads else value)
 
     def _one_storage(self, adapter: str, value: torch.Tensor) -> torch.Tensor:
@@ -71,7 +99,8 @@ class SharedBuffers(nn.Module):
     def __delitem__(self, adapter: str) -> None:
         del self._buffers[adapter]
         self._non_persistent_buffers_set.discard(adapter)
-        self.expected.pop(adapter, None)
+        for known in (self._expected, self._configs, self._origins):
+            known.pop(adapter, None)
 
     def __contains__(self, adapter: object) -> bool:
         return adapter in self._buffers
@@ -118,7 +147,9 @@ class SharedBuffers(nn.Module):
             given = state_dict[key]
             if complaint := self.verify(adapter, key, given):
                 error_msgs.append(complaint)
-            elif value.device.type == "meta" or not torch.equal(value.to(given.device, given.dtype), given):
+                continue
+            self._came(adapter)
+            if value.device.type == "meta" or not torch.equal(value.to(given.device, given.dtype), given):
                 device = given.device if value.device.type == "meta" else value.device
                 self._buffers[adapter] = self._one_storage(adapter, given.detach().to(device))
         for key in state_dict:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ..errors import BadFileError
+
+if TYPE_CHECKING:
+    from .arrivals import Arrivals
 
 KINDS = ("core", "factor", "diagonal", "directions", "none")
 
@@ -26,6 +32,32 @@ class Coefficients(nn.Module):
         super().__init__()
         self.k_out, self.k_in, self.steps = k_out, k_in, steps
         self.gain = nn.Parameter(torch.zeros(1)) if mean_gain == "trainable" else None
+        self._origin: tuple[Arrivals, str] | None = None
+
+    def expect(self, arrivals: Arrivals, module: str) -> None:
+        """Note in `arrivals` which of the trained tensors of `module` come from its file."""
+        self._origin = (arrivals, module)
+
+    def _came(self, name: str) -> None:
+        if self._origin is not None:
+            self._origin[0].note(self._origin[1], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' own loader assigns tensors by name instead of calling load_state_dict
+        if isinstance(value, nn.Parameter) and name in self.__dict__.get("_parameters", {}):
+            if value.device.type != "meta" and not torch.isfinite(value).all():
+                raise BadFileError(
+                    f"{'coefficients' if self._origin is None else self._origin[1]}: {name} holds NaN or infinite values. The "
+                    "task's training diverged, or the file is damaged: fetch or train it again."
+                )
+            self._came(name)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self._parameters:
+            if prefix + name in state_dict:
+                self._came(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def core(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
         """``C(θ) + g·M`` as (k_out, k_in)."""

@@ -143,6 +143,11 @@ class SubspaceConfig(PeftConfig):
             raise SubspaceError(
                 "coefficients='none' trains only the mean core's gain, so it needs mean_gain='trainable'."
             )
+        if self.coefficients == "none" and self.start not in ("zero", "mean"):
+            raise SubspaceError(
+                f"start={self.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source; start at "
+                "'zero' or 'mean'."
+            )
         for name, least in (("k", 1), ("r", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -218,7 +223,6 @@ class SubspaceConfig(PeftConfig):
         values["basis"] = (
             basis.location if isinstance(basis, SubspaceBasis) else (None if basis is None else str(basis))
         )
-        values["subspace_version"] = __version__
         return {
             key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()
         }
@@ -227,13 +231,25 @@ class SubspaceConfig(PeftConfig):
         """As PEFT's; where a task is saved, its README also says how to load it."""
         from .card import write_section
 
-        super().save_pretrained(save_directory, **kwargs)
+        if self.save_basis and self.basis_modules is None and self._plan is not None:
+            # asked for after the adapter was made: the tensors are in the task's file already, see SharedBuffers
+            self.basis_modules = self._plan.describe()
+        before = self.subspace_version
+        # a configuration that no adapter was made from is a wish, and loading it must not count as loading a task
+        self.subspace_version = (
+            __version__ if before is not None or self.base_probe is not None or self._plan else None
+        )
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.subspace_version = before
         if self.basis_fingerprint is not None:
             write_section(Path(save_directory), self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's. `basis=` says where the basis is, if not where the task's config says.
+        """As PEFT's. `basis=` says where the basis is, if not where the task's config says;
+        `check_base_model=False` tries another base model anyway.
 
         The task's tensors, where they lie beside the config, are checked against the basis here, before any model is
         touched.
@@ -244,10 +260,12 @@ class SubspaceConfig(PeftConfig):
         """
         from .task_files import check_task, locate_task
 
-        basis = kwargs.pop("basis", None)
+        basis, check = kwargs.pop("basis", None), kwargs.pop("check_base_model", None)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, SubspaceConfig):
             return config
+        if check is not None:
+            config.check_base_model = check
         if basis is not None:
             config.basis, config.basis_revision, config._given = basis, None, True
         folder, weights = locate_task(pretrained_model_name_or_path, subfolder, kwargs)

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import names_of
+from ..basis.basis import module_shape, names_of
 from ..basis.generic import base_weight_module, random_module, with_random_directions
 from ..basis.module import tensor_sha256
 from ..errors import BasisMismatchError, SubspaceError
+from .arrivals import Arrivals
+from .base_check import check_base_name, check_probe
 from .config import SubspaceConfig
-from .task_files import used_part
+from .targets import base_weight, is_conv1d, outer_modules, sizes, supported
+from .task_files import used_part, used_size
 
-PROBED_MODULES, PROBED_SIDE = 4, 3
-SAME_WEIGHTS = 0.9  # cosine of probes: 4-bit quantisation of one model keeps 0.99, two models have about 0
 GENERATED_K = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """For one adapter: the basis's name of each target module, and where the tensors come from."""
+    """For one adapter: the basis's name of each target module, and where the tensors come from.
+
+    Attributes:
+        config: the adapter's.
+        basis: where the tensors come from; None where the task's own file will bring them.
+        names: target module → its name in the basis.
+        shapes: the basis's name of a module → its shape, as `SubspaceBasis.shapes` has it.
+        arrivals: what has come from the task's own file, where something is yet to come.
+    """
 
     config: SubspaceConfig
     basis: SubspaceBasis | None
     names: dict[str, str]
+    shapes: Mapping[str, Mapping[str, int]]
+    arrivals: Arrivals | None
 
     def module(self, key: str) -> ModuleBasis:
         """The part of the basis that the layer at `key` uses."""
@@ -39,42 +51,49 @@ class Plan:
             return placeholder(self.config, self.names[key])
         return used_part(self.config, self.basis[self.names[key]])
 
-    @property
-    def fingerprint(self) -> str:
-        return str(self.config.basis_fingerprint)
+    def basis_key(self, key: str) -> tuple[Any, ...] | None:
+        """What two adapters have to agree in to share the basis's tensors at `key`; None where they are yet to come."""
+        shape = self.shapes[self.names[key]]
+        used = used_size(self.config, shape["k_out"], shape["k_in"])
+        return None if self.basis is None else (self.config.basis_fingerprint, self.names[key], *used)
+
+    def describe(self) -> dict[str, Any]:
+        """Per target module the shapes and hashes of the tensors that the task's own file will carry."""
+        return {name: _description(self.config, self.module(name)) for name in self.names}
 
 
-def supported(module: nn.Module) -> bool:
-    """Whether a layer can be adapted: `nn.Linear` (also quantised kinds of it) and transformers' `Conv1D`."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, (nn.Linear, Conv1D))
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a layer, or the one inside an adapter layer, is transformers' `Conv1D`, whose weight is (in, out)."""
-    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, Conv1D)
-
-
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a supported layer."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    inner, out = _get_in_out_features(base)
-    return int(out), int(inner)
-
-
-def modules_of_basis(model: nn.Module, basis: SubspaceBasis) -> set[str]:
-    """The model's supported modules that the basis knows.
+def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceConfig) -> set[str]:
+    """The model's supported modules that the basis knows, in the layers that the config's `layers_to_transform` names.
 
     Raises:
         BasisMismatchError: none.
+        SubspaceError: none in those layers.
     """
-    found = {name for name, module in _outer_modules(model) if supported(module) and basis.find(name)}
+    found = {name for name, module in outer_modules(model) if supported(module) and basis.find(name)}
+    if found and config.layers_to_transform is not None:
+        inside = {name for name in found if _in_layers(config, name)}
+        if not inside:
+            raise SubspaceError(
+                f"layers_to_transform={config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}) leaves none of "
+                f"the basis's modules, such as {names_of(found, 3)}. Name layers that it has, and their list's name."
+            )
+        return inside
     if not found:
         raise BasisMismatchError(
             f"None of the basis's {len(basis)} modules ({names_of(basis, 3)}) is in {type(model).__name__}. The basis "
             f"was built for {basis.base_model or 'another base model'}: load that one, or build a basis for this."
         )
     return found
+
+
+def _in_layers(config: SubspaceConfig, name: str) -> bool:
+    # PEFT's own rule, which it applies to ends of names only, never to names given in full
+    ending = LoraConfig(
+        target_modules=[name.rsplit(".", 1)[-1]],
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return bool(check_target_module_exists(ending, name))
 
 
 def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> Plan:
@@ -84,7 +103,7 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
         SubspaceError: a target of an unsupported kind; coefficients or a start that the basis cannot serve.
         BasisMismatchError: targets absent from the basis, clashing shapes, a wrong base model; lists them.
     """
-    modules = dict(_outer_modules(model))
+    modules = dict(outer_modules(model))
     for name in targets:
         if not supported(modules[name]):
             raise SubspaceError(
@@ -95,7 +114,7 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     if basis is None and config.basis_modules is None:
         basis = generate(config, {name: modules[name] for name in targets})
     if basis is not None:
-        _check_base_name(model, config, basis)
+        check_base_name(model, config, basis)
         config.adopt(basis)
     names = _match(config, basis, targets)
     known = basis.shapes() if basis is not None else {n: e["shape"] for n, e in (config.basis_modules or {}).items()}
@@ -117,11 +136,19 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
             f"base model that it was trained on ({config.base_model_name_or_path})."
         )
     config.fan_in_fan_out = any(is_conv1d(modules[name]) for name in targets)
-    plan = Plan(config, basis, names)
+    # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
+    arrivals = Arrivals() if basis is None or (config.loaded and config._file_modules is None) else None
+    plan = Plan(config, basis, names, known, arrivals)
     _check_coefficients(config, basis, names, known)
-    _check_probe(model, modules, plan)
+    check_probe(model, modules, plan)
+    if basis is not None and config.save_basis is False and basis.location is None:
+        warnings.warn(
+            "save_basis=False, and the basis lives in memory only: a saved task could not be loaded again. Save the basis with "
+            "`basis.save_pretrained(folder)` before `get_peft_model`, or leave save_basis out.",
+            stacklevel=2,
+        )
     if basis is not None and config.basis_modules is None and _carries_basis(config, basis):
-        config.basis_modules = describe(plan, targets)
+        config.basis_modules = plan.describe()
         if config.save_basis is None and not config.generated:
             size = sum(
                 value.numel() * value.element_size() for n in targets for value in (plan.module(n).U, plan.module(n).V)
@@ -151,16 +178,6 @@ def generate(config: SubspaceConfig, targets: Mapping[str, nn.Module]) -> Subspa
     return SubspaceBasis(made, {"builder": config.basis, "base_model_name_or_path": config.base_model_name_or_path})
 
 
-def base_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight as (out, in) float32, dequantised where needed."""
-    from peft.utils import resolve_quantization_backend
-
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    backend = resolve_quantization_backend(base)
-    weight = base.weight.detach() if backend is None else backend.get_base_weight(base).detach()
-    return (weight.T if isinstance(base, Conv1D) else weight).float()
-
-
 def placeholder(config: SubspaceConfig, name: str) -> ModuleBasis:
     """Zeros in the shape of a basis that the task's own file will fill in."""
     entry = (config.basis_modules or {})[name]
@@ -174,23 +191,16 @@ def placeholder(config: SubspaceConfig, name: str) -> ModuleBasis:
     )
 
 
-def describe(plan: Plan, targets: list[str]) -> dict[str, Any]:
-    """Per target module the shapes and hashes of the tensors that the task's own file will carry."""
-    described = {}
-    for name in targets:
-        module = plan.module(name)
-        tensors = {"U": module.U, "V": module.V}
-        if plan.config.mean_gain != "none" and module.M is not None:
-            tensors["M"] = module.M
-        if plan.config.coefficients == "directions" and module.G is not None:
-            tensors["G"] = module.G
-        shape = {"out": module.out_features, "in": module.in_features, "k_out": module.k_out, "k_in": module.k_in}
-        shape["directions"] = 0 if module.G is None else module.G.shape[0]
-        described[name] = {
-            "shape": shape,
-            "sha256": {key: tensor_sha256(value.float()) for key, value in tensors.items()},
-        }
-    return described
+def _description(config: SubspaceConfig, module: ModuleBasis) -> dict[str, Any]:
+    tensors = {"U": module.U, "V": module.V}
+    if config.mean_gain != "none" and module.M is not None:
+        tensors["M"] = module.M
+    if config.coefficients == "directions" and module.G is not None:
+        tensors["G"] = module.G
+    return {
+        "shape": module_shape(module),
+        "sha256": {key: tensor_sha256(value.float()) for key, value in tensors.items()},
+    }
 
 
 def _carries_basis(config: SubspaceConfig, basis: SubspaceBasis) -> bool:
@@ -208,6 +218,13 @@ def _match(config: SubspaceConfig, basis: SubspaceBasis | None, targets: list[st
             f"{len(absent)} of {len(targets)} target modules are not in the basis, such as {names_of(absent, 3)}; it has "
             f"{names_of(basis if basis is not None else known, 3)}. Narrow target_modules (None takes the basis's own), or "
             "build a basis from sources that adapt these modules."
+        )
+    uses = Counter(matches.values())
+    twice = sorted(name for name, key in matches.items() if uses[key] > 1)
+    if twice:
+        raise BasisMismatchError(
+            f"Target modules {names_of(twice, 3)} are one module of the basis ({matches[twice[0]]}), leading parts of their "
+            "names aside. It was built for one of them: narrow target_modules, or leave the others out with exclude_modules."
         )
     return {name: str(key) for name, key in matches.items()}
 
@@ -247,58 +264,3 @@ def source_index(config: SubspaceConfig, basis: SubspaceBasis) -> int:
             f"{', '.join(map(str, names)) or '(it has none)'}."
         )
     return names.index(config.start)
-
-
-def _check_base_name(model: nn.Module, config: SubspaceConfig, basis: SubspaceBasis) -> None:
-    """Two different Hub ids cannot be one model; folders may hold any copy, which only the probe can tell."""
-    own = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
-    other = basis.base_model or ""
-    both_ids = all(text.count("/") == 1 and text[0] not in "./~" for text in (own, other) if text) and own and other
-    if config.check_base_model and both_ids and own != other:
-        raise BasisMismatchError(
-            f"The basis was built for {other!r}, but the model is {own!r}. Load that one, build a basis for this one, or "
-            "pass check_base_model=False if you know that they share their weights."
-        )
-
-
-def _check_probe(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> None:
-    """Record a few numbers ``UᵀW₀Vᵀ`` of the base weights in the config, or hold them against those recorded."""
-    config = plan.config
-    names = list(plan.names)
-    if any(getattr(modules[name], "merged_adapters", None) for name in names):
-        # merged weights are not the base's: neither to be recorded nor to be held against a record
-        return
-    if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
-        return
-    # evenly spread over the depth, and the same for the same targets
-    chosen = sorted({names[i * (len(names) - 1) // max(PROBED_MODULES - 1, 1)] for i in range(PROBED_MODULES)})
-    values = []
-    for name in chosen:
-        part = plan.module(name)
-        weight = base_weight(modules[name]).cpu()
-        values.append((part.U[:, :PROBED_SIDE].float().T @ weight @ part.V[:PROBED_SIDE].float().T).flatten())
-    probe = torch.cat(values)
-    if config.base_probe is None:
-        config.base_probe = [float(f"{value:.4g}") for value in probe.tolist()]
-        return
-    recorded = torch.tensor(config.base_probe, dtype=torch.float32)
-    same = recorded.shape == probe.shape and torch.cosine_similarity(recorded, probe, dim=0) > SAME_WEIGHTS
-    if config.check_base_model and not same:
-        raise BasisMismatchError(
-            f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}): this "
-            f"{type(model).__name__} ({getattr(getattr(model, 'config', None), '_name_or_path', '')}) has other numbers in "
-            f"{names_of(chosen, 2)}. Load that base model, or pass check_base_model=False in the config to try anyway."
-        )
-
-
-def _outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Named modules without what lies inside adapter layers."""
-    inside: list[str] = []
-    outer = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        outer.append((name, module))
-        if isinstance(module, BaseTunerLayer):
-            inside.append(f"{name}.")
-    return outer

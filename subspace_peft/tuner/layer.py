@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..basis import ModuleBasis
+from .arrivals import Arrivals
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
@@ -28,6 +31,8 @@ class SubspaceLayer(BaseTunerLayer):
         configured_scaling: adapter → s as its config has it.
         r: adapter → (k_out, k_in).
         basis_key: adapter → fingerprint and size of the basis, by which adapters find one to share.
+        arrivals: adapter → what has come of its own file, its module's name there, the basis tensors it has to bring; gone
+            after the first forward pass.
     """
 
     adapter_layer_names = ("subspace_coef",)
@@ -41,6 +46,7 @@ class SubspaceLayer(BaseTunerLayer):
         "configured_scaling",
         "r",
         "basis_key",
+        "arrivals",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -59,6 +65,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.configured_scaling: dict[str, float] = {}
         self.r: dict[str, tuple[int, int]] = {}
         self.basis_key: dict[str, tuple[Any, ...]] = {}
+        self.arrivals: dict[str, tuple[Arrivals, str, set[str]]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -88,28 +95,47 @@ class SubspaceLayer(BaseTunerLayer):
         self.subspace_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._start(coefficients, adapter_name, plan, key)
         self.subspace_coef[adapter_name] = coefficients
+        self.arrivals.pop(adapter_name, None)
+        if plan.arrivals is not None:
+            self._expect(adapter_name, plan.arrivals, key, own_basis=plan.basis is None)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> None:
         config = plan.config
-        saved = config.basis_modules is not None
-        wanted = (plan.fingerprint, config.k, config.mean_gain != "none", config.coefficients == "directions")
         # placeholders are empty until the task's own file fills them, so they are nobody else's basis yet
-        twin = None if plan.basis is None else next((a for a, k in self.basis_key.items() if k == wanted), None)
-        self.basis_key[adapter_name] = wanted if plan.basis is not None else (*wanted, "own", adapter_name)
-        hashes = (config.basis_modules or {}).get(plan.names[key] if plan.basis is None else key, {}).get("sha256", {})
-        if twin is not None:
-            parts = {name: getattr(self, f"subspace_{name}").get(twin) for name in "UVMG"}
-        else:
-            module = plan.module(key)
-            parts = {"U": module.U, "V": module.V}
-            parts["M"] = module.M if config.mean_gain != "none" else None
-            parts["G"] = module.G if config.coefficients == "directions" else None
-        for name, value in parts.items():
+        wanted = plan.basis_key(key) or ("own", adapter_name)
+        twins = [other for other, known in self.basis_key.items() if known == wanted and other != adapter_name]
+        self.basis_key[adapter_name] = wanted
+        hashes = (config.basis_modules or {}).get(key, {}).get("sha256", {})
+        names = (
+            "UV" + ("M" if config.mean_gain != "none" else "") + ("G" if config.coefficients == "directions" else "")
+        )
+        module: ModuleBasis | None = None
+        for name in names:
+            container: SharedBuffers = getattr(self, f"subspace_{name}")
+            value = next((container[twin] for twin in twins if twin in container), None)
+            if value is None:
+                module = module or plan.module(key)
+                value = getattr(module, name)
             if value is not None:
-                container: SharedBuffers = getattr(self, f"subspace_{name}")
-                container.put(adapter_name, value, saved=saved, sha256=hashes.get(name))
+                container.put(adapter_name, value, config, hashes.get(name))
+
+    def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, own_basis: bool) -> None:
+        self.subspace_coef[adapter_name].expect(arrivals, key)
+        brought = set()
+        for name in "UVMG" if own_basis else "":
+            container: SharedBuffers = getattr(self, f"subspace_{name}")
+            if adapter_name in container:
+                container.expect(adapter_name, arrivals, key, f"subspace_{name}")
+                brought.add(f"subspace_{name}")
+        self.arrivals[adapter_name] = (arrivals, key, brought)
+
+    def _check_arrivals(self, adapters: Sequence[str]) -> None:
+        for adapter in [name for name in adapters if name in self.arrivals]:
+            arrivals, key, brought = self.arrivals[adapter]
+            arrivals.check(key, {name for name, _ in self.subspace_coef[adapter].named_parameters()}, brought)
+            del self.arrivals[adapter]
 
     def _start(self, coefficients: Coefficients, adapter_name: str, plan: Plan, key: str) -> None:
         config = plan.config
@@ -207,6 +233,8 @@ class Linear(nn.Module, SubspaceLayer):
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             check_rows(self, x, names)
+        if self.arrivals and not self.disable_adapters:
+            self._check_arrivals(self.active_adapters if names is None else names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -229,6 +257,7 @@ class Linear(nn.Module, SubspaceLayer):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.subspace_coef:
                 continue
+            self._check_arrivals([adapter])
             self._add_to_base(adapter, 1.0, safe_merge)
             self.merged_adapters.append(adapter)
 

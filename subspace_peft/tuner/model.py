@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
@@ -37,7 +36,7 @@ class SubspaceModel(BaseTuner):
         if peft_config.target_modules is None:
             basis = peft_config.resolve()
             if basis is not None:
-                peft_config.target_modules = modules_of_basis(self.model, basis)
+                peft_config.target_modules = modules_of_basis(self.model, basis, peft_config)
             elif peft_config.basis_modules is not None:
                 peft_config.target_modules = set(peft_config.basis_modules)
         return super()._prepare_adapter_config(peft_config, model_config)
@@ -99,15 +98,3 @@ class SubspaceModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         with task_names_passed(self.model, SubspaceLayer, self.training, kwargs):
             yield
-
-    @staticmethod
-    def basis_storage(model: nn.Module) -> int:
-        """Bytes of distinct basis storage in `model`, whatever the number of adapters that use it."""
-        seen: dict[int, int] = {}
-        for layer in model.modules():
-            if isinstance(layer, SubspaceLayer):
-                for container in (layer.subspace_U, layer.subspace_V, layer.subspace_M, layer.subspace_G):
-                    for name in container:
-                        tensor: torch.Tensor = container[name]
-                        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(seen.values())

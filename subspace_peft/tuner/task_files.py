@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..basis import ModuleBasis
-from ..basis.module import tensor_sha256
+from ..basis.module import FLOAT_DTYPES, tensor_sha256
 from ..errors import BadFileError, BasisMismatchError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter_model.safetensors"
 COEFFICIENT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_coef\.(?P<name>[a-z]+)$")
 BASIS_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_(?P<name>[UVMG])$")
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 def locate_task(path_or_id: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
@@ -57,7 +56,7 @@ def check_task(file: Path, config: SubspaceConfig) -> frozenset[str]:
             for key in tensors.keys():  # noqa: SIM118  no iterator of its own
                 piece = tensors.get_slice(key)
                 found = COEFFICIENT_KEY.match(key)
-                if found and piece.get_dtype() not in FLOATS:
+                if found and piece.get_dtype() not in FLOAT_DTYPES.values():
                     raise BadFileError(
                         f"{file}: {key} has dtype {piece.get_dtype()}; coefficients are floats. Fetch or save the task again."
                     )

@@ -1,0 +1,63 @@
+"""Is this the base model that the basis was built for and the task was trained on?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..basis import SubspaceBasis
+from ..basis.basis import names_of
+from ..errors import BasisMismatchError
+from .targets import base_weight
+
+if TYPE_CHECKING:
+    from .config import SubspaceConfig
+    from .injection import Plan
+
+PROBED_MODULES, PROBED_SIDE = 4, 3
+SAME_WEIGHTS = 0.9  # cosine of probes: 4-bit quantisation of one model keeps 0.99, two models have about 0
+
+
+def check_base_name(model: nn.Module, config: SubspaceConfig, basis: SubspaceBasis) -> None:
+    """Two different Hub ids cannot be one model; folders may hold any copy, which only the probe can tell."""
+    own = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
+    other = basis.base_model or ""
+    both_ids = all(text.count("/") == 1 and text[0] not in "./~" for text in (own, other) if text) and own and other
+    if config.check_base_model and both_ids and own != other:
+        raise BasisMismatchError(
+            f"The basis was built for {other!r}, but the model is {own!r}. Load that one, build a basis for this one, or "
+            "pass check_base_model=False if you know that they share their weights."
+        )
+
+
+def check_probe(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> None:
+    """Record a few numbers ``UᵀW₀Vᵀ`` of the base weights in the config, or hold them against those recorded."""
+    config = plan.config
+    names = list(plan.names)
+    if any(getattr(modules[name], "merged_adapters", None) for name in names):
+        # merged weights are not the base's: neither to be recorded nor to be held against a record
+        return
+    if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
+        return
+    # evenly spread over the depth, and the same for the same targets
+    chosen = sorted({names[i * (len(names) - 1) // max(PROBED_MODULES - 1, 1)] for i in range(PROBED_MODULES)})
+    values = []
+    for name in chosen:
+        part = plan.module(name)
+        weight = base_weight(modules[name]).cpu()
+        values.append((part.U[:, :PROBED_SIDE].float().T @ weight @ part.V[:PROBED_SIDE].float().T).flatten())
+    probe = torch.cat(values)
+    if config.base_probe is None:
+        config.base_probe = [float(f"{value:.4g}") for value in probe.tolist()]
+        return
+    recorded = torch.tensor(config.base_probe, dtype=torch.float32)
+    same = recorded.shape == probe.shape and torch.cosine_similarity(recorded, probe, dim=0) > SAME_WEIGHTS
+    if config.check_base_model and not same:
+        raise BasisMismatchError(
+            f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}): this "
+            f"{type(model).__name__} ({getattr(getattr(model, 'config', None), '_name_or_path', '')}) has other numbers in "
+            f"{names_of(chosen, 2)}. Load that base model, or pass check_base_model=False in the config to try anyway."
+        )
