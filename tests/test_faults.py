@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from subspace_peft import ModuleBasis, SubspaceBasis, SubspaceConfig, build_basis, export_lora, project_lora
 from subspace_peft.build import open_source
@@ -131,6 +132,20 @@ def test_models_adapted_by_transformers_itself_are_sources_and_tasks(bases, tmp_
     randomise(task)
     export_lora(task, tmp_path / "lora")
     torch.testing.assert_close(logits(PeftModel.from_pretrained(bert(), tmp_path / "lora")), logits(task))
+
+
+def test_a_basis_opened_once_is_found_by_calls_that_cannot_name_it(basis_folder, tmp_path):
+    base = bert()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = randomise(get_peft_model(base, SubspaceConfig(basis=str(basis_folder), task_type="SEQ_CLS")))
+    model.save_pretrained(tmp_path / "task")
+    expected = logits(model)
+    moved = shutil.move(basis_folder, tmp_path / "elsewhere")
+    del model, base
+    SubspaceBasis.from_pretrained(moved)
+    found = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "task")
+    assert torch.equal(logits(found), expected)
 
 
 # -- the basis ---------------------------------------------------------------------------------------------------------

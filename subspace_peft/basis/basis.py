@@ -195,7 +195,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> SubspaceBasis:
-        """Open a basis from a folder or the Hub. Reads the config and the header now, tensors when asked for.
+        """Open a basis from a folder or the Hub. Reads the config and the header now, tensors when asked for. Tasks loaded later
+        on this machine find it by its fingerprint.
 
         Args:
             path_or_id: a folder written by `save_pretrained`, or a Hub model repository id.
@@ -209,6 +210,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             BasisMismatchError: another fingerprint than the one asked for.
         """
         from .files import open_basis
+        from .resolve import note_location
 
         basis = open_basis(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
         if fingerprint is not None and basis.fingerprint != fingerprint:
@@ -217,6 +219,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
                 "It is another basis, or it was rebuilt since: pass the one these coefficients were trained on as "
                 "`basis=`, or train the task again on this one."
             )
+        # whatever loads a task later, with no word about its basis, finds this one
+        note_location(basis)
         return basis
 
 

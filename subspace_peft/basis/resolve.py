@@ -80,7 +80,6 @@ def resolve_basis(
         except BasisNotFoundError as error:
             tried.append(f"{place}: {str(error).splitlines()[0]}")
         else:
-            note_location(basis)
             return basis
     if wrong is not None:
         raise wrong

@@ -197,7 +197,6 @@ class SubspaceConfig(PeftConfig):
         elif self._given:
             # said by hand: that place and no other, whatever this process or machine has seen before
             self._basis = SubspaceBasis.from_pretrained(str(self.basis), fingerprint=self.basis_fingerprint)
-            note_location(self._basis)
         else:
             self._basis = resolve_basis(
                 None if self.basis is None or self.generated else str(self.basis),
