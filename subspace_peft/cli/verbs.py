@@ -107,6 +107,22 @@ def demo(args: Namespace) -> int:
     return _json(results) if args.json else 0
 
 
+def copy(args: Namespace) -> int:
+    from ..recipes import copy_recipe, list_recipes
+
+    if args.recipe is None:
+        known = list_recipes()
+        if args.json:
+            return _json(known)
+        _table(known)
+        return 0
+    file = copy_recipe(args.recipe, args.out, force=args.force)
+    if args.json:
+        return _json({"file": str(file)})
+    print(file)
+    return 0
+
+
 def run(args: Namespace) -> int:
     from ..run import run_script
 

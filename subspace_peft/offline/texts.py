@@ -161,7 +161,8 @@ def _tweets() -> Iterable[Row]:
             yield Row(row["text"], row["sentiment"])
 
 
-def _snippets(name: str, file: str, about: str) -> TextTask:
+def ratings(file: str) -> list[Row]:
+    """Sentences of one of the rated sets, each with people's mean rating (−4 to 4, as text) for its label."""
     root = fetch(SNIPPETS)
     inner = root / "ratings"
     if not inner.is_dir():
@@ -169,9 +170,17 @@ def _snippets(name: str, file: str, about: str) -> TextTask:
     rows = []
     for line in find(inner, f"{file}_GroundTruth.txt").read_text(encoding="utf-8").splitlines():
         number, rating, text = line.split("\t", 2)
-        if abs(float(rating)) >= CLEAR:
-            # numbered document_sentence
-            rows.append(Row(text, "good" if float(rating) > 0 else "bad", number.split("_")[0]))
+        # numbered document_sentence
+        rows.append(Row(text, rating, number.split("_")[0]))
+    return rows
+
+
+def _snippets(name: str, file: str, about: str) -> TextTask:
+    rows = [
+        row._replace(label="good" if float(row.label) > 0 else "bad")
+        for row in ratings(file)
+        if abs(float(row.label)) >= CLEAR
+    ]
     return TextTask(name, about, rows)
 
 

