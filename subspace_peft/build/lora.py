@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 LORA_KEY = re.compile(
-    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$"
+    r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_"
+    r"(?:(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight|embedding_(?P<lookup>[AB])(?:\.(?P<other>[^.]+))?)$"
 )
 REFUSED = {
     "lora_magnitude_vector": "DoRA's magnitude is no low-rank update; train or convert the adapter without use_dora",
-    "lora_embedding_": "embedding adapters are not supported; leave embeddings out of target_modules",
     ".lora_B.bias": "a trained LoRA bias (lora_bias=True) is no low-rank update; train without it",
 }
 
@@ -32,12 +32,13 @@ def sort_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
                 problems.setdefault(mark, f"{key}: {remedy}")
         if found := LORA_KEY.match(key):
             sides = modules.setdefault(found["module"], {})
-            if found["side"] in sides:
+            side = found["side"] or found["lookup"]
+            if side in sides:
                 problems.setdefault(
                     found["module"],
                     f"{key}: the state dict holds several adapters; pass one, as `get_peft_model_state_dict` gives it",
                 )
-            sides[found["side"]] = key
+            sides[side] = key
     for module, sides in modules.items():
         if len(sides) < 2:
             problems[module] = f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"

@@ -60,21 +60,21 @@ class Source:
         return self.config.get("base_model_name_or_path") or None
 
     def raw(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stored ``lora_B`` (out, r) and ``lora_A`` (r, in) in float64, without their scale."""
+        """The stored ``lora_B`` (out, r) and ``lora_A`` (r, in) in float64, without their scale; a convolution's as matrices."""
         pair = []
         for side in ("B", "A"):
             key = self.keys[module][side]
             value = self.read(key)
             if value.dtype not in FLOAT_DTYPES:
                 raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
-            if value.dim() != 2:
+            if value.dim() not in (2, 4):
                 raise SourceError(
-                    f"{self.location}: {key} has shape {tuple(value.shape)}; only linear layers are supported. Leave "
-                    "convolutions out of the adapter's target_modules."
+                    f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
+                    "convolutions are supported. Leave the others out of the adapter's target_modules."
                 )
             if not torch.isfinite(value).all():
                 raise SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
-            pair.append(value.detach().to(device="cpu", dtype=torch.float64))
+            pair.append(value.detach().to(device="cpu", dtype=torch.float64).flatten(1))
         B, A = pair
         if B.shape[1] != A.shape[0]:
             raise SourceError(
@@ -82,6 +82,13 @@ class Source:
                 "not multiply. The file is damaged: save the adapter again."
             )
         return B, A
+
+    def weight_shape(self, module: str) -> list[int] | None:
+        """The base weight's shape, where it is no linear layer's: of an embedding (tokens, dimension), of a convolution its four."""
+        A, B = (self.read(self.keys[module][side]) for side in ("A", "B"))
+        if A.dim() == 4:
+            return [B.shape[0], *A.shape[1:]]
+        return [A.shape[1], B.shape[0]] if "lora_embedding_" in self.keys[module]["A"] else None
 
     def factors(self, module: str) -> Factors:
         """``ΔW = s B A`` of one module, scale folded in."""

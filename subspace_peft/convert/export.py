@@ -87,8 +87,8 @@ def export_lora(
     tensors: dict[str, torch.Tensor] = {}
     for name, (B, A) in factors.items():
         fill = r - B.shape[1]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(A, (0, 0, 0, fill)).to(dtype)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(B, (0, fill)).to(dtype)
+        padded = torch.nn.functional.pad(A, (0, 0, 0, fill)).to(dtype), torch.nn.functional.pad(B, (0, fill)).to(dtype)
+        tensors |= _as_peft_has_it(f"base_model.model.{name}", *padded, (read.config.weight_shapes or {}).get(name))
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     config = _lora_config(read, r, modules_to_save)
     if modules_to_save:
@@ -124,6 +124,16 @@ def lora_factors(
         P, S, Th = torch.linalg.svd(core, full_matrices=False)
         return U @ (P[:, :rank] * S[:rank]), Th[:rank] @ V
     return (U @ core, V) if core.shape[1] <= core.shape[0] else (U, core @ V)
+
+
+def _as_peft_has_it(
+    name: str, A: torch.Tensor, B: torch.Tensor, weight_shape: list[int] | None
+) -> dict[str, torch.Tensor]:
+    if weight_shape is None:
+        return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    if len(weight_shape) == 2:
+        return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
+    return {f"{name}.lora_A.weight": A.view(len(A), *weight_shape[1:]), f"{name}.lora_B.weight": B[:, :, None, None]}
 
 
 def _padded(rank: int, pad_to: int | str | None) -> int:

@@ -111,6 +111,8 @@ class Projection:
             inference_mode=True, **kept,
         )  # fmt: skip
         config.adopt(self.basis)
+        shapes = {self.source.aliases.get(key, key): self.source.weight_shape(key) for key in self.source.keys}
+        config.weight_shapes = {name: shape for name, shape in shapes.items() if shape is not None} or None
         return config
 
 

@@ -93,7 +93,7 @@ def _assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Ta
     for name, parts in coefficients.items():
         if basis is not None:
             key = basis.find(name)
-            module = used_part(config, basis[str(key)])
+            module = used_part(config, name, basis[str(key)])
         else:
             module = ModuleBasis(**{key: value.float() for key, value in own[name].items()})
         cores[name] = _core(config, module, parts)

@@ -20,8 +20,8 @@ KINDS = ("core", "factor", "diagonal", "directions", "none")
 class Coefficients(nn.Module):
     """The trained numbers of one task in one module.
 
-    A call maps ``h`` (…, k_in) to ``(C(θ) + g·M) h`` (…, k_out). Every trained tensor lies on this module and is used
-    inside its call, so that hooks which gather or onload parameters (FSDP, CPU offload) see it.
+    A call gives the core ``C(θ) + g·M`` (k_out, k_in). Every trained tensor lies on this module and is used inside its call, so
+    that hooks which gather or onload parameters (ZeRO, FSDP, CPU offload) see it.
 
     Attributes:
         steps: how many numbers one Adam step moves the core by; the scale makes that step's size the same for all.
@@ -80,10 +80,10 @@ class Coefficients(nn.Module):
             if parameter.device.type != "meta":
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(
-        self, h: torch.Tensor, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        return F.linear(h, self.core(mean, directions).to(h.dtype))
+    def forward(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
+        core = self.core(mean, directions)
+        # a parameter itself may be emptied by such hooks once this call is over
+        return core.clone() if isinstance(core, nn.Parameter) else core
 
     @property
     def dtype(self) -> torch.dtype:

@@ -59,6 +59,12 @@ class SubspaceConfig(PeftConfig):
             "help": "How many of the basis's directions to use, the leading ones. None: all (16 for generated ones)."
         },
     )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA."
+        },
+    )
     r: int = field(default=8, metadata={"help": "Rank of the `factor` coefficients."})
     alpha: float = field(
         default=256.0,
@@ -95,6 +101,16 @@ class SubspaceConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained and saved whole, such as a classifier."}
     )
+    bias: str = field(
+        default="none",
+        metadata={
+            "help": "'none', 'all' or 'subspace_only' (of the adapted layers): biases of the base model that are trained too. As in "
+            "LoRA, for one adapter only, and disabling the adapter then does not give the base model's outputs."
+        },
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the token embeddings that are trained whole, as in LoRA."}
+    )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices, as in LoRA."})
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers where it is not a usual one, as in LoRA."}
@@ -114,6 +130,12 @@ class SubspaceConfig(PeftConfig):
     )
     basis_modules: dict[str, Any] | None = field(
         default=None, metadata={"help": "Shapes and hashes of the basis carried in the task's own file."}
+    )
+    weight_shapes: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Shapes of the adapted weights of embeddings and convolutions. Filled in when the adapter is made."
+        },
     )
     subspace_version: str | None = field(
         default=None, metadata={"help": "Version of subspace_peft that saved this file; None until it is saved."}
@@ -148,10 +170,12 @@ class SubspaceConfig(PeftConfig):
                 f"start={self.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source; start at "
                 "'zero' or 'mean'."
             )
-        for name, least in (("k", 1), ("r", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise SubspaceError(f"{name}={value!r}: give a whole number of at least {least}.")
+        if self.bias not in ("none", "all", "subspace_only"):
+            raise SubspaceError(f"bias={self.bias!r}: choose one of none, all, subspace_only.")
+        numbers = {"k": self.k, "r": self.r, **{f"rank_pattern[{key!r}]": k for key, k in self.rank_pattern.items()}}
+        for name, value in numbers.items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise SubspaceError(f"{name}={value!r}: give a whole number of at least 1.")
         if not isinstance(self.alpha, (int, float)) or not self.alpha > 0:
             raise SubspaceError(f"alpha={self.alpha!r}: give a number above 0.")
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:

@@ -21,8 +21,8 @@ from ..errors import BasisMismatchError, SubspaceError
 from .arrivals import Arrivals
 from .base_check import check_base_name, check_probe
 from .config import SubspaceConfig
-from .targets import base_weight, is_conv1d, outer_modules, sizes, supported
-from .task_files import used_part, used_size
+from .targets import base_weight, is_conv1d, outer_modules, sizes, supported, weight_shape
+from .task_files import k_of, used_part, used_size
 
 GENERATED_K = 16
 
@@ -49,12 +49,12 @@ class Plan:
         """The part of the basis that the layer at `key` uses."""
         if self.basis is None:
             return placeholder(self.config, self.names[key])
-        return used_part(self.config, self.basis[self.names[key]])
+        return used_part(self.config, key, self.basis[self.names[key]])
 
     def basis_key(self, key: str) -> tuple[Any, ...] | None:
         """What two adapters have to agree in to share the basis's tensors at `key`; None where they are yet to come."""
         shape = self.shapes[self.names[key]]
-        used = used_size(self.config, shape["k_out"], shape["k_in"])
+        used = used_size(self.config, key, shape["k_out"], shape["k_in"])
         return None if self.basis is None else (self.config.basis_fingerprint, self.names[key], *used)
 
     def describe(self) -> dict[str, Any]:
@@ -107,8 +107,8 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     for name in targets:
         if not supported(modules[name]):
             raise SubspaceError(
-                f"Target module {name!r} is a {type(modules[name]).__name__}; supported are nn.Linear and transformers' "
-                "Conv1D. Narrow target_modules, or leave it out with exclude_modules."
+                f"Target module {name!r} is a {type(modules[name]).__name__}; supported are nn.Linear, transformers' Conv1D, "
+                "nn.Conv2d without groups, and nn.Embedding. Narrow target_modules, or leave it out with exclude_modules."
             )
     basis = config.resolve()
     if basis is None and config.basis_modules is None:
@@ -136,6 +136,9 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
             f"base model that it was trained on ({config.base_model_name_or_path})."
         )
     config.fan_in_fan_out = any(is_conv1d(modules[name]) for name in targets)
+    config.weight_shapes = {
+        name: shape for name in targets if (shape := weight_shape(modules[name])) is not None
+    } or None
     # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
     arrivals = Arrivals() if basis is None or (config.loaded and config._file_modules is None) else None
     plan = Plan(config, basis, names, known, arrivals)
@@ -164,9 +167,9 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
 
 def generate(config: SubspaceConfig, targets: Mapping[str, nn.Module]) -> SubspaceBasis:
     """A basis of the config's generated kind for the given layers."""
-    k = config.k or GENERATED_K
     made: dict[str, ModuleBasis] = {}
     for name, layer in targets.items():
+        k = k_of(config, name) or GENERATED_K
         out, inner = sizes(layer)
         if config.basis == "random":
             module = random_module(name, out, inner, k, k, config.seed)

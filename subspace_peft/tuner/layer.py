@@ -1,4 +1,4 @@
-"""The adapter layer: ``x → V x → C · → U ·`` beside a frozen linear layer."""
+"""What all adapter layers share: ``x → V x → C · → U ·`` beside a frozen layer, coefficients and basis by adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +19,7 @@ from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
 from .mixed import add_updates, check_rows
+from .targets import sizes
 
 
 class SubspaceLayer(BaseTunerLayer):
@@ -52,6 +53,8 @@ class SubspaceLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         base = self.get_base_layer()
+        # what PEFT asks of a layer whose weight is transposed
+        self.fan_in_fan_out = isinstance(base, Conv1D)
         self.quantization_backend = resolve_quantization_backend(
             base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -69,8 +72,7 @@ class SubspaceLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.in_features, self.out_features = _get_in_out_features(base)
-        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.out_features, self.in_features = sizes(base)
         self.kwargs = kwargs
 
     # -- making an adapter ------------------------------------------------------------------------------------------
@@ -181,19 +183,34 @@ class SubspaceLayer(BaseTunerLayer):
         mean = self.subspace_M.get(adapter)
         return None if mean is None else mean / self.configured_scaling[adapter], self.subspace_G.get(adapter)
 
-    def _update(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """``s · U (C V x)`` for x (…, in), in x's dtype."""
-        U, V = self.subspace_U[adapter], self.subspace_V[adapter]
-        h = F.linear(self.subspace_dropout[adapter](x), V.to(x.dtype))
-        h = self.subspace_coef[adapter](h, *self._frozen(adapter))
-        return F.linear(h * self.scaling[adapter], U.to(h.dtype))
+    def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """``V x`` (…, k_in) for the layer's input and V (k_in, in), in V's dtype."""
+        raise NotImplementedError(type(self).__name__)
+
+    def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """``U z`` in the layout of the layer's output, for z (…, k_out) and U (out, k_out)."""
+        raise NotImplementedError(type(self).__name__)
+
+    def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """ΔW (out, in) in the base weight's layout."""
+        raise NotImplementedError(type(self).__name__)
+
+    def _dropped(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        return self.subspace_dropout[adapter](x)
+
+    def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        """``result + s · U C V x``, in result's dtype."""
+        dtype = result.dtype
+        U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
+        core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
+        h = self.enter(self._dropped(x, adapter), V)
+        return result + self.leave(F.linear(h, core * self.scaling[adapter]), U)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """ΔW in the base weight's layout: (out, in), or (in, out) for `Conv1D`; float32 or wider."""
+        """ΔW in the base weight's layout, float32 or wider."""
         U, V, core = self.subspace_U[adapter], self.subspace_V[adapter], self._core(adapter) * self.scaling[adapter]
         dtype = torch.promote_types(U.dtype, torch.float32)
-        delta = (U.to(dtype) @ core.to(dtype)) @ V.to(dtype)
-        return delta.T if self.fan_in_fan_out else delta
+        return self.as_weight((U.to(dtype) @ core.to(dtype)) @ V.to(dtype))
 
     # -- scale, as PEFT's LoRA layers have it -----------------------------------------------------------------------
 
@@ -220,8 +237,8 @@ class SubspaceLayer(BaseTunerLayer):
         return True
 
 
-class Linear(nn.Module, SubspaceLayer):
-    """The adapter layer around `nn.Linear`, a quantised kind of it, or transformers' `Conv1D`."""
+class AdapterLayer(nn.Module, SubspaceLayer):
+    """What the adapter layers of every kind do alike: make, run, merge."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, plan: Plan, key: str, **kwargs: Any) -> None:
         super().__init__()
@@ -246,10 +263,9 @@ class Linear(nn.Module, SubspaceLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         if names is not None:
             return add_updates(self, result, x, names)
-        dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.subspace_coef:
-                result = result + self._update(x, adapter).to(dtype)
+                result = self._add_update(result, x, adapter)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

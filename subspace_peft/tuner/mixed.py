@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -74,11 +73,12 @@ def _group(layer: SubspaceLayer, names: Sequence[str], tasks: list[str], whole: 
 
 def add_updates(layer: SubspaceLayer, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     """``result + s U C_row V x`` for x (batch, …, in) and result (batch, …, out), row by row its own task's core."""
+    dtype = result.dtype
     for group in prepare(layer, names):
         given = x if group.rows is None else x.index_select(0, group.rows)
-        h = F.linear(given, group.V.to(x.dtype))
+        h = layer.enter(given, group.V.to(dtype))
         z = torch.bmm(h.reshape(len(h), -1, h.shape[-1]), group.cores.to(h.dtype))
-        update = F.linear(z.reshape(*h.shape[:-1], -1), group.U.to(z.dtype)).to(result.dtype)
+        update = layer.leave(z.reshape(*h.shape[:-1], -1), group.U.to(z.dtype)).to(dtype)
         result = result + update if group.rows is None else result.index_add(0, group.rows, update)
     return result
 

@@ -14,7 +14,8 @@ from torch import nn
 from ..errors import SubspaceError
 from .config import SubspaceConfig
 from .injection import Plan, make_plan, modules_of_basis
-from .layer import Linear, SubspaceLayer
+from .kinds import make_layer
+from .layer import SubspaceLayer
 from .mixed import task_names_passed
 from .registration import PREFIX
 
@@ -84,7 +85,7 @@ class SubspaceModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 target.subspace_coef[adapter_name].requires_grad_(False)
             return
-        layer = Linear(target, adapter_name, plan, current_key, **get_quantization_kwargs(self.model))
+        layer = make_layer(target, adapter_name, plan, current_key, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

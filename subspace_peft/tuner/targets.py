@@ -8,32 +8,56 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer itself, or the one inside an adapter layer."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """``linear`` (`nn.Linear`, quantised kinds of it, transformers' `Conv1D`), ``conv2d``, ``embedding``, or None: not supported."""
+    base = base_of(module)
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return "linear"
+    if isinstance(base, nn.Conv2d) and base.groups == 1:
+        return "conv2d"
+    return "embedding" if isinstance(base, nn.Embedding) else None
+
+
 def supported(module: nn.Module) -> bool:
-    """Whether a layer can be adapted: `nn.Linear` (also quantised kinds of it) and transformers' `Conv1D`."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, (nn.Linear, Conv1D))
+    """Whether a layer can be adapted."""
+    return kind_of(module) is not None
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a layer, or the one inside an adapter layer, is transformers' `Conv1D`, whose weight is (in, out)."""
-    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, Conv1D)
+    return isinstance(base_of(module), Conv1D)
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a supported layer."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    """(out, in) of a supported layer's weight as a matrix: of a convolution (out, in · height · width), of an embedding (dimension,
+    tokens)."""
+    base = base_of(module)
+    if isinstance(base, nn.Conv2d):
+        return base.out_channels, base.in_channels * base.kernel_size[0] * base.kernel_size[1]
+    if isinstance(base, nn.Embedding):
+        return base.embedding_dim, base.num_embeddings
     inner, out = _get_in_out_features(base)
     return int(out), int(inner)
 
 
+def weight_shape(module: nn.Module) -> list[int] | None:
+    """The weight's own shape, where it is neither a linear layer's nor a `Conv1D`'s."""
+    return None if kind_of(module) == "linear" else list(base_of(module).weight.shape)
+
+
 def base_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight as (out, in) float32, dequantised where needed."""
+    """The layer's weight as a matrix (out, in) in float32, dequantised where needed; see `sizes`."""
     from peft.utils import resolve_quantization_backend
 
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    base = base_of(layer)
     backend = resolve_quantization_backend(base)
     weight = base.weight.detach() if backend is None else backend.get_base_weight(base).detach()
-    return (weight.T if isinstance(base, Conv1D) else weight).float()
+    return (weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight.flatten(1)).float()
 
 
 def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

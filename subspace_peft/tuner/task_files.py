@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from ..basis import ModuleBasis
@@ -88,7 +89,7 @@ def check_task(file: Path, config: SubspaceConfig) -> frozenset[str]:
                 f"{config.basis_fingerprint or ''} does not have. Pass the basis that the task was trained on."
             )
         shape = known[name] if basis is not None else known[name]["shape"]
-        expected = expected_shapes(config, shape)
+        expected = expected_shapes(config, module, shape)
         if parts != expected:
             raise BasisMismatchError(
                 f"{file}: module {module!r} has coefficients {parts}, but {config.coefficients!r} coefficients in this "
@@ -117,9 +118,9 @@ def _check_carried(file: Path, wanted: Mapping[str, Any], own: Mapping[str, Mapp
                 )
 
 
-def expected_shapes(config: SubspaceConfig, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one module's trained tensors, for a basis module of the given sizes."""
-    k_out, k_in = used_size(config, shape["k_out"], shape["k_in"])
+def expected_shapes(config: SubspaceConfig, name: str, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the trained tensors of the module `name`, for a basis module of the given sizes."""
+    k_out, k_in = used_size(config, name, shape["k_out"], shape["k_in"])
     r = min(config.r, k_out, k_in)
     expected: dict[str, tuple[int, ...]] = {
         "core": {"weight": (k_out, k_in)},
@@ -131,12 +132,18 @@ def expected_shapes(config: SubspaceConfig, shape: Mapping[str, int]) -> dict[st
     return expected | ({"gain": (1,)} if config.mean_gain == "trainable" else {})
 
 
-def used_size(config: SubspaceConfig, k_out: int, k_in: int) -> tuple[int, int]:
-    """(k_out, k_in) that the config uses of a basis module: the leading `config.k` of each side, or all."""
-    return (k_out, k_in) if config.k is None else (min(config.k, k_out), min(config.k, k_in))
+def k_of(config: SubspaceConfig, name: str) -> int | None:
+    """The k that the config asks for in the module `name`; None: all that the basis has."""
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.k)
 
 
-def used_part(config: SubspaceConfig, module: ModuleBasis) -> ModuleBasis:
-    """The part of a basis module that the config uses."""
-    size = used_size(config, module.k_out, module.k_in)
+def used_size(config: SubspaceConfig, name: str, k_out: int, k_in: int) -> tuple[int, int]:
+    """(k_out, k_in) that the config uses of a basis module: the leading k of each side, or all."""
+    k = k_of(config, name)
+    return (k_out, k_in) if k is None else (min(k, k_out), min(k, k_in))
+
+
+def used_part(config: SubspaceConfig, name: str, module: ModuleBasis) -> ModuleBasis:
+    """The part of a basis module that the config uses in the module `name`."""
+    size = used_size(config, name, module.k_out, module.k_in)
     return module if size == (module.k_out, module.k_in) else module.truncate(*size)

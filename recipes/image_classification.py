@@ -1,0 +1,439 @@
+"""Image classification with ViT or DINOv2: a fleet of LoRA adapters → their shared basis → a held-out task → its controls.
+
+    python recipes/image_classification.py --preset offline       # real images and a small ViT out of packages, no Hub; 2 CPU cores
+    python recipes/image_classification.py --preset smoke         # the same path on so few images that its scores mean nothing
+    python recipes/image_classification.py                        # google/vit-base-patch16-224-in21k, CIFAR-100 in ten tasks; a GPU
+    python recipes/image_classification.py --model facebook/dinov2-base --pooling mean --task group7
+    python recipes/image_classification.py settings.yaml --dry-run   # what would be fetched, trained and written; fetches nothing
+
+Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
+
+    sources    a stock LoRA adapter per source task, by the stock Trainer, each with a random start of its own
+    basis      `build_basis` of them, and a random basis of equal size as the control
+    train      coefficients in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last checkpoint
+    evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split
+    compare    head only (the linear probe), mean only, LoRA, VeRA, random basis, this basis under one budget: for each the
+               learning rate that is best on the validation split, then the report seeds → results.json, table.md, curves.png
+
+Tasks are disjoint class subsets of one Hub set (`--class-groups`: group0, group1, …, the papers' protocol; 1: the whole set, "all"),
+or the folders of `--data-dir`: data/<task>/{train,validation,test}/<label>/*.png and data/<task>/task.json (labels, held_out). The
+adapter of `--task` is never in its basis. Of a Hub set the validation split is carved out of the training set.
+
+Cost and result:
+    [MEASURED TABLE OF --preset offline: TO BE FILLED IN]
+    The defaults were not run by us yet. --dry-run prints their downloads, steps and sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import json
+import math
+import random
+import shutil
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, Trainer, TrainingArguments
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from subspace_peft import SubspaceBasis, build_basis
+from subspace_peft import compare as shared
+from subspace_peft.compare import LabelledTask, Method, knob
+from subspace_peft.errors import SubspaceError
+
+HEAD = "classifier"
+OFFLINE = "offline"  # as model and data folder: what subspace_peft.offline takes out of packages
+CIFAR100 = {"data": "uoft-cs/cifar100", "classes": 100, "train": 50000}
+ATTENTION = (["q_proj", "v_proj"], ["query", "value"])  # newer and older transformers; the first that the model has
+
+
+@dataclass
+class Knobs(shared.SubspaceKnobs):
+    out: str = knob("images-output", "folder of everything that is made")
+    task: str = knob("group9", "the held-out task")
+    model: str = knob("google/vit-base-patch16-224-in21k", "vision encoder: Hub id or folder")
+    pooling: Literal["class", "mean"] = knob(
+        "class", "what the head sees: the class token, or the mean of the patches"
+    )
+    target_modules: list[str] = knob((), "adapted modules; by default the attention's query and value")  # noqa: RUF009
+    layers: list[int] = knob((), "adapted layers; all by default")  # noqa: RUF009
+    data: str = knob(CIFAR100["data"], "Hub id of the data set")
+    image_column: str = knob("img", "its column of images")
+    label_column: str = knob("fine_label", "its column of class numbers")
+    class_groups: int = knob(10, "split its classes into so many disjoint tasks, group0, group1, …; 1: one task, all")
+    data_dir: str | None = knob(None, "local images instead")
+    flip: bool = knob(False, "flip training images at random, left to right")
+    source_examples: int = knob(0, "at most so many training images per source; 0: all")
+    source_epochs: float = knob(5, "passes over them")
+    source_rate: float = knob(1e-3, "learning rate of the source adapters")
+    train_examples: int = knob(0, "training images, drawn by the seed; 0: all")
+    validation_examples: int = knob(500, "validation images")
+    test_examples: int = knob(0, "test images; 0: all")
+    epochs: float = knob(10, "passes over the training images")
+    batch: int = knob(32, "images per step")
+    rate: float = knob(4e-3, "learning rate of --stage train; compare sweeps its own")
+    head_rate: float = knob(5e-3, "learning rate of the head beside an adapter")
+    scheduler: str = knob("linear", "as TrainingArguments.lr_scheduler_type")
+    warmup: float = knob(0.05, "share of the steps")
+    weight_decay: float = knob(0.0, "of AdamW")
+    bf16: bool = knob(False, "train in bfloat16")
+
+
+SMALL = {
+    "model": OFFLINE, "data_dir": OFFLINE, "task": "tops", "layers": [8, 9, 10, 11], "train_examples": 256,
+    "validation_examples": 160, "test_examples": 500, "epochs": 4, "batch": 16, "warmup": 0.0, "source_examples": 256,
+    "source_epochs": 4, "source_rate": 4e-3, "basis_k": 16,
+}  # fmt: skip
+FEW = {"train_examples": 48, "source_examples": 48, "validation_examples": 32, "test_examples": 48}
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "offline": SMALL,
+    "smoke": {
+        **SMALL,
+        **FEW,
+        "epochs": 1,
+        "source_epochs": 1,
+        "layers": [1],
+        "basis_k": 8,
+        "sweep": 1,
+        "seeds": [1, 2],
+    },
+}
+# of the knobs, those that decide how good any adapter gets; each stage adds its own
+COMMON = ("model", "pooling", "target_modules", "layers", "flip", "batch", "head_rate", "scheduler", "warmup", "weight_decay",
+          "bf16", "test_examples")  # fmt: skip
+
+
+def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
+    """Task → its number of classes and of training images; None where that is not known before the set is fetched."""
+    if args.data_dir is not None:
+        known = shared.local_tasks(args.data_dir)
+        for name, facts in known.items():
+            facts["train"] = sum(1 for _ in Path(args.data_dir, "data", name, "train").glob("*/*"))
+        return known
+    names = [f"group{i}" for i in range(args.class_groups)] if args.class_groups > 1 else ["all"]
+    known = CIFAR100 if args.data == CIFAR100["data"] else {"classes": None, "train": None}
+    share = {key: value and value // len(names) for key, value in known.items() if key != "data"}
+    return {name: dict(share) for name in names}
+
+
+def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
+    """Splits with the columns image and label, and the labels' names."""
+    if args.data_dir is not None:
+        folder = Path(args.data_dir, "data", name)
+        labels = json.loads((folder / "task.json").read_text(encoding="utf-8"))["labels"]
+        splits = {}
+        for split in ("train", "validation", "test"):
+            found = sorted(path.name for path in (folder / split).glob("*") if any(path.iterdir()))
+            if found != sorted(labels):
+                raise SubspaceError(f"{folder / split} holds images of {found}, but task.json names {sorted(labels)}.")
+            files = [file for label in sorted(labels) for file in sorted((folder / split / label).iterdir())]
+            rows = {
+                "image": [str(file) for file in files],
+                "label": [labels.index(file.parent.name) for file in files],
+            }
+            splits[split] = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        return splits, labels
+    raw = datasets.load_dataset(args.data)
+    for column in (args.image_column, args.label_column):
+        if column not in raw["train"].column_names:
+            raise SubspaceError(
+                f"{args.data} has no column {column!r}; it has {', '.join(raw['train'].column_names)}."
+            )
+    names = raw["train"].features[args.label_column].names
+    order = random.Random(0).sample(range(len(names)), len(names))
+    mine = sorted(order if name == "all" else order[int(name.removeprefix("group")) :: args.class_groups])
+
+    def chosen(rows: Any) -> Any:
+        kept = [i for i, label in enumerate(rows[args.label_column]) if label in set(mine)]
+        part = rows.select(kept).select_columns([args.image_column, args.label_column])
+        labels = [mine.index(label) for label in part[args.label_column]]
+        return (
+            part.rename_column(args.image_column, "image")
+            .remove_columns(args.label_column)
+            .add_column("label", labels)
+        )
+
+    train = chosen(raw["train"])
+    carved = train.train_test_split(min(args.validation_examples, len(train) // 2), seed=0)
+    test = chosen(raw["test" if "test" in raw else "validation"])
+    return {"train": carved["train"], "validation": carved["test"], "test": test}, [names[i] for i in mine]
+
+
+class ImageTask(LabelledTask):
+    """A task whose splits hand out pixels: known by its files' bytes, not by what the processor makes of them."""
+
+    digest = ""
+
+    def fingerprint(self) -> str:
+        return self.digest
+
+
+def load_task(args: Knobs, name: str) -> ImageTask:
+    """Read and check a task. Raises SubspaceError: missing classes or columns, too few images, a file that is no image."""
+    splits, labels = read_task(args, name)
+    held_out = name == args.task
+    least = {"train": args.train_examples, "validation": args.validation_examples} if held_out else {}
+    most = {"train": 0 if held_out else args.source_examples, "validation": args.validation_examples}
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    total = hashlib.sha256()
+
+    def pixels(part: dict[str, list[Any]], flip: bool) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in part["image"]]
+        values = processor(images, return_tensors="pt")["pixel_values"]
+        if flip:
+            values = torch.where(torch.rand(len(values), 1, 1, 1) < 0.5, values.flip(-1), values)
+        return {"pixel_values": list(values), "labels": part["label"]}
+
+    for split, rows in splits.items():
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+        shared.check_rows(f"{name}, {split}", rows, ["image"], len(labels), least=least.get(split) or 1)
+        rows = shared.draw(rows, most.get(split, args.test_examples), seed=0).cast_column("image", datasets.Image())
+        for row in rows.cast_column("image", datasets.Image(decode=False)):
+            content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+            total.update(hashlib.sha256(content).digest() + bytes([row["label"] % 256]))
+            _check_image(content, row["image"]["path"] or f"{name}, {split}")
+        splits[split] = rows.with_transform(lambda part, flip=args.flip and split == "train": pixels(part, flip))
+    task = ImageTask(
+        name, ["image"], len(labels), metric="sst2", splits=splits, collate=transformers.default_data_collator
+    )
+    task.digest = total.hexdigest()
+    return task
+
+
+def _check_image(content: bytes, where: str) -> None:
+    try:
+        Image.open(io.BytesIO(content)).verify()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise SubspaceError(f"{where} is no image that can be read ({error}). Mend or remove it.") from None
+
+
+class ImageClassifier(PreTrainedModel):
+    """A vision encoder and a linear `classifier` on its class token or on the mean of its patches, after the last norm."""
+
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, encoder: PreTrainedModel, classes: int, pooling: str) -> None:
+        super().__init__(encoder.config)
+        self.base_model_prefix, self.pooling = encoder.base_model_prefix or "encoder", pooling
+        setattr(self, self.base_model_prefix, encoder)
+        self.classifier = torch.nn.Linear(encoder.config.hidden_size, classes)
+        torch.nn.init.normal_(self.classifier.weight, std=0.02)
+        torch.nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        hidden = getattr(self, self.base_model_prefix)(pixel_values=pixel_values)[0]
+        logits = self.classifier(hidden[:, 0] if self.pooling == "class" else hidden[:, 1:].mean(1))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> ImageClassifier:
+    """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without weights."""
+    transformers.set_seed(seed)
+    config = empty or AutoConfig.from_pretrained(args.model)
+    kind = transformers.MODEL_MAPPING[type(config)]
+    pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
+    encoder = kind(config, **pooler) if empty else AutoModel.from_pretrained(args.model, dtype=torch.float32, **pooler)
+    return ImageClassifier(encoder, classes, args.pooling)
+
+
+def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
+    ends = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    fits = [names for names in ATTENTION if set(names) <= ends]
+    if not (set(args.target_modules) <= ends if args.target_modules else fits):
+        what = f"no {', '.join(args.target_modules)}" if args.target_modules else "no attention that is known here"
+        raise SubspaceError(f"There is {what} in {args.model}; name --target_modules of {', '.join(sorted(ends))}.")
+    return args.target_modules or fits[0]
+
+
+def make_trainer(
+    args: Knobs, model: Any, task: ImageTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1, seed: int = 0,
+    folder: Path | None = None,
+) -> Trainer:  # fmt: skip
+    """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an adapter."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head, rest = [p for name, p in trained if HEAD in name], [p for name, p in trained if HEAD not in name]
+    groups = [{"params": rest, "lr": rate}, {"params": head, "lr": args.head_rate if rest else rate}]
+    groups = [group for group in groups if group["params"]]
+    arguments = TrainingArguments(
+        output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,
+        num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=4 * args.batch,
+        lr_scheduler_type=args.scheduler, warmup_steps=args.warmup, seed=seed, remove_unused_columns=False,
+        label_names=["labels"], eval_strategy="epoch", logging_strategy="no", report_to=[], disable_tqdm=folder is None,
+        bf16=args.bf16, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, task.collate, train_dataset=shared.draw(task.splits["train"], examples, seed),
+        eval_dataset=task.splits["validation"], compute_metrics=task.measure,
+        optimizers=(torch.optim.AdamW(groups, weight_decay=args.weight_decay) if groups else None, None),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def fit(trainer: Trainer, task: ImageTask, resume: str | None = None) -> dict[str, Any]:
+    """Train; then validation curve, metrics of the test split, and seconds of training (since `resume`) without evaluations."""
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - began
+    logs = [entry for entry in trainer.state.log_history if "eval_score" in entry]
+    before = int(resume.rpartition("-")[2]) if resume else 0
+    seconds -= sum(entry["eval_runtime"] for entry in logs if entry["step"] > before)
+    curve, metrics = [[entry["step"], entry["eval_score"]] for entry in logs], task.test(trainer)
+    scores = {"validation": curve[-1][1], "test": metrics["test"]["score"]}
+    return {**scores, "metrics": metrics, "curve": curve, "seconds": seconds}
+
+
+def settings(args: Knobs, task: ImageTask, *names: str) -> dict[str, Any]:
+    """What decides a run's result: where any of it is another one, so is the run."""
+    return {"task": task.name, "data": task.fingerprint(), **{name: getattr(args, name) for name in (*COMMON, *names)}}
+
+
+def methods(args: Knobs, control: bool = False) -> list[Method]:
+    where = {
+        "task_type": None,
+        "target_modules": args.target_modules,
+        "layers": args.layers,
+        "modules_to_save": [HEAD],
+    }
+    return shared.compared_methods(args, known_tasks(args), control=control, **where)
+
+
+def sources(args: Knobs, tasks: dict[str, ImageTask]) -> None:
+    for name in tqdm([name for name in args.sources if name in tasks], desc="source adapters", unit="adapter"):
+        task, folder = tasks[name], Path(args.out, "sources", name)
+        chosen = settings(args, task, "source_epochs", "source_rate", "r", "seed")
+        if shared.finished(folder, chosen) is None:
+            model = make_model(args, task.classes, args.seed)
+            # a start of its own: with one random A for all, they would fake a common subspace
+            torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
+            where = {"target_modules": args.target_modules, "layers_to_transform": args.layers or None}
+            model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, modules_to_save=[HEAD], **where))
+            budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
+            result = fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
+            shared.save_finished(model, folder, chosen, result)
+
+
+def basis(args: Knobs, tasks: dict[str, ImageTask]) -> None:
+    if args.basis is None:
+        folders, size = shared.source_folders(args), {"k": args.basis_k, "directions": args.directions}
+        built = build_basis(folders, builder=args.builder, **size)
+        built.save_pretrained(Path(args.out, "basis"))
+    else:
+        built = SubspaceBasis.from_pretrained(args.basis)
+    print(f"{built}\nIts control: {shared.save_control(built, args)}")
+
+
+def train(args: Knobs, tasks: dict[str, ImageTask]) -> None:
+    task, folder = tasks[args.task], task_folder(args)
+    method = shared.method_named(methods(args), "mean only" if args.coefficients == "none" else "this basis")
+    chosen = settings(args, task, "rate", "epochs", "train_examples", "seed") | {"method": method.identity()}
+    if shared.finished(folder, chosen) is None:
+        model = method.apply(make_model(args, task.classes, args.seed), HEAD)
+        checkpoints = folder.with_name(f"{folder.name}-checkpoints-{shared.digest(chosen)[:12]}")
+        budget = {"rate": args.rate, "epochs": args.epochs, "examples": args.train_examples}
+        trainer = make_trainer(args, model, task, seed=args.seed, folder=checkpoints, **budget)
+        shared.save_finished(model, folder, chosen, fit(trainer, task, shared.last_checkpoint(checkpoints)))
+        shutil.rmtree(checkpoints)
+    print(f"The task is in {folder}.")
+
+
+def evaluate(args: Knobs, tasks: dict[str, ImageTask]) -> None:
+    task, folder = tasks[args.task], task_folder(args)
+    if not (folder / "adapter_config.json").is_file():
+        raise SubspaceError(f"No saved task in {folder}: run --stage train first, with the same coefficients.")
+    model = PeftModel.from_pretrained(make_model(args, task.classes, args.seed), str(folder))
+    metrics = task.test(make_trainer(args, model, task))
+    Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print(f"{folder}: {json.dumps(metrics)}")
+
+
+def compare(args: Knobs, tasks: dict[str, ImageTask]) -> None:
+    task, rows = tasks[args.task], methods(args, control=True)
+    # a basis that does not fit the model is refused here, before the first run
+    rows[-1].apply(make_model(args, task.classes, 0), HEAD)
+
+    def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
+        model = method.apply(make_model(args, task.classes, seed), HEAD)
+        budget = {"rate": rate, "epochs": args.epochs, "examples": args.train_examples}
+        return {**shared.measure(model), **fit(make_trainer(args, model, task, seed=seed, **budget), task)}
+
+    chosen = settings(args, task, "epochs", "train_examples")
+    results = shared.compare(rows, run, seeds=args.seeds, cells=shared.Cells(Path(args.out, "cells"), chosen))
+    title = (
+        f"{args.task} (n={len(task.splits['test'])}): {args.epochs:g} epochs of {args.train_examples or 'all'} images"
+    )
+    shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score="accuracy")
+
+
+def task_folder(args: Knobs) -> Path:
+    return Path(args.out, "tasks", f"{args.task}-{args.coefficients}")
+
+
+def dry_run(args: Knobs) -> None:
+    """Print what would be fetched, trained and written; sizes where the model's configuration is on this machine."""
+    known, own = known_tasks(args), [name for name in args.sources if "/" not in name]
+    fetched = [] if Path(args.model).is_dir() else [f"model {args.model}"]
+    fetched += [] if args.data_dir else [f"data {args.data}"]
+    others = [("adapter", name) for name in args.sources if "/" in name] + [("basis", args.basis or ".")]
+    fetched += [f"{kind} {name}" for kind, name in others if not Path(name).is_dir()]
+    budgets = {f"source {name}": (name, args.source_examples, args.source_epochs) for name in own}
+    budgets["train"] = (args.task, args.train_examples, args.epochs)
+    steps = {}
+    for stage, (name, most, epochs) in budgets.items():
+        if known[name]["train"] or most:
+            steps[stage] = shared.steps_of(min(known[name]["train"] or math.inf, most or math.inf), args.batch, epochs)
+    if "train" in steps:
+        steps["compare"] = steps["train"] * shared.runs_of(args)
+    try:
+        config = AutoConfig.from_pretrained(args.model, local_files_only=True)
+    except OSError:
+        config = transformers.ViTConfig() if args.model == Knobs.model else None
+    with torch.device("meta"):
+        model = None if config is None else make_model(args, known[args.task]["classes"] or 10, 0, empty=config)
+    targets = args.target_modules if model is None else find_targets(args, model)
+    shared.print_plan(args, fetched, steps, model, head=HEAD, target_modules=targets, layers=args.layers)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = shared.parse_knobs(Knobs, PRESETS, arguments, description=__doc__)
+    if OFFLINE in (args.model, args.data_dir):
+        folder = shared.offline_folder("images", args, smoke=args.preset == "smoke")
+        if folder is None:
+            return
+        args.model = str(folder / "model") if args.model == OFFLINE else args.model
+        args.data_dir = str(folder) if args.data_dir == OFFLINE else args.data_dir
+    args.sources = shared.choose_sources(args, known_tasks(args))
+    if args.dry_run:
+        dry_run(args)
+        return
+    shared.quiet()
+    stages = [sources, basis, train, evaluate, compare] if args.stage == "all" else [globals()[args.stage]]
+    names = [name for name in args.sources if "/" not in name] if sources in stages else []
+    names += [] if stages in ([sources], [basis]) else [args.task]
+    args.target_modules = find_targets(args, make_model(args, 2, 0, empty=AutoConfig.from_pretrained(args.model)))
+    tasks = {name: load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
+    for stage in stages:
+        stage(args, tasks)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SubspaceError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,80 @@
+"""The kinds of adapter layers: around linear layers, convolutions and embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .fused import add_update
+from .injection import Plan
+from .layer import AdapterLayer
+from .targets import kind_of
+
+
+class Linear(AdapterLayer):
+    """Around `nn.Linear`, a quantised kind of it, or transformers' `Conv1D`."""
+
+    def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(V.dtype), V)
+
+    def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        return F.linear(z, U)
+
+    def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T if self.fan_in_fan_out else delta
+
+    def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        # a compiler fuses the plain chain by itself, and cannot look into what changes its input in place
+        if torch.compiler.is_compiling() or not result.is_contiguous():
+            return super()._add_update(result, x, adapter)
+        dtype = result.dtype
+        U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
+        core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
+        return add_update(result, self._dropped(x, adapter).to(dtype), V, core, U, self.scaling[adapter])
+
+
+class Conv2d(AdapterLayer):
+    """Around `nn.Conv2d` without groups: V is a convolution of the base's kernel, stride and padding to k_in channels, core and U
+    are 1 × 1. As a matrix the weight is (out, in · height · width)."""
+
+    def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        base = self.get_base_layer()
+        kernel = V.view(V.shape[0], base.in_channels, *base.kernel_size)
+        return base._conv_forward(x.to(V.dtype), kernel, None).movedim(1, -1)
+
+    def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        return F.linear(z, U).movedim(-1, 1)
+
+    def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        base = self.get_base_layer()
+        return delta.view(base.out_channels, base.in_channels, *base.kernel_size)
+
+
+class Embedding(AdapterLayer):
+    """Around `nn.Embedding`. As a matrix the weight is (dimension, tokens): a token's input is a unit vector."""
+
+    def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        h = F.embedding(x, V.T)
+        # some models scale what they look up, as part of the layer
+        scale = getattr(self.get_base_layer(), "embed_scale", None)
+        return h if scale is None else h * torch.as_tensor(scale).to(h)
+
+    def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        return F.linear(z, U)
+
+    def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T
+
+    def _dropped(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
+        return x  # numbers of tokens
+
+
+KINDS = {"linear": Linear, "conv2d": Conv2d, "embedding": Embedding}
+
+
+def make_layer(target: nn.Module, adapter_name: str, plan: Plan, key: str, **kwargs: Any) -> AdapterLayer:
+    """The adapter layer around `target`, which `supported` has accepted."""
+    return KINDS[kind_of(target)](target, adapter_name, plan, key, **kwargs)
