@@ -1,0 +1,333 @@
+"""GLUE with RoBERTa or BERT: a fleet of LoRA adapters → their shared basis → a held-out task of a few kilobytes → its controls.
+
+    python recipes/glue.py --preset offline                # real texts and a small encoder out of packages, no Hub; 2 CPU cores
+    python recipes/glue.py --preset smoke                  # the same path on so few examples that its scores mean nothing
+    python recipes/glue.py --task mrpc                     # the real thing: roberta-base, nyu-mll/glue; a GPU
+    python recipes/glue.py --preset eigenlora --task stsb  # EigenLoRAx's released hyperparameters (arXiv 2502.04700)
+    python recipes/glue.py --stage train --task rte --basis org/their-basis --coefficients factor
+    python recipes/glue.py settings.yaml --dry-run         # what would be fetched, trained and written; fetches nothing
+
+Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
+
+    sources    a stock LoRA adapter per source task, by the stock Trainer, each with a random start of its own
+    basis      `build_basis` of them, and a random basis of equal size as the control
+    train      coefficients in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last checkpoint
+    evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split(s)
+    compare    head only, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate that is
+               best on the validation split, then the report seeds at that rate → results.json, table.md, curves.png
+
+The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. GLUE's test
+labels are hidden, so "test" is GLUE's validation set here (MNLI: matched, and mismatched beside it), and the validation split,
+which chooses learning rates, is carved out of the training set. A source is a task's name, or the folder or Hub id (anything
+with a slash) of an adapter that exists. Own data: `--data-dir` takes a folder with data/<task>/{train,validation,test}.jsonl
+(columns: label, and sentence or sentence1, sentence2) and data/<task>/task.json (keys, labels, metric, held_out).
+
+Cost and result:
+    [MEASURED TABLE OF --preset offline: TO BE FILLED IN]
+    The defaults and --preset eigenlora were not run by us yet. --dry-run prints their downloads, steps and sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
+
+from subspace_peft import SubspaceBasis, build_basis
+from subspace_peft import compare as shared
+from subspace_peft.compare import LabelledTask, Method, knob
+from subspace_peft.errors import SubspaceError
+
+GLUE = {
+    "cola": {"keys": ["sentence"], "classes": 2, "train": 8551},
+    "sst2": {"keys": ["sentence"], "classes": 2, "train": 67349},
+    "mrpc": {"keys": ["sentence1", "sentence2"], "classes": 2, "train": 3668},
+    "stsb": {"keys": ["sentence1", "sentence2"], "classes": None, "train": 5749},  # None: a number is predicted
+    "qqp": {"keys": ["question1", "question2"], "classes": 2, "train": 363846},
+    "mnli": {"keys": ["premise", "hypothesis"], "classes": 3, "train": 392702},
+    "qnli": {"keys": ["question", "sentence"], "classes": 2, "train": 104743},
+    "rte": {"keys": ["sentence1", "sentence2"], "classes": 2, "train": 2490},
+    "wnli": {"keys": ["sentence1", "sentence2"], "classes": 2, "train": 635},
+}
+HEAD = "classifier"
+OFFLINE = "offline"  # as model and data folder: what subspace_peft.offline takes out of packages
+
+
+@dataclass
+class Knobs(shared.SubspaceKnobs):
+    out: str = knob("glue-output", "folder of everything that is made")
+    task: str = knob("mrpc", "the held-out task")
+    model: str = knob("FacebookAI/roberta-base", "encoder: Hub id or folder")
+    pooling: Literal["first", "mean"] = knob("first", "first: the model's own head; mean: of all tokens, linear head")
+    dropout: float | None = knob(None, "of the encoder; by default as its configuration says")
+    target_modules: list[str] = knob(("query", "value"), "adapted modules")  # noqa: RUF009
+    layers: list[int] = knob((), "adapted layers; all by default")  # noqa: RUF009
+    data: str = knob("nyu-mll/glue", "Hub id of the data set")
+    data_dir: str | None = knob(None, "local data instead")
+    tokens: int = knob(128, "longest input")
+    source_examples: int = knob(10000, "at most so many training examples per source; 0: all")
+    source_epochs: float = knob(5, "passes over them")
+    source_rate: float = knob(5e-4, "learning rate of the source adapters")
+    train_examples: int = knob(0, "training examples, drawn by the seed; 0: all")
+    validation_examples: int = knob(400, "validation examples")
+    test_examples: int = knob(0, "test examples; 0: all")
+    epochs: float = knob(20, "passes over the training examples")
+    batch: int = knob(16, "examples per step")
+    rate: float = knob(4e-3, "learning rate of --stage train; compare sweeps its own")
+    head_rate: float = knob(1e-3, "learning rate of the head beside an adapter")
+    scheduler: str = knob("linear", "as TrainingArguments.lr_scheduler_type")
+    warmup: float = knob(0.06, "share of the steps")
+    weight_decay: float = knob(0.0, "of AdamW")
+    bf16: bool = knob(False, "train in bfloat16")
+
+
+SMALL = {
+    "model": OFFLINE, "data_dir": OFFLINE, "task": "editorials", "pooling": "mean", "dropout": 0.0, "layers": [3, 4, 5],
+    "tokens": 32, "train_examples": 256, "validation_examples": 160, "epochs": 4, "warmup": 0.0, "head_rate": 5e-3,
+    "source_examples": 256, "source_epochs": 4, "source_rate": 4e-3, "basis_k": 16,
+}  # fmt: skip
+FEW = {"train_examples": 48, "source_examples": 48, "validation_examples": 32, "test_examples": 48}
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "offline": SMALL,
+    "smoke": {**SMALL, **FEW, "epochs": 1, "source_epochs": 1, "layers": [1], "basis_k": 8, "sweep": 1, "seeds": [1, 2]},
+    # EigenLoRAx's scripts: two published sources, 64 components, one learning rate for all, 16 examples on each of 4 GPUs. Their
+    # loadings start at random, without a scale: with this alpha 64 directions have scale 1 here too, and start at zero.
+    # Directions that no source has are not made up; the plateau's scheduler has no warm-up.
+    "eigenlora": {
+        "sources": ["ankit-vaidya19/cola_lora_r_8", "ankit-vaidya19/qnli_lora_r_8"], "builder": "eigenlora", "basis_k": 64,
+        "coefficients": "factor", "r": 8, "alpha": math.sqrt(64 * 8), "scheduler": "reduce_lr_on_plateau", "weight_decay": 0.1,
+        "batch": 64, "tokens": 512, "rate": {"rte": 5e-3, "sst2": 5e-3},
+        "head_rate": {"cola": 4e-3, "mrpc": 4e-3, "qnli": 4e-3, "rte": 5e-3, "sst2": 5e-3, "stsb": 4e-3},
+        "epochs": {"cola": 80, "mrpc": 30, "qnli": 25, "rte": 80, "sst2": 60, "stsb": 40},
+    },
+}  # fmt: skip
+# of the knobs, those that decide how good any adapter gets; each stage adds its own
+COMMON = ("model", "pooling", "dropout", "target_modules", "layers", "tokens", "batch", "head_rate", "scheduler", "warmup",
+          "weight_decay", "bf16", "test_examples")  # fmt: skip
+
+
+def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
+    return GLUE if args.data_dir is None else shared.local_tasks(args.data_dir)
+
+
+def load_task(args: Knobs, name: str) -> LabelledTask:
+    """Read, check and tokenise a task. Raises SubspaceError: missing columns, labels out of range, too few examples."""
+    if args.data_dir is None:
+        raw = datasets.load_dataset(args.data, name)
+        carved = raw["train"].train_test_split(min(args.validation_examples, len(raw["train"]) // 2), seed=0)
+        tests = {"test": "_matched", "test_mismatched": "_mismatched"} if name == "mnli" else {"test": ""}
+        splits = {"train": carved["train"], "validation": carved["test"]}
+        splits |= {split: raw[f"validation{suffix}"] for split, suffix in tests.items()}
+        task = LabelledTask(name, GLUE[name]["keys"], GLUE[name]["classes"], metric=name, splits=splits)
+    else:
+        task = LabelledTask.local(args.data_dir, name)
+    held_out = name == args.task
+    least = {"train": args.train_examples, "validation": args.validation_examples} if held_out else {}
+    most = {"train": 0 if held_out else args.source_examples, "validation": args.validation_examples}
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def encode(part: dict[str, list[str]]) -> Any:
+        return tokenizer(*(part[key] for key in task.keys), truncation=True, max_length=args.tokens)
+
+    for split, rows in task.splits.items():
+        shared.check_rows(f"{name}, {split}", rows, task.keys, task.classes, least=least.get(split) or 1)
+        few = shared.draw(rows, most.get(split, args.test_examples), seed=0)
+        other = [column for column in rows.column_names if column != "label"]
+        task.splits[split] = few.map(encode, batched=True, remove_columns=other)
+    task.collate = transformers.DataCollatorWithPadding(tokenizer)
+    return task
+
+
+def make_model(args: Knobs, classes: int | None, seed: int, empty: Any = None) -> Any:
+    """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without weights."""
+    transformers.set_seed(seed)
+    config = empty or AutoConfig.from_pretrained(args.model)
+    config.num_labels = classes or 1
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        if args.dropout is not None and hasattr(config, name):
+            setattr(config, name, args.dropout)
+    kind = transformers.AutoModelForSequenceClassification if args.pooling == "first" else AutoModel
+    model = kind.from_config(config) if empty else kind.from_pretrained(args.model, config=config, dtype=torch.float32)
+    return model if args.pooling == "first" else shared.MeanPooledClassifier(model)
+
+
+def make_trainer(
+    args: Knobs, model: Any, task: LabelledTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1, seed: int = 0,
+    folder: Path | None = None,
+) -> Trainer:  # fmt: skip
+    """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an adapter."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    head, rest = [p for name, p in trained if HEAD in name], [p for name, p in trained if HEAD not in name]
+    groups = [{"params": rest, "lr": rate}, {"params": head, "lr": args.head_rate if rest else rate}]
+    groups = [group for group in groups if group["params"]]
+    arguments = TrainingArguments(
+        output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,
+        num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=4 * args.batch,
+        lr_scheduler_type=args.scheduler, warmup_steps=args.warmup, train_sampling_strategy="group_by_length", seed=seed,
+        eval_strategy="epoch", logging_strategy="no", report_to=[], disable_tqdm=folder is None, bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, task.collate, train_dataset=shared.draw(task.splits["train"], examples, seed),
+        eval_dataset=task.splits["validation"], compute_metrics=task.measure,
+        optimizers=(torch.optim.AdamW(groups, weight_decay=args.weight_decay) if groups else None, None),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def fit(trainer: Trainer, task: LabelledTask, resume: str | None = None) -> dict[str, Any]:
+    """Train; then validation curve, metrics of the test split(s), and seconds of training (since `resume`) without evaluations."""
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    seconds = time.perf_counter() - began
+    logs = [entry for entry in trainer.state.log_history if "eval_score" in entry]
+    before = int(resume.rpartition("-")[2]) if resume else 0
+    seconds -= sum(entry["eval_runtime"] for entry in logs if entry["step"] > before)
+    curve, metrics = [[entry["step"], entry["eval_score"]] for entry in logs], task.test(trainer)
+    scores = {"validation": curve[-1][1], "test": metrics["test"]["score"]}
+    return {**scores, "metrics": metrics, "curve": curve, "seconds": seconds}
+
+
+def settings(args: Knobs, task: LabelledTask, *names: str) -> dict[str, Any]:
+    """What decides a run's result: where any of it is another one, so is the run."""
+    return {"task": task.name, "data": task.fingerprint(), **{name: getattr(args, name) for name in (*COMMON, *names)}}
+
+
+def methods(args: Knobs, control: bool = False) -> list[Method]:
+    where = {"task_type": "SEQ_CLS", "target_modules": args.target_modules, "layers": args.layers}
+    return shared.compared_methods(args, known_tasks(args), control=control, **where)
+
+
+def sources(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
+    for name in tqdm([name for name in args.sources if name in tasks], desc="source adapters", unit="adapter"):
+        task, folder = tasks[name], Path(args.out, "sources", name)
+        chosen = settings(args, task, "source_epochs", "source_rate", "r", "seed")
+        if shared.finished(folder, chosen) is None:
+            model = make_model(args, task.classes, args.seed)
+            # a start of its own: with one random A for all, they would fake a common subspace
+            torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
+            where = {"target_modules": args.target_modules, "layers_to_transform": args.layers or None}
+            model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, task_type="SEQ_CLS", **where))
+            budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
+            result = fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
+            shared.save_finished(model, folder, chosen, result)
+
+
+def basis(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
+    if args.basis is None:
+        folders, size = shared.source_folders(args), {"k": args.basis_k, "directions": args.directions}
+        built = build_basis(folders, builder=args.builder, **size)
+        built.save_pretrained(Path(args.out, "basis"))
+    else:
+        built = SubspaceBasis.from_pretrained(args.basis)
+    print(f"{built}\nIts control: {shared.save_control(built, args)}")
+
+
+def train(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
+    task, folder = tasks[args.task], task_folder(args)
+    method = shared.method_named(methods(args), "mean only" if args.coefficients == "none" else "this basis")
+    chosen = settings(args, task, "rate", "epochs", "train_examples", "seed") | {"method": method.identity()}
+    if shared.finished(folder, chosen) is None:
+        model = method.apply(make_model(args, task.classes, args.seed), HEAD)
+        checkpoints = folder.with_name(f"{folder.name}-checkpoints-{shared.digest(chosen)[:12]}")
+        budget = {"rate": args.rate, "epochs": args.epochs, "examples": args.train_examples}
+        trainer = make_trainer(args, model, task, seed=args.seed, folder=checkpoints, **budget)
+        shared.save_finished(model, folder, chosen, fit(trainer, task, shared.last_checkpoint(checkpoints)))
+        shutil.rmtree(checkpoints)
+    print(f"The task is in {folder}.")
+
+
+def evaluate(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
+    task, folder = tasks[args.task], task_folder(args)
+    if not (folder / "adapter_config.json").is_file():
+        raise SubspaceError(f"No saved task in {folder}: run --stage train first, with the same coefficients.")
+    model = PeftModel.from_pretrained(make_model(args, task.classes, args.seed), str(folder))
+    metrics = task.test(make_trainer(args, model, task))
+    Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print(f"{folder}: {json.dumps(metrics)}")
+
+
+def compare(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
+    task, rows = tasks[args.task], methods(args, control=True)
+    # a basis that does not fit the model is refused here, before the first run
+    rows[-1].apply(make_model(args, task.classes, 0), HEAD)
+
+    def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
+        model = method.apply(make_model(args, task.classes, seed), HEAD)
+        budget = {"rate": rate, "epochs": args.epochs, "examples": args.train_examples}
+        return {**shared.measure(model), **fit(make_trainer(args, model, task, seed=seed, **budget), task)}
+
+    chosen = settings(args, task, "epochs", "train_examples")
+    results = shared.compare(rows, run, seeds=args.seeds, cells=shared.Cells(Path(args.out, "cells"), chosen))
+    title = f"{args.task} (n={len(task.splits['test'])}): {args.epochs:g} epochs of {args.train_examples or 'all'} examples"
+    shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score=task.metric)
+
+
+def task_folder(args: Knobs) -> Path:
+    return Path(args.out, "tasks", f"{args.task}-{args.coefficients}")
+
+
+def dry_run(args: Knobs) -> None:
+    """Print what would be fetched, trained and written; sizes where the model's configuration is on this machine."""
+    known, own = known_tasks(args), [name for name in args.sources if "/" not in name]
+    fetched = [] if Path(args.model).is_dir() else [f"model {args.model}"]
+    fetched += [] if args.data_dir else [f"data {args.data}: {', '.join([args.task, *own])}"]
+    others = [("adapter", name) for name in args.sources if "/" in name] + [("basis", args.basis or ".")]
+    fetched += [f"{kind} {name}" for kind, name in others if not Path(name).is_dir()]
+    budgets = {f"source {name}": (name, args.source_examples, args.source_epochs) for name in own}
+    budgets["train"] = (args.task, args.train_examples, args.epochs)
+    steps = {}
+    for stage, (name, most, epochs) in budgets.items():
+        steps[stage] = shared.steps_of(min(known[name]["train"], most or math.inf), args.batch, epochs)
+    steps["compare"] = steps["train"] * shared.runs_of(args)
+    try:
+        config = AutoConfig.from_pretrained(args.model, local_files_only=True)
+    except OSError:
+        default = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+        config = default if args.model == Knobs.model else None
+    with torch.device("meta"):
+        model = None if config is None else make_model(args, known[args.task]["classes"], 0, empty=config)
+    shared.print_plan(args, fetched, steps, model, head=HEAD, target_modules=args.target_modules, layers=args.layers)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = shared.parse_knobs(Knobs, PRESETS, arguments, description=__doc__)
+    if OFFLINE in (args.model, args.data_dir):
+        folder = shared.offline_folder("text", args, smoke=args.preset == "smoke")
+        if folder is None:
+            return
+        args.model = str(folder / "model") if args.model == OFFLINE else args.model
+        args.data_dir = str(folder) if args.data_dir == OFFLINE else args.data_dir
+    args.sources = shared.choose_sources(args, known_tasks(args))
+    if args.dry_run:
+        dry_run(args)
+        return
+    shared.quiet()
+    stages = [sources, basis, train, evaluate, compare] if args.stage == "all" else [globals()[args.stage]]
+    names = [name for name in args.sources if "/" not in name] if sources in stages else []
+    names += [] if stages in ([sources], [basis]) else [args.task]
+    tasks = {name: load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
+    for stage in stages:
+        stage(args, tasks)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SubspaceError as error:
+        sys.exit(f"error: {error}")
