@@ -33,7 +33,6 @@ import json
 import math
 import shutil
 import sys
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
-from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft import compare as shared
 from subspace_peft.compare import LabelledTask, Method, knob
 from subspace_peft.errors import SubspaceError
@@ -67,7 +65,7 @@ OFFLINE = "offline"  # as model and data folder: what subspace_peft.offline take
 
 
 @dataclass
-class Knobs(shared.SubspaceKnobs):
+class Knobs(shared.TrainingKnobs):
     out: str = knob("glue-output", "folder of everything that is made")
     task: str = knob("mrpc", "the held-out task")
     model: str = knob("FacebookAI/roberta-base", "encoder: Hub id or folder")
@@ -78,20 +76,6 @@ class Knobs(shared.SubspaceKnobs):
     data: str = knob("nyu-mll/glue", "Hub id of the data set")
     data_dir: str | None = knob(None, "local data instead")
     tokens: int = knob(128, "longest input")
-    source_examples: int = knob(10000, "at most so many training examples per source; 0: all")
-    source_epochs: float = knob(5, "passes over them")
-    source_rate: float = knob(5e-4, "learning rate of the source adapters")
-    train_examples: int = knob(0, "training examples, drawn by the seed; 0: all")
-    validation_examples: int = knob(400, "validation examples")
-    test_examples: int = knob(0, "test examples; 0: all")
-    epochs: float = knob(20, "passes over the training examples")
-    batch: int = knob(16, "examples per step")
-    rate: float = knob(4e-3, "learning rate of --stage train; compare sweeps its own")
-    head_rate: float = knob(1e-3, "learning rate of the head beside an adapter")
-    scheduler: str = knob("linear", "as TrainingArguments.lr_scheduler_type")
-    warmup: float = knob(0.06, "share of the steps")
-    weight_decay: float = knob(0.0, "of AdamW")
-    bf16: bool = knob(False, "train in bfloat16")
 
 
 SMALL = {
@@ -170,10 +154,7 @@ def make_trainer(
     folder: Path | None = None,
 ) -> Trainer:  # fmt: skip
     """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an adapter."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    head, rest = [p for name, p in trained if HEAD in name], [p for name, p in trained if HEAD not in name]
-    groups = [{"params": rest, "lr": rate}, {"params": head, "lr": args.head_rate if rest else rate}]
-    groups = [group for group in groups if group["params"]]
+    groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
         output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,
         num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=4 * args.batch,
@@ -188,19 +169,6 @@ def make_trainer(
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def fit(trainer: Trainer, task: LabelledTask, resume: str | None = None) -> dict[str, Any]:
-    """Train; then validation curve, metrics of the test split(s), and seconds of training (since `resume`) without evaluations."""
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
-    seconds = time.perf_counter() - began
-    logs = [entry for entry in trainer.state.log_history if "eval_score" in entry]
-    before = int(resume.rpartition("-")[2]) if resume else 0
-    seconds -= sum(entry["eval_runtime"] for entry in logs if entry["step"] > before)
-    curve, metrics = [[entry["step"], entry["eval_score"]] for entry in logs], task.test(trainer)
-    scores = {"validation": curve[-1][1], "test": metrics["test"]["score"]}
-    return {**scores, "metrics": metrics, "curve": curve, "seconds": seconds}
 
 
 def settings(args: Knobs, task: LabelledTask, *names: str) -> dict[str, Any]:
@@ -224,22 +192,12 @@ def sources(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
             where = {"target_modules": args.target_modules, "layers_to_transform": args.layers or None}
             model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, task_type="SEQ_CLS", **where))
             budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
-            result = fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
+            result = shared.fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
             shared.save_finished(model, folder, chosen, result)
 
 
-def basis(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    if args.basis is None:
-        folders, size = shared.source_folders(args), {"k": args.basis_k, "directions": args.directions}
-        built = build_basis(folders, builder=args.builder, **size)
-        built.save_pretrained(Path(args.out, "basis"))
-    else:
-        built = SubspaceBasis.from_pretrained(args.basis)
-    print(f"{built}\nIts control: {shared.save_control(built, args)}")
-
-
 def train(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, folder = tasks[args.task], task_folder(args)
+    task, folder = tasks[args.task], shared.task_folder(args)
     method = shared.method_named(methods(args), "mean only" if args.coefficients == "none" else "this basis")
     chosen = settings(args, task, "rate", "epochs", "train_examples", "seed") | {"method": method.identity()}
     if shared.finished(folder, chosen) is None:
@@ -247,13 +205,13 @@ def train(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
         checkpoints = folder.with_name(f"{folder.name}-checkpoints-{shared.digest(chosen)[:12]}")
         budget = {"rate": args.rate, "epochs": args.epochs, "examples": args.train_examples}
         trainer = make_trainer(args, model, task, seed=args.seed, folder=checkpoints, **budget)
-        shared.save_finished(model, folder, chosen, fit(trainer, task, shared.last_checkpoint(checkpoints)))
+        shared.save_finished(model, folder, chosen, shared.fit(trainer, task, shared.last_checkpoint(checkpoints)))
         shutil.rmtree(checkpoints)
     print(f"The task is in {folder}.")
 
 
 def evaluate(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, folder = tasks[args.task], task_folder(args)
+    task, folder = tasks[args.task], shared.task_folder(args)
     if not (folder / "adapter_config.json").is_file():
         raise SubspaceError(f"No saved task in {folder}: run --stage train first, with the same coefficients.")
     model = PeftModel.from_pretrained(make_model(args, task.classes, args.seed), str(folder))
@@ -270,7 +228,7 @@ def compare(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
     def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
         model = method.apply(make_model(args, task.classes, seed), HEAD)
         budget = {"rate": rate, "epochs": args.epochs, "examples": args.train_examples}
-        return {**shared.measure(model), **fit(make_trainer(args, model, task, seed=seed, **budget), task)}
+        return {**shared.measure(model), **shared.fit(make_trainer(args, model, task, seed=seed, **budget), task)}
 
     chosen = settings(args, task, "epochs", "train_examples")
     results = shared.compare(rows, run, seeds=args.seeds, cells=shared.Cells(Path(args.out, "cells"), chosen))
@@ -278,23 +236,11 @@ def compare(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
     shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score=task.metric)
 
 
-def task_folder(args: Knobs) -> Path:
-    return Path(args.out, "tasks", f"{args.task}-{args.coefficients}")
-
-
 def dry_run(args: Knobs) -> None:
     """Print what would be fetched, trained and written; sizes where the model's configuration is on this machine."""
-    known, own = known_tasks(args), [name for name in args.sources if "/" not in name]
-    fetched = [] if Path(args.model).is_dir() else [f"model {args.model}"]
-    fetched += [] if args.data_dir else [f"data {args.data}: {', '.join([args.task, *own])}"]
-    others = [("adapter", name) for name in args.sources if "/" in name] + [("basis", args.basis or ".")]
-    fetched += [f"{kind} {name}" for kind, name in others if not Path(name).is_dir()]
-    budgets = {f"source {name}": (name, args.source_examples, args.source_epochs) for name in own}
-    budgets["train"] = (args.task, args.train_examples, args.epochs)
-    steps = {}
-    for stage, (name, most, epochs) in budgets.items():
-        steps[stage] = shared.steps_of(min(known[name]["train"], most or math.inf), args.batch, epochs)
-    steps["compare"] = steps["train"] * shared.runs_of(args)
+    known = known_tasks(args)
+    wanted = ", ".join([args.task, *(name for name in args.sources if "/" not in name)])
+    fetched = shared.planned_fetches(args, None if args.data_dir else f"{args.data}: {wanted}")
     try:
         config = AutoConfig.from_pretrained(args.model, local_files_only=True)
     except OSError:
@@ -302,6 +248,7 @@ def dry_run(args: Knobs) -> None:
         config = default if args.model == Knobs.model else None
     with torch.device("meta"):
         model = None if config is None else make_model(args, known[args.task]["classes"], 0, empty=config)
+    steps = shared.planned_steps(args, known)
     shared.print_plan(args, fetched, steps, model, head=HEAD, target_modules=args.target_modules, layers=args.layers)
 
 
@@ -318,9 +265,13 @@ def main(arguments: list[str] | None = None) -> None:
         dry_run(args)
         return
     shared.quiet()
-    stages = [sources, basis, train, evaluate, compare] if args.stage == "all" else [globals()[args.stage]]
+    stages = (
+        [sources, shared.basis_stage, train, evaluate, compare]
+        if args.stage == "all"
+        else [{"basis": shared.basis_stage, **globals()}[args.stage]]
+    )
     names = [name for name in args.sources if "/" not in name] if sources in stages else []
-    names += [] if stages in ([sources], [basis]) else [args.task]
+    names += [] if stages in ([sources], [shared.basis_stage]) else [args.task]
     tasks = {name: load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
     for stage in stages:
         stage(args, tasks)

@@ -28,13 +28,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
-import math
 import random
 import shutil
 import sys
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +39,11 @@ from typing import Any, Literal
 
 import datasets
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, Trainer, TrainingArguments
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer, TrainingArguments
 
-from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft import compare as shared
 from subspace_peft.compare import LabelledTask, Method, knob
 from subspace_peft.errors import SubspaceError
@@ -62,7 +55,7 @@ ATTENTION = (["q_proj", "v_proj"], ["query", "value"])  # newer and older transf
 
 
 @dataclass
-class Knobs(shared.SubspaceKnobs):
+class Knobs(shared.TrainingKnobs):
     out: str = knob("images-output", "folder of everything that is made")
     task: str = knob("group9", "the held-out task")
     model: str = knob("google/vit-base-patch16-224-in21k", "vision encoder: Hub id or folder")
@@ -77,20 +70,10 @@ class Knobs(shared.SubspaceKnobs):
     class_groups: int = knob(10, "split its classes into so many disjoint tasks, group0, group1, …; 1: one task, all")
     data_dir: str | None = knob(None, "local images instead")
     flip: bool = knob(False, "flip training images at random, left to right")
-    source_examples: int = knob(0, "at most so many training images per source; 0: all")
-    source_epochs: float = knob(5, "passes over them")
     source_rate: float = knob(1e-3, "learning rate of the source adapters")
-    train_examples: int = knob(0, "training images, drawn by the seed; 0: all")
-    validation_examples: int = knob(500, "validation images")
-    test_examples: int = knob(0, "test images; 0: all")
     epochs: float = knob(10, "passes over the training images")
     batch: int = knob(32, "images per step")
-    rate: float = knob(4e-3, "learning rate of --stage train; compare sweeps its own")
     head_rate: float = knob(5e-3, "learning rate of the head beside an adapter")
-    scheduler: str = knob("linear", "as TrainingArguments.lr_scheduler_type")
-    warmup: float = knob(0.05, "share of the steps")
-    weight_decay: float = knob(0.0, "of AdamW")
-    bf16: bool = knob(False, "train in bfloat16")
 
 
 SMALL = {
@@ -134,20 +117,7 @@ def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
 def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
     """Splits with the columns image and label, and the labels' names."""
     if args.data_dir is not None:
-        folder = Path(args.data_dir, "data", name)
-        labels = json.loads((folder / "task.json").read_text(encoding="utf-8"))["labels"]
-        splits = {}
-        for split in ("train", "validation", "test"):
-            found = sorted(path.name for path in (folder / split).glob("*") if any(path.iterdir()))
-            if found != sorted(labels):
-                raise SubspaceError(f"{folder / split} holds images of {found}, but task.json names {sorted(labels)}.")
-            files = [file for label in sorted(labels) for file in sorted((folder / split / label).iterdir())]
-            rows = {
-                "image": [str(file) for file in files],
-                "label": [labels.index(file.parent.name) for file in files],
-            }
-            splits[split] = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
-        return splits, labels
+        return shared.local_images(args.data_dir, name)
     raw = datasets.load_dataset(args.data)
     for column in (args.image_column, args.label_column):
         if column not in raw["train"].column_names:
@@ -174,16 +144,7 @@ def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
     return {"train": carved["train"], "validation": carved["test"], "test": test}, [names[i] for i in mine]
 
 
-class ImageTask(LabelledTask):
-    """A task whose splits hand out pixels: known by its files' bytes, not by what the processor makes of them."""
-
-    digest = ""
-
-    def fingerprint(self) -> str:
-        return self.digest
-
-
-def load_task(args: Knobs, name: str) -> ImageTask:
+def load_task(args: Knobs, name: str) -> LabelledTask:
     """Read and check a task. Raises SubspaceError: missing classes or columns, too few images, a file that is no image."""
     splits, labels = read_task(args, name)
     held_out = name == args.task
@@ -206,50 +167,23 @@ def load_task(args: Knobs, name: str) -> ImageTask:
         for row in rows.cast_column("image", datasets.Image(decode=False)):
             content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
             total.update(hashlib.sha256(content).digest() + bytes([row["label"] % 256]))
-            _check_image(content, row["image"]["path"] or f"{name}, {split}")
+            shared.check_image(content, row["image"]["path"] or f"{name}, {split}")
         splits[split] = rows.with_transform(lambda part, flip=args.flip and split == "train": pixels(part, flip))
-    task = ImageTask(
+    task = LabelledTask(
         name, ["image"], len(labels), metric="sst2", splits=splits, collate=transformers.default_data_collator
     )
-    task.digest = total.hexdigest()
+    task.content = total.hexdigest()
     return task
 
 
-def _check_image(content: bytes, where: str) -> None:
-    try:
-        Image.open(io.BytesIO(content)).verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise SubspaceError(f"{where} is no image that can be read ({error}). Mend or remove it.") from None
-
-
-class ImageClassifier(PreTrainedModel):
-    """A vision encoder and a linear `classifier` on its class token or on the mean of its patches, after the last norm."""
-
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
-
-    def __init__(self, encoder: PreTrainedModel, classes: int, pooling: str) -> None:
-        super().__init__(encoder.config)
-        self.base_model_prefix, self.pooling = encoder.base_model_prefix or "encoder", pooling
-        setattr(self, self.base_model_prefix, encoder)
-        self.classifier = torch.nn.Linear(encoder.config.hidden_size, classes)
-        torch.nn.init.normal_(self.classifier.weight, std=0.02)
-        torch.nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        hidden = getattr(self, self.base_model_prefix)(pixel_values=pixel_values)[0]
-        logits = self.classifier(hidden[:, 0] if self.pooling == "class" else hidden[:, 1:].mean(1))
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
-
-
-def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> ImageClassifier:
+def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> Any:
     """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without weights."""
     transformers.set_seed(seed)
     config = empty or AutoConfig.from_pretrained(args.model)
     kind = transformers.MODEL_MAPPING[type(config)]
     pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(kind.__init__).parameters else {}
     encoder = kind(config, **pooler) if empty else AutoModel.from_pretrained(args.model, dtype=torch.float32, **pooler)
-    return ImageClassifier(encoder, classes, args.pooling)
+    return shared.ImageClassifier(encoder, classes, args.pooling)
 
 
 def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
@@ -262,14 +196,11 @@ def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
 
 
 def make_trainer(
-    args: Knobs, model: Any, task: ImageTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1, seed: int = 0,
+    args: Knobs, model: Any, task: LabelledTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1, seed: int = 0,
     folder: Path | None = None,
 ) -> Trainer:  # fmt: skip
     """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an adapter."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    head, rest = [p for name, p in trained if HEAD in name], [p for name, p in trained if HEAD not in name]
-    groups = [{"params": rest, "lr": rate}, {"params": head, "lr": args.head_rate if rest else rate}]
-    groups = [group for group in groups if group["params"]]
+    groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
         output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,
         num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=4 * args.batch,
@@ -286,20 +217,7 @@ def make_trainer(
     return trainer
 
 
-def fit(trainer: Trainer, task: ImageTask, resume: str | None = None) -> dict[str, Any]:
-    """Train; then validation curve, metrics of the test split, and seconds of training (since `resume`) without evaluations."""
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
-    seconds = time.perf_counter() - began
-    logs = [entry for entry in trainer.state.log_history if "eval_score" in entry]
-    before = int(resume.rpartition("-")[2]) if resume else 0
-    seconds -= sum(entry["eval_runtime"] for entry in logs if entry["step"] > before)
-    curve, metrics = [[entry["step"], entry["eval_score"]] for entry in logs], task.test(trainer)
-    scores = {"validation": curve[-1][1], "test": metrics["test"]["score"]}
-    return {**scores, "metrics": metrics, "curve": curve, "seconds": seconds}
-
-
-def settings(args: Knobs, task: ImageTask, *names: str) -> dict[str, Any]:
+def settings(args: Knobs, task: LabelledTask, *names: str) -> dict[str, Any]:
     """What decides a run's result: where any of it is another one, so is the run."""
     return {"task": task.name, "data": task.fingerprint(), **{name: getattr(args, name) for name in (*COMMON, *names)}}
 
@@ -314,7 +232,7 @@ def methods(args: Knobs, control: bool = False) -> list[Method]:
     return shared.compared_methods(args, known_tasks(args), control=control, **where)
 
 
-def sources(args: Knobs, tasks: dict[str, ImageTask]) -> None:
+def sources(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
     for name in tqdm([name for name in args.sources if name in tasks], desc="source adapters", unit="adapter"):
         task, folder = tasks[name], Path(args.out, "sources", name)
         chosen = settings(args, task, "source_epochs", "source_rate", "r", "seed")
@@ -325,22 +243,12 @@ def sources(args: Knobs, tasks: dict[str, ImageTask]) -> None:
             where = {"target_modules": args.target_modules, "layers_to_transform": args.layers or None}
             model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, modules_to_save=[HEAD], **where))
             budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
-            result = fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
+            result = shared.fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
             shared.save_finished(model, folder, chosen, result)
 
 
-def basis(args: Knobs, tasks: dict[str, ImageTask]) -> None:
-    if args.basis is None:
-        folders, size = shared.source_folders(args), {"k": args.basis_k, "directions": args.directions}
-        built = build_basis(folders, builder=args.builder, **size)
-        built.save_pretrained(Path(args.out, "basis"))
-    else:
-        built = SubspaceBasis.from_pretrained(args.basis)
-    print(f"{built}\nIts control: {shared.save_control(built, args)}")
-
-
-def train(args: Knobs, tasks: dict[str, ImageTask]) -> None:
-    task, folder = tasks[args.task], task_folder(args)
+def train(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
+    task, folder = tasks[args.task], shared.task_folder(args)
     method = shared.method_named(methods(args), "mean only" if args.coefficients == "none" else "this basis")
     chosen = settings(args, task, "rate", "epochs", "train_examples", "seed") | {"method": method.identity()}
     if shared.finished(folder, chosen) is None:
@@ -348,13 +256,13 @@ def train(args: Knobs, tasks: dict[str, ImageTask]) -> None:
         checkpoints = folder.with_name(f"{folder.name}-checkpoints-{shared.digest(chosen)[:12]}")
         budget = {"rate": args.rate, "epochs": args.epochs, "examples": args.train_examples}
         trainer = make_trainer(args, model, task, seed=args.seed, folder=checkpoints, **budget)
-        shared.save_finished(model, folder, chosen, fit(trainer, task, shared.last_checkpoint(checkpoints)))
+        shared.save_finished(model, folder, chosen, shared.fit(trainer, task, shared.last_checkpoint(checkpoints)))
         shutil.rmtree(checkpoints)
     print(f"The task is in {folder}.")
 
 
-def evaluate(args: Knobs, tasks: dict[str, ImageTask]) -> None:
-    task, folder = tasks[args.task], task_folder(args)
+def evaluate(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
+    task, folder = tasks[args.task], shared.task_folder(args)
     if not (folder / "adapter_config.json").is_file():
         raise SubspaceError(f"No saved task in {folder}: run --stage train first, with the same coefficients.")
     model = PeftModel.from_pretrained(make_model(args, task.classes, args.seed), str(folder))
@@ -363,7 +271,7 @@ def evaluate(args: Knobs, tasks: dict[str, ImageTask]) -> None:
     print(f"{folder}: {json.dumps(metrics)}")
 
 
-def compare(args: Knobs, tasks: dict[str, ImageTask]) -> None:
+def compare(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
     task, rows = tasks[args.task], methods(args, control=True)
     # a basis that does not fit the model is refused here, before the first run
     rows[-1].apply(make_model(args, task.classes, 0), HEAD)
@@ -371,7 +279,7 @@ def compare(args: Knobs, tasks: dict[str, ImageTask]) -> None:
     def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
         model = method.apply(make_model(args, task.classes, seed), HEAD)
         budget = {"rate": rate, "epochs": args.epochs, "examples": args.train_examples}
-        return {**shared.measure(model), **fit(make_trainer(args, model, task, seed=seed, **budget), task)}
+        return {**shared.measure(model), **shared.fit(make_trainer(args, model, task, seed=seed, **budget), task)}
 
     chosen = settings(args, task, "epochs", "train_examples")
     results = shared.compare(rows, run, seeds=args.seeds, cells=shared.Cells(Path(args.out, "cells"), chosen))
@@ -381,25 +289,9 @@ def compare(args: Knobs, tasks: dict[str, ImageTask]) -> None:
     shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score="accuracy")
 
 
-def task_folder(args: Knobs) -> Path:
-    return Path(args.out, "tasks", f"{args.task}-{args.coefficients}")
-
-
 def dry_run(args: Knobs) -> None:
     """Print what would be fetched, trained and written; sizes where the model's configuration is on this machine."""
-    known, own = known_tasks(args), [name for name in args.sources if "/" not in name]
-    fetched = [] if Path(args.model).is_dir() else [f"model {args.model}"]
-    fetched += [] if args.data_dir else [f"data {args.data}"]
-    others = [("adapter", name) for name in args.sources if "/" in name] + [("basis", args.basis or ".")]
-    fetched += [f"{kind} {name}" for kind, name in others if not Path(name).is_dir()]
-    budgets = {f"source {name}": (name, args.source_examples, args.source_epochs) for name in own}
-    budgets["train"] = (args.task, args.train_examples, args.epochs)
-    steps = {}
-    for stage, (name, most, epochs) in budgets.items():
-        if known[name]["train"] or most:
-            steps[stage] = shared.steps_of(min(known[name]["train"] or math.inf, most or math.inf), args.batch, epochs)
-    if "train" in steps:
-        steps["compare"] = steps["train"] * shared.runs_of(args)
+    known, fetched = known_tasks(args), shared.planned_fetches(args, None if args.data_dir else args.data)
     try:
         config = AutoConfig.from_pretrained(args.model, local_files_only=True)
     except OSError:
@@ -407,6 +299,7 @@ def dry_run(args: Knobs) -> None:
     with torch.device("meta"):
         model = None if config is None else make_model(args, known[args.task]["classes"] or 10, 0, empty=config)
     targets = args.target_modules if model is None else find_targets(args, model)
+    steps = shared.planned_steps(args, known)
     shared.print_plan(args, fetched, steps, model, head=HEAD, target_modules=targets, layers=args.layers)
 
 
@@ -423,9 +316,13 @@ def main(arguments: list[str] | None = None) -> None:
         dry_run(args)
         return
     shared.quiet()
-    stages = [sources, basis, train, evaluate, compare] if args.stage == "all" else [globals()[args.stage]]
+    stages = (
+        [sources, shared.basis_stage, train, evaluate, compare]
+        if args.stage == "all"
+        else [{"basis": shared.basis_stage, **globals()}[args.stage]]
+    )
     names = [name for name in args.sources if "/" not in name] if sources in stages else []
-    names += [] if stages in ([sources], [basis]) else [args.task]
+    names += [] if stages in ([sources], [shared.basis_stage]) else [args.task]
     args.target_modules = find_targets(args, make_model(args, 2, 0, empty=AutoConfig.from_pretrained(args.model)))
     tasks = {name: load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
     for stage in stages:

@@ -51,7 +51,6 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tqdm.auto import tqdm
 from transformers import (
@@ -63,9 +62,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from subspace_peft import build_basis
 from subspace_peft import compare as shared
-from subspace_peft.basis import SubspaceBasis
 from subspace_peft.build.sources import open_source
 from subspace_peft.compare import knob
 from subspace_peft.errors import SubspaceError
@@ -140,39 +137,6 @@ def tokenizer_of(model: str) -> Any:
     return tokenizer
 
 
-def prompt(tokenizer: Any, definition: str, text: str) -> list[int]:
-    """Token ids of what the model is asked, up to where its answer begins."""
-    asked = f"{definition}\n\nInput: {text}" if definition else text
-    if tokenizer.chat_template is None:
-        return list(tokenizer(f"{asked}\n\nOutput:\n")["input_ids"])
-    turns = [{"role": "user", "content": asked}]
-    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def encode(row: dict[str, Any], tokenizer: Any, tokens: int, new_tokens: int = 0) -> dict[str, list[int]]:
-    """One example of at most `tokens` ids, with labels, which are −100 on the prompt; with `new_tokens` the prompt alone, leaving
-    room for so many. Raises SubspaceError where even without its input a prompt leaves no room for the answer.
-    """
-    definition, text = row["definition"], row["input"]
-    answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    answer = [] if new_tokens else answer
-    room = tokens - (new_tokens or len(answer))
-    ids, words = prompt(tokenizer, definition, text), tokenizer(text, add_special_tokens=False)["input_ids"]
-    while len(ids) > room:
-        if not words:
-            raise SubspaceError(f"no room for an answer: give at least --tokens {len(ids) + tokens - room}.")
-        # decoded and encoded again, a text may have another length than before
-        words = words[: max(0, len(words) - (len(ids) - room))]
-        ids = prompt(tokenizer, definition, tokenizer.decode(words))
-    return {"input_ids": ids + answer, "attention_mask": [1] * len(ids + answer), "labels": [-100] * len(ids) + answer}
-
-
-def one_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """Lots-of-LoRAs data has the definition inside the input, and a list of answers."""
-    answers = row["output"] if isinstance(row["output"], list) else [row["output"]]
-    return {"definition": row.get("definition") or "", "input": row["input"] or "", "output": (answers or [None])[0]}
-
-
 def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
     """Tasks of `--data-dir`: name → what its task.json says."""
     return local_tasks(args.data_dir) if args.data_dir else {}
@@ -202,7 +166,7 @@ def load_task(args: Knobs, name: str) -> dict[str, datasets.Dataset]:
         has = rows.column_names
         if lacking := [column for column in columns if column not in has]:
             raise SubspaceError(f"{where}: there is no column {', '.join(lacking)}; there are {', '.join(has)}.")
-        rows = shared.draw(rows, count, seed=0).map(one_answer)
+        rows = shared.draw(rows, count, seed=0).map(shared.one_answer)
         if empty := sum(not isinstance(text, str) or not text.strip() for text in rows["output"]):
             raise SubspaceError(f"{where}: {empty} of {len(rows)} outputs are empty or no text. Leave them out.")
         room = {"tokenizer": tokenizer_of(args.model), "tokens": args.tokens}
@@ -210,22 +174,10 @@ def load_task(args: Knobs, name: str) -> dict[str, datasets.Dataset]:
         keep = ("input", "output") if split == "test" else ()
         try:
             drop = [column for column in rows.column_names if column not in keep]
-            splits[split] = rows.map(encode, fn_kwargs=room, remove_columns=drop)
+            splits[split] = rows.map(shared.encode_answer, fn_kwargs=room, remove_columns=drop)
         except SubspaceError as error:
             raise SubspaceError(f"{where}: {error}") from None
     return splits
-
-
-@dataclass
-class AnswersOnly:
-    """Collates by `inner`; has the model compute its logits, each as wide as the vocabulary, only where a label follows."""
-
-    inner: Any
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = dict(self.inner(rows))
-        following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        return {**batch, "logits_to_keep": following != -100, "shift_labels": following[following != -100]}
 
 
 def make_model(args: Knobs) -> Any:
@@ -261,7 +213,7 @@ def make_trainer(
     pad = transformers.DataCollatorForSeq2Seq(tokenizer_of(args.model))
     inner = transformers.DataCollatorWithFlattening() if args.packing else pad
     trainer = Trainer(
-        model, arguments, data_collator=AnswersOnly(inner), eval_dataset=splits["validation"],
+        model, arguments, data_collator=shared.AnswersOnly(inner), eval_dataset=splits["validation"],
         train_dataset=shared.draw(splits["train"], examples, seed),
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
@@ -281,31 +233,11 @@ def fit(trainer: Trainer, resume: str | None = None) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def generate(args: Knobs, model: Any, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers to `prompts`, which are padded on the left and shared among the processes."""
-    tokenizer, answers = tokenizer_of(args.model), []
-    model.eval()
-    with PartialState().split_between_processes(prompts) as own:
-        for start in range(0, len(own), 4 * args.batch):
-            part = {"input_ids": own[start : start + 4 * args.batch]}
-            batch = tokenizer.pad(part, padding_side="left", return_tensors="pt").to(model.device)
-            made = model.generate(
-                **batch, max_new_tokens=args.new_tokens, do_sample=False, use_cache=True,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
-            answers += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in gather_object(answers)]
-
-
 def test(args: Knobs, model: Any, rows: datasets.Dataset) -> tuple[dict[str, float], list[str]]:
     """Exact match and ROUGE-L of the generated answers, and these."""
-    from subspace_peft.metrics import load_metric
-
-    answers = generate(args, model, rows["input_ids"][:])
-    both = {"predictions": answers, "references": [text.strip() for text in rows["output"]]}
-    numbers = {"exact_match": load_metric("exact_match"), "rougeL": load_metric("rouge")}
-    return {name: float(metric.compute(**both)[name]) for name, metric in numbers.items()}, answers
+    how = {"new_tokens": args.new_tokens, "batch": 4 * args.batch}
+    answers = shared.generate_answers(model, tokenizer_of(args.model), rows["input_ids"][:], **how)
+    return shared.exact_and_rouge(answers, rows["output"]), answers
 
 
 def settings(args: Knobs, name: str, splits: dict[str, datasets.Dataset], *names: str) -> dict[str, Any]:
@@ -325,10 +257,6 @@ def methods(args: Knobs) -> list[shared.Method]:
     refuse_own(args, [source["name"] for source in basis.info.get("sources", [])])
     where = {"task_type": "CAUSAL_LM", "target_modules": args.target_modules, "layers": args.layers}
     return shared.compared_methods(args, known_tasks(args), **where)
-
-
-def task_folder(args: Knobs) -> Path:
-    return Path(args.out, "tasks", f"{Path(args.task).name}-{args.coefficients}")
 
 
 def sources(args: Knobs, tasks: dict[str, Any]) -> None:
@@ -358,15 +286,7 @@ def sources(args: Knobs, tasks: dict[str, Any]) -> None:
 
 def basis(args: Knobs, tasks: dict[str, Any]) -> None:
     if PartialState().is_main_process:
-        if args.basis is None:
-            how = {"k": args.basis_k, "builder": args.builder, "directions": args.directions}
-            built = build_basis(shared.source_folders(args), **how)
-            built.save_pretrained(Path(args.out, "basis"))
-        else:
-            built = SubspaceBasis.from_pretrained(args.basis)
-        random = build_basis(like=built, builder="random", directions=args.directions, seed=args.seed)
-        random.save_pretrained(Path(args.out, "random-basis"))
-        print(f"{built}\nIts control: {random}")
+        shared.basis_stage(args)
     PartialState().wait_for_everyone()
 
 
@@ -375,7 +295,7 @@ def train(args: Knobs, tasks: dict[str, Any]) -> None:
     method = shared.method_named(rows, "mean only" if args.coefficients == "none" else "this basis")
     chosen = settings(args, args.task, splits, "rate", "epochs", "train_examples", "seed")
     chosen["method"] = method.identity()
-    if shared.finished(task_folder(args), chosen) is None:
+    if shared.finished(shared.task_folder(args), chosen) is None:
         transformers.set_seed(args.seed)
         model = method.apply(make_model(args), None)
         checkpoints = Path(args.out, "checkpoints", shared.digest(chosen)[:12])
@@ -383,13 +303,13 @@ def train(args: Knobs, tasks: dict[str, Any]) -> None:
         trainer = make_trainer(args, model, splits, seed=args.seed, folder=checkpoints, **budget)
         result = fit(trainer, shared.last_checkpoint(checkpoints))
         if PartialState().is_main_process:
-            shared.save_finished(model, task_folder(args), chosen, result)
+            shared.save_finished(model, shared.task_folder(args), chosen, result)
             shutil.rmtree(checkpoints)
         PartialState().wait_for_everyone()
 
 
 def evaluate(args: Knobs, tasks: dict[str, Any]) -> None:
-    rows, folder = tasks[args.task]["test"], task_folder(args)
+    rows, folder = tasks[args.task]["test"], shared.task_folder(args)
     if not (folder / "adapter_config.json").is_file():
         raise SubspaceError(f"No saved task in {folder}: run --stage train, with the same --out and --coefficients.")
     model = PeftModel.from_pretrained(make_model(args), str(folder))

@@ -266,7 +266,7 @@ def test_all_nine_tasks_columns(name, glue, world, tmp_path, monkeypatch):
     model = glue.make_model(knobs, task.classes, 0)
     assert model.num_labels == (classes or 1)
     knobs.out = str(tmp_path)
-    result = glue.fit(glue.make_trainer(knobs, model, task, rate=1e-3, epochs=1), task)
+    result = glue.shared.fit(glue.make_trainer(knobs, model, task, rate=1e-3, epochs=1), task)
     score = {"cola": "matthews_correlation", "stsb": "pearson"}.get(name, "accuracy")
     assert set(result["metrics"]) == set(tests)
     for numbers in result["metrics"].values():

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from subspace_peft import build_basis
+from subspace_peft import compare as shared
 from subspace_peft.errors import SubspaceError
 
 WORDS = [
@@ -130,7 +131,7 @@ def row(text: str = "red cat dog", output: str = "red cat", definition: str = "S
 
 def test_the_answer_and_its_end_are_trained_and_nothing_else() -> None:
     tokenizer = make_tokenizer()
-    made = recipe.encode(row(), tokenizer, 64)
+    made = shared.encode_answer(row(), tokenizer, 64)
     asked = "<s>[user] Say two.\n\nInput: red cat dog\n[assistant] "
     prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
     answer = [*tokenizer("red cat", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -143,39 +144,40 @@ def test_without_a_chat_template_the_prompt_is_plain() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     assert (
-        tokenizer.decode(recipe.prompt(tokenizer, "Say two.", "red cat")) == "Say two.\n\nInput: red cat\n\nOutput:\n"
+        tokenizer.decode(shared.prompt_ids(tokenizer, "Say two.", "red cat"))
+        == "Say two.\n\nInput: red cat\n\nOutput:\n"
     )
-    assert tokenizer.decode(recipe.prompt(tokenizer, "", "red cat")) == "red cat\n\nOutput:\n"
+    assert tokenizer.decode(shared.prompt_ids(tokenizer, "", "red cat")) == "red cat\n\nOutput:\n"
 
 
 @pytest.mark.parametrize("tokens", [24, 25, 26, 27, 30, 40])
 def test_truncation_takes_the_inputs_end_and_leaves_the_answer(tokens: int) -> None:
     tokenizer = make_tokenizer()
     long = row(text=" ".join(WORDS * 4))
-    least = len(recipe.encode(row(text=""), tokenizer, 200)["input_ids"])
+    least = len(shared.encode_answer(row(text=""), tokenizer, 200)["input_ids"])
     tokens += least
-    made = recipe.encode(long, tokenizer, tokens)
+    made = shared.encode_answer(long, tokenizer, tokens)
     assert tokens - 2 <= len(made["input_ids"]) <= tokens
     text = tokenizer.decode(made["input_ids"])
     assert text.endswith("\n[assistant] red cat</s>")
     assert text.startswith("<s>[user] Say two.\n\nInput: red green")
-    asked = recipe.encode(long, tokenizer, tokens, new_tokens=5)
+    asked = shared.encode_answer(long, tokenizer, tokens, new_tokens=5)
     assert len(asked["input_ids"]) <= tokens - 5
     assert tokenizer.decode(asked["input_ids"]).endswith("\n[assistant] ")
 
 
 def test_a_prompt_without_room_says_how_many_tokens_it_needs() -> None:
     tokenizer = make_tokenizer()
-    least = len(recipe.encode(row(text=""), tokenizer, 200)["input_ids"])
+    least = len(shared.encode_answer(row(text=""), tokenizer, 200)["input_ids"])
     with pytest.raises(SubspaceError, match=f"at least --tokens {least}"):
-        recipe.encode(row(), tokenizer, least - 1)
-    recipe.encode(row(), tokenizer, least)
+        shared.encode_answer(row(), tokenizer, least - 1)
+    shared.encode_answer(row(), tokenizer, least)
 
 
 def test_training_pads_on_the_right_and_asks_for_logits_only_before_answers() -> None:
     tokenizer = make_tokenizer()
-    rows = [recipe.encode(row(text=text), tokenizer, 64) for text in ("red", "red cat dog bird")]
-    batch = recipe.AnswersOnly(DataCollatorForSeq2Seq(tokenizer))(rows)
+    rows = [shared.encode_answer(row(text=text), tokenizer, 64) for text in ("red", "red cat dog bird")]
+    batch = shared.AnswersOnly(DataCollatorForSeq2Seq(tokenizer))(rows)
     short, long = (len(each["input_ids"]) for each in rows)
     assert batch["input_ids"].shape == (2, long)
     assert (batch["input_ids"][0, short:] == tokenizer.pad_token_id).all()
@@ -193,12 +195,13 @@ def test_training_pads_on_the_right_and_asks_for_logits_only_before_answers() ->
 def test_generation_pads_on_the_left_and_so_answers_as_alone(folder: Path) -> None:
     args = recipe.Knobs(model=str(folder / "model"), new_tokens=4)
     model, tokenizer = make_model().eval(), recipe.tokenizer_of(args.model)
-    prompts = [recipe.prompt(tokenizer, "Say two.", text) for text in ("red", "red cat dog bird", "sad river")]
+    prompts = [shared.prompt_ids(tokenizer, "Say two.", text) for text in ("red", "red cat dog bird", "sad river")]
     model.forward, seen, inner = None, [], model.forward  # type: ignore[assignment]
     model.forward = lambda *a, **k: (seen.append(k["attention_mask"].clone()), inner(*a, **k))[1]
-    together = recipe.generate(args, model, prompts)
+    how = {"new_tokens": args.new_tokens, "batch": 4 * args.batch}
+    together = shared.generate_answers(model, tokenizer, prompts, **how)
     assert seen[0][0].tolist() == sorted(seen[0][0].tolist()) and not seen[0][0].all()
-    assert together == [recipe.generate(args, model, [each])[0] for each in prompts]
+    assert together == [shared.generate_answers(model, tokenizer, [each], **how)[0] for each in prompts]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -209,10 +212,10 @@ def test_packing_has_the_losses_of_separate_rows(folder: Path, checkpointing: bo
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    rows = [recipe.encode(row(text=text), tokenizer, 64) for text in ("red", "red cat dog bird", "sad")]
-    packed = recipe.AnswersOnly(DataCollatorWithFlattening())([dict(each) for each in rows])
+    rows = [shared.encode_answer(row(text=text), tokenizer, 64) for text in ("red", "red cat dog bird", "sad")]
+    packed = shared.AnswersOnly(DataCollatorWithFlattening())([dict(each) for each in rows])
     assert packed["input_ids"].shape == (1, sum(len(each["input_ids"]) for each in rows))
-    padded = recipe.AnswersOnly(DataCollatorForSeq2Seq(tokenizer))([dict(each) for each in rows])
+    padded = shared.AnswersOnly(DataCollatorForSeq2Seq(tokenizer))([dict(each) for each in rows])
     assert packed["shift_labels"].tolist() == padded["shift_labels"].tolist()
     torch.testing.assert_close(model(**packed).logits, model(**padded).logits)
     torch.testing.assert_close(model(**packed).loss, model(**padded).loss)
@@ -435,5 +438,5 @@ def test_the_hub_needs_a_task() -> None:
 
 
 def test_hub_data_has_lists_of_answers_and_no_definition() -> None:
-    assert recipe.one_answer({"input": "x", "output": ["a", "b"]}) == {"definition": "", "input": "x", "output": "a"}
-    assert recipe.one_answer({"input": "x", "output": []})["output"] is None
+    assert shared.one_answer({"input": "x", "output": ["a", "b"]}) == {"definition": "", "input": "x", "output": "a"}
+    assert shared.one_answer({"input": "x", "output": []})["output"] is None

@@ -6,15 +6,17 @@ No training loop is in here: that stays in the recipe, where a user reads and ed
 
 from __future__ import annotations
 
+from .answers import AnswersOnly, encode_answer, exact_and_rouge, generate_answers, one_answer, prompt_ids
 from .cells import Cells, digest
 from .curves import draw_curves
-from .data import check_rows, draw, local_splits, local_tasks, refuse_own_adapter
+from .data import check_image, check_rows, draw, local_images, local_splits, local_tasks, refuse_own_adapter
 from .knobs import SubspaceKnobs, knob, parse_knobs, quiet
 from .measure import measure
 from .methods import Method, method_named, methods
 from .planned import planned_numbers, print_plan, runs_of, steps_of
-from .pooled import MeanPooledClassifier
+from .pooled import ImageClassifier, MeanPooledClassifier
 from .stages import (
+    basis_stage,
     choose_sources,
     compared_methods,
     finish,
@@ -26,18 +28,25 @@ from .stages import (
     save_control,
     save_finished,
     source_folders,
+    task_folder,
 )
 from .sweep import RUN_KEYS, compare
 from .table import markdown_table, write_results
 from .task import LabelledTask
+from .training import TrainingKnobs, fit, parameter_groups, planned_fetches, planned_steps
 
 __all__ = [
     "RUN_KEYS",
+    "AnswersOnly",
     "Cells",
+    "ImageClassifier",
     "LabelledTask",
     "MeanPooledClassifier",
     "Method",
     "SubspaceKnobs",
+    "TrainingKnobs",
+    "basis_stage",
+    "check_image",
     "check_rows",
     "choose_sources",
     "compare",
@@ -45,10 +54,15 @@ __all__ = [
     "digest",
     "draw",
     "draw_curves",
+    "encode_answer",
+    "exact_and_rouge",
     "finish",
     "finished",
+    "fit",
+    "generate_answers",
     "knob",
     "last_checkpoint",
+    "local_images",
     "local_splits",
     "local_tasks",
     "markdown_table",
@@ -56,10 +70,15 @@ __all__ = [
     "method_named",
     "methods",
     "offline_folder",
+    "one_answer",
     "open_bases",
+    "parameter_groups",
     "parse_knobs",
+    "planned_fetches",
     "planned_numbers",
+    "planned_steps",
     "print_plan",
+    "prompt_ids",
     "publish",
     "quiet",
     "refuse_own_adapter",
@@ -68,5 +87,6 @@ __all__ = [
     "save_finished",
     "source_folders",
     "steps_of",
+    "task_folder",
     "write_results",
 ]

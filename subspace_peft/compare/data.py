@@ -104,6 +104,39 @@ def local_splits(data_dir: str | Path, task: str) -> dict[str, Any]:
     return splits
 
 
+def local_images(data_dir: str | Path, task: str) -> tuple[dict[str, Any], list[str]]:
+    """A local image task: its splits, `datasets.Dataset`s with the columns image and label, and the labels' names in their order.
+
+    Raises:
+        SubspaceError: a split has no images of a class that task.json names, or of one that it does not.
+    """
+    from datasets import Dataset, Image
+
+    folder = Path(data_dir, "data", task)
+    labels = json.loads((folder / "task.json").read_text(encoding="utf-8"))["labels"]
+    splits = {}
+    for split in ("train", "validation", "test"):
+        found = sorted(path.name for path in (folder / split).glob("*") if path.is_dir() and any(path.iterdir()))
+        if found != sorted(labels):
+            raise SubspaceError(f"{folder / split} holds images of {found}, but task.json names {sorted(labels)}.")
+        files = [file for label in sorted(labels) for file in sorted((folder / split / label).iterdir())]
+        rows = {"image": [str(file) for file in files], "label": [labels.index(file.parent.name) for file in files]}
+        splits[split] = Dataset.from_dict(rows).cast_column("image", Image())
+    return splits, labels
+
+
+def check_image(content: bytes, where: str) -> None:
+    """Raise `SubspaceError` naming `where` if these bytes are no image that can be read."""
+    import io
+
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        Image.open(io.BytesIO(content)).verify()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise SubspaceError(f"{where} is no image that can be read ({error}). Mend or remove it.") from None
+
+
 def draw(rows: Any, count: int, seed: int) -> Any:
     """`count` of the rows of a `datasets.Dataset`, drawn under `seed`; all of them for 0 or where there are no more."""
     return rows.shuffle(seed=seed).select(range(count)) if 0 < count < len(rows) else rows

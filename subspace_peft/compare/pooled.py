@@ -1,4 +1,4 @@
-"""A text encoder under mean pooling and a linear head, as a transformers model."""
+"""Encoders under a linear head, as transformers models: texts under mean pooling, images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 
 
 class MeanPooledClassifier(PreTrainedModel):
@@ -68,3 +68,32 @@ class MeanPooledClassifier(PreTrainedModel):
         else:
             loss = F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class ImageClassifier(PreTrainedModel):
+    """A vision encoder (ViT, DINOv2, …) and a linear `classifier` on its class token or on the mean of its patches, after the last
+    norm.
+
+    Args:
+        encoder: what `AutoModel` makes.
+        classes: how many.
+        pooling: ``class`` or ``mean``.
+    """
+
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, encoder: PreTrainedModel, classes: int, pooling: str) -> None:
+        super().__init__(encoder.config)
+        self.base_model_prefix, self.pooling = encoder.base_model_prefix or "encoder", pooling
+        setattr(self, self.base_model_prefix, encoder)
+        self.classifier = nn.Linear(encoder.config.hidden_size, classes)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        """Logits (batch, classes) of `pixel_values` (batch, 3, height, width), and the cross-entropy where `labels` (batch,) int64
+        are given."""
+        hidden = getattr(self, self.base_model_prefix)(pixel_values=pixel_values)[0]
+        logits = self.classifier(hidden[:, 0] if self.pooling == "class" else hidden[:, 1:].mean(1))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)

@@ -132,6 +132,22 @@ def save_control(basis: SubspaceBasis, knobs: SubspaceKnobs) -> SubspaceBasis:
     return random
 
 
+def basis_stage(knobs: SubspaceKnobs, tasks: object = None) -> None:
+    """`--stage basis`: build the basis of the sources, or open the one that is given, and make its control; print both."""
+    if knobs.basis is None:
+        folders = source_folders(knobs)
+        basis = build_basis(folders, builder=knobs.builder, k=knobs.basis_k, directions=knobs.directions)
+        basis.save_pretrained(Path(knobs.out, "basis"))
+    else:
+        basis = SubspaceBasis.from_pretrained(knobs.basis)
+    print(f"{basis}\nIts control: {save_control(basis, knobs)}")
+
+
+def task_folder(knobs: SubspaceKnobs) -> Path:
+    """Where `--stage train` saves the task, and `--stage evaluate` looks for it."""
+    return Path(knobs.out, "tasks", f"{Path(knobs.task).name}-{knobs.coefficients}")
+
+
 def open_bases(knobs: SubspaceKnobs, known: Iterable[str]) -> tuple[SubspaceBasis, SubspaceBasis | None]:
     """The basis that was built or is given, and the random one of equal size, or None where `--stage basis` has not made it.
 

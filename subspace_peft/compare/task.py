@@ -27,6 +27,7 @@ class LabelledTask:
             (correlations). Its first number is the score.
         splits: ``train``, ``validation``, ``test``, and further ones whose names begin with ``test``.
         collate: makes a batch of rows for the Trainer.
+        content: sha256 of what the splits hold, where their rows do not show it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LabelledTask:
     metric: str
     splits: dict[str, Any] = field(default_factory=dict)
     collate: Any = None
+    content: str | None = None
 
     @classmethod
     def local(cls, data_dir: str | Path, name: str) -> LabelledTask:
@@ -69,7 +71,9 @@ class LabelledTask:
         return {n: self.measure(trainer.predict(rows)) for n, rows in self.splits.items() if n.startswith("test")}
 
     def fingerprint(self) -> str:
-        """sha256 of the splits' contents, as they are now."""
+        """`content`, else sha256 of the splits' rows, as they are now."""
+        if self.content is not None:
+            return self.content
         total = hashlib.sha256()
         for name, rows in sorted(self.splits.items()):
             total.update(f"{name}\0{len(rows)}\0".encode())

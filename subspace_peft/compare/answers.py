@@ -1,0 +1,86 @@
+"""Instruction tasks for causal language models: prompts that are not trained on, logits only where a label follows, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..errors import SubspaceError
+
+
+def prompt_ids(tokenizer: Any, definition: str, text: str) -> list[int]:
+    """Token ids of what the model is asked, up to where its answer begins: by the tokenizer's chat template if it has one."""
+    asked = f"{definition}\n\nInput: {text}" if definition else text
+    if tokenizer.chat_template is None:
+        return list(tokenizer(f"{asked}\n\nOutput:\n")["input_ids"])
+    turns = [{"role": "user", "content": asked}]
+    return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def encode_answer(row: dict[str, Any], tokenizer: Any, tokens: int, new_tokens: int = 0) -> dict[str, list[int]]:
+    """One example of at most `tokens` ids, with labels, which are −100 on the prompt; with `new_tokens` the prompt alone, leaving
+    room for so many. Raises SubspaceError where even without its input a prompt leaves no room for the answer.
+    """
+    definition, text = row["definition"], row["input"]
+    answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    answer = [] if new_tokens else answer
+    room = tokens - (new_tokens or len(answer))
+    ids, words = prompt_ids(tokenizer, definition, text), tokenizer(text, add_special_tokens=False)["input_ids"]
+    while len(ids) > room:
+        if not words:
+            raise SubspaceError(f"no room for an answer: give at least --tokens {len(ids) + tokens - room}.")
+        # decoded and encoded again, a text may have another length than before
+        words = words[: max(0, len(words) - (len(ids) - room))]
+        ids = prompt_ids(tokenizer, definition, tokenizer.decode(words))
+    return {"input_ids": ids + answer, "attention_mask": [1] * len(ids + answer), "labels": [-100] * len(ids) + answer}
+
+
+def one_answer(row: dict[str, Any]) -> dict[str, Any]:
+    """Lots-of-LoRAs data has the definition inside the input, and a list of answers."""
+    answers = row["output"] if isinstance(row["output"], list) else [row["output"]]
+    return {"definition": row.get("definition") or "", "input": row["input"] or "", "output": (answers or [None])[0]}
+
+
+@dataclass
+class AnswersOnly:
+    """Collates by `inner`; has the model compute its logits, each as wide as the vocabulary, only where a label follows."""
+
+    inner: Any
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = dict(self.inner(rows))
+        following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return {**batch, "logits_to_keep": following != -100, "shift_labels": following[following != -100]}
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, new_tokens: int, batch: int
+) -> list[str]:
+    """Greedy answers of at most `new_tokens` tokens to `prompts`, padded on the left, shared among the processes."""
+    answers: list[str] = []
+    model.eval()
+    with PartialState().split_between_processes(list(prompts)) as own:
+        for start in range(0, len(own), batch):
+            rows = tokenizer.pad({"input_ids": own[start : start + batch]}, padding_side="left", return_tensors="pt")
+            rows = rows.to(model.device)
+            made = model.generate(
+                **rows, max_new_tokens=new_tokens, do_sample=False, use_cache=True,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+            answers += tokenizer.batch_decode(made[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in gather_object(answers)]
+
+
+def exact_and_rouge(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """``exact_match`` and ``rougeL`` of generated answers."""
+    from ..metrics import load_metric
+
+    both = {"predictions": list(answers), "references": [text.strip() for text in wanted]}
+    numbers = {"exact_match": load_metric("exact_match"), "rougeL": load_metric("rouge")}
+    return {name: float(metric.compute(**both)[name]) for name, metric in numbers.items()}
