@@ -71,9 +71,11 @@ from subspace_peft.offline.prepare import tasks as local_tasks
 
 OFFLINE = "offline"  # as model and data folder: what subspace_peft.offline takes out of packages
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+# ids of the collection that public code names; it has about a thousand: name yours by --source-adapters
 FLEET = [
-    "Lots-of-LoRAs/Mistral-7B-Instruct-v0.2-4b-r16-task1391"
-]  # one of about a thousand: name yours by --source-adapters
+    f"Lots-of-LoRAs/Mistral-7B-Instruct-v0.2-4b-r16-task{number}"
+    for number in (1391, 581, 909, 132, 1344, 1605, 280, 627)
+]
 SIZES = {  # MistralConfig's own defaults are the 7B model's
     MISTRAL: {},
     OFFLINE: {

@@ -1,0 +1,71 @@
+"""The recipes as a user meets them: listed, copied out, run as scripts; the smoke presets on real models and data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from subspace_peft.cli import main
+from subspace_peft.errors import SubspaceError
+from subspace_peft.recipes import copy_recipe, list_recipes, recipe_folder
+
+REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"
+RECIPES = ["data", "glue", "image_classification", "mistral"]
+
+
+def test_recipes_are_listed_with_what_they_do(capsys):
+    assert list(list_recipes()) == RECIPES
+    assert all(len(words) > 20 for words in list_recipes().values())
+    assert main(["cp"]) == 0
+    assert "instruction tuning" in capsys.readouterr().out.lower()
+    assert main(["cp", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_copy_is_the_recipe_and_runs_elsewhere(name, tmp_path, capsys):
+    assert main(["cp", name, "--out", str(tmp_path)]) == 0
+    copy = Path(capsys.readouterr().out.strip())
+    assert copy == tmp_path / f"{name}.py"
+    assert copy.read_bytes() == (recipe_folder() / f"{name}.py").read_bytes()
+    done = subprocess.run(
+        [sys.executable, str(copy), "--help"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"python recipes/{name}.py" in done.stdout
+
+
+def test_copies_overwrite_nothing_unasked(tmp_path):
+    target = tmp_path / "mine.py"
+    copy_recipe("glue", target)
+    target.write_text("edited")
+    with pytest.raises(SubspaceError, match="exists already"):
+        copy_recipe("glue", target)
+    assert target.read_text() == "edited"
+    copy_recipe("glue.py", target, force=True)
+    assert target.read_text() != "edited"
+    with pytest.raises(SubspaceError, match="there are data, glue"):
+        copy_recipe("squad", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["glue", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("image_classification", "mistral"))],
+)
+def test_the_smoke_preset_runs_on_real_models_and_data(name, tmp_path):
+    # images and instructions need npm and apt-get, and mistral most of a minute
+    env = {**os.environ, "SUBSPACE_PEFT_CACHE": str(REAL_CACHE), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(recipe_folder() / f"{name}.py"), "--preset", "smoke", "--out", str(tmp_path / "out")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (results,) = (tmp_path / "out" / "compare").glob("*/results.json")
+    rows = [row["method"] for row in json.loads(results.read_text())["results"]]
+    first = "base model" if name == "mistral" else "head only"
+    assert rows == [first, "mean only", "LoRA r=8", "VeRA", "random basis", "this basis"]
+    assert "| this basis |" in done.stdout
+    assert {"table.md", "curves.png"} <= {file.name for file in results.parent.iterdir()}
