@@ -1,23 +1,24 @@
-"""Image classification with ViT or DINOv2: a fleet of LoRA adapters → their shared basis → a held-out task → its controls.
+"""Image classification with ViT or DINOv2: a fleet of LoRA adapters → a shared basis → a held-out task → its controls.
 
-    python recipes/image_classification.py --preset offline       # real images and a small ViT out of packages, no Hub; 2 CPU cores
-    python recipes/image_classification.py --preset smoke         # the same path on so few images that its scores mean nothing
-    python recipes/image_classification.py                        # google/vit-base-patch16-224-in21k, CIFAR-100 in ten tasks; a GPU
+    python recipes/image_classification.py --preset offline  # images and a small ViT out of packages, no Hub; 2 CPU cores
+    python recipes/image_classification.py --preset smoke    # the same path on so few images that scores mean nothing
+    python recipes/image_classification.py                   # google/vit-base-patch16-224-in21k, CIFAR-100; a GPU
     python recipes/image_classification.py --model facebook/dinov2-base --pooling mean --task group7
-    python recipes/image_classification.py settings.yaml --dry-run   # what would be fetched, trained and written; fetches nothing
+    python recipes/image_classification.py settings.yaml --dry-run  # what it would fetch and train; fetches nothing
 
 Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
 
     sources    a stock LoRA adapter per source task, by the stock Trainer, each with a random start of its own
     basis      `build_basis` of them, and a random basis of equal size as the control
-    train      coefficients in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last checkpoint
+    train      coefficients in the basis on `--task`, saved as a PEFT adapter; resumes from the last checkpoint
     evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split
-    compare    head only (the linear probe), mean only, LoRA, VeRA, random basis, this basis under one budget: for each the
-               learning rate that is best on the validation split, then the report seeds → results.json, table.md, curves.png
+    compare    head only (the linear probe), mean only, LoRA, VeRA, random basis, this basis under one budget: each at
+               the rate that is best on the validation split, over the seeds → results.json, table.md, curves.png
 
-Tasks are disjoint class subsets of one Hub set (`--class-groups`: group0, group1, …, the papers' protocol; 1: the whole set, "all"),
-or the folders of `--data-dir`: data/<task>/{train,validation,test}/<label>/*.png and data/<task>/task.json (labels, held_out). The
-adapter of `--task` is never in its basis. Of a Hub set the validation split is carved out of the training set.
+Tasks are disjoint class subsets of one Hub set (`--class-groups`: group0, group1, …, the papers' protocol; 1: the
+whole set, "all"), or the folders of `--data-dir`: data/<task>/{train,validation,test}/<label>/*.png and
+data/<task>/task.json (labels, held_out). The adapter of `--task` is never in its basis: a source that is, or by its
+name may be, of that task is refused. Of a Hub set the validation split is carved out of the training set.
 
 Cost and result:
     [MEASURED TABLE OF --preset offline: TO BE FILLED IN]
@@ -38,9 +39,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer, TrainingArguments
 
@@ -59,9 +62,7 @@ class Knobs(shared.TrainingKnobs):
     out: str = knob("images-output", "folder of everything that is made")
     task: str = knob("group9", "the held-out task")
     model: str = knob("google/vit-base-patch16-224-in21k", "vision encoder: Hub id or folder")
-    pooling: Literal["class", "mean"] = knob(
-        "class", "what the head sees: the class token, or the mean of the patches"
-    )
+    pooling: Literal["class", "mean"] = knob("class", "what the head sees: the class token, or the patches' mean")
     target_modules: list[str] = knob((), "adapted modules; by default the attention's query and value")  # noqa: RUF009
     layers: list[int] = knob((), "adapted layers; all by default")  # noqa: RUF009
     data: str = knob(CIFAR100["data"], "Hub id of the data set")
@@ -86,19 +87,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "offline": SMALL,
     "smoke": {
-        **SMALL,
-        **FEW,
-        "epochs": 1,
-        "source_epochs": 1,
-        "layers": [1],
-        "basis_k": 8,
-        "sweep": 1,
-        "seeds": [1, 2],
+        **SMALL, **FEW, "epochs": 1, "source_epochs": 1, "layers": [1], "basis_k": 8, "sweep": 1, "seeds": [1, 2],
     },
-}
+}  # fmt: skip
 # of the knobs, those that decide how good any adapter gets; each stage adds its own
-COMMON = ("model", "pooling", "target_modules", "layers", "flip", "batch", "head_rate", "scheduler", "warmup", "weight_decay",
-          "bf16", "test_examples")  # fmt: skip
+COMMON = ("model", "pooling", "target_modules", "layers", "flip", "batch", "head_rate", "scheduler", "warmup",
+          "weight_decay", "bf16", "test_examples")  # fmt: skip
 
 
 def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
@@ -109,43 +103,57 @@ def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
             facts["train"] = sum(1 for _ in Path(args.data_dir, "data", name, "train").glob("*/*"))
         return known
     names = [f"group{i}" for i in range(args.class_groups)] if args.class_groups > 1 else ["all"]
-    known = CIFAR100 if args.data == CIFAR100["data"] else {"classes": None, "train": None}
-    share = {key: value and value // len(names) for key, value in known.items() if key != "data"}
+    share: dict[str, Any] = {"classes": None, "train": None}
+    if args.data == CIFAR100["data"]:
+        share = {key: CIFAR100[key] // len(names) for key in share}
+        share["train"] -= min(args.validation_examples, share["train"] // 2)
     return {name: dict(share) for name in names}
 
 
 def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
-    """Splits with the columns image and label, and the labels' names."""
+    """Splits with the columns image and label, and the labels' names. Raises SubspaceError where one is missing."""
     if args.data_dir is not None:
         return shared.local_images(args.data_dir, name)
     raw = datasets.load_dataset(args.data)
-    for column in (args.image_column, args.label_column):
-        if column not in raw["train"].column_names:
-            raise SubspaceError(
-                f"{args.data} has no column {column!r}; it has {', '.join(raw['train'].column_names)}."
-            )
-    names = raw["train"].features[args.label_column].names
+    last = "test" if "test" in raw else "validation"
+    if missing := {"train", last} - set(raw):
+        raise SubspaceError(f"{args.data} has no split {', '.join(sorted(missing))}; it has {', '.join(raw)}.")
+    columns = [args.image_column, args.label_column]
+    for split in ("train", last):
+        if missing := [column for column in columns if column not in raw[split].column_names]:
+            has = ", ".join(raw[split].column_names)
+            raise SubspaceError(f"{args.data}, {split}: no column {missing[0]!r}; there are {has}.")
+    names = getattr(raw["train"].features[args.label_column], "names", None)
+    if names is None:
+        raise SubspaceError(f"{args.data}: column {args.label_column!r} has no class names; name a ClassLabel column.")
     order = random.Random(0).sample(range(len(names)), len(names))
     mine = sorted(order if name == "all" else order[int(name.removeprefix("group")) :: args.class_groups])
+    if len(mine) < 2:
+        raise SubspaceError(f"{name} would have {len(mine)} of {len(names)} classes: give fewer --class-groups.")
 
-    def chosen(rows: Any) -> Any:
-        kept = [i for i, label in enumerate(rows[args.label_column]) if label in set(mine)]
-        part = rows.select(kept).select_columns([args.image_column, args.label_column])
-        labels = [mine.index(label) for label in part[args.label_column]]
-        return (
-            part.rename_column(args.image_column, "image")
-            .remove_columns(args.label_column)
-            .add_column("label", labels)
-        )
+    position = {label: i for i, label in enumerate(mine)}
 
-    train = chosen(raw["train"])
+    def chosen(split: str) -> Any:
+        labels = raw[split][args.label_column][:]
+        kept = [i for i, label in enumerate(labels) if label in position]
+        part = raw[split].select(kept).select_columns(args.image_column)
+        part = part if args.image_column == "image" else part.rename_column(args.image_column, "image")
+        return part.add_column("label", [position[labels[i]] for i in kept])
+
+    train = chosen("train")
     carved = train.train_test_split(min(args.validation_examples, len(train) // 2), seed=0)
-    test = chosen(raw["test" if "test" in raw else "validation"])
-    return {"train": carved["train"], "validation": carved["test"], "test": test}, [names[i] for i in mine]
+    return {"train": carved["train"], "validation": carved["test"], "test": chosen(last)}, [names[i] for i in mine]
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey, which Pillow's own conversion would clip to white
+        image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def load_task(args: Knobs, name: str) -> LabelledTask:
-    """Read and check a task. Raises SubspaceError: missing classes or columns, too few images, a file that is no image."""
+    """Read and check a task. Raises SubspaceError: missing classes or columns, too few images, a file that is none."""
     splits, labels = read_task(args, name)
     held_out = name == args.task
     least = {"train": args.train_examples, "validation": args.validation_examples} if held_out else {}
@@ -154,8 +162,7 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
     total = hashlib.sha256()
 
     def pixels(part: dict[str, list[Any]], flip: bool) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in part["image"]]
-        values = processor(images, return_tensors="pt")["pixel_values"]
+        values = processor([rgb(image) for image in part["image"]], return_tensors="pt")["pixel_values"]
         if flip:
             values = torch.where(torch.rand(len(values), 1, 1, 1) < 0.5, values.flip(-1), values)
         return {"pixel_values": list(values), "labels": part["label"]}
@@ -169,15 +176,15 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
             total.update(hashlib.sha256(content).digest() + bytes([row["label"] % 256]))
             shared.check_image(content, row["image"]["path"] or f"{name}, {split}")
         splits[split] = rows.with_transform(lambda part, flip=args.flip and split == "train": pixels(part, flip))
-    task = LabelledTask(
-        name, ["image"], len(labels), metric="sst2", splits=splits, collate=transformers.default_data_collator
-    )
-    task.content = total.hexdigest()
-    return task
+    # GLUE's metric of sst2 is the plain accuracy
+    return LabelledTask(
+        name, ["image"], len(labels), metric="sst2", splits=splits, collate=transformers.default_data_collator,
+        content=total.hexdigest(),
+    )  # fmt: skip
 
 
 def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> Any:
-    """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without weights."""
+    """The pretrained encoder, its head drawn by `seed`; given a configuration `empty`, that shape without weights."""
     transformers.set_seed(seed)
     config = empty or AutoConfig.from_pretrained(args.model)
     kind = transformers.MODEL_MAPPING[type(config)]
@@ -187,6 +194,7 @@ def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> Any:
 
 
 def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
+    """The modules to adapt. Raises SubspaceError naming the model's linear layers where they are not among them."""
     ends = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     fits = [names for names in ATTENTION if set(names) <= ends]
     if not (set(args.target_modules) <= ends if args.target_modules else fits):
@@ -196,17 +204,17 @@ def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
 
 
 def make_trainer(
-    args: Knobs, model: Any, task: LabelledTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1, seed: int = 0,
-    folder: Path | None = None,
+    args: Knobs, model: Any, task: LabelledTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1,
+    seed: int = 0, folder: Path | None = None,
 ) -> Trainer:  # fmt: skip
-    """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an adapter."""
+    """The stock Trainer, with bar and checkpoints where a folder is given. Beside an adapter the head has its own rate."""
     groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
         output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,
         num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=4 * args.batch,
         lr_scheduler_type=args.scheduler, warmup_steps=args.warmup, seed=seed, remove_unused_columns=False,
-        label_names=["labels"], eval_strategy="epoch", logging_strategy="no", report_to=[], disable_tqdm=folder is None,
-        bf16=args.bf16, use_cpu=not torch.cuda.is_available(),
+        label_names=["labels"], eval_strategy="epoch", logging_strategy="no", report_to=[],
+        disable_tqdm=folder is None, bf16=args.bf16, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     trainer = Trainer(
         model, arguments, task.collate, train_dataset=shared.draw(task.splits["train"], examples, seed),
@@ -223,13 +231,8 @@ def settings(args: Knobs, task: LabelledTask, *names: str) -> dict[str, Any]:
 
 
 def methods(args: Knobs, control: bool = False) -> list[Method]:
-    where = {
-        "task_type": None,
-        "target_modules": args.target_modules,
-        "layers": args.layers,
-        "modules_to_save": [HEAD],
-    }
-    return shared.compared_methods(args, known_tasks(args), control=control, **where)
+    where = {"target_modules": args.target_modules, "layers": args.layers, "modules_to_save": [HEAD]}
+    return shared.compared_methods(args, known_tasks(args), control=control, task_type=None, **where)
 
 
 def sources(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
@@ -296,11 +299,14 @@ def dry_run(args: Knobs) -> None:
         config = AutoConfig.from_pretrained(args.model, local_files_only=True)
     except OSError:
         config = transformers.ViTConfig() if args.model == Knobs.model else None
+    classes = known[args.task]["classes"]
     with torch.device("meta"):
-        model = None if config is None else make_model(args, known[args.task]["classes"] or 10, 0, empty=config)
+        model = None if config is None else make_model(args, classes or 2, 0, empty=config)
     targets = args.target_modules if model is None else find_targets(args, model)
     steps = shared.planned_steps(args, known)
     shared.print_plan(args, fetched, steps, model, head=HEAD, target_modules=targets, layers=args.layers)
+    if classes is None:
+        print(f"How many classes {args.data} has is not known before it is fetched: the head above is one for two.")
 
 
 def main(arguments: list[str] | None = None) -> None:

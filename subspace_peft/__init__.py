@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
     from .build import build_basis
     from .convert import export_lora, project_lora
-    from .tuner import SubspaceConfig, SubspaceModel
+    from .tuner import SubspaceConfig, SubspaceModel, hotswap
 
 _PLACES = {
     "ModuleBasis": "basis",
@@ -25,6 +25,7 @@ _PLACES = {
     "export_lora": "convert",
     "project_lora": "convert",
     "SubspaceConfig": "tuner",
+    "hotswap": "tuner",
     "SubspaceModel": "tuner",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "__version__",
     "build_basis",
     "export_lora",
+    "hotswap",
     "project_lora",
 ]
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import socket
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import evaluate
@@ -10,9 +16,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+from rouge_score import rouge_scorer, scoring
 
 from subspace_peft.errors import SubspaceError
-from subspace_peft.metrics import load_metric
+from subspace_peft.metrics import load, load_metric
 
 RNG = np.random.default_rng(0)
 TRUTH, GUESS = RNG.integers(0, 2, 60), RNG.integers(0, 2, 60)
@@ -104,34 +111,162 @@ def test_exact_match_ignores_what_it_is_told_to():
     assert load_metric("exact_match").compute(**given, regexes_to_ignore=[r"[!\d]+", "Y|y"]) == {"exact_match": 1.0}
 
 
-@pytest.mark.parametrize("name", ["accuracy", "rouge", "exact_match"])
-def test_bad_input_is_refused(name):
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("glue", "sst2"), ("glue", "stsb"), ("glue", "cola"), ("accuracy", None), ("rouge", None), ("exact_match", None)],
+)
+def test_bad_input_is_refused(name, config):
     value = "a" if name in ("rouge", "exact_match") else 1
-    with pytest.raises((SubspaceError, ValueError)):
-        load_metric(name).compute(predictions=[value], references=[value, value])
-    # evaluate itself looks at the first example before it asks us
-    with pytest.raises((SubspaceError, ValueError, IndexError)):
-        load_metric(name).compute(predictions=[], references=[])
+    # evaluate itself compares the lengths of a batch, in its own words
+    with pytest.raises(ValueError, match=r"1 predictions for 2 references|Mismatch in the number of predictions"):
+        load_metric(name, config).compute(predictions=[value], references=[value, value])
+    with pytest.raises(SubspaceError, match="0 predictions for 0 references"):
+        load_metric(name, config).compute(predictions=[], references=[])
+
+
+def test_an_example_without_a_reference_is_refused():
+    with pytest.raises(SubspaceError, match="example 1 has no reference"):
+        load_metric("rouge").compute(predictions=["a", "b"], references=[["a"], []])
 
 
 def test_unknown_metrics_and_tasks_are_refused():
     with pytest.raises(SubspaceError, match="choose one of cola"):
         load_metric("glue", "mpc")
+    with pytest.raises(SubspaceError, match="choose one of cola"):
+        load_metric("glue")
     with pytest.raises(SubspaceError, match="no twin"):
         load_metric("bleurt")
 
 
-def test_the_published_metric_comes_first_where_the_hub_is_in_reach(monkeypatch):
-    for name in ("HF_HUB_OFFLINE", "HF_EVALUATE_OFFLINE"):
+@pytest.mark.parametrize(
+    ("package", "name", "config"),
+    [("sklearn.metrics", "glue", "mrpc"), ("scipy.stats", "glue", "stsb"), ("rouge_score", "rouge", None)],
+)
+def test_a_missing_package_is_named_with_the_extra(monkeypatch, package, name, config):
+    monkeypatch.setitem(sys.modules, package, None)
+    values = ["a", "b"] if name == "rouge" else [0, 1]
+    with pytest.raises(ImportError, match=r'pip install "subspace-peft\[recipes\]"'):
+        load_metric(name, config).compute(predictions=values, references=values)
+
+
+def test_accuracy_takes_what_the_published_one_takes():
+    weights = RNG.uniform(0, 1, 60)
+    for given in ({"normalize": False}, {"sample_weight": weights}, {"sample_weight": weights, "normalize": False}):
+        expected = sklearn.metrics.accuracy_score(TRUTH, GUESS, **given)
+        assert load_metric("accuracy").compute(predictions=GUESS, references=TRUTH, **given) == {
+            "accuracy": pytest.approx(expected)
+        }
+    rows, near = [[0, 1], [1, 1], [0, 0]], [[0, 1], [1, 0], [0, 0]]
+    found = load_metric("accuracy", "multilabel").compute(predictions=near, references=rows)
+    assert found == {"accuracy": pytest.approx(sklearn.metrics.accuracy_score(np.array(rows), np.array(near)))}
+    with pytest.raises(SubspaceError, match="2 weights for 3 predictions"):
+        load_metric("accuracy").compute(predictions=[1, 1, 0], references=[1, 0, 0], sample_weight=[1.0, 1.0])
+
+
+def test_rouge_is_within_the_scatter_of_the_published_bootstrap():
+    # metrics/rouge/rouge.py of huggingface/evaluate: the median of the bootstrap means of score(reference, prediction)
+    vocabulary = ["the", "cat", "cats", "sat", "on", "a", "Running", "runs,"]
+    guesses, truths = ([" ".join(row) for row in RNG.choice(vocabulary, (60, 6))] for _ in range(2))
+    scorer, aggregator = (
+        rouge_scorer.RougeScorer(["rouge1", "rougeL"], use_stemmer=True),
+        scoring.BootstrapAggregator(),
+    )
+    for guess, truth in zip(guesses, truths, strict=True):
+        aggregator.add_scores(scorer.score(truth, guess))
+    state = np.random.get_state()
+    np.random.seed(0)
+    published = {kind: score.mid.fmeasure for kind, score in aggregator.aggregate().items()}
+    np.random.set_state(state)
+    given = {"rouge_types": ["rouge1", "rougeL"], "use_stemmer": True}
+    found = load_metric("rouge").compute(predictions=guesses, references=truths, **given)
+    assert found == pytest.approx(published, abs=0.005)
+    # what the bootstrap does not give: the same numbers whatever the generator's state
+    np.random.seed(1)
+    assert load_metric("rouge").compute(predictions=guesses, references=truths, **given) == found
+    np.random.set_state(state)
+
+
+def test_texts_combine_too():
+    both = evaluate.combine([load_metric("rouge"), load_metric("exact_match")])
+    both.add_batch(predictions=["a b"], references=["a b"])
+    both.add_batch(predictions=["c"], references=["d"])
+    assert both.compute() == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5, "rougeLsum": 0.5, "exact_match": 0.5}
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As if the Hub answered and nothing asked for offline mode."""
+    for name in load.OFFLINE:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(load, "_answers", lambda endpoint: True)
+
+
+def test_the_published_metric_comes_first_where_the_hub_is_in_reach(online, monkeypatch, caplog):
     monkeypatch.setattr(evaluate, "load", lambda name, config: ("published", name, config))
     assert load_metric("glue", "rte") == ("published", "glue", "rte")
+    assert load_metric("bleurt") == ("published", "bleurt", None)
+    with pytest.raises(SubspaceError, match="choose one of cola"):
+        load_metric("glue", "mpc")
 
     def gone(name: str, config: str | None) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(evaluate, "load", gone)
-    assert load_metric("glue", "rte").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
+    with caplog.at_level(logging.INFO, logger="subspace_peft"):
+        assert load_metric("glue", "rte").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
+    assert [record.getMessage() for record in caplog.records] == [
+        "glue: the twin that comes with subspace_peft, not evaluate.load's (no network)."
+    ]
+    with pytest.raises(SubspaceError, match="no network") as caught:
+        load_metric("bleurt")
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+@pytest.mark.parametrize("variable", load.OFFLINE)
+def test_offline_mode_asks_nobody_even_beside_a_folder_of_the_metrics_name(
+    online, monkeypatch, caplog, tmp_path, variable
+):
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(evaluate, "load", lambda name, config: pytest.fail("asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glue").mkdir()
+    with caplog.at_level(logging.INFO, logger="subspace_peft"):
+        assert load_metric("glue", "rte").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
+    assert len(caplog.records) == 1 and "offline mode" in caplog.text
+
+
+def test_a_hub_that_accepts_and_never_answers_is_not_waited_for():
+    # in a process of its own: evaluate reads HF_ENDPOINT once
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        held: list[socket.socket] = []
+
+        def hold() -> None:
+            try:
+                while True:
+                    held.append(silent.accept()[0])
+            except OSError:
+                return
+
+        threading.Thread(target=hold, daemon=True).start()
+        code = (
+            "import time, subspace_peft.metrics.load as it\n"
+            "import evaluate, requests\n"
+            "it.PATIENCE = 1.0\n"
+            "start = time.monotonic()\n"
+            "made = [type(it.load_metric('glue', 'rte')).__module__ for _ in range(3)]\n"
+            "print(made[0], time.monotonic() - start < 5)\n"
+        )
+        environment = {key: value for key, value in os.environ.items() if key not in load.OFFLINE}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.split() == ["subspace_peft.metrics.glue", "True"], done.stderr
+        assert held, "the endpoint was not asked at all"
+        for connection in held:
+            connection.close()
 
 
 SCRIPT = """
@@ -149,11 +284,10 @@ class Always(evaluate.Metric):
 """
 
 
-def test_a_metric_of_ones_own_is_loaded_from_its_folder_also_offline(tmp_path, monkeypatch):
+def test_a_metric_of_ones_own_is_loaded_from_its_folder_also_offline(tmp_path):
     folder = tmp_path / "always"
     folder.mkdir()
     (folder / "always.py").write_text(SCRIPT)
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     assert load_metric(str(folder)).compute(predictions=[1], references=[0]) == {"always": 7}
 
 

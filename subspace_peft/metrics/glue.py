@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,15 +29,13 @@ TASKS = (
 )
 
 
-def _libraries() -> tuple[Any, Any]:
+def _library(name: str) -> Any:
     try:
-        import scipy.stats
-        import sklearn.metrics
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            "GLUE's metrics need scikit-learn and scipy: pip install 'subspace-peft[recipes]'."
+            'GLUE\'s metrics need scikit-learn and scipy: pip install "subspace-peft[recipes]".'
         ) from error
-    return sklearn.metrics, scipy.stats
 
 
 def check_numbers(metric: str, predictions: Sequence[Any], references: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -56,6 +55,7 @@ class Glue(evaluate.Metric):
 
     Raises:
         SubspaceError: no such task; predictions and references that are empty or of different lengths.
+        ImportError: scikit-learn or scipy is missing, where the task needs it.
     """
 
     def __init__(self, config_name: str | None = None, **kwargs: Any) -> None:
@@ -74,25 +74,25 @@ class Glue(evaluate.Metric):
         )
 
     def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        learn, stats = _libraries()
         guesses, truth = check_numbers(f"glue, {self.config_name}", predictions, references)
         if self.config_name in MATTHEWS:
-            return {"matthews_correlation": float(learn.matthews_corrcoef(truth, guesses))}
+            return {"matthews_correlation": float(_library("sklearn.metrics").matthews_corrcoef(truth, guesses))}
         if self.config_name in CORRELATED:
             if np.ptp(guesses) == 0 or np.ptp(truth) == 0:
                 return {"pearson": float("nan"), "spearmanr": float("nan")}
+            stats = _library("scipy.stats")
             return {
                 "pearson": float(stats.pearsonr(guesses, truth)[0]),
                 "spearmanr": float(stats.spearmanr(guesses, truth)[0]),
             }
         result = {"accuracy": float((guesses == truth).mean())}
         if self.config_name in PAIRED_F1:
-            result["f1"] = float(learn.f1_score(y_true=truth, y_pred=guesses))
+            result["f1"] = float(_library("sklearn.metrics").f1_score(y_true=truth, y_pred=guesses))
         return result
 
 
 class Accuracy(evaluate.Metric):
-    """Share of predictions that equal their reference.
+    """Share of predictions that equal their reference; with `config_name="multilabel"` of rows of labels that do.
 
     Raises:
         SubspaceError: predictions and references that are empty or of different lengths.
@@ -100,14 +100,24 @@ class Accuracy(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         label = datasets.Value("int32")
+        kind = datasets.Sequence(label) if self.config_name == "multilabel" else label
         return evaluate.MetricInfo(
             description="accuracy",
             citation="",
             inputs_description="predictions and references: integer labels",
-            features=datasets.Features({"predictions": label, "references": label}),
-            format="numpy",
+            features=datasets.Features({"predictions": kind, "references": kind}),
         )
 
-    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def _compute(
+        self,
+        predictions: Sequence[Any],
+        references: Sequence[Any],
+        normalize: bool = True,
+        sample_weight: Sequence[float] | None = None,
+    ) -> dict[str, float]:
         guesses, truth = check_numbers("accuracy", predictions, references)
-        return {"accuracy": float((guesses == truth).mean())}
+        hits = (guesses == truth).reshape(len(truth), -1).all(axis=1)
+        weights = np.ones(len(hits)) if sample_weight is None else np.asarray(sample_weight, dtype=float)
+        if weights.shape != hits.shape:
+            raise SubspaceError(f"accuracy: {len(weights)} weights for {len(hits)} predictions.")
+        return {"accuracy": float(weights @ hits) / (float(weights.sum()) if normalize else 1.0)}

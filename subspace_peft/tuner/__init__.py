@@ -3,10 +3,11 @@
 import peft  # noqa: F401  registers this method first, whichever module of this room is imported first
 
 from .config import SubspaceConfig
+from .hotswap import hotswap
 from .layer import SubspaceLayer
 from .model import SubspaceModel
 from .registration import register
 
 register()
 
-__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel", "register"]
+__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel", "hotswap", "register"]

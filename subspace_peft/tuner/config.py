@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -196,6 +197,27 @@ class SubspaceConfig(PeftConfig):
     def loaded(self) -> bool:
         """Whether this configuration was read from a saved task."""
         return self.subspace_version is not None
+
+    # what PEFT's `hotswap_adapter` reads of every configuration, whatever the method, to compute each layer's scale
+    use_rslora = False
+
+    @property
+    def lora_alpha(self) -> float:
+        """s · r of a module that `alpha_pattern` does not name."""
+        return self.alpha
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """Per key of a loaded task's coefficients, as a regular expression, s · r: PEFT divides it by r."""
+        from .task_files import scale_of
+
+        known = self.basis_modules if self._basis is None else None
+        pattern = {}
+        for module in self._file_modules or ():
+            name = module if self._basis is None else str(self._basis.find(module))
+            shape = known[name]["shape"] if known is not None else self._basis.shapes()[name]  # type: ignore[union-attr]
+            pattern[rf"{re.escape(module)}\.subspace_coef\..*"] = scale_of(self, module, shape) * self.r
+        return pattern
 
     def resolve(self) -> SubspaceBasis | None:
         """Find and verify the basis. None: it is to be generated, or lies in the task's own file.

@@ -123,6 +123,13 @@ class SubspaceLayer(BaseTunerLayer):
             if value is not None:
                 container.put(adapter_name, value, config, hashes.get(name))
 
+    def share_basis(self, adapter_name: str, other: str) -> None:
+        """Give `adapter_name` the very tensors of U and V that `other` has, which must be of its size."""
+        for container in (self.subspace_U, self.subspace_V):
+            container[adapter_name] = container[other]
+        self.basis_key[adapter_name] = self.basis_key[other]
+        self.arrivals.pop(adapter_name, None)
+
     def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, own_basis: bool) -> None:
         self.subspace_coef[adapter_name].expect(arrivals, key)
         brought = set()

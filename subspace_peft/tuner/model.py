@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft.config import PeftConfig
@@ -18,6 +18,7 @@ from .kinds import make_layer
 from .layer import SubspaceLayer
 from .mixed import task_names_passed
 from .registration import PREFIX
+from .weighted import add_weighted
 
 
 class SubspaceModel(BaseTuner):
@@ -94,6 +95,36 @@ class SubspaceModel(BaseTuner):
         super()._check_new_adapter_config(config)
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"SubspaceModel takes a SubspaceConfig, got {type(config).__name__}.")
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add the adapter `adapter_name`, a weighted combination of loaded ones on one basis, computed on their cores.
+
+        ``linear`` (and ``cat``) is exact: ΔW = Σ w ΔW_i. ``ties``, ``dare_linear``, ``dare_ties`` and ``magnitude_prune`` are
+        PEFT's own, applied to cores instead of factors. ``svd`` and ``…_svd`` cut the result to rank `svd_rank` (`factor`
+        coefficients), which is optimal since U and V are orthonormal. A fleet's mean that an adapter adds is part of what is merged.
+
+        Args:
+            adapters, weights: names of loaded adapters, and a weight for each.
+            density: share of numbers that the pruning kinds keep.
+            majority_sign_method: ``total`` or ``frequency``, for ties.
+
+        Raises:
+            SubspaceError: unknown names or kinds, lists of different lengths, a density that is missing.
+            BasisMismatchError: the adapters are on different bases, or use different parts of one.
+        """
+        add_weighted(
+            self, adapters, weights, adapter_name, combination_type=combination_type, svd_rank=svd_rank, density=density,
+            majority_sign_method=majority_sign_method,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from peft.utils.peft_types import register_peft_method
 
 NAME = "SUBSPACE"
@@ -48,4 +49,7 @@ def register() -> None:
             f"PEFT already has a method named {NAME} or with prefix {PREFIX!r} ({known}). Another plugin, or a newer PEFT, "
             "took the name: upgrade subspace-peft."
         )
+    from .hotswap import SAME
+
+    CONFIG_KEYS_TO_CHECK[SUBSPACE] = list(SAME)
     register_peft_method(name="subspace", config_cls=SubspaceConfig, model_cls=SubspaceModel, prefix=PREFIX)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..basis import ModuleBasis
 from ..basis.module import FLOAT_DTYPES, tensor_sha256
 from ..errors import BadFileError, BasisMismatchError
+from .coefficients import default_scale, make_coefficients
 
 if TYPE_CHECKING:
     from .config import SubspaceConfig
@@ -130,6 +131,15 @@ def expected_shapes(config: SubspaceConfig, name: str, shape: Mapping[str, int])
         "none": {},
     }[config.coefficients]
     return expected | ({"gain": (1,)} if config.mean_gain == "trainable" else {})
+
+
+def scale_of(config: SubspaceConfig, name: str, shape: Mapping[str, int]) -> float:
+    """s of the module `name`, for a basis module of the given sizes."""
+    k_out, k_in = used_size(config, name, shape["k_out"], shape["k_in"])
+    made = make_coefficients(
+        config.coefficients, k_out, k_in, r=config.r, directions=shape.get("directions", 0), mean_gain=config.mean_gain
+    )
+    return default_scale(config.alpha, made)
 
 
 def k_of(config: SubspaceConfig, name: str) -> int | None:

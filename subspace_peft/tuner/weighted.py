@@ -1,0 +1,116 @@
+"""A new task as a weighted combination of loaded ones on one basis, in the space of their cores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+
+from ..errors import BasisMismatchError, SubspaceError
+from .layer import SubspaceLayer
+
+if TYPE_CHECKING:
+    from .config import SubspaceConfig
+    from .model import SubspaceModel
+
+EXACT = ("linear", "cat")  # in LoRA `cat` is the exact sum; on one basis the plain one is exact already
+PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+TYPES = (*EXACT, *PRUNED, "svd", *(f"{name}_svd" for name in PRUNED))
+
+
+def add_weighted(
+    tuner: SubspaceModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    *,
+    combination_type: str,
+    svd_rank: int | None,
+    density: float | None,
+    majority_sign_method: str,
+) -> None:
+    """See `SubspaceModel.add_weighted_adapter`."""
+    configs = _checked(tuner, adapters, weights, adapter_name, combination_type, density)
+    small = combination_type.endswith("svd")
+    kind = combination_type.removesuffix("_svd") if combination_type != "svd" else "linear"
+    layers = [layer for layer in tuner.model.modules() if isinstance(layer, SubspaceLayer)]
+    layers = [layer for layer in layers if any(name in layer.subspace_coef for name in adapters)]
+    rank = svd_rank or max(max(layer.r[name]) for layer in layers for name in adapters if name in layer.r)
+    config = dataclasses.replace(
+        configs[0], coefficients="factor" if small else "core", r=rank if small else configs[0].r, mean_gain="none",
+        start="zero", target_modules=_united(configs), subspace_version=None, inference_mode=False,
+        basis_modules=configs[0].basis_modules, rank_pattern=dict(configs[0].rank_pattern),
+    )  # fmt: skip
+    config._basis, config._given, config._near = configs[0]._basis, configs[0]._given, configs[0]._near
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except Exception:
+        tuner.peft_config.pop(adapter_name, None)
+        raise
+    for layer in layers:
+        if adapter_name not in layer.subspace_coef:
+            continue
+        present = [
+            (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.subspace_coef
+        ]
+        layer.share_basis(adapter_name, present[0][0])
+        cores = [layer._core(name).float() * layer.scaling[name] for name, _ in present]
+        given = torch.tensor([weight for _, weight in present], dtype=cores[0].dtype, device=cores[0].device)
+        core = _combined(kind, cores, given, density, majority_sign_method) / layer.scaling[adapter_name]
+        layer.subspace_coef[adapter_name].start(core, None)
+        layer.subspace_coef[adapter_name].requires_grad_(False)
+
+
+def _combined(
+    kind: str, cores: list[torch.Tensor], weights: torch.Tensor, density: float | None, majority: Any
+) -> torch.Tensor:
+    if kind in EXACT:
+        return task_arithmetic(cores, weights)
+    if kind == "ties":
+        return ties(cores, weights, density, majority)
+    if kind == "dare_ties":
+        return dare_ties(cores, weights, density, majority)
+    return {"dare_linear": dare_linear, "magnitude_prune": magnitude_prune}[kind](cores, weights, density)
+
+
+def _checked(
+    tuner: SubspaceModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, kind: str,
+    density: float | None,
+) -> list[SubspaceConfig]:  # fmt: skip
+    if kind not in TYPES:
+        raise SubspaceError(f"There is no combination_type {kind!r}; choose one of {', '.join(TYPES)}.")
+    if not adapters or len(adapters) != len(weights):
+        raise SubspaceError(
+            f"{len(adapters)} adapters and {len(weights)} weights: give as many of each, at least one."
+        )
+    if unknown := [name for name in adapters if name not in tuner.peft_config]:
+        raise SubspaceError(f"There is no adapter {', '.join(unknown)}; there are {', '.join(tuner.peft_config)}.")
+    if adapter_name in tuner.peft_config:
+        raise SubspaceError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
+    if kind.removesuffix("_svd") in PRUNED and not (density is not None and 0 <= density <= 1):
+        raise SubspaceError(f"combination_type={kind!r} needs a density from 0 to 1, got {density!r}.")
+    configs = [tuner.peft_config[name] for name in adapters]
+    for name, config in zip(adapters, configs, strict=True):
+        for field in ("basis_fingerprint", "k", "rank_pattern"):
+            mine, first = getattr(config, field), getattr(configs[0], field)
+            if mine != first:
+                raise BasisMismatchError(
+                    f"Adapters {adapters[0]!r} and {name!r} differ in their {field} ({first!r}, {mine!r}), so their cores cannot be "
+                    "added. Export both with `export_lora` and merge the LoRAs, or project them on one basis first."
+                )
+    return configs
+
+
+def _united(configs: Sequence[SubspaceConfig]) -> Any:
+    targets = [config.target_modules for config in configs]
+    if all(isinstance(names, (set, list, tuple)) for names in targets):
+        return set().union(*targets)
+    if any(names != targets[0] for names in targets):
+        raise SubspaceError(
+            "The adapters' target_modules are different regular expressions. Load them from saved tasks whose modules are named."
+        )
+    return targets[0]
