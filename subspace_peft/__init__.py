@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
     from .build import build_basis
     from .convert import export_lora, project_lora
-    from .tuner import SubspaceConfig, SubspaceModel, hotswap
+    from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap
 
 _PLACES = {
     "ModuleBasis": "basis",
@@ -27,6 +27,7 @@ _PLACES = {
     "SubspaceConfig": "tuner",
     "hotswap": "tuner",
     "SubspaceModel": "tuner",
+    "TaskBank": "tuner",
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SubspaceBasis",
     "SubspaceConfig",
     "SubspaceModel",
+    "TaskBank",
     "__version__",
     "build_basis",
     "export_lora",

@@ -2,6 +2,6 @@
 
 from .build import build_basis
 from .factors import Factors
-from .sources import Source, active_adapter, is_one_source, open_source
+from .sources import Source, is_one_source, open_source
 
-__all__ = ["Factors", "Source", "active_adapter", "build_basis", "is_one_source", "open_source"]
+__all__ = ["Factors", "Source", "build_basis", "is_one_source", "open_source"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .._adapted import active_adapter
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..basis.reference import looks_like_path, split_revision
 from ..errors import SourceError
@@ -139,13 +140,6 @@ def is_one_source(reference: Any) -> bool:
     """Whether `reference` is one source adapter, where a list of them is expected."""
     pair = isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping)
     return pair or isinstance(reference, (str, Path, Mapping, Source)) or hasattr(reference, "peft_config")
-
-
-def active_adapter(model: Any) -> str:
-    """The (first) active adapter of a PeftModel, or of a model adapted by transformers' own `add_adapter`."""
-    active = model.active_adapters
-    names = active() if callable(active) else active
-    return names if isinstance(names, str) else str(names[0])
 
 
 def _from_model(model: Any) -> Source:

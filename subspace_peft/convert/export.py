@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from .._atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
-from .task import Task, read_task
+from ..tuner.saved import Task, read_task
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

@@ -2,6 +2,7 @@
 
 import peft  # noqa: F401  registers this method first, whichever module of this room is imported first
 
+from .bank import TaskBank
 from .config import SubspaceConfig
 from .hotswap import hotswap
 from .layer import SubspaceLayer
@@ -10,4 +11,4 @@ from .registration import register
 
 register()
 
-__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel", "hotswap", "register"]
+__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel", "TaskBank", "hotswap", "register"]

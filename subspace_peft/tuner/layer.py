@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from .injection import Plan, source_index
 from .mixed import add_updates, check_rows
 from .targets import sizes
 
+if TYPE_CHECKING:
+    from .bank import TaskBank
+
 
 class SubspaceLayer(BaseTunerLayer):
     """What every adapter layer has: coefficients by adapter, and the shared basis.
@@ -34,6 +37,8 @@ class SubspaceLayer(BaseTunerLayer):
         basis_key: adapter → fingerprint and size of the basis, by which adapters find one to share.
         arrivals: adapter → what has come of its own file, its module's name there, the basis tensors it has to bring; gone
             after the first forward pass.
+        bank, bank_place: further tasks on the basis of one of the adapters, or None; where in a row of it this layer's core
+            begins, and its (k_in, k_out).
     """
 
     adapter_layer_names = ("subspace_coef",)
@@ -69,6 +74,8 @@ class SubspaceLayer(BaseTunerLayer):
         self.r: dict[str, tuple[int, int]] = {}
         self.basis_key: dict[str, tuple[Any, ...]] = {}
         self.arrivals: dict[str, tuple[Arrivals, str, set[str]]] = {}
+        self.bank: TaskBank | None = None
+        self.bank_place = (0, 0, 0)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True

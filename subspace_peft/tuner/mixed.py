@@ -41,6 +41,7 @@ class TaskNames(list[str]):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
         self.prepared: dict[int, list[Group]] = {}
+        self.gathered: dict[int, torch.Tensor] = {}
 
 
 def prepare(layer: SubspaceLayer, names: Sequence[str]) -> list[Group]:
@@ -53,7 +54,11 @@ def prepare(layer: SubspaceLayer, names: Sequence[str]) -> list[Group]:
         if name != BASE and name in layer.subspace_coef:
             key = (id(layer.subspace_U[name]), id(layer.subspace_V[name]))
             by_basis.setdefault(key, []).append(name)
-    groups = [_group(layer, names, tasks, whole=len(by_basis) == 1) for tasks in by_basis.values()]
+    banked = layer.bank is not None and any(name in layer.bank and name not in layer.subspace_coef for name in names)
+    whole = len(by_basis) + banked == 1
+    groups = [_group(layer, names, tasks, whole) for tasks in by_basis.values()]
+    if banked:
+        groups.append(layer.bank.group(layer, names, whole))
     if known:
         names.prepared[id(layer)] = groups
     return groups
@@ -120,7 +125,10 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
     targets = [module for module in model.modules() if isinstance(module, (layers, AuxiliaryTrainingWrapper))]
-    known = {BASE}.union(*(module.subspace_coef for module in targets if isinstance(module, layers)))
+    adapted = [module for module in targets if isinstance(module, layers)]
+    known = {BASE}.union(*(module.subspace_coef for module in adapted))
+    for bank in {id(module.bank): module.bank for module in adapted if module.bank is not None}.values():
+        known |= set(bank)
     if unknown := sorted(set(names) - known):
         raise SubspaceError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are {', '.join(sorted(known))}."

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from .._adapted import active_adapter
 from ..basis import ModuleBasis, SubspaceBasis
-from ..build import active_adapter
 from ..errors import SubspaceError
-from ..tuner import SubspaceConfig
-from ..tuner.coefficients import default_scale, make_coefficients
-from ..tuner.task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, used_part
+from .coefficients import default_scale, make_coefficients
+from .config import SubspaceConfig
+from .task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, used_part
 
 
 @dataclass(frozen=True, eq=False)
