@@ -240,7 +240,7 @@ def compare(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
     chosen = settings(args, task, "epochs", "train_examples")
     results = shared.compare(rows, run, seeds=args.seeds, cells=shared.Cells(Path(args.out, "cells"), chosen))
     title = f"{args.task} (n={len(task.splits['test'])}): {args.epochs:g} epochs of {args.train_examples or 'all'} examples"
-    shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score=task.metric)
+    shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score=task.score_name)
 
 
 def dry_run(args: Knobs) -> None:

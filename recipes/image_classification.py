@@ -1,6 +1,6 @@
 """Image classification with ViT or DINOv2: a fleet of LoRA adapters → a shared basis → a held-out task → its controls.
 
-    python recipes/image_classification.py --preset offline  # images and a small ViT out of packages, no Hub; 2 CPU cores
+    python recipes/image_classification.py --preset offline  # images and a ViT out of packages, no Hub; 2 CPU cores
     python recipes/image_classification.py --preset smoke    # the same path on so few images that scores mean nothing
     python recipes/image_classification.py                   # google/vit-base-patch16-224-in21k, CIFAR-100; a GPU
     python recipes/image_classification.py --model facebook/dinov2-base --pooling mean --task group7
@@ -207,7 +207,7 @@ def make_trainer(
     args: Knobs, model: Any, task: LabelledTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1,
     seed: int = 0, folder: Path | None = None,
 ) -> Trainer:  # fmt: skip
-    """The stock Trainer, with bar and checkpoints where a folder is given. Beside an adapter the head has its own rate."""
+    """The stock Trainer; bar and checkpoints where a folder is given. Beside an adapter the head has its own rate."""
     groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
         output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,

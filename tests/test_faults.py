@@ -331,3 +331,13 @@ def test_nothing_of_this_warns(basis_folder, tmp_path):
         model = get_peft_model(bert(), SubspaceConfig(basis=str(basis_folder), layers_to_transform=1))
         model.save_pretrained(tmp_path / "task")
         PeftModel.from_pretrained(bert(), tmp_path / "task")
+
+
+def test_loading_a_task_warns_of_nothing(basis_folder, tmp_path):
+    get_peft_model(bert(), SubspaceConfig(basis=str(basis_folder), rank_pattern={"query": 2})).save_pretrained(
+        tmp_path / "task"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        PeftModel.from_pretrained(bert(), tmp_path / "task")

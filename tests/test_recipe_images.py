@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -73,9 +74,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(world: Path, out: Path, *more: str, model: str = "model") -> list[str]:
     given = {
-        "model": world / model, "data-dir": world, "out": out, "task": "kept", "train-examples": 32, "validation-examples": 16,
-        "source-examples": 32, "epochs": 2, "source-epochs": 1, "rate": 1e-2, "source-rate": 1e-2, "head-rate": 1e-2,
-        "basis-k": 4, "r": 2, "sweep": 1, "batch": 16,
+        "model": world / model, "data-dir": world, "out": out, "task": "kept", "train-examples": 32,
+        "validation-examples": 16, "source-examples": 32, "epochs": 2, "source-epochs": 1, "rate": 1e-2,
+        "source-rate": 1e-2, "head-rate": 1e-2, "basis-k": 4, "r": 2, "sweep": 1, "batch": 16,
     }  # fmt: skip
     typed = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     return [*typed, "--seeds", "1", "2", *more]
@@ -125,6 +126,47 @@ def test_a_second_call_trains_nothing_and_a_changed_knob_only_what_it_touches(re
     assert len(calls) == 1
 
 
+def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done, tmp_path, monkeypatch):
+    def whole(out: Path) -> dict[str, Any]:
+        more = ["--stage", "train", "--basis", str(done / "basis"), "--epochs", "3", "--flip", "True"]
+        recipe.main(tiny(world, out, *more))
+        return json.loads((out / "tasks" / "kept-core" / "recipe.json").read_text())["result"]
+
+    expected = whole(tmp_path / "whole")
+    epochs: list[int] = []
+    original = recipe.LabelledTask.measure
+
+    def interrupted(self: Any, prediction: Any) -> dict[str, float]:
+        epochs.append(1)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return original(self, prediction)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.LabelledTask, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whole(tmp_path / "cut")
+    (checkpoints,) = (tmp_path / "cut" / "tasks").glob("kept-core-checkpoints-*")
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+    resumed = whole(tmp_path / "cut")
+    assert (resumed["curve"], resumed["metrics"]) == (expected["curve"], expected["metrics"])
+    weights = [tmp_path / name / "tasks" / "kept-core" / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not checkpoints.exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["factor"], ["diagonal"], ["none", "--mean-gain", "trainable"], ["core", "--k", "2", "--mean-gain", "fixed"]],
+    ids=" ".join,
+)
+def test_every_kind_of_coefficients_trains_and_evaluates(recipe, world, done, tmp_path, more):
+    for stage in ("train", "evaluate"):
+        basis = ["--basis", str(done / "basis"), "--epochs", "1", "--stage", stage]
+        recipe.main(tiny(world, tmp_path, *basis, "--coefficients", *more))
+    assert (tmp_path / "tasks" / f"kept-{more[0]}" / "metrics.json").is_file()
+
+
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_other_encoders_fit_too(recipe, world, tmp_path, pooling):
     out = tmp_path / "out"
@@ -149,73 +191,219 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def test_a_dry_run_fetches_nothing_and_prints_sizes(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(recipe.datasets, "load_dataset", lambda *_: pytest.fail("fetched"))
-    recipe.main(["--dry-run"])
-    printed = capsys.readouterr().out
-    assert "google/vit-base-patch16-224-in21k" in printed
-    assert "uoft-cs/cifar100" in printed
-    assert "24,576" in printed  # 24 modules of 32 × 32
-    assert "group8" in printed
+@pytest.mark.parametrize("kind", ["vit", "dino"])
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_the_head_sees_the_last_norms_output(recipe, world, kind, pooling):
+    args = recipe.Knobs(model=str(world / ("model" if kind == "vit" else kind)), pooling=pooling)
+    model = recipe.make_model(args, 3, seed=0).eval()
+    images = torch.randn(2, 3, 16, 16)
+    encoder = {"vit": ViTModel, "dino": Dinov2Model}[kind].from_pretrained(args.model).eval()
+    with torch.no_grad():
+        hidden = encoder(pixel_values=images).last_hidden_state
+        expected = model.classifier(hidden[:, 0] if pooling == "class" else hidden[:, 1:].mean(1))
+        assert torch.equal(model(pixel_values=images).logits, expected)
+    assert recipe.find_targets(args, model) == ["q_proj", "v_proj"]
 
 
-def test_a_hub_set_is_split_into_disjoint_classes(recipe, monkeypatch):
+def test_older_names_of_the_attention_are_found_too(recipe):
+    old = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("query", "key", "value")})
+    assert recipe.find_targets(recipe.Knobs(), old) == ["query", "value"]
+    with pytest.raises(SubspaceError, match="name --target_modules of w_k, w_q"):
+        recipe.find_targets(recipe.Knobs(), torch.nn.ModuleDict({f"w_{n}": torch.nn.Linear(2, 2) for n in "qk"}))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (np.array([[0, 128, 255]], dtype=np.uint8), [0, 128, 255]),
+        (np.array([[0, 128 * 256, 65535]], dtype=np.uint16), [0, 128, 255]),
+        (np.array([[0, 128 * 256, 65535]], dtype=np.int32), [0, 128, 255]),
+        (np.array([[[7, 8, 9, 255]]], dtype=np.uint8), [7]),
+    ],
+    ids=["grey", "16-bit grey", "wide grey", "with alpha"],
+)
+def test_images_of_other_kinds_become_rgb(recipe, pixels, expected):
+    made = recipe.rgb(Image.fromarray(pixels))
+    assert made.mode == "RGB"
+    assert np.asarray(made)[0, :, 0].tolist() == expected
+
+
+def test_training_images_alone_are_flipped(recipe, world):
+    args = recipe.shared.parse_knobs(recipe.Knobs, recipe.PRESETS, tiny(world, world, "--flip", "True"))
+    task = recipe.load_task(args, "kept")
+    torch.manual_seed(0)
+    seen = {split: torch.stack([task.splits[split][0]["pixel_values"] for _ in range(20)]) for split in task.splits}
+    assert len(seen["train"].unique(dim=0)) == 2
+    assert any(torch.equal(seen["train"][0].flip(-1), other) for other in seen["train"])
+    assert len(seen["validation"].unique(dim=0)) == len(seen["test"].unique(dim=0)) == 1
+
+
+# -- the dry run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, recipe: ModuleType) -> None:
+    import socket
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(recipe.datasets, "load_dataset", refused)
+    monkeypatch.setattr(recipe.AutoImageProcessor, "from_pretrained", refused)
+
+
+def dry(recipe: ModuleType, capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    capsys.readouterr()
+    recipe.main([*arguments, "--dry-run"])
+    return capsys.readouterr().out
+
+
+def test_dry_run_of_the_real_thing(recipe, capsys, no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = dry(recipe, capsys)
+    assert "model google/vit-base-patch16-224-in21k" in said
+    assert "data uoft-cs/cifar100" in said
+    assert "24 modules" in said
+    # 5,000 images of ten classes, of which 400 are carved out
+    for line in ("source group8: 720", "train: 1,440", "LoRA r=8: 294,912", "VeRA: 24,576", "this basis: 24,576"):
+        assert line in said
+    assert "the head: 7,690" in said
+    assert "source group9" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_does_not_guess_what_only_fetching_would_tell(recipe, capsys, no_network):
+    assert "not known yet" in dry(recipe, capsys, "--model", "facebook/dinov2-base", "--pooling", "mean")
+    assert "is not known before it is fetched" in dry(recipe, capsys, "--data", "org/birds", "--task", "group0")
+
+
+def test_dry_run_of_local_data_and_of_the_offline_preset(recipe, world, capsys, no_network, tmp_path):
+    said = dry(recipe, capsys, *tiny(world, tmp_path / "out"))
+    assert "nothing: all of it is here" in said
+    assert "this basis: 64 = 256 bytes" in said
+    assert not (tmp_path / "out").exists()
+    # the cache of a test is empty
+    assert "Would fetch" in dry(recipe, capsys, "--preset", "offline")
+
+
+def test_a_yaml_file_and_presets(recipe, world, capsys, no_network, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"model: {world / 'model'}\ndata_dir: {world}\ntask: kept\nbasis_k: 3\nlayers: [1]\n")
+    assert "this basis: 18 = 72 bytes" in dry(recipe, capsys, str(file))
+    for preset in recipe.PRESETS.values():
+        assert set(preset) <= set(vars(recipe.Knobs()))
+
+
+# -- Hub sets --------------------------------------------------------------------------------------------------------
+
+
+def hub_set(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, column: str = "img", **splits: int) -> list[str]:
+    """Have load_dataset return splits of so many images of ten classes; returns the classes."""
     names = [f"thing{i}" for i in range(10)]
     features = recipe.datasets.Features(
-        {"img": recipe.datasets.Image(), "fine_label": recipe.datasets.ClassLabel(names=names)}
+        {column: recipe.datasets.Image(), "fine_label": recipe.datasets.ClassLabel(names=names)}
+        | {"label": recipe.datasets.Value("int64")}
     )
     picture = Image.fromarray(np.zeros((8, 8), dtype=np.uint8))
-    rows = {"img": [picture] * 40, "fine_label": [i % 10 for i in range(40)]}
-    made = recipe.datasets.Dataset.from_dict(rows, features=features)
-    monkeypatch.setattr(recipe.datasets, "load_dataset", lambda *_: recipe.datasets.DatasetDict(train=made, test=made))
-    args = recipe.Knobs(class_groups=2, validation_examples=4)
+    made = recipe.datasets.DatasetDict()
+    for split, count in splits.items():
+        labels = [i % 10 for i in range(count)]
+        rows = {column: [picture] * count, "fine_label": labels, "label": labels}
+        made[split] = recipe.datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(recipe.datasets, "load_dataset", lambda *_: made)
+    return names
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_a_hub_set_is_split_into_disjoint_classes(recipe, monkeypatch, column):
+    names = hub_set(recipe, monkeypatch, column, train=40, test=40)
+    args = recipe.Knobs(class_groups=2, validation_examples=4, image_column=column)
     (one, first), (two, second) = (recipe.read_task(args, name) for name in ("group0", "group1"))
     assert sorted(first + second) == names
     assert not set(first) & set(second)
     assert {len(one["train"]) + len(one["validation"]), len(two["test"])} == {20}
     assert set(one["train"]["label"]) <= set(range(5))
-    whole, labels = recipe.read_task(recipe.Knobs(class_groups=1, validation_examples=4), "all")
+    assert sorted(one["train"].column_names) == ["image", "label"]
+    args.class_groups = 1
+    whole, labels = recipe.read_task(args, "all")
     assert len(whole["test"]) == 40
     assert sorted(labels) == names
-    with pytest.raises(SubspaceError, match="no column 'image'"):
-        recipe.read_task(recipe.Knobs(image_column="image"), "group0")
+
+
+def test_a_hub_sets_own_validation_split_is_its_test_where_it_has_no_other(recipe, monkeypatch):
+    hub_set(recipe, monkeypatch, train=40, validation=20)
+    splits, _ = recipe.read_task(recipe.Knobs(class_groups=2, validation_examples=4), "group0")
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [16, 4, 10]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "splits", "says"),
+    [
+        ({"image_column": "picture"}, ["train", "test"], "no column 'picture'; there are img, fine_label, label"),
+        ({"label_column": "label"}, ["train", "test"], "'label' has no class names"),
+        ({"class_groups": 6}, ["train", "test"], "group5 would have 1 of 10 classes"),
+        ({"class_groups": 2}, ["train"], "no split validation; it has train"),
+    ],
+)
+def test_hub_sets_that_do_not_fit_are_refused(recipe, monkeypatch, knobs, splits, says):
+    hub_set(recipe, monkeypatch, **dict.fromkeys(splits, 20))
+    args = recipe.Knobs(**knobs)
+    with pytest.raises(SubspaceError, match=says):
+        recipe.read_task(args, f"group{args.class_groups - 1}")
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
 
 
 def break_world(world: Path, how: str) -> list[str]:
     kept = world / "data" / "kept"
     if how == "no image":
         (kept / "train" / "dark" / "000.png").write_bytes(b"words")
+    elif how == "truncated image":
+        file = kept / "test" / "dark" / "000.png"
+        file.write_bytes(file.read_bytes()[:-40])
+    elif how == "no such split":
+        shutil.rmtree(kept / "validation")
     elif how == "empty class":
         for file in (kept / "test" / "light").iterdir():
             file.unlink()
     elif how == "another class":
         (kept / "validation" / "light").rename(kept / "validation" / "bright")
-    elif how == "too few":
-        return ["--train-examples", "4000"]
-    elif how == "unknown task":
-        return ["--task", "nothing"]
-    elif how == "own adapter":
-        return ["--sources", "one", "org/kept-lora"]
-    elif how == "wrong modules":
-        return ["--target-modules", "nowhere"]
-    return []
+    return TYPED.get(how, [])
 
 
+TYPED = {
+    "too few": ["--train-examples", "4000"],
+    "too few validation images": ["--validation-examples", "4000"],
+    "unknown task": ["--task", "nothing"],
+    "unknown source": ["--sources", "one", "nothing"],
+    "the task as its own source": ["--sources", "one", "kept"],
+    "own adapter": ["--sources", "one", "org/kept-lora"],
+    "wrong modules": ["--target-modules", "nowhere"],
+    "no such layer": ["--layers", "7"],
+    "no such folder": ["--data-dir", "/nowhere"],
+}
 BAD = {
     "no image": "000.png is no image",
+    "truncated image": "000.png is no image",
     "empty class": r"test holds images of \['dark'\]",
     "another class": "bright",
+    "no such split": r"validation holds images of \[\]",
     "too few": "4000 are needed",
+    "too few validation images": "4000 are needed",
     "unknown task": "There is no task nothing",
+    "unknown source": "There is no task nothing",
+    "the task as its own source": "own adapter",
     "own adapter": "own adapter",
     "wrong modules": "nowhere",
+    "no such layer": "No modules were targeted|layers",
+    "no such folder": "no data/<task>/task.json",
 }
 
 
 @pytest.mark.parametrize("how", BAD)
 def test_bad_input_is_refused_before_any_training(recipe, world, tmp_path, monkeypatch, how):
-    import shutil
-
     copy = Path(shutil.copytree(world, tmp_path / "world"))
     more = break_world(copy, how)
     calls = count_training(recipe, monkeypatch)
@@ -232,3 +420,45 @@ def test_a_basis_of_another_model_is_refused_before_any_training(recipe, world, 
     with pytest.raises(SubspaceError):
         recipe.main(tiny(world, tmp_path / "out", "--basis", str(tmp_path / "other"), "--stage", "train"))
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ("basis", "run --stage sources first"),
+        ("train", "run --stage basis first"),
+        ("evaluate", "run --stage train first"),
+        ("compare", "run --stage basis first"),
+    ],
+)
+def test_a_stage_without_its_predecessor_says_which(recipe, world, tmp_path, stage, says):
+    with pytest.raises(SubspaceError, match=says):
+        recipe.main(tiny(world, tmp_path, "--stage", stage))
+
+
+def test_a_basis_that_knows_the_task_is_refused(recipe, world, done, tmp_path, monkeypatch):
+    calls = count_training(recipe, monkeypatch)
+    for stage in ("train", "compare"):
+        with pytest.raises(SubspaceError, match="must not hold that task's own adapter, but one is"):
+            recipe.main(tiny(world, tmp_path, "--stage", stage, "--task", "one", "--basis", str(done / "basis")))
+    assert not calls
+
+
+def test_a_task_of_another_base_model_is_not_evaluated(recipe, world, done, tmp_path):
+    model = ViTModel.from_pretrained(world / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    shutil.copytree(world / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SubspaceError, match="base model's weights are not those"):
+        recipe.main(tiny(world, done, "--stage", "evaluate", "--model", str(tmp_path / "model")))
+
+
+def test_run_as_a_script_an_error_is_one_line(world, tmp_path):
+    import subprocess
+
+    typed = [sys.executable, str(RECIPE), "--data-dir", str(world), "--task", "nope"]
+    said = subprocess.run(typed, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert said.returncode == 1
+    assert said.stderr.strip().startswith("error: There is no task nope")

@@ -27,7 +27,7 @@ def draw_curves(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6.4, 4))
+    figure, axis = plt.subplots(figsize=(7.6, 4))
     for row in results:
         points = _by_step(row["curves"])
         steps = sorted(points)
@@ -43,7 +43,7 @@ def draw_curves(
     axis.set(title=title, xlabel="step", ylabel=score)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     # without the version in the file, the same figure is the same bytes
     write_aside(Path(file), lambda path: figure.savefig(path, format="png", dpi=130, metadata={"Software": None}))

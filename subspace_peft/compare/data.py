@@ -108,18 +108,23 @@ def local_images(data_dir: str | Path, task: str) -> tuple[dict[str, Any], list[
     """A local image task: its splits, `datasets.Dataset`s with the columns image and label, and the labels' names in their order.
 
     Raises:
-        SubspaceError: a split has no images of a class that task.json names, or of one that it does not.
+        SubspaceError: task.json names no labels; a split has no images of a class that it names, or has some of one that it
+            does not.
     """
     from datasets import Dataset, Image
 
     folder = Path(data_dir, "data", task)
-    labels = json.loads((folder / "task.json").read_text(encoding="utf-8"))["labels"]
+    labels = json.loads((folder / "task.json").read_text(encoding="utf-8")).get("labels")
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        raise SubspaceError(f"{folder / 'task.json'}: give its labels, the names of at least two class folders.")
     splits = {}
     for split in ("train", "validation", "test"):
-        found = sorted(path.name for path in (folder / split).glob("*") if path.is_dir() and any(path.iterdir()))
+        found = sorted({path.parent.name for path in (folder / split).glob("*/*") if path.is_file()})
         if found != sorted(labels):
             raise SubspaceError(f"{folder / split} holds images of {found}, but task.json names {sorted(labels)}.")
-        files = [file for label in sorted(labels) for file in sorted((folder / split / label).iterdir())]
+        files = [
+            file for label in sorted(labels) for file in sorted((folder / split / label).iterdir()) if file.is_file()
+        ]
         rows = {"image": [str(file) for file in files], "label": [labels.index(file.parent.name) for file in files]}
         splits[split] = Dataset.from_dict(rows).cast_column("image", Image())
     return splits, labels
@@ -132,8 +137,9 @@ def check_image(content: bytes, where: str) -> None:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        Image.open(io.BytesIO(content)).verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        # `verify` would pass most formats cut off in the middle
+        Image.open(io.BytesIO(content)).load()
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise SubspaceError(f"{where} is no image that can be read ({error}). Mend or remove it.") from None
 
 

@@ -19,7 +19,7 @@ from ..tuner import SubspaceConfig
 HEAD_RATES = (1e-3, 5e-3, 2e-2)
 MEAN_RATES = (3e-2, 1e-1, 3e-1)
 LORA_RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
-VERA_RATES = (5e-3, 2e-2, 8e-2)
+VERA_RATES = (2e-2, 8e-2, 3.2e-1)
 CORE_RATES = (3e-4, 1e-3, 4e-3, 1.2e-2)
 
 # of a configuration, these say where things lie or who wrote them, not what is trained

@@ -94,6 +94,8 @@ class ImageClassifier(PreTrainedModel):
         """Logits (batch, classes) of `pixel_values` (batch, 3, height, width), and the cross-entropy where `labels` (batch,) int64
         are given."""
         hidden = getattr(self, self.base_model_prefix)(pixel_values=pixel_values)[0]
-        logits = self.classifier(hidden[:, 0] if self.pooling == "class" else hidden[:, 1:].mean(1))
+        # some encoders keep registers between the class token and the patches
+        patches = 1 + (getattr(self.config, "num_register_tokens", 0) or 0)
+        logits = self.classifier(hidden[:, 0] if self.pooling == "class" else hidden[:, patches:].mean(1))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)

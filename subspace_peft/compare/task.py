@@ -53,6 +53,11 @@ class LabelledTask:
             name, facts["keys"], classes, like.get(facts["metric"], facts["metric"]), local_splits(data_dir, name)
         )
 
+    @property
+    def score_name(self) -> str:
+        """What the score is, as a table or an axis calls it."""
+        return {"cola": "Matthews correlation", "stsb": "Pearson correlation"}.get(self.metric, "accuracy")
+
     def measure(self, prediction: Any) -> dict[str, float]:
         """The metric of a `transformers.EvalPrediction`: ``score`` and every number by its own name.
 

@@ -26,7 +26,7 @@ def _is_script(name: str) -> bool:
 
 @functools.cache
 def _answers(endpoint: str) -> bool:
-    """Whether anything answers at `endpoint` within `PATIENCE`; asked once per process, which then keeps to one kind of metric."""
+    """Whether anything answers at `endpoint` within `PATIENCE`; asked once per process, which so keeps to one kind."""
     import requests  # evaluate's own client, so that the same proxies and certificates count
 
     answered: list[int] = []

