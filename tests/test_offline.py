@@ -200,7 +200,7 @@ def test_pairs_and_ratings_are_written_in_glue_s_columns(tmp_path):
     for row, (first, second) in zip(pairs.rows, texts, strict=True):
         assert (own[first][0] == second) == (row.label == "fits")
         assert own[first][1] == kinds[second]
-    ratings = RatingTask("ratings", "", [Row(f"text {i}", f"{i / 10}") for i in range(-20, 20)])
+    ratings = RatingTask("ratings", "", [Row(f"text {i}", f"{i / 10 - 2}") for i in range(40)])
     sizes = {"train": 20, "validation": 10, "test": 10}
     for task, facts in ((pairs, ["sentence1", "sentence2"]), (ratings, ["sentence"])):
         name, said, write = prepare_module._text(task, sizes, held_out=False)
@@ -212,7 +212,7 @@ def test_pairs_and_ratings_are_written_in_glue_s_columns(tmp_path):
         assert set(rows[0]) == {*facts, "label", "idx"}
         if said["labels"] is None:
             assert said["metric"] == "pearson_spearman"
-            assert all(row["label"] == int(row["sentence"].split()[1]) / 10 for row in rows)
+            assert all(row["label"] == int(row["sentence"].split()[1]) / 10 - 2 for row in rows)
         else:
             assert {said["labels"][row["label"]] for row in rows} == {"fits", "other"}
 

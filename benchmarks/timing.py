@@ -1,0 +1,89 @@
+"""Paired timing: every contender once per round, in an order drawn anew, so that a machine's moods fall on all alike."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def paired(
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2, seed: int = 0
+) -> dict[str, list[dict[str, float]]]:
+    """Seconds of every contender, per round: wall clock and CPU time of this process.
+
+    Args:
+        contenders: name → what is timed.
+        rounds, warmup: rounds that count, and rounds before them that do not.
+        seed: of the orders.
+    """
+    draw, seconds = random.Random(seed), {name: [] for name in contenders}
+    for number in range(warmup + rounds):
+        order = list(contenders)
+        draw.shuffle(order)
+        for name in order:
+            wall, cpu = time.perf_counter(), time.process_time()
+            contenders[name]()
+            spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+            if number >= warmup:
+                seconds[name].append(spent)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, Sequence[Mapping[str, float]]], floor: str) -> dict[str, dict[str, float]]:
+    """Per contender the median and quartiles of its time over `floor`'s in the same round, and its median seconds (CPU and wall)."""
+    found = {}
+    for name, rounds in seconds.items():
+        found[name] = {}
+        for clock in ("cpu", "wall"):
+            quotients = [own[clock] / other[clock] for own, other in zip(rounds, seconds[floor], strict=True)]
+            low, middle, high = statistics.quantiles(quotients, n=4)
+            found[name] |= {f"{clock}_ratio": middle, f"{clock}_low": low, f"{clock}_high": high}
+            found[name][f"{clock}_seconds"] = statistics.median(one[clock] for one in rounds)
+    return found
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of distinct storage that autograd keeps for the backward pass of what `run` computes, parameters and buffers aside."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(kept.values())
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import peft
+    import transformers
+
+    import subspace_peft
+
+    return {
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+        "peft": peft.__version__, "subspace_peft": subspace_peft.__version__, "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def write(file: Path, body: Mapping[str, Any], table: str) -> None:
+    """Write the results as JSON and, beside it, as a Markdown table; print that."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": machine(), **body}, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
