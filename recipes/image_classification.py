@@ -21,7 +21,15 @@ data/<task>/task.json (labels, held_out). The adapter of `--task` is never in it
 name may be, of that task is refused. Of a Hub set the validation split is carved out of the training set.
 
 Cost and result:
-    [MEASURED TABLE OF --preset offline: TO BE FILLED IN]
+    --preset offline, task tops (t-shirt, pullover, coat or shirt): 29 minutes beside another job, one thread of a 2-core machine,
+    0.8 GB of memory. Accuracy on 500 images, mean ± standard deviation over three seeds:
+
+        head only 0.546 ± 0.047    LoRA r=8 0.675 ± 0.017    random basis 0.683 ± 0.005   (2,048 trained numbers)
+        mean only 0.618 ± 0.009    VeRA     0.699 ± 0.020    this basis   0.635 ± 0.017   (2,048; LoRA has 49,152)
+
+    This basis does worse than a random one of its size: footwear, bags and digits do not prepare for telling shirts from coats.
+    The ViT's provenance is unclear and its features are weak here; take no absolute number from it.
+
     The defaults were not run by us yet. --dry-run prints their downloads, steps and sizes.
 """
 

@@ -38,6 +38,8 @@ def copy_recipe(name: str, out: str | Path = ".", *, force: bool = False) -> Pat
     if target.is_dir() or target.suffix != ".py":
         target = target / f"{stem}.py"
     if target.exists() and not force:
-        raise SubspaceError(f"{target} exists already. Remove it, give another place with --out, or overwrite it with --force.")
+        raise SubspaceError(
+            f"{target} exists already. Remove it, give another place with --out, or overwrite it with --force."
+        )
     write_text_aside(target, (recipe_folder() / f"{stem}.py").read_text(encoding="utf-8"))
     return target

@@ -256,6 +256,9 @@ def test_the_transplanted_roberta_computes_what_the_bert_does(real_cache, tmp_pa
     real = batch["attention_mask"].bool()
     with torch.no_grad():
         assert torch.equal(ours(**batch)[0][real], bert(**batch)[0][real])
+        pair = tokenizer("one text", "another", return_tensors="pt")
+        assert list(pair) == ["input_ids", "attention_mask"]
+        assert torch.isfinite(ours(**pair)[0]).all()
 
 
 @pytest.mark.slow

@@ -90,7 +90,8 @@ def download(package: Package, folder: Path, waiting: Callable[[], object] | Non
         said = "\n  ".join(errors[-6:] or ["nothing"])
         failures.append(f"{Path(command[0]).name} ended with code {code} and said:\n  {said}")
     raise PackageError(
-        f"{package} could not be fetched: {failures[0]}\n{REMEDIES[package.registry]}; then run it again; what was fetched so far is kept."
+        f"{package} could not be fetched: {failures[0]}\n"
+        f"{REMEDIES[package.registry]}; then run it again; what was fetched so far is kept."
     )
 
 

@@ -121,8 +121,8 @@ def _roberta(out: Path, layers: int | None) -> None:
     state[positions] = torch.cat([torch.zeros(1, old.hidden_size), state[positions]])
     state[types] = state[types][:1]
     _filled(RobertaModel(config, add_pooling_layer=False), state).save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(str(source))
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # RoBERTa knows one token type
+    # RoBERTa knows one token type; an attribute set later would not be saved, and a pair's second text would have the other
+    tokenizer = AutoTokenizer.from_pretrained(str(source), model_input_names=["input_ids", "attention_mask"])
     _save_tokenizer(tokenizer, out)
 
 

