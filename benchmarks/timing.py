@@ -51,13 +51,15 @@ def ratios(seconds: Mapping[str, Sequence[Mapping[str, float]]], floor: str) -> 
     return found
 
 
-def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of distinct storage that autograd keeps for the backward pass of what `run` computes, parameters and buffers aside."""
+def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
+    """Bytes of distinct storage that autograd keeps for the backward pass of what `run` computes, the
+    parameters and buffers of `model` aside."""
     kept: dict[int, int] = {}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -86,7 +86,7 @@ def measure(kind: str, targets: Any, rounds: int, k: int, batch: int, tokens: in
     found = ratios(seconds, "frozen base")
     for name, model in models.items():
         found[name]["saved_bytes"] = saved_bytes(
-            lambda model=model: model(inputs_embeds=embeddings.clone().requires_grad_())
+            model, lambda model=model: model(inputs_embeds=embeddings.clone().requires_grad_())
         )
         found[name]["trained"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return found

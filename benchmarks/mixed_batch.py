@@ -1,0 +1,119 @@
+"""Batches in which every row is a task of its own: ours, PEFT's LoRA, one LoRA for all rows, and the frozen base.
+
+    python benchmarks/mixed_batch.py
+    python benchmarks/mixed_batch.py --tasks 64 --rounds 5
+
+Forward passes of a Mistral-shaped decoder (8 × 512), all linear layers adapted, rows × tokens per row: 128 tokens as in a prefill, 1
+as in decoding, where a loop over adapters dominates. `tasks` are loaded: ours in a `TaskBank`, LoRA as PEFT adapters (as many as
+--lora-tasks allows: PEFT adds them in a fraction of a second each). Ratios to the frozen base in the same round, median and
+quartiles; bytes of the tasks. Writes JSON and a Markdown table to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from timing import paired, ratios, write
+from torch import nn
+from tqdm.auto import tqdm
+from train_step import decoder
+
+from subspace_peft import SubspaceConfig, TaskBank
+
+SHAPES = ((32, 128), (64, 128), (32, 1), (64, 1))
+
+
+def ours(base: nn.Module, tasks: int, k: int) -> tuple[nn.Module, TaskBank]:
+    config = SubspaceConfig(basis="random", k=k, target_modules="all-linear", save_basis=True)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    bank = TaskBank(model, capacity=tasks)
+    for i in range(tasks):
+        sizes = {module: layer.r["default"] for module, layer in bank.layers.items()}
+        bank.add(f"t{i}", {module: 0.01 * torch.randn(size) for module, size in sizes.items()})
+    return model, bank
+
+
+def loras(base: nn.Module, tasks: int) -> nn.Module:
+    made = [LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False) for _ in range(tasks)]
+    model = get_peft_model(copy.deepcopy(base), made[0], adapter_name="t0")
+    for i in tqdm(range(1, tasks), desc=f"adding {tasks} LoRAs", unit="adapter", delay=2):
+        model.add_adapter(f"t{i}", made[i])
+    return model.eval()
+
+
+def measure(tasks: int, lora_tasks: int, k: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    torch.manual_seed(0)
+    base = decoder().requires_grad_(False).eval()
+    mine, bank = ours(base, tasks, k)
+    many, one = loras(base, min(tasks, lora_tasks)), loras(base, 1)
+    memory = {
+        "core bank": bank.rows.numel() * bank.rows.element_size(),
+        "LoRA adapter_names": sum(p.numel() for n, p in many.named_parameters() if "lora_" in n)
+        * 4
+        * tasks
+        // min(tasks, lora_tasks),
+    }
+    found = {}
+    for rows, tokens in SHAPES:
+        x = torch.randn(rows, tokens, base.config.hidden_size)
+        names = [f"t{i % tasks}" for i in range(rows)]
+        lora_names = [f"t{i % min(tasks, lora_tasks)}" for i in range(rows)]
+        runs = {
+            "frozen base": lambda x=x: base(inputs_embeds=x, use_cache=False),
+            "one LoRA": lambda x=x: one(inputs_embeds=x, use_cache=False),
+            "LoRA adapter_names": lambda x=x, n=lora_names: many(inputs_embeds=x, use_cache=False, adapter_names=n),
+            "core bank": lambda x=x, n=names: mine(inputs_embeds=x, use_cache=False, adapter_names=n),
+        }
+        with torch.no_grad():
+            found[f"{rows} rows × {tokens}"] = ratios(paired(runs, rounds=rounds), "frozen base")
+    for row in found.values():
+        for name, size in memory.items():
+            row[name]["task_bytes"] = size
+    return found
+
+
+def table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
+    lines = []
+    for title, found in results.items():
+        names = list(next(iter(found.values())))
+        lines += [
+            f"## {title}",
+            "",
+            f"| CPU time over the frozen base (quartiles) | {' | '.join(names)} |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        for shape, row in found.items():
+            cells = [f"{row[n]['cpu_ratio']:.2f} ({row[n]['cpu_low']:.2f}–{row[n]['cpu_high']:.2f})" for n in names]
+            lines.append(f"| {shape} | {' | '.join(cells)} |")
+        sizes = [f"{row[n]['task_bytes'] / 2**20:.1f} MiB" if "task_bytes" in row[n] else "–" for n in names]
+        lines += [f"| the tasks | {' | '.join(sizes)} |", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[64, 256, 1000])
+    parser.add_argument("--lora-tasks", type=int, default=64, help="at most so many LoRAs are really loaded")
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mixed_batch.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for kind in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=kind)
+    results = {}
+    for tasks in args.tasks:
+        loaded = f", {min(tasks, args.lora_tasks)} LoRAs loaded" if tasks > args.lora_tasks else ""
+        results[f"{tasks} tasks{loaded}"] = measure(tasks, args.lora_tasks, args.k, args.rounds)
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
+    write(args.out, {"settings": settings, "results": results}, table(results))
+
+
+if __name__ == "__main__":
+    main()
