@@ -21,7 +21,7 @@ from .card import write_section
 from .coefficients import default_scale, make_coefficients
 from .config import SubspaceConfig
 from .layer import SubspaceLayer
-from .mixed import BASE, Group, TaskNames, task_names_passed
+from .mixed import BASE, Group, TaskNames, alike, task_names_passed
 from .saved import read_task
 from .task_files import WEIGHTS_FILE
 
@@ -193,23 +193,24 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         with task_names_passed(inner, SubspaceLayer, self.model.training, given):
             yield
 
-    def group(self, layer: SubspaceLayer, names: Sequence[str], whole: bool) -> Group:
+    def group(self, layer: SubspaceLayer, names: TaskNames, whole: bool) -> Group:
         """The rows of a batch whose tasks are this bank's, for `mixed.prepare`."""
-        mine = [self.slots.get(name, EMPTY) if name not in layer.subspace_coef else EMPTY for name in names]
-        places = None if whole else [i for i, slot in enumerate(mine) if slot != EMPTY]
-        chosen = mine if places is None else [mine[i] for i in places]
-        kept = names.gathered if isinstance(names, TaskNames) else {}
-        if id(self) not in kept:
-            # once for all layers: a batch's rows of the whole bank
-            kept[id(self)] = self.rows[torch.tensor(chosen, device=self.rows.device)]
+        key = (*alike(layer), whole)
+        if key not in names.gathered:
+            # once for all layers that are alike: the batch's rows of the whole bank
+            live = set(names.present[alike(layer)][0])
+            mine = [EMPTY if name in live else self.slots.get(name, EMPTY) for name in names]
+            places = None if whole else torch.tensor([i for i, slot in enumerate(mine) if slot != EMPTY])
+            chosen = torch.tensor([slot for slot in mine if whole or slot != EMPTY], device=self.rows.device)
+            names.gathered[key] = places, self.rows[chosen]
+        places, gathered = names.gathered[key]
         if self.adapter not in layer.subspace_U:
             raise SubspaceError(
                 f"The adapter {self.adapter!r}, on whose basis this bank's tasks are, was deleted. Make a bank anew."
             )
         U, V = layer.subspace_U[self.adapter], layer.subspace_V[self.adapter]
-        cores = self._part(kept[id(self)], layer).to(U.device)
-        rows = None if places is None else torch.tensor(places, device=U.device)
-        return Group(rows, cores, U, V)
+        rows = None if places is None else places.to(U.device)
+        return Group(rows, self._part(gathered, layer).to(U.device), U, V)
 
     # -- files and adapters ---------------------------------------------------------------------------------------------
 

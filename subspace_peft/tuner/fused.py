@@ -19,7 +19,7 @@ class _AddUpdate(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         h = x.reshape(-1, x.shape[-1]) @ V.T
-        _add(result, h @ C.T, U, scale)
+        add_out(result, h @ C.T, U, scale)
         ctx.mark_dirty(result)
         ctx.save_for_backward(h, V, C, U)
         ctx.scale, ctx.shape = scale, x.shape
@@ -34,7 +34,8 @@ class _AddUpdate(torch.autograd.Function):
         return grad, grad_x, None, grad_C, None, None
 
 
-def _add(result: torch.Tensor, z: torch.Tensor, U: torch.Tensor, scale: float) -> None:
+def add_out(result: torch.Tensor, z: torch.Tensor, U: torch.Tensor, scale: float) -> None:
+    """Add ``s · z Uᵀ`` to `result` (…, out) in place, for z (rows of result, k_out)."""
     # under autocast products come in its dtype, and what is added in place has to be in the result's
     result.view(-1, result.shape[-1]).addmm_(z.to(result.dtype), U.T.to(result.dtype), alpha=scale)
 
@@ -52,5 +53,5 @@ def add_update(
     needed = torch.is_grad_enabled() and (result.requires_grad or x.requires_grad or C.requires_grad)
     if needed:
         return _AddUpdate.apply(result, x, V, C, U, scale)
-    _add(result, (x.reshape(-1, x.shape[-1]) @ V.T) @ C.T, U, scale)
+    add_out(result, (x.reshape(-1, x.shape[-1]) @ V.T) @ C.T, U, scale)
     return result

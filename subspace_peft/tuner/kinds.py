@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fused import add_update
+from .fused import add_out, add_update
 from .injection import Plan
 from .layer import AdapterLayer
 from .targets import kind_of
@@ -22,6 +22,12 @@ class Linear(AdapterLayer):
 
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         return F.linear(z, U)
+
+    def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not result.is_contiguous():
+            return super().add_out(result, z, U)
+        add_out(result, z.reshape(-1, z.shape[-1]), U, 1.0)
+        return result
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta

@@ -205,6 +205,10 @@ class SubspaceLayer(BaseTunerLayer):
         """``U z`` in the layout of the layer's output, for z (…, k_out) and U (out, k_out)."""
         raise NotImplementedError(type(self).__name__)
 
+    def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """`result` plus ``U z``, in result's dtype; `result` itself may be changed where no gradient is asked for."""
+        return result + self.leave(z, U).to(result.dtype)
+
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """ΔW (out, in) in the base weight's layout."""
         raise NotImplementedError(type(self).__name__)

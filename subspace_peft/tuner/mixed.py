@@ -36,31 +36,45 @@ class Group:
 
 
 class TaskNames(list[str]):
-    """A task name per row, with what each layer has prepared for it: one `generate` calls every layer many times."""
+    """A task name per row, with what each layer has prepared for it: one `generate` calls every layer many times.
+
+    Attributes:
+        prepared: layer → its groups.
+        present: layers that have the same adapters and bank → which of the names are theirs; found once for all of them.
+        gathered: what banks keep here for the same layers.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
         self.prepared: dict[int, list[Group]] = {}
-        self.gathered: dict[int, torch.Tensor] = {}
+        self.present: dict[tuple[Any, ...], tuple[list[str], bool]] = {}
+        self.gathered: dict[tuple[Any, ...], tuple[torch.Tensor | None, torch.Tensor]] = {}
 
 
-def prepare(layer: SubspaceLayer, names: Sequence[str]) -> list[Group]:
+def alike(layer: SubspaceLayer) -> tuple[Any, ...]:
+    """What layers agree in whose rows of a batch are the same: their adapters and their bank."""
+    return (id(layer.bank), *layer.subspace_coef)
+
+
+def prepare(layer: SubspaceLayer, names: TaskNames) -> list[Group]:
     """The groups of a batch in one layer. A name that this layer does not have leaves its rows as the base has them."""
-    known = isinstance(names, TaskNames)
-    if known and id(layer) in names.prepared:
+    if id(layer) in names.prepared:
         return names.prepared[id(layer)]
+    key = alike(layer)
+    if key not in names.present:
+        distinct = [name for name in dict.fromkeys(names) if name != BASE]
+        live = [name for name in distinct if name in layer.subspace_coef]
+        banked = layer.bank is not None and any(name in layer.bank for name in set(distinct).difference(live))
+        names.present[key] = live, banked
+    live, banked = names.present[key]
     by_basis: dict[tuple[int, int], list[str]] = {}
-    for name in dict.fromkeys(names):
-        if name != BASE and name in layer.subspace_coef:
-            key = (id(layer.subspace_U[name]), id(layer.subspace_V[name]))
-            by_basis.setdefault(key, []).append(name)
-    banked = layer.bank is not None and any(name in layer.bank and name not in layer.subspace_coef for name in names)
+    for name in live:
+        by_basis.setdefault((id(layer.subspace_U[name]), id(layer.subspace_V[name])), []).append(name)
     whole = len(by_basis) + banked == 1
     groups = [_group(layer, names, tasks, whole) for tasks in by_basis.values()]
     if banked:
         groups.append(layer.bank.group(layer, names, whole))
-    if known:
-        names.prepared[id(layer)] = groups
+    names.prepared[id(layer)] = groups
     return groups
 
 
@@ -79,13 +93,21 @@ def _group(layer: SubspaceLayer, names: Sequence[str], tasks: list[str], whole: 
 def add_updates(layer: SubspaceLayer, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
     """``result + s U C_row V x`` for x (batch, …, in) and result (batch, …, out), row by row its own task's core."""
     dtype = result.dtype
-    for group in prepare(layer, names):
+    for group in prepare(layer, names if isinstance(names, TaskNames) else TaskNames(names)):
         given = x if group.rows is None else x.index_select(0, group.rows)
         h = layer.enter(given, group.V.to(dtype))
-        z = torch.bmm(h.reshape(len(h), -1, h.shape[-1]), group.cores.to(h.dtype))
-        update = layer.leave(z.reshape(*h.shape[:-1], -1), group.U.to(z.dtype)).to(dtype)
-        result = result + update if group.rows is None else result.index_add(0, group.rows, update)
+        z = _through(h, group)
+        if group.rows is None:
+            result = layer.add_out(result, z, group.U.to(z.dtype))
+        else:
+            result = result.index_add(0, group.rows, layer.leave(z, group.U.to(z.dtype)).to(dtype))
     return result
+
+
+def _through(h: torch.Tensor, group: Group) -> torch.Tensor:
+    """Each row of h (rows, …, k_in) times its own core: (rows, …, k_out)."""
+    z = torch.bmm(h.reshape(len(h), -1, h.shape[-1]), group.cores.to(h.dtype))
+    return z.reshape(*h.shape[:-1], -1)
 
 
 def check_rows(layer: SubspaceLayer, x: torch.Tensor, names: Sequence[str]) -> None:
