@@ -34,11 +34,8 @@ Cost and result:
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,12 +43,10 @@ from typing import Any, Literal
 import datasets
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
 from subspace_peft import compare as shared
-from subspace_peft.compare import LabelledTask, Method, knob
+from subspace_peft.compare import LabelledTask, knob
 from subspace_peft.errors import SubspaceError
 
 GLUE = {
@@ -66,25 +61,24 @@ GLUE = {
     "wnli": {"keys": ["sentence1", "sentence2"], "classes": 2, "train": 635},
 }
 HEAD = "classifier"
-OFFLINE = "offline"  # as model and data folder: what subspace_peft.offline takes out of packages
 
 
 @dataclass
-class Knobs(shared.TrainingKnobs):
+class Knobs(shared.SubspaceKnobs):
     out: str = knob("glue-output", "folder of everything that is made")
     task: str = knob("mrpc", "the held-out task")
     model: str = knob("FacebookAI/roberta-base", "encoder: Hub id or folder")
     pooling: Literal["first", "mean"] = knob("first", "first: the model's own head; mean: of all tokens, linear head")
     dropout: float | None = knob(None, "of the encoder; by default as its configuration says")
     target_modules: list[str] = knob(("query", "value"), "adapted modules")  # noqa: RUF009
-    layers: list[int] = knob((), "adapted layers; all by default")  # noqa: RUF009
     data: str = knob("nyu-mll/glue", "Hub id of the data set")
     data_dir: str | None = knob(None, "local data instead")
     tokens: int = knob(128, "longest input")
+    head_rate: float = knob(1e-3, "learning rate of the head beside an adapter")
 
 
 SMALL = {
-    "model": OFFLINE, "data_dir": OFFLINE, "task": "editorials", "pooling": "mean", "dropout": 0.0, "layers": [3, 4, 5],
+    "model": "offline", "data_dir": "offline", "task": "editorials", "pooling": "mean", "dropout": 0.0, "layers": [3, 4, 5],
     "tokens": 32, "train_examples": 256, "validation_examples": 160, "epochs": 4, "warmup": 0.0, "head_rate": 5e-3,
     "source_examples": 256, "source_epochs": 4, "source_rate": 4e-3, "basis_k": 16,
 }  # fmt: skip
@@ -105,7 +99,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # of the knobs, those that decide how good any adapter gets; each stage adds its own
-COMMON = ("model", "pooling", "dropout", "target_modules", "layers", "tokens", "batch", "head_rate", "scheduler", "warmup",
+DECISIVE = ("model", "pooling", "dropout", "target_modules", "layers", "tokens", "batch", "head_rate", "scheduler", "warmup",
           "weight_decay", "bf16", "test_examples")  # fmt: skip
 
 
@@ -121,7 +115,8 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
         tests = {"test": "_matched", "test_mismatched": "_mismatched"} if name == "mnli" else {"test": ""}
         splits = {"train": carved["train"], "validation": carved["test"]}
         splits |= {split: raw[f"validation{suffix}"] for split, suffix in tests.items()}
-        task = LabelledTask(name, GLUE[name]["keys"], GLUE[name]["classes"], metric=name, splits=splits)
+        facts = GLUE[name]
+        task = LabelledTask(name=name, keys=facts["keys"], classes=facts["classes"], metric=name, splits=splits)
     else:
         task = LabelledTask.local(args.data_dir, name)
     held_out = name == args.task
@@ -178,110 +173,33 @@ def make_trainer(
     return trainer
 
 
-def settings(args: Knobs, task: LabelledTask, *names: str) -> dict[str, Any]:
-    """What decides a run's result: where any of it is another one, so is the run."""
-    return {"task": task.name, "data": task.fingerprint(), **{name: getattr(args, name) for name in (*COMMON, *names)}}
+def test(args: Knobs, model: Any, task: LabelledTask) -> dict[str, Any]:
+    return task.test(make_trainer(args, model, task))
 
 
-def methods(args: Knobs, control: bool = False) -> list[Method]:
-    where = {"task_type": "SEQ_CLS", "target_modules": args.target_modules, "layers": args.layers}
-    return shared.compared_methods(args, known_tasks(args), control=control, **where)
-
-
-def sources(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    for name in tqdm([name for name in args.sources if name in tasks], desc="source adapters", unit="adapter"):
-        task, folder = tasks[name], Path(args.out, "sources", name)
-        chosen = settings(args, task, "source_epochs", "source_rate", "r", "seed")
-        if shared.finished(folder, chosen) is None:
-            model = make_model(args, task.classes, args.seed)
-            # a start of its own: with one random A for all, they would fake a common subspace
-            torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
-            where = {"target_modules": args.target_modules, "layers_to_transform": args.layers or None}
-            model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, task_type="SEQ_CLS", **where))
-            budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
-            result = shared.fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
-            shared.save_finished(model, folder, chosen, result)
-
-
-def train(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, folder = tasks[args.task], shared.task_folder(args)
-    method = shared.method_named(methods(args), "mean only" if args.coefficients == "none" else "this basis")
-    chosen = settings(args, task, "rate", "epochs", "train_examples", "seed") | {"method": method.identity()}
-    if shared.finished(folder, chosen) is None:
-        model = method.apply(make_model(args, task.classes, args.seed), HEAD)
-        checkpoints = folder.with_name(f"{folder.name}-checkpoints-{shared.digest(chosen)[:12]}")
-        budget = {"rate": args.rate, "epochs": args.epochs, "examples": args.train_examples}
-        trainer = make_trainer(args, model, task, seed=args.seed, folder=checkpoints, **budget)
-        shared.save_finished(model, folder, chosen, shared.fit(trainer, task, shared.last_checkpoint(checkpoints)))
-        shutil.rmtree(checkpoints)
-    print(f"The task is in {folder}.")
-
-
-def evaluate(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, folder = tasks[args.task], shared.task_folder(args)
-    if not (folder / "adapter_config.json").is_file():
-        raise SubspaceError(f"No saved task in {folder}: run --stage train first, with the same coefficients.")
-    model = PeftModel.from_pretrained(make_model(args, task.classes, args.seed), str(folder))
-    metrics = task.test(make_trainer(args, model, task))
-    Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    print(f"{folder}: {json.dumps(metrics)}")
-
-
-def compare(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, rows = tasks[args.task], methods(args, control=True)
-    # a basis that does not fit the model is refused here, before the first run
-    rows[-1].apply(make_model(args, task.classes, 0), HEAD)
-
-    def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
-        model = method.apply(make_model(args, task.classes, seed), HEAD)
-        budget = {"rate": rate, "epochs": args.epochs, "examples": args.train_examples}
-        return {**shared.measure(model), **shared.fit(make_trainer(args, model, task, seed=seed, **budget), task)}
-
-    chosen = settings(args, task, "epochs", "train_examples")
-    results = shared.compare(rows, run, seeds=args.seeds, cells=shared.Cells(Path(args.out, "cells"), chosen))
-    title = f"{args.task} (n={len(task.splits['test'])}): {args.epochs:g} epochs of {args.train_examples or 'all'} examples"
-    shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score=task.score_name)
-
-
-def dry_run(args: Knobs) -> None:
-    """Print what would be fetched, trained and written; sizes where the model's configuration is on this machine."""
-    known = known_tasks(args)
-    wanted = ", ".join([args.task, *(name for name in args.sources if "/" not in name)])
-    fetched = shared.planned_fetches(args, None if args.data_dir else f"{args.data}: {wanted}")
-    try:
-        config = AutoConfig.from_pretrained(args.model, local_files_only=True)
-    except OSError:
-        default = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
-        config = default if args.model == Knobs.model else None
-    with torch.device("meta"):
-        model = None if config is None else make_model(args, known[args.task]["classes"], 0, empty=config)
-    steps = shared.planned_steps(args, known)
-    shared.print_plan(args, fetched, steps, model, head=HEAD, target_modules=args.target_modules, layers=args.layers)
+# what the stages do with these: skip what is finished, resume, save, sweep, tabulate
+RECIPE = shared.Recipe(
+    load_task=load_task, make_model=lambda args, task, seed: make_model(args, task.classes, seed), make_trainer=make_trainer,
+    test=test, decisive=DECISIVE, head=HEAD, task_type="SEQ_CLS",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = shared.parse_knobs(Knobs, PRESETS, arguments, description=__doc__)
-    if OFFLINE in (args.model, args.data_dir):
-        folder = shared.offline_folder("text", args, smoke=args.preset == "smoke")
-        if folder is None:
-            return
-        args.model = str(folder / "model") if args.model == OFFLINE else args.model
-        args.data_dir = str(folder) if args.data_dir == OFFLINE else args.data_dir
-    args.sources = shared.choose_sources(args, known_tasks(args))
-    if args.dry_run:
-        dry_run(args)
+    if not shared.take_offline("text", args):
         return
-    shared.quiet()
-    stages = (
-        [sources, shared.basis_stage, train, evaluate, compare]
-        if args.stage == "all"
-        else [{"basis": shared.basis_stage, **globals()}[args.stage]]
-    )
-    names = [name for name in args.sources if "/" not in name] if sources in stages else []
-    names += [] if stages in ([sources], [shared.basis_stage]) else [args.task]
-    tasks = {name: load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
-    for stage in stages:
-        stage(args, tasks)
+    known = known_tasks(args)
+    args.sources = shared.choose_sources(args, known)
+    if not args.dry_run:
+        RECIPE.run(args, known)
+        return
+    wanted = [args.task, *(name for name in args.sources if "/" not in name)]
+    roberta = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+    shared.dry_run(
+        args, known, data=[] if args.data_dir else [f"{args.data}: {', '.join(wanted)}"], head=HEAD,
+        empty=lambda config: make_model(args, known[args.task]["classes"], 0, empty=config),
+        default=roberta if args.model == Knobs.model else None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

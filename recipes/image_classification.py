@@ -35,44 +35,33 @@ Cost and result:
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import random
-import shutil
 import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer, TrainingArguments
 
 from subspace_peft import compare as shared
-from subspace_peft.compare import LabelledTask, Method, knob
+from subspace_peft.compare import LabelledTask, knob
 from subspace_peft.errors import SubspaceError
 
 HEAD = "classifier"
-OFFLINE = "offline"  # as model and data folder: what subspace_peft.offline takes out of packages
 CIFAR100 = {"data": "uoft-cs/cifar100", "classes": 100, "train": 50000}
 ATTENTION = (["q_proj", "v_proj"], ["query", "value"])  # newer and older transformers; the first that the model has
 
 
 @dataclass
-class Knobs(shared.TrainingKnobs):
+class Knobs(shared.SubspaceKnobs):
     out: str = knob("images-output", "folder of everything that is made")
     task: str = knob("group9", "the held-out task")
     model: str = knob("google/vit-base-patch16-224-in21k", "vision encoder: Hub id or folder")
     pooling: Literal["class", "mean"] = knob("class", "what the head sees: the class token, or the patches' mean")
     target_modules: list[str] = knob((), "adapted modules; by default the attention's query and value")  # noqa: RUF009
-    layers: list[int] = knob((), "adapted layers; all by default")  # noqa: RUF009
     data: str = knob(CIFAR100["data"], "Hub id of the data set")
     image_column: str = knob("img", "its column of images")
     label_column: str = knob("fine_label", "its column of class numbers")
@@ -86,7 +75,7 @@ class Knobs(shared.TrainingKnobs):
 
 
 SMALL = {
-    "model": OFFLINE, "data_dir": OFFLINE, "task": "tops", "layers": [8, 9, 10, 11], "train_examples": 256,
+    "model": "offline", "data_dir": "offline", "task": "tops", "layers": [8, 9, 10, 11], "train_examples": 256,
     "validation_examples": 160, "test_examples": 500, "epochs": 4, "batch": 16, "warmup": 0.0, "source_examples": 256,
     "source_epochs": 4, "source_rate": 4e-3, "basis_k": 16,
 }  # fmt: skip
@@ -99,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # of the knobs, those that decide how good any adapter gets; each stage adds its own
-COMMON = ("model", "pooling", "target_modules", "layers", "flip", "batch", "head_rate", "scheduler", "warmup",
+DECISIVE = ("model", "pooling", "target_modules", "layers", "flip", "batch", "head_rate", "scheduler", "warmup",
           "weight_decay", "bf16", "test_examples")  # fmt: skip
 
 
@@ -122,42 +111,10 @@ def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
     """Splits with the columns image and label, and the labels' names. Raises SubspaceError where one is missing."""
     if args.data_dir is not None:
         return shared.local_images(args.data_dir, name)
-    raw = datasets.load_dataset(args.data)
-    last = "test" if "test" in raw else "validation"
-    if missing := {"train", last} - set(raw):
-        raise SubspaceError(f"{args.data} has no split {', '.join(sorted(missing))}; it has {', '.join(raw)}.")
-    columns = [args.image_column, args.label_column]
-    for split in ("train", last):
-        if missing := [column for column in columns if column not in raw[split].column_names]:
-            has = ", ".join(raw[split].column_names)
-            raise SubspaceError(f"{args.data}, {split}: no column {missing[0]!r}; there are {has}.")
-    names = getattr(raw["train"].features[args.label_column], "names", None)
-    if names is None:
-        raise SubspaceError(f"{args.data}: column {args.label_column!r} has no class names; name a ClassLabel column.")
-    order = random.Random(0).sample(range(len(names)), len(names))
-    mine = sorted(order if name == "all" else order[int(name.removeprefix("group")) :: args.class_groups])
-    if len(mine) < 2:
-        raise SubspaceError(f"{name} would have {len(mine)} of {len(names)} classes: give fewer --class-groups.")
-
-    position = {label: i for i, label in enumerate(mine)}
-
-    def chosen(split: str) -> Any:
-        labels = raw[split][args.label_column][:]
-        kept = [i for i, label in enumerate(labels) if label in position]
-        part = raw[split].select(kept).select_columns(args.image_column)
-        part = part if args.image_column == "image" else part.rename_column(args.image_column, "image")
-        return part.add_column("label", [position[labels[i]] for i in kept])
-
-    train = chosen("train")
-    carved = train.train_test_split(min(args.validation_examples, len(train) // 2), seed=0)
-    return {"train": carved["train"], "validation": carved["test"], "test": chosen(last)}, [names[i] for i in mine]
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow's own conversion would clip to white
-        image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return shared.class_group(
+        datasets.load_dataset(args.data), name, groups=args.class_groups, image=args.image_column,
+        label=args.label_column, validation=args.validation_examples, where=args.data,
+    )  # fmt: skip
 
 
 def load_task(args: Knobs, name: str) -> LabelledTask:
@@ -167,10 +124,10 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
     least = {"train": args.train_examples, "validation": args.validation_examples} if held_out else {}
     most = {"train": 0 if held_out else args.source_examples, "validation": args.validation_examples}
     processor = AutoImageProcessor.from_pretrained(args.model)
-    total = hashlib.sha256()
+    content = {}
 
     def pixels(part: dict[str, list[Any]], flip: bool) -> dict[str, Any]:
-        values = processor([rgb(image) for image in part["image"]], return_tensors="pt")["pixel_values"]
+        values = processor([shared.rgb(image) for image in part["image"]], return_tensors="pt")["pixel_values"]
         if flip:
             values = torch.where(torch.rand(len(values), 1, 1, 1) < 0.5, values.flip(-1), values)
         return {"pixel_values": list(values), "labels": part["label"]}
@@ -179,15 +136,12 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
         rows = rows.cast_column("image", datasets.Image(decode=False))
         shared.check_rows(f"{name}, {split}", rows, ["image"], len(labels), least=least.get(split) or 1)
         rows = shared.draw(rows, most.get(split, args.test_examples), seed=0).cast_column("image", datasets.Image())
-        for row in rows.cast_column("image", datasets.Image(decode=False)):
-            content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
-            total.update(hashlib.sha256(content).digest() + bytes([row["label"] % 256]))
-            shared.check_image(content, row["image"]["path"] or f"{name}, {split}")
+        content[split] = shared.check_images(rows, f"{name}, {split}")
         splits[split] = rows.with_transform(lambda part, flip=args.flip and split == "train": pixels(part, flip))
     # GLUE's metric of sst2 is the plain accuracy
     return LabelledTask(
-        name, ["image"], len(labels), metric="sst2", splits=splits, collate=transformers.default_data_collator,
-        content=total.hexdigest(),
+        name=name, keys=["image"], classes=len(labels), metric="sst2", splits=splits,
+        collate=transformers.default_data_collator, content=shared.digest(content),
     )  # fmt: skip
 
 
@@ -233,114 +187,40 @@ def make_trainer(
     return trainer
 
 
-def settings(args: Knobs, task: LabelledTask, *names: str) -> dict[str, Any]:
-    """What decides a run's result: where any of it is another one, so is the run."""
-    return {"task": task.name, "data": task.fingerprint(), **{name: getattr(args, name) for name in (*COMMON, *names)}}
+def test(args: Knobs, model: Any, task: LabelledTask) -> dict[str, Any]:
+    return task.test(make_trainer(args, model, task))
 
 
-def methods(args: Knobs, control: bool = False) -> list[Method]:
-    where = {"target_modules": args.target_modules, "layers": args.layers, "modules_to_save": [HEAD]}
-    return shared.compared_methods(args, known_tasks(args), control=control, task_type=None, **where)
-
-
-def sources(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    for name in tqdm([name for name in args.sources if name in tasks], desc="source adapters", unit="adapter"):
-        task, folder = tasks[name], Path(args.out, "sources", name)
-        chosen = settings(args, task, "source_epochs", "source_rate", "r", "seed")
-        if shared.finished(folder, chosen) is None:
-            model = make_model(args, task.classes, args.seed)
-            # a start of its own: with one random A for all, they would fake a common subspace
-            torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
-            where = {"target_modules": args.target_modules, "layers_to_transform": args.layers or None}
-            model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, modules_to_save=[HEAD], **where))
-            budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
-            result = shared.fit(make_trainer(args, model, task, seed=args.seed, **budget), task)
-            shared.save_finished(model, folder, chosen, result)
-
-
-def train(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, folder = tasks[args.task], shared.task_folder(args)
-    method = shared.method_named(methods(args), "mean only" if args.coefficients == "none" else "this basis")
-    chosen = settings(args, task, "rate", "epochs", "train_examples", "seed") | {"method": method.identity()}
-    if shared.finished(folder, chosen) is None:
-        model = method.apply(make_model(args, task.classes, args.seed), HEAD)
-        checkpoints = folder.with_name(f"{folder.name}-checkpoints-{shared.digest(chosen)[:12]}")
-        budget = {"rate": args.rate, "epochs": args.epochs, "examples": args.train_examples}
-        trainer = make_trainer(args, model, task, seed=args.seed, folder=checkpoints, **budget)
-        shared.save_finished(model, folder, chosen, shared.fit(trainer, task, shared.last_checkpoint(checkpoints)))
-        shutil.rmtree(checkpoints)
-    print(f"The task is in {folder}.")
-
-
-def evaluate(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, folder = tasks[args.task], shared.task_folder(args)
-    if not (folder / "adapter_config.json").is_file():
-        raise SubspaceError(f"No saved task in {folder}: run --stage train first, with the same coefficients.")
-    model = PeftModel.from_pretrained(make_model(args, task.classes, args.seed), str(folder))
-    metrics = task.test(make_trainer(args, model, task))
-    Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    print(f"{folder}: {json.dumps(metrics)}")
-
-
-def compare(args: Knobs, tasks: dict[str, LabelledTask]) -> None:
-    task, rows = tasks[args.task], methods(args, control=True)
-    # a basis that does not fit the model is refused here, before the first run
-    rows[-1].apply(make_model(args, task.classes, 0), HEAD)
-
-    def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
-        model = method.apply(make_model(args, task.classes, seed), HEAD)
-        budget = {"rate": rate, "epochs": args.epochs, "examples": args.train_examples}
-        return {**shared.measure(model), **shared.fit(make_trainer(args, model, task, seed=seed, **budget), task)}
-
-    chosen = settings(args, task, "epochs", "train_examples")
-    results = shared.compare(rows, run, seeds=args.seeds, cells=shared.Cells(Path(args.out, "cells"), chosen))
-    title = (
-        f"{args.task} (n={len(task.splits['test'])}): {args.epochs:g} epochs of {args.train_examples or 'all'} images"
-    )
-    shared.publish(results, Path(args.out, "compare", args.task), title=title, settings=chosen, score="accuracy")
-
-
-def dry_run(args: Knobs) -> None:
-    """Print what would be fetched, trained and written; sizes where the model's configuration is on this machine."""
-    known, fetched = known_tasks(args), shared.planned_fetches(args, None if args.data_dir else args.data)
-    try:
-        config = AutoConfig.from_pretrained(args.model, local_files_only=True)
-    except OSError:
-        config = transformers.ViTConfig() if args.model == Knobs.model else None
-    classes = known[args.task]["classes"]
-    with torch.device("meta"):
-        model = None if config is None else make_model(args, classes or 2, 0, empty=config)
-    targets = args.target_modules if model is None else find_targets(args, model)
-    steps = shared.planned_steps(args, known)
-    shared.print_plan(args, fetched, steps, model, head=HEAD, target_modules=targets, layers=args.layers)
-    if classes is None:
-        print(f"How many classes {args.data} has is not known before it is fetched: the head above is one for two.")
+# what the stages do with these: skip what is finished, resume, save, sweep, tabulate
+RECIPE = shared.Recipe(
+    load_task=load_task, make_model=lambda args, task, seed: make_model(args, task.classes, seed), make_trainer=make_trainer,
+    test=test, decisive=DECISIVE, head=HEAD, task_type=None,
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = shared.parse_knobs(Knobs, PRESETS, arguments, description=__doc__)
-    if OFFLINE in (args.model, args.data_dir):
-        folder = shared.offline_folder("images", args, smoke=args.preset == "smoke")
-        if folder is None:
-            return
-        args.model = str(folder / "model") if args.model == OFFLINE else args.model
-        args.data_dir = str(folder) if args.data_dir == OFFLINE else args.data_dir
-    args.sources = shared.choose_sources(args, known_tasks(args))
-    if args.dry_run:
-        dry_run(args)
+    if not shared.take_offline("images", args):
         return
-    shared.quiet()
-    stages = (
-        [sources, shared.basis_stage, train, evaluate, compare]
-        if args.stage == "all"
-        else [{"basis": shared.basis_stage, **globals()}[args.stage]]
-    )
-    names = [name for name in args.sources if "/" not in name] if sources in stages else []
-    names += [] if stages in ([sources], [shared.basis_stage]) else [args.task]
-    args.target_modules = find_targets(args, make_model(args, 2, 0, empty=AutoConfig.from_pretrained(args.model)))
-    tasks = {name: load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
-    for stage in stages:
-        stage(args, tasks)
+    known = known_tasks(args)
+    args.sources = shared.choose_sources(args, known)
+    classes = known[args.task]["classes"]
+
+    def empty(config: Any) -> Any:
+        with torch.device("meta"):
+            model = make_model(args, classes or 2, 0, empty=config)
+        args.target_modules = find_targets(args, model)
+        return model
+
+    if not args.dry_run:
+        empty(AutoConfig.from_pretrained(args.model))
+        RECIPE.run(args, known)
+        return
+    default = transformers.ViTConfig() if args.model == Knobs.model else None
+    data = [] if args.data_dir else [args.data]
+    shared.dry_run(args, known, data=data, empty=empty, default=default, head=HEAD)
+    if classes is None:
+        print(f"How many classes {args.data} has is not known before it is fetched: the head above is one for two.")
 
 
 if __name__ == "__main__":

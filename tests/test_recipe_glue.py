@@ -94,7 +94,7 @@ def tiny(world: Path, out: Path, *more: str) -> list[str]:
     given = {
         "model": world / "model", "data-dir": world, "out": out, "task": "kept", "pooling": "mean", "dropout": 0, "tokens": 12,
         "train-examples": 32, "validation-examples": 16, "source-examples": 32, "epochs": 2, "source-epochs": 1, "rate": 1e-2,
-        "source-rate": 1e-2, "head-rate": 1e-2, "basis-k": 4, "r": 2, "sweep": 1, "warmup": 0,
+        "source-rate": 1e-2, "source-r": 2, "head-rate": 1e-2, "basis-k": 4, "r": 2, "sweep": 1, "warmup": 0,
     }  # fmt: skip
     typed = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     return [*typed, "--seeds", "1", "2", *more]
@@ -196,7 +196,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(glue, world, done, 
         patch.setattr(glue.LabelledTask, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             whole(tmp_path / "cut")
-    (checkpoints,) = (tmp_path / "cut" / "tasks").glob("kept-core-checkpoints-*")
+    (checkpoints,) = (tmp_path / "cut" / "checkpoints").glob("kept-core-*")
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
     resumed = whole(tmp_path / "cut")
     assert resumed["curve"] == expected["curve"] and resumed["metrics"] == expected["metrics"]
@@ -266,7 +266,8 @@ def test_all_nine_tasks_columns(name, glue, world, tmp_path, monkeypatch):
     model = glue.make_model(knobs, task.classes, 0)
     assert model.num_labels == (classes or 1)
     knobs.out = str(tmp_path)
-    result = glue.shared.fit(glue.make_trainer(knobs, model, task, rate=1e-3, epochs=1), task)
+    trainer = glue.make_trainer(knobs, model, task, rate=1e-3, epochs=1)
+    result = glue.shared.fit(trainer) | task.test(trainer)
     score = {"cola": "matthews_correlation", "stsb": "pearson"}.get(name, "accuracy")
     assert set(result["metrics"]) == set(tests)
     for numbers in result["metrics"].values():
@@ -278,7 +279,7 @@ def test_numbers_that_are_not_finite_are_no_accuracy(glue):
     import numpy as np
     from transformers import EvalPrediction
 
-    task = glue.LabelledTask("t", ["sentence"], 2, "sst2")
+    task = glue.LabelledTask(name="t", keys=["sentence"], classes=2, metric="sst2")
     broken = EvalPrediction(np.array([[np.nan, 0.0], [1.0, 0.0]]), np.array([0, 0]))
     assert list(task.measure(broken)) == ["score"] and np.isnan(task.measure(broken)["score"])
 
@@ -328,7 +329,7 @@ def test_dry_run_of_eigenlora(glue, capsys, no_network, tmp_path, monkeypatch):
 def test_dry_run_of_local_data(glue, world, capsys, no_network, tmp_path):
     said = dry(glue, capsys, *tiny(world, tmp_path / "out"))
     assert "nothing: all of it is here" in said and "this basis: 64 = 256 bytes" in said
-    assert "compare: 72" in said  # 6 methods, one rate and two seeds each, 4 steps
+    assert "compare, 18 runs: 72" in said  # 6 methods, one rate and two seeds each, 4 steps
     assert not (tmp_path / "out").exists()
 
 
@@ -340,7 +341,7 @@ def test_dry_run_of_the_offline_preset_fetches_no_package(glue, capsys, no_netwo
 def test_presets_and_what_wins(glue, monkeypatch):
     seen: list[Any] = []
     monkeypatch.setattr(glue.shared, "choose_sources", lambda args, known: seen.append(args) or [])
-    monkeypatch.setattr(glue, "dry_run", lambda args: None)
+    monkeypatch.setattr(glue.shared, "dry_run", lambda *_, **__: None)
     for task, rate, epochs in (("mrpc", 4e-3, 30), ("rte", 5e-3, 80), ("sst2", 5e-3, 60), ("cola", 4e-3, 80)):
         glue.main(["--preset", "eigenlora", "--task", task, "--dry-run"])
         assert (seen[-1].rate, seen[-1].head_rate, seen[-1].epochs) == (rate, rate, epochs)

@@ -146,7 +146,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done
         patch.setattr(recipe.LabelledTask, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             whole(tmp_path / "cut")
-    (checkpoints,) = (tmp_path / "cut" / "tasks").glob("kept-core-checkpoints-*")
+    (checkpoints,) = (tmp_path / "cut" / "checkpoints").glob("kept-core-*")
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
     resumed = whole(tmp_path / "cut")
     assert (resumed["curve"], resumed["metrics"]) == (expected["curve"], expected["metrics"])
@@ -178,7 +178,7 @@ def test_other_encoders_fit_too(recipe, world, tmp_path, pooling):
 def test_no_backward_reaches_the_layers_below_the_adapters(recipe, world, done):
     args = recipe.shared.parse_knobs(recipe.Knobs, recipe.PRESETS, tiny(world, done, "--layers", "1"))
     args.target_modules = ["q_proj", "v_proj"]
-    model = recipe.methods(args)[-1].apply(recipe.make_model(args, 2, 0), recipe.HEAD)
+    model = recipe.RECIPE.methods(args, recipe.known_tasks(args))[-1].apply(recipe.make_model(args, 2, 0), recipe.HEAD)
     seen = []
     for name, module in model.named_modules():
         if name.endswith(("layers.0", "layers.1")):
@@ -223,7 +223,7 @@ def test_older_names_of_the_attention_are_found_too(recipe):
     ids=["grey", "16-bit grey", "wide grey", "with alpha"],
 )
 def test_images_of_other_kinds_become_rgb(recipe, pixels, expected):
-    made = recipe.rgb(Image.fromarray(pixels))
+    made = recipe.shared.rgb(Image.fromarray(pixels))
     assert made.mode == "RGB"
     assert np.asarray(made)[0, :, 0].tolist() == expected
 

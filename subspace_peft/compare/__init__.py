@@ -1,65 +1,83 @@
 """What the recipes and the quality benchmark share: which methods are compared, each with a learning-rate sweep of its own, the
-cells (finished runs) that an interrupted comparison resumes from, the table, the curves, and the recipes' small furniture.
+cells (finished runs) that an interrupted comparison resumes from, the table, the curves, and the stages around them.
 
-No training loop is in here: that stays in the recipe, where a user reads and edits it.
+Data, model and Trainer stay in the recipe, where a user reads and edits them.
 """
 
 from __future__ import annotations
 
-from .answers import AnswersOnly, encode_answer, exact_and_rouge, generate_answers, one_answer, prompt_ids
+from .answers import (
+    AnswersOnly,
+    encode_answer,
+    exact_and_rouge,
+    generate_answers,
+    instruction_task,
+    one_answer,
+    prompt_ids,
+)
 from .cells import Cells, digest
 from .curves import draw_curves
-from .data import check_image, check_rows, draw, local_images, local_splits, local_tasks, refuse_own_adapter
+from .data import check_rows, draw, local_splits, local_tasks, refuse_own_adapter
+from .images import check_image, check_images, class_group, local_images, rgb
 from .knobs import SubspaceKnobs, knob, parse_knobs, quiet
 from .measure import measure
 from .methods import Method, method_named, methods
-from .planned import planned_numbers, print_plan, runs_of, steps_of
+from .planned import dry_run, planned_numbers, planned_steps, print_plan, runs_of, steps_of
 from .pooled import ImageClassifier, MeanPooledClassifier
+from .recipe import Recipe, same_model
 from .stages import (
+    OFFLINE,
     basis_stage,
     choose_sources,
     compared_methods,
     finish,
     finished,
     last_checkpoint,
-    offline_folder,
     open_bases,
     publish,
     save_control,
     save_finished,
     source_folders,
+    take_offline,
     task_folder,
 )
 from .sweep import RUN_KEYS, compare
 from .table import markdown_table, write_results
-from .task import LabelledTask
-from .training import TrainingKnobs, fit, parameter_groups, planned_fetches, planned_steps
+from .task import InstructionTask, LabelledTask, Task
+from .training import fit, parameter_groups
 
 __all__ = [
+    "OFFLINE",
     "RUN_KEYS",
     "AnswersOnly",
     "Cells",
     "ImageClassifier",
+    "InstructionTask",
     "LabelledTask",
     "MeanPooledClassifier",
     "Method",
+    "Recipe",
     "SubspaceKnobs",
-    "TrainingKnobs",
+    "Task",
     "basis_stage",
     "check_image",
+    "check_images",
     "check_rows",
     "choose_sources",
+    "class_group",
     "compare",
     "compared_methods",
     "digest",
     "draw",
     "draw_curves",
+    "dry_run",
     "encode_answer",
     "exact_and_rouge",
     "finish",
     "finished",
     "fit",
     "generate_answers",
+    "instruction_task",
     "knob",
     "last_checkpoint",
     "local_images",
@@ -69,12 +87,10 @@ __all__ = [
     "measure",
     "method_named",
     "methods",
-    "offline_folder",
     "one_answer",
     "open_bases",
     "parameter_groups",
     "parse_knobs",
-    "planned_fetches",
     "planned_numbers",
     "planned_steps",
     "print_plan",
@@ -82,11 +98,14 @@ __all__ = [
     "publish",
     "quiet",
     "refuse_own_adapter",
+    "rgb",
     "runs_of",
+    "same_model",
     "save_control",
     "save_finished",
     "source_folders",
     "steps_of",
+    "take_offline",
     "task_folder",
     "write_results",
 ]

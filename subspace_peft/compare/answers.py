@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..errors import SubspaceError
+from .data import draw
+from .task import InstructionTask
 
 
 def prompt_ids(tokenizer: Any, definition: str, text: str) -> list[int]:
@@ -44,6 +46,50 @@ def one_answer(row: dict[str, Any]) -> dict[str, Any]:
     """Lots-of-LoRAs data has the definition inside the input, and a list of answers."""
     answers = row["output"] if isinstance(row["output"], list) else [row["output"]]
     return {"definition": row.get("definition") or "", "input": row["input"] or "", "output": (answers or [None])[0]}
+
+
+def instruction_task(
+    name: str,
+    raw: Mapping[str, Any],
+    columns: Sequence[str],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    new_tokens: int,
+    most: Mapping[str, int],
+    least: Mapping[str, int],
+) -> InstructionTask:
+    """Check and tokenise: train and validation by `encode_answer`; test holds prompts alone, beside their input and output.
+
+    Args:
+        name: the task's.
+        raw: split → `datasets.Dataset`, or None.
+        columns: those needed.
+        tokenizer, tokens, new_tokens: as in `encode_answer`.
+        most: split → at most so many rows, 0 for all. These splits are needed.
+        least: split → at least so many rows; one by default.
+
+    Raises:
+        SubspaceError: a split or a column is missing, an output is empty or no text, a prompt leaves no room, too few rows.
+    """
+    task = InstructionTask(name=name)
+    for split, count in most.items():
+        where, rows, needed = f"{name}, {split}", raw.get(split), least.get(split) or 1
+        if rows is None or len(rows) < needed:
+            raise SubspaceError(f"{where}: {len(rows or ())} examples, but {needed} are needed. Ask for fewer.")
+        has = rows.column_names
+        if lacking := [column for column in columns if column not in has]:
+            raise SubspaceError(f"{where}: there is no column {', '.join(lacking)}; there are {', '.join(has)}.")
+        rows = draw(rows, count, seed=0).map(one_answer)
+        if empty := sum(not isinstance(text, str) or not text.strip() for text in rows["output"]):
+            raise SubspaceError(f"{where}: {empty} of {len(rows)} outputs are empty or no text. Leave them out.")
+        room = {"tokenizer": tokenizer, "tokens": tokens, "new_tokens": new_tokens if split == "test" else 0}
+        drop = [column for column in rows.column_names if split != "test" or column not in ("input", "output")]
+        try:
+            task.splits[split] = rows.map(encode_answer, fn_kwargs=room, remove_columns=drop)
+        except SubspaceError as error:
+            raise SubspaceError(f"{where}: {error}") from None
+    return task
 
 
 @dataclass

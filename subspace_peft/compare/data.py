@@ -104,45 +104,6 @@ def local_splits(data_dir: str | Path, task: str) -> dict[str, Any]:
     return splits
 
 
-def local_images(data_dir: str | Path, task: str) -> tuple[dict[str, Any], list[str]]:
-    """A local image task: its splits, `datasets.Dataset`s with the columns image and label, and the labels' names in their order.
-
-    Raises:
-        SubspaceError: task.json names no labels; a split has no images of a class that it names, or has some of one that it
-            does not.
-    """
-    from datasets import Dataset, Image
-
-    folder = Path(data_dir, "data", task)
-    labels = json.loads((folder / "task.json").read_text(encoding="utf-8")).get("labels")
-    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise SubspaceError(f"{folder / 'task.json'}: give its labels, the names of at least two class folders.")
-    splits = {}
-    for split in ("train", "validation", "test"):
-        found = sorted({path.parent.name for path in (folder / split).glob("*/*") if path.is_file()})
-        if found != sorted(labels):
-            raise SubspaceError(f"{folder / split} holds images of {found}, but task.json names {sorted(labels)}.")
-        files = [
-            file for label in sorted(labels) for file in sorted((folder / split / label).iterdir()) if file.is_file()
-        ]
-        rows = {"image": [str(file) for file in files], "label": [labels.index(file.parent.name) for file in files]}
-        splits[split] = Dataset.from_dict(rows).cast_column("image", Image())
-    return splits, labels
-
-
-def check_image(content: bytes, where: str) -> None:
-    """Raise `SubspaceError` naming `where` if these bytes are no image that can be read."""
-    import io
-
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        # `verify` would pass most formats cut off in the middle
-        Image.open(io.BytesIO(content)).load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise SubspaceError(f"{where} is no image that can be read ({error}). Mend or remove it.") from None
-
-
 def draw(rows: Any, count: int, seed: int) -> Any:
     """`count` of the rows of a `datasets.Dataset`, drawn under `seed`; all of them for 0 or where there are no more."""
     return rows.shuffle(seed=seed).select(range(count)) if 0 < count < len(rows) else rows
@@ -160,8 +121,11 @@ def refuse_own_adapter(task: str, sources: Iterable[str], known: Iterable[str]) 
     Raises:
         SubspaceError: names the sources that are, or by their names may be, of `task`.
     """
-    known = set(known)
-    own = [name for name in sources if (name == task if name in known else _squeezed(task) in _parts(name))]
+    known, wanted = set(known), {_squeezed(PurePosixPath(task).name)}
+    # Natural Instructions' tasks are numbered, and adapters are called by the number alone
+    if number := re.match(r"task0*\d+", PurePosixPath(task).name):
+        wanted.add(number.group())
+    own = [name for name in sources if (name == task if name in known else wanted & _parts(name))]
     if own:
         raise SubspaceError(
             f"The basis for task {task!r} must not hold that task's own adapter, but {', '.join(own)} is one, or by its name "

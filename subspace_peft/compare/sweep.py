@@ -39,7 +39,7 @@ def compare(
         run: ``run(method, rate, seed)`` trains and returns at least ``validation`` and ``test`` (scores, larger is better),
             ``trained_adapter`` and ``trained_head`` (numbers), ``bytes`` (the adapter's file without the head), ``seconds``
             (of training), ``curve`` (pairs of step and validation score); ``metrics``, a dict, and anything else that JSON
-            holds is kept beside them.
+            holds is kept beside them. ``test`` and ``metrics`` may be None where `seed` is not reported.
         seeds: report seeds.
         cells: where finished runs are kept, and found again after an interruption.
         progress: show a bar.
@@ -65,10 +65,11 @@ def compare(
 
 
 def _row(method: Method, run: Run, seeds: Sequence[int], cells: Cells, bar: Any) -> dict[str, Any]:
-    def cell(rate: float | None, seed: int) -> dict[str, Any]:
+    def cell(rate: float | None, seed: int, *, tested: bool = True) -> dict[str, Any]:
         bar.set_postfix_str(f"{method.name}, {'untrained' if rate is None else f'rate {rate:g}'}, seed {seed}")
         result = cells.read(method, rate, seed)
-        if result is None or not _complete(result):
+        # a sweep's run may have left the test out, and its seed be reported now
+        if result is None or not _complete(result) or (tested and _left_out(result)):
             fresh = run(method, rate, seed)
             if missing := [key for key in RUN_KEYS if key not in fresh]:
                 raise SubspaceError(
@@ -84,7 +85,7 @@ def _row(method: Method, run: Run, seeds: Sequence[int], cells: Cells, bar: Any)
 
     if not method.rates:
         return _summary(method, None, False, {}, list(seeds)[:1], [cell(None, seeds[0])])
-    tried = _sweep(method.rates, lambda rate: cell(rate, SWEEP_SEED), widened)
+    tried = _sweep(method.rates, lambda rate: cell(rate, SWEEP_SEED, tested=False), widened)
     rate = _best(tried)
     at_edge = rate in (min(tried), max(tried))
     return _summary(method, rate, at_edge, tried, list(seeds), [cell(rate, seed) for seed in seeds])
@@ -111,6 +112,10 @@ def _sweep(
 
 def _complete(result: Mapping[str, Any]) -> bool:
     return all(key in result for key in RUN_KEYS)
+
+
+def _left_out(result: Mapping[str, Any]) -> bool:
+    return result["test"] is None and result.get("metrics", {}) is None
 
 
 def _score(value: Any) -> float:
