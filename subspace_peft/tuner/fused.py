@@ -1,10 +1,13 @@
-"""``result + s · x Vᵀ Cᵀ Uᵀ`` in place, keeping only the k-wide ``x Vᵀ`` for the backward pass."""
+"""``result + s · x Vᵀ Cᵀ Uᵀ`` in place, keeping only the k-wide ``x Vᵀ`` for the backward pass; and the same with the base layer's
+own product, whose gradient for x then takes the update's in place too."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 class _AddUpdate(torch.autograd.Function):
@@ -26,12 +29,65 @@ class _AddUpdate(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable  # h comes without its own history: second derivatives would be wrong without a word
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         h, V, C, U = ctx.saved_tensors
         grad_z = (grad.reshape(-1, grad.shape[-1]) @ U).mul_(ctx.scale)
         grad_x = ((grad_z @ C) @ V).view(ctx.shape) if ctx.needs_input_grad[1] else None
         grad_C = grad_z.T @ h if ctx.needs_input_grad[3] else None
         return grad, grad_x, None, grad_C, None, None
+
+
+class _LinearWithUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W: torch.Tensor,
+        bias: torch.Tensor | None,
+        V: torch.Tensor,
+        C: torch.Tensor,
+        U: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        result = F.linear(x, W, bias)
+        h = x.reshape(-1, x.shape[-1]) @ V.T
+        add_out(result, h @ C.T, U, scale)
+        ctx.save_for_backward(h, W, V, C, U)
+        ctx.scale, ctx.shape = scale, x.shape
+        return result
+
+    @staticmethod
+    @once_differentiable  # h comes without its own history: second derivatives would be wrong without a word
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        h, W, V, C, U = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_z = (flat @ U).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            # added to in place: as a summand of its own it would cost one more pass over the activations
+            grad_x = (flat @ W).addmm_(grad_z @ C, V).view(ctx.shape)
+        grad_C = grad_z.T @ h if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, None, grad_C, None, None
+
+
+def linear_with_update(
+    x: torch.Tensor,
+    W: torch.Tensor,
+    bias: torch.Tensor | None,
+    V: torch.Tensor,
+    C: torch.Tensor,
+    U: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """``x Wᵀ + bias + s · x Vᵀ Cᵀ Uᵀ`` (…, out).
+
+    Args:
+        x: (…, in). W: (out, in). bias: (out,) or None. V: (k_in, in). C: (k_out, k_in). U: (out, k_out). All of one dtype, outside
+            autocast. Gradients go to x and C only.
+        scale: s.
+    """
+    return _LinearWithUpdate.apply(x, W, bias, V, C, U, scale)
 
 
 def add_out(result: torch.Tensor, z: torch.Tensor, U: torch.Tensor, scale: float) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .fused import add_out, add_update
+from .fused import add_out, add_update, linear_with_update
 from .injection import Plan
 from .layer import AdapterLayer
 from .targets import kind_of
@@ -32,14 +32,48 @@ class Linear(AdapterLayer):
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta.T if self.fan_in_fan_out else delta
 
+    def _with_first(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
+        base = self.base_layer
+        if (
+            type(base) is not nn.Linear
+            or torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+            or torch.is_autocast_enabled(x.device.type)
+            or x.dtype != base.weight.dtype
+            or base.weight.requires_grad
+            or (base.bias is not None and base.bias.requires_grad)
+            or not isinstance(self.subspace_dropout[adapter], nn.Identity)
+            or _is_watched(base)
+        ):
+            return None
+        dtype = x.dtype
+        U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
+        core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
+        return linear_with_update(x, base.weight, base.bias, V, core, U, self.scaling[adapter])
+
     def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
         # a compiler fuses the plain chain by itself, and cannot look into what changes its input in place
-        if torch.compiler.is_compiling() or not result.is_contiguous():
+        if torch.compiler.is_compiling() or not result.is_contiguous() or _has_backward_hooks(self.base_layer):
             return super()._add_update(result, x, adapter)
         dtype = result.dtype
         U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
         core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
         return add_update(result, self._dropped(x, adapter).to(dtype), V, core, U, self.scaling[adapter])
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether someone counts on `module` being called: by a hook, or by a `forward` put in its place (as offloading does)."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or _has_backward_hooks(module)
+    )
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    """Whether gradients of the output of `module` go through a hook, which that output must then not be changed behind."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 class Conv2d(AdapterLayer):

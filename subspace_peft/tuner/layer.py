@@ -39,6 +39,7 @@ class SubspaceLayer(BaseTunerLayer):
             after the first forward pass.
         bank, bank_place: further tasks on the basis of one of the adapters, or None; where in a row of it this layer's core
             begins, and its (k_in, k_out).
+        batch_names: while `mixed.task_names_passed` is open, a task name per row.
     """
 
     adapter_layer_names = ("subspace_coef",)
@@ -76,6 +77,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.arrivals: dict[str, tuple[Arrivals, str, set[str]]] = {}
         self.bank: TaskBank | None = None
         self.bank_place = (0, 0, 0)
+        self.batch_names: Sequence[str] | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -265,26 +267,38 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         self.update_layer(adapter_name, plan, key, inference_mode=plan.config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        names = kwargs.pop("adapter_names", None)
+        names = kwargs.pop("adapter_names", self.batch_names)
         if names is not None:
             check_rows(self, x, names)
-        if self.arrivals and not self.disable_adapters:
+        if self.arrivals and not self._disable_adapters:
             self._check_arrivals(self.active_adapters if names is None else names)
-        if self.disable_adapters:
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if self.merged_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if names is not None:
+            return add_updates(self, self._base_result(x, *args, **kwargs), x, names)
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.subspace_coef]
+        result = self._with_first(x, adapters[0]) if adapters and not args and not kwargs else None
+        if result is None:
+            result = self._base_result(x, *args, **kwargs)
+        else:
+            del adapters[0]
+        for adapter in adapters:
+            result = self._add_update(result, x, adapter)
+        return result
+
+    def _base_result(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        if names is not None:
-            return add_updates(self, result, x, names)
-        for adapter in self.active_adapters:
-            if adapter in self.subspace_coef:
-                result = self._add_update(result, x, adapter)
         return result
+
+    def _with_first(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
+        """The base layer's output with the update of `adapter`, or None where that is not quicker in one."""
+        return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results."""

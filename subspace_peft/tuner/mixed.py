@@ -159,13 +159,19 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     # an encoder sees each input once; only the decoder's batch is multiplied
     once = set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
-    handles = []
+    handles, earlier = [], [(module, module.batch_names) for module in adapted]
     try:
         for module in targets:
             given = single if id(module) in once else repeated
-            handles.append(module.register_forward_pre_hook(_passing(given), with_kwargs=True))
+            if isinstance(module, layers):
+                # a hook on each would cost more than the layer's own products at one token per row
+                module.batch_names = given
+            else:
+                handles.append(module.register_forward_pre_hook(_passing(given), with_kwargs=True))
         yield
     finally:
+        for module, names in earlier:
+            module.batch_names = names
         for handle in handles:
             handle.remove()
 
