@@ -75,7 +75,7 @@ class SharedBuffers(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' own loader assigns tensors by name instead of calling load_state_dict
-        loads = isinstance(value, torch.Tensor) and name in self.__dict__.get("_buffers", {})
+        loads = name in self.__dict__.get("_buffers", ()) and isinstance(value, torch.Tensor)
         if loads and (complaint := self.verify(name, name, value)):
             raise BasisMismatchError(complaint)
         if loads:

@@ -44,7 +44,7 @@ class Coefficients(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' own loader assigns tensors by name instead of calling load_state_dict
-        if isinstance(value, nn.Parameter) and name in self.__dict__.get("_parameters", {}):
+        if name in self.__dict__.get("_parameters", ()) and isinstance(value, nn.Parameter):
             if value.device.type != "meta" and not torch.isfinite(value).all():
                 raise BadFileError(
                     f"{'coefficients' if self._origin is None else self._origin[1]}: {name} holds NaN or infinite values. The "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,13 +110,13 @@ class SubspaceLayer(BaseTunerLayer):
         if plan.arrivals is not None:
             self._expect(adapter_name, plan.arrivals, key, own_basis=plan.basis is None)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        # not `set_adapter`, which walks all adapters: a thousandth one should cost what the first did
+        coefficients.requires_grad_(adapter_name in self.active_adapters and not inference_mode)
 
     def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> None:
         config = plan.config
         # placeholders are empty until the task's own file fills them, so they are nobody else's basis yet
         wanted = plan.basis_key(key) or ("own", adapter_name)
-        twins = [other for other, known in self.basis_key.items() if known == wanted and other != adapter_name]
         self.basis_key[adapter_name] = wanted
         hashes = (config.basis_modules or {}).get(key, {}).get("sha256", {})
         names = (
@@ -125,12 +125,17 @@ class SubspaceLayer(BaseTunerLayer):
         module: ModuleBasis | None = None
         for name in names:
             container: SharedBuffers = getattr(self, f"subspace_{name}")
-            value = next((container[twin] for twin in twins if twin in container), None)
+            value = next((container[twin] for twin in self._twins(adapter_name) if twin in container), None)
             if value is None:
                 module = module or plan.module(key)
                 value = getattr(module, name)
             if value is not None:
                 container.put(adapter_name, value, config, hashes.get(name))
+
+    def _twins(self, adapter_name: str) -> Iterator[str]:
+        """Other adapters on the same basis."""
+        wanted = self.basis_key[adapter_name]
+        return (other for other, known in self.basis_key.items() if known == wanted and other != adapter_name)
 
     def share_basis(self, adapter_name: str, other: str) -> None:
         """Give `adapter_name` the very tensors of U and V that `other` has, which must be of its size."""
@@ -176,9 +181,16 @@ class SubspaceLayer(BaseTunerLayer):
             coefficients.perturb()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if target is None or target.type == "meta":
+        # PEFT's own looks at every adapter, and would copy the shared basis
+        base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        target = device or base_device
+        if target is None:
+            return
+        coefficients = self.subspace_coef[adapter_name]
+        if all(parameter.device.type != "meta" for parameter in coefficients.parameters()):
+            floating = dtype is not None and dtype.is_floating_point
+            coefficients.to(target, dtype if floating else None)
+        if target.type == "meta":
             return
         for container in (self.subspace_U, self.subspace_V, self.subspace_M, self.subspace_G):
             value = container.get(adapter_name)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
@@ -18,6 +18,7 @@ from .kinds import make_layer
 from .layer import SubspaceLayer
 from .mixed import task_names_passed
 from .registration import PREFIX
+from .targets import outer_modules
 from .weighted import add_weighted
 
 
@@ -55,15 +56,11 @@ class SubspaceModel(BaseTuner):
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
         expanded = _maybe_include_all_linear_layers(peft_config, model)
         given = getattr(self, "_given", None)
-        targets = []
-        inside: list[str] = []
-        for key, module in model.named_modules():
-            if not key or any(key.startswith(prefix) for prefix in inside):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside.append(f"{key}.")
-            if key in given if given is not None else self._check_target_module_exists(expanded, key):
-                targets.append(key)
+        targets = [
+            key
+            for key, _ in outer_modules(model)
+            if key and (key in given if given is not None else self._check_target_module_exists(expanded, key))
+        ]
         if targets:
             peft_config._plan = make_plan(model, peft_config, targets)
 

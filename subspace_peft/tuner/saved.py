@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from .._adapted import active_adapter
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.basis import module_shape
 from ..errors import SubspaceError
-from .coefficients import default_scale, make_coefficients
+from .coefficients import make_coefficients
 from .config import SubspaceConfig
-from .task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, used_part
+from .task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, scale_of, used_part, used_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class Task:
 
     config: SubspaceConfig
     cores: dict[str, torch.Tensor]
-    modules: dict[str, ModuleBasis]
+    modules: Mapping[str, ModuleBasis]
     extras: dict[str, torch.Tensor]
 
 
@@ -89,29 +90,57 @@ def _assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Ta
         else:
             extras[key] = value.detach().cpu()
     basis = config.resolve() if config._basis is None else config._basis
-    cores, modules = {}, {}
-    for name, parts in coefficients.items():
-        if basis is not None:
-            key = basis.find(name)
-            module = used_part(config, name, basis[str(key)])
-        else:
-            module = ModuleBasis(**{key: value.float() for key, value in own[name].items()})
-        cores[name] = _core(config, module, parts)
-        modules[name] = module
-    return Task(config, cores, modules, extras)
+    if basis is None:
+        carried = {
+            name: ModuleBasis(**{key: part.float() for key, part in own[name].items()}) for name in coefficients
+        }
+        parts_of: Mapping[str, ModuleBasis] = carried
+        known = {name: module_shape(module) for name, module in carried.items()}
+    else:
+        keys = {name: str(basis.find(name)) for name in coefficients}
+        parts_of, shapes = _Parts(config, basis, keys), basis.shapes()
+        known = {name: shapes[key] for name, key in keys.items()}
+    cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
+    return Task(config, cores, parts_of, extras)
 
 
-def _core(config: SubspaceConfig, module: ModuleBasis, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+class _Parts(Mapping[str, ModuleBasis]):
+    """What the modules of a task use of the basis, read when asked for: cores alone often suffice."""
+
+    def __init__(self, config: SubspaceConfig, basis: SubspaceBasis, keys: Mapping[str, str]) -> None:
+        self.config, self.basis, self.keys_of = config, basis, keys
+
+    def __getitem__(self, name: str) -> ModuleBasis:
+        return used_part(self.config, name, self.basis[self.keys_of[name]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+
+def _core(
+    config: SubspaceConfig,
+    name: str,
+    shape: Mapping[str, int],
+    parts_of: Mapping[str, ModuleBasis],
+    parts: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    scale = scale_of(config, name, shape)
+    if config.coefficients == "core" and config.mean_gain == "none":
+        return parts["weight"].double() * scale
+    needs_module = config.coefficients == "directions" or config.mean_gain != "none"
+    module = parts_of[name] if needs_module else None
+    mean, directions = (None, None) if module is None else (module.M, module.G)
     made = make_coefficients(
         config.coefficients,
-        module.k_out,
-        module.k_in,
+        *used_size(config, name, shape["k_out"], shape["k_in"]),
         r=config.r,
-        directions=0 if module.G is None else module.G.shape[0],
+        directions=0 if directions is None else directions.shape[0],
         mean_gain=config.mean_gain,
     ).double()
-    made.load_state_dict({name: value.double() for name, value in parts.items()})
-    scale = default_scale(config.alpha, made)
-    mean = None if config.mean_gain == "none" or module.M is None else module.M.double() / scale
+    made.load_state_dict({key: value.double() for key, value in parts.items()})
+    mean = None if config.mean_gain == "none" or mean is None else mean.double() / scale
     with torch.no_grad():
-        return made.core(mean, None if module.G is None else module.G.double()) * scale
+        return made.core(mean, None if directions is None else directions.double()) * scale

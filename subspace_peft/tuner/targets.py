@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
@@ -60,14 +62,19 @@ def base_weight(layer: nn.Module) -> torch.Tensor:
     return (weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight.flatten(1)).float()
 
 
-def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Named modules without what lies inside adapter layers."""
-    inside: list[str] = []
-    outer = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in inside):
-            continue
-        outer.append((name, module))
-        if isinstance(module, BaseTunerLayer):
-            inside.append(f"{name}.")
-    return outer
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules without what lies inside adapter layers, in `named_modules`'s order: as many steps whatever the number of
+    adapters."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        if not isinstance(module, BaseTunerLayer):
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    return walk("", model)

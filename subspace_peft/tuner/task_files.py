@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,10 +137,13 @@ def expected_shapes(config: SubspaceConfig, name: str, shape: Mapping[str, int])
 def scale_of(config: SubspaceConfig, name: str, shape: Mapping[str, int]) -> float:
     """s of the module `name`, for a basis module of the given sizes."""
     k_out, k_in = used_size(config, name, shape["k_out"], shape["k_in"])
-    made = make_coefficients(
-        config.coefficients, k_out, k_in, r=config.r, directions=shape.get("directions", 0), mean_gain=config.mean_gain
-    )
-    return default_scale(config.alpha, made)
+    directions = shape.get("directions", 0)
+    return _scale(config.alpha, config.coefficients, k_out, k_in, config.r, directions, config.mean_gain)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scale(alpha: float, kind: str, k_out: int, k_in: int, r: int, directions: int, mean_gain: str) -> float:
+    return default_scale(alpha, make_coefficients(kind, k_out, k_in, r=r, directions=directions, mean_gain=mean_gain))
 
 
 def k_of(config: SubspaceConfig, name: str) -> int | None:
