@@ -51,6 +51,7 @@ class SubspaceModel(BaseTuner):
             None if given is None else {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in given}
         )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _keep_out_of_broadcasts(model, adapter_name)
 
     def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
@@ -127,3 +128,18 @@ class SubspaceModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         with task_names_passed(self.model, SubspaceLayer, self.training, kwargs):
             yield
+
+
+def _keep_out_of_broadcasts(model: nn.Module, adapter_name: str) -> None:
+    """Tell `DistributedDataParallel` not to broadcast the frozen basis at every forward pass, as it does with all buffers: every
+    process has loaded the same, by fingerprint.
+    """
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, layer in outer_modules(model):
+        if isinstance(layer, SubspaceLayer):
+            for kind in "UVMG":
+                if adapter_name in getattr(layer, f"subspace_{kind}"):
+                    own = f"{name}.subspace_{kind}.{adapter_name}"
+                    # as it is called in the model itself, in this tuner and in a PeftModel
+                    ignored |= {own, f"model.{own}", f"base_model.model.{own}"}
+    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
