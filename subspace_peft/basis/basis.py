@@ -185,6 +185,40 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         self.revision = None
         return path
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the basis to the Hub, in one commit. Tasks saved from now on are pinned to that commit.
+
+        A README that somebody wrote in the repository stays; one that was generated is written anew.
+
+        Args:
+            repo_id: ``org/name``; the repository is made where there is none, `private` as the Hub's default or as said.
+            token: as in huggingface_hub.
+            branch: other than main; made where there is none.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing to the branch.
+
+        Returns:
+            The commit's sha, which is `revision` from now on, as `repo_id` is `location`.
+
+        Raises:
+            SubspaceError: `repo_id` is a path, or names a revision.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        from .push import push_basis
+
+        return push_basis(
+            self, repo_id, private=private, token=token, branch=branch, commit_message=commit_message, create_pr=create_pr
+        )  # fmt: skip
+
     @classmethod
     def from_pretrained(
         cls,

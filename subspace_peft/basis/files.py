@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from .._atomic import write_all_aside, write_text_aside
 from .._version import __version__
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
+from . import cache
 from .basis import SubspaceBasis, combine_digests, module_shape
 from .card import basis_card
 from .module import TENSOR_NAMES, ModuleBasis
@@ -128,7 +129,9 @@ def open_basis(
         )
     text, at = split_revision(text)
     folder, sha = download(text, revision or at, token, cache_dir)
-    return read_folder(folder, location=text, revision=sha)
+    basis = read_folder(folder, location=text, revision=sha)
+    cache.keep(basis, folder)
+    return basis
 
 
 def download(

@@ -9,14 +9,9 @@ from pathlib import Path
 
 from .._atomic import write_text_aside
 from ..errors import BasisMismatchError, BasisNotFoundError
+from . import cache
 from .basis import SubspaceBasis, alive
-
-
-def cache_home() -> Path:
-    """Folder of this package's own cache: `SUBSPACE_PEFT_CACHE`, else `subspace_peft` in the user's cache folder."""
-    if given := os.environ.get("SUBSPACE_PEFT_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace_peft"
+from .cache import cache_home
 
 
 def note_location(basis: SubspaceBasis) -> None:
@@ -54,15 +49,17 @@ def resolve_basis(
 ) -> SubspaceBasis:
     """Find and verify a basis.
 
-    Looks among the bases alive in this process (by fingerprint), then at `reference` (a folder, relative to `near` or
-    to the working directory, or a Hub id at `revision`), then where this machine saw the fingerprint before.
+    Looks among the bases alive in this process and those that were fetched before (both by fingerprint), then at `reference` (a folder,
+    relative to `near` or to the working directory, or a Hub id at `revision`), then where this machine saw the fingerprint before.
 
     Raises:
         BasisNotFoundError: it is nowhere; says where was looked.
         BasisMismatchError: `reference` holds a basis with another fingerprint; names both.
     """
-    if fingerprint is not None and (found := alive(fingerprint)) is not None:
-        return found
+    if fingerprint is not None:
+        found = alive(fingerprint) or cache.find(fingerprint)
+        if found is not None:
+            return found
     tried: list[str] = []
     wrong: BasisMismatchError | None = None
     places: list[tuple[str, str | None]] = []
@@ -101,4 +98,4 @@ def require_same(basis: SubspaceBasis, fingerprint: str | None, what: str) -> No
         )
 
 
-__all__ = ["cache_home", "note_location", "require_same", "resolve_basis"]
+__all__ = ["cache_home", "note_location", "read_notes", "require_same", "resolve_basis"]

@@ -68,6 +68,16 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--no-modules-to-save", action="store_true", help="leave classifiers and the like out")
     export.set_defaults(run=verbs.export_lora)
 
+    cache = add(
+        "cache", help="list, verify or remove fetched bases", description="List, verify or remove the bases this machine has fetched.",
+    )  # fmt: skip
+    cache.add_argument("what", choices=["ls", "verify", "rm"], help="what to do")
+    cache.add_argument(
+        "fingerprint", nargs="*", help="their beginnings suffice; all by default, which rm wants said by --all"
+    )
+    cache.add_argument("--all", action="store_true", help="remove every one")
+    cache.set_defaults(run=verbs.cache)
+
     demo = add(
         "demo", help="the whole path on real data, in minutes",
         description="Train a fleet on real text tasks, build its basis, train held-out tasks in it beside their controls.",
@@ -94,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (build, look, project, export, demo, copy):
+    for verb in (build, look, project, export, cache, demo, copy):
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
     for verb in (build, project, export, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")

@@ -100,6 +100,39 @@ def export_lora(args: Namespace) -> int:
     return 0
 
 
+def cache(args: Namespace) -> int:
+    from ..basis import cache as kept
+
+    if args.what == "rm" and not args.fingerprint and not args.all:
+        raise SubspaceError(
+            "cache rm: give the beginning of a fingerprint, or --all. `subspace-peft cache ls` lists them."
+        )
+    chosen = [kept.find_entry(start) for start in args.fingerprint] or list(kept.entries())
+    facts = []
+    for entry in chosen:
+        fact = {
+            "fingerprint": entry.fingerprint, "location": entry.location, "revision": entry.revision, "bytes": entry.bytes,
+            "modules": entry.modules, "base_model": entry.base_model,
+        }  # fmt: skip
+        if args.what == "verify":
+            fact["problem"] = kept.verify(entry)
+        if args.what == "rm":
+            kept.remove(entry)
+        facts.append(fact)
+    if args.json:
+        _json(facts)
+    elif not facts:
+        print("The cache is empty.")
+    else:
+        for fact in facts:
+            done = {"rm": "removed: ", "verify": f"{fact.get('problem') or 'intact'}: ", "ls": ""}[args.what]
+            print(
+                f"{done}{fact['fingerprint'][:12]}  {fact['bytes']:,} bytes, {fact['modules']} modules of {fact['base_model']}, from "
+                f"{fact['location']}@{(fact['revision'] or '')[:12]}"
+            )
+    return 1 if any(fact.get("problem") for fact in facts) else 0
+
+
 def demo(args: Namespace) -> int:
     from ..demo import run_demo
 

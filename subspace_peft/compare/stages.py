@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .._atomic import write_text_aside
 from ..basis import SubspaceBasis
-from ..basis.resolve import cache_home
+from ..basis.cache import cache_home
 from ..build import build_basis
 from ..errors import SubspaceError
 from .cells import canonical, plain

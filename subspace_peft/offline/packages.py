@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..basis.resolve import cache_home
+from ..basis.cache import cache_home
 from ..errors import BadFileError
 from . import clients
 from .archives import unpack

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .._atomic import write_text_aside
-from ..basis.resolve import cache_home
+from ..basis.cache import cache_home
 from ..errors import BadFileError, SubspaceError
 from .models import BACKBONE, LANGUAGE_MODEL, mistral_lm, put, roberta_encoder, vit_encoder
 from .packages import Package, fetch_all

@@ -155,6 +155,7 @@ class SubspaceConfig(PeftConfig):
         self._basis: SubspaceBasis | None = None
         self._plan: Any = None
         self._near: Path | None = None
+        self._token: str | bool | None = None
         self._given = False
         self._file_modules: frozenset[str] | None = None
 
@@ -243,13 +244,16 @@ class SubspaceConfig(PeftConfig):
             )
         elif self._given:
             # said by hand: that place and no other, whatever this process or machine has seen before
-            self._basis = SubspaceBasis.from_pretrained(str(self.basis), fingerprint=self.basis_fingerprint)
+            self._basis = SubspaceBasis.from_pretrained(
+                str(self.basis), fingerprint=self.basis_fingerprint, token=self._token
+            )
         else:
             self._basis = resolve_basis(
                 None if self.basis is None or self.generated else str(self.basis),
                 revision=self.basis_revision,
                 fingerprint=self.basis_fingerprint,
                 near=self._near,
+                token=self._token,
             )
         return self._basis
 
@@ -280,6 +284,9 @@ class SubspaceConfig(PeftConfig):
         if self.save_basis and self.basis_modules is None and self._plan is not None:
             # asked for after the adapter was made: the tensors are in the task's file already, see SharedBuffers
             self.basis_modules = self._plan.describe()
+        if isinstance(self.basis, SubspaceBasis):
+            # it may have been saved or pushed since the adapter was made
+            self.basis_revision = self.basis.revision
         before = self.subspace_version
         # a configuration that no adapter was made from is a wish, and loading it must not count as loading a task
         self.subspace_version = (
@@ -316,6 +323,7 @@ class SubspaceConfig(PeftConfig):
             config.basis, config.basis_revision, config._given = basis, None, True
         folder, weights = locate_task(pretrained_model_name_or_path, subfolder, kwargs)
         config._near = folder
+        config._token = kwargs.get("token")
         if weights is not None:
             config._file_modules = check_task(weights, config)
         return config
@@ -323,7 +331,7 @@ class SubspaceConfig(PeftConfig):
     def __getstate__(self) -> dict[str, Any]:
         # a pickled config carries the basis's whereabouts, not its tensors
         state = dict(self.__dict__)
-        state["_basis"] = state["_plan"] = None
+        state["_basis"] = state["_plan"] = state["_token"] = None
         if isinstance(state.get("basis"), SubspaceBasis) and state["basis"].location is not None:
             state["basis"] = state["basis"].location
         return state

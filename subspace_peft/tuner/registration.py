@@ -50,6 +50,8 @@ def register() -> None:
             "took the name: upgrade subspace-peft."
         )
     from .hotswap import SAME
+    from .push import teach_push_to_hub
 
     CONFIG_KEYS_TO_CHECK[SUBSPACE] = list(SAME)
+    teach_push_to_hub()
     register_peft_method(name="subspace", config_cls=SubspaceConfig, model_cls=SubspaceModel, prefix=PREFIX)

@@ -1,0 +1,151 @@
+"""The bases this machine has fetched, each once, in folders called by their fingerprints; and what may be done with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .._atomic import write_text_aside
+from ..errors import SubspaceError
+from .basis import SubspaceBasis
+
+ORIGIN_FILE = "origin.json"
+FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+def cache_home() -> Path:
+    """Folder of this package's own cache: `SUBSPACE_PEFT_CACHE`, else `subspace_peft` in the user's cache folder."""
+    if given := os.environ.get("SUBSPACE_PEFT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace_peft"
+
+
+@dataclass(frozen=True)
+class CachedBasis:
+    """One entry of the cache.
+
+    Attributes:
+        fingerprint: the basis's, and the folder's name.
+        folder: where its files are.
+        location, revision: Hub id and commit sha that it was first fetched from.
+        bytes: of its files.
+        modules: how many; None where its config cannot be read.
+        base_model: what it was built for.
+    """
+
+    fingerprint: str
+    folder: Path
+    location: str | None
+    revision: str | None
+    bytes: int
+    modules: int | None
+    base_model: str | None
+
+
+def keep(basis: SubspaceBasis, folder: Path) -> None:
+    """Keep the files of a basis that was fetched into `folder`. Links where the disk can, so that they lie there once; a cache that
+    cannot be written is no reason to fail.
+    """
+    from .files import CONFIG_FILE, TENSORS_FILE
+
+    target = cache_home() / "bases" / basis.fingerprint
+    if target.is_dir():
+        return
+    with contextlib.suppress(OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
+        try:
+            for name in (CONFIG_FILE, TENSORS_FILE):
+                _link(Path(folder, name).resolve(), aside / name)
+            origin = {"location": basis.location, "revision": basis.revision}
+            write_text_aside(aside / ORIGIN_FILE, json.dumps(origin) + "\n")
+            aside.rename(target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def find(fingerprint: str) -> SubspaceBasis | None:
+    """The cached basis with this fingerprint, or None: it is not there, or its files are damaged."""
+    from .files import read_folder
+
+    folder = cache_home() / "bases" / fingerprint
+    if not FINGERPRINT.fullmatch(fingerprint) or not folder.is_dir():
+        return None
+    origin = _origin(folder)
+    try:
+        basis = read_folder(folder, location=origin["location"] or str(folder), revision=origin["revision"])
+    except SubspaceError:
+        return None
+    return basis if basis.fingerprint == fingerprint else None
+
+
+def entries() -> Iterator[CachedBasis]:
+    """All entries, by fingerprint."""
+    from .files import CONFIG_FILE
+
+    for folder in sorted((cache_home() / "bases").glob("*")):
+        if not FINGERPRINT.fullmatch(folder.name):
+            continue
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            modules, base = len(config["modules"]), config.get("base_model_name_or_path")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            modules = base = None
+        size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        yield CachedBasis(folder.name, folder, **_origin(folder), bytes=size, modules=modules, base_model=base)
+
+
+def find_entry(fingerprint: str) -> CachedBasis:
+    """The entry whose fingerprint begins so.
+
+    Raises:
+        SubspaceError: there is none, or there are several.
+    """
+    found = [entry for entry in entries() if entry.fingerprint.startswith(fingerprint)]
+    if len(found) != 1:
+        known = ", ".join(entry.fingerprint[:12] for entry in found or entries()) or "nothing"
+        what = "no basis" if not found else f"{len(found)} bases"
+        raise SubspaceError(f"The cache has {what} whose fingerprint begins with {fingerprint!r}; there is {known}.")
+    return found[0]
+
+
+def remove(entry: CachedBasis) -> None:
+    """Remove an entry's files. Raises `OSError` where the disk refuses."""
+    shutil.rmtree(entry.folder)
+
+
+def verify(entry: CachedBasis) -> str | None:
+    """Read all of an entry and hold it against its fingerprint: what is wrong with it, or None."""
+    from .files import read_folder
+
+    try:
+        basis = read_folder(entry.folder, location=str(entry.folder), revision=None)
+        if basis.fingerprint != entry.fingerprint:
+            return f"its fingerprint is {basis.fingerprint}"
+        for name in basis:
+            basis[name]
+    except SubspaceError as error:
+        return str(error)
+    return None
+
+
+def _origin(folder: Path) -> dict[str, str | None]:
+    try:
+        found = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        return {key: found[key] if isinstance(found[key], str) else None for key in ("location", "revision")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"location": None, "revision": None}

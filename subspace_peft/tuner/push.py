@@ -1,0 +1,131 @@
+"""A task on its way to the Hub: its basis pinned to a commit that others can fetch, or a word about what is missing."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..basis.push import check_repo_id, fetch_readme, upload
+from ..basis.resolve import read_notes
+from ..errors import SubspaceError
+from .config import SubspaceConfig
+
+
+def push_task(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+    **saving: Any,
+) -> str:
+    """Save a model's tasks and upload them in one commit: what `model.push_to_hub` does where one of them is a subspace task.
+
+    The basis of each is pinned first: to the commit it was fetched from or pushed as, on this machine. A README that somebody wrote in
+    the repository stays.
+
+    Args:
+        model: the model.
+        repo_id: ``org/name``; the repository is made where there is none.
+        push_basis_to: push the basis into this repository as well, where it is not on the Hub yet.
+        force: push a task whose basis is in a local folder only; others have to be told where it is.
+        private, token, commit_message, create_pr: as in huggingface_hub.
+        revision: branch; made where there is none.
+        tags: added to the card.
+        saving: for `save_pretrained`.
+
+    Returns:
+        The commit's sha.
+
+    Raises:
+        SubspaceError: a basis is in a local folder or in memory only, and nothing was said about it; or `repo_id` is a path.
+    """
+    from huggingface_hub import HfApi, ModelCard
+
+    check_repo_id(repo_id)
+    for name in saving.get("selected_adapters") or list(model.peft_config):
+        config = model.peft_config[name]
+        if isinstance(config, SubspaceConfig):
+            pin(config, name, push_basis_to=push_basis_to, force=force, private=private, token=token)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        fetch_readme(repo_id, folder, revision, token)
+        model.save_pretrained(str(folder), **saving)
+        if tags:
+            card = ModelCard.load(folder / "README.md")
+            card.data.tags = sorted({*(card.data.tags or []), *tags})
+            card.save(folder / "README.md")
+        return upload(api, repo_id, folder, revision, commit_message or "Upload task", create_pr=create_pr)
+
+
+def pin(
+    config: SubspaceConfig,
+    name: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Have `config` refer to its basis on the Hub, at a commit; see `push_task`."""
+    if config.basis_modules is not None or config.save_basis:
+        return
+    basis = config.resolve()
+    if basis is None:
+        return
+    place = (basis.location, basis.revision) if basis.revision else None
+    if place is None:
+        notes = [
+            (str(note["location"]), note["revision"]) for note in read_notes(basis.fingerprint) if note["revision"]
+        ]
+        place = notes[0] if notes else None
+    if place is None and push_basis_to is not None:
+        place = (push_basis_to, basis.push_to_hub(push_basis_to, private=private, token=token))
+    if place is not None:
+        config.basis, config.basis_revision = place
+        return
+    where = "in memory only" if basis.location is None else f"only in {basis.location}"
+    if force:
+        warnings.warn(
+            f"The basis of task {name!r} is {where}: whoever loads the task has to say where it is, with basis=….",
+            stacklevel=2,
+        )
+        return
+    raise SubspaceError(
+        f"The basis of task {name!r} (fingerprint {basis.fingerprint}) is {where}, where nobody who loads the task from the Hub would find "
+        "it. Push it too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before), make the task self-contained "
+        f"(model.peft_config[{name!r}].save_basis = True), or push anyway with force=True."
+    )
+
+
+def teach_push_to_hub() -> None:
+    """Have `PeftModel.push_to_hub` do as `push_task` for models with a subspace task; other models go the way they went. Idempotent."""
+    original: Callable[..., Any] = PeftModel.push_to_hub
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(config, SubspaceConfig) for config in self.peft_config.values()):
+            kwargs = {
+                key: value for key, value in kwargs.items() if key not in ("max_shard_size", "commit_description")
+            }
+            return push_task(self, repo_id, *args, **kwargs)
+        return original(self, repo_id, *args, **kwargs)
+
+    push_to_hub.subspace = True  # type: ignore[attr-defined]
+    PeftModel.push_to_hub = push_to_hub  # type: ignore[method-assign]
