@@ -37,7 +37,7 @@ def check_probe(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) 
     """Record a few numbers ``UᵀW₀Vᵀ`` of the base weights in the config, or hold them against those recorded."""
     config = plan.config
     names = list(plan.names)
-    if any(getattr(modules[name], "merged_adapters", None) for name in names):
+    if any(getattr(part, "merged_adapters", None) for name in names for part in modules[name].modules()):
         # merged weights are not the base's: neither to be recorded nor to be held against a record
         return
     if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):

@@ -86,6 +86,20 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
     return found
 
 
+def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> None:
+    """Where the config names no targets: those that its basis has. A generated basis has none, and leaves them to PEFT.
+
+    Raises:
+        BasisNotFoundError, BasisMismatchError, SubspaceError: see `SubspaceConfig.resolve` and `modules_of_basis`.
+    """
+    if config.target_modules is None:
+        basis = config.resolve()
+        if basis is not None:
+            config.target_modules = modules_of_basis(model, basis, config)
+        elif config.basis_modules is not None:
+            config.target_modules = set(config.basis_modules)
+
+
 def _in_layers(config: SubspaceConfig, name: str) -> bool:
     # PEFT's own rule, which it applies to ends of names only, never to names given in full
     ending = LoraConfig(

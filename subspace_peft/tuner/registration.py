@@ -50,6 +50,13 @@ def register() -> None:
             "took the name: upgrade subspace-peft."
         )
     from .hotswap import SAME
+    from .peft_mixed import join_mixed_models
 
     CONFIG_KEYS_TO_CHECK[SUBSPACE] = list(SAME)
-    register_peft_method(name="subspace", config_cls=SubspaceConfig, model_cls=SubspaceModel, prefix=PREFIX)
+    register_peft_method(
+        name="subspace",
+        config_cls=SubspaceConfig,
+        model_cls=SubspaceModel,
+        prefix=PREFIX,
+        is_mixed_compatible=join_mixed_models(),
+    )

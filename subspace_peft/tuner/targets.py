@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -71,3 +79,13 @@ def outer_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             inside.append(f"{name}.")
     return outer
+
+
+def target_names(model: nn.Module, config: PeftConfig, given: Container[str] | None = None) -> list[str]:
+    """Names of the modules that PEFT is about to adapt: those that the config's targets match, or those in `given`."""
+    expanded = _maybe_include_all_linear_layers(config, model)
+    return [
+        name
+        for name, _ in outer_modules(model)
+        if name and (name in given if given is not None else BaseTuner._check_target_module_exists(expanded, name))
+    ]
