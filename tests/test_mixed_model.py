@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 
+import peft
 import pytest
 import torch
 from peft import (
@@ -224,6 +225,50 @@ def test_convolutions_and_embeddings_are_mixed_too(order):
     model.merge_adapter()
     torch.testing.assert_close(outputs_of_small(model), together, atol=1e-4, rtol=1e-4)
     assert all(layer.merged for layer in model.modules() if isinstance(layer, (LoraLayer, SubspaceLayer)))
+
+
+OTHERS = {
+    "LoHa": peft.LoHaConfig(r=4, init_weights=False),
+    "LoKr": peft.LoKrConfig(r=4, init_weights=False),
+    "AdaLoRA": peft.AdaLoraConfig(init_lora_weights=False, total_step=1),
+    "OFT": peft.OFTConfig(oft_block_size=4, init_weights=False, use_cayley_neumann=False),
+    "SHiRA": peft.ShiraConfig(r=4, init_weights=False),
+}
+
+
+def loud() -> nn.Module:
+    """`bert` with a classifier of weights near 1: some of the methods start with updates too small for its own to show."""
+    model = bert()
+    model.classifier.weight.data *= 50
+    return model
+
+
+@pytest.mark.parametrize("first", ["task", "plain"])
+@pytest.mark.parametrize("method", OTHERS)
+def test_with_every_method_that_peft_mixes(bases, method, first):
+    configs = {"task": SubspaceConfig(basis=bases[bert]), "plain": copy.deepcopy(OTHERS[method])}
+    configs["plain"].target_modules = {"query", "value"}
+    second = "plain" if first == "task" else "task"
+    torch.manual_seed(0)
+    model = get_peft_model(loud(), configs[first], adapter_name=first, mixed=True)
+    if (method, second) == ("SHiRA", "plain"):
+        with pytest.raises(ValueError, match="SHiRA does not support nested base layers"):
+            model.add_adapter(second, configs[second])
+        return
+    model.add_adapter(second, configs[second])
+    randomise(model, std=0.05)
+    alone = []
+    for name in (first, second):
+        model.set_adapter(name)
+        alone.append(logits(model))
+    model.set_adapter([first, second])
+    together = logits(model)
+    assert all((together - other).abs().max() > 1e-3 for other in (*alone, logits(loud())))
+    with model.disable_adapter():
+        close(logits(model), logits(loud()))
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload()), together, atol=1e-4, rtol=1e-4)
+    model.delete_adapter(second)
+    assert torch.equal(logits(model), alone[0])
 
 
 def test_a_fleets_lora_and_its_basis_work_together(bases, tmp_path):
