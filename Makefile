@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-peft lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests
+
+# PEFT's own test suite with rows for this method beside LoRA's
+test-peft: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[peft-suite]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.peft_suite.run
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,30 +34,53 @@ def check_base_name(model: nn.Module, config: SubspaceConfig, basis: SubspaceBas
 
 
 def check_probe(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) -> None:
-    """Record a few numbers ``UᵀW₀Vᵀ`` of the base weights in the config, or hold them against those recorded."""
+    """Record a few numbers ``UᵀW₀Vᵀ`` of the base weights in the config, or hold them against those of a loaded task.
+
+    Raises:
+        BasisMismatchError: the base model's weights are others; names modules in which they are.
+    """
     config = plan.config
-    names = list(plan.names)
-    if any(getattr(modules[name], "merged_adapters", None) for name in names):
-        # merged weights are not the base's: neither to be recorded nor to be held against a record
+    probe = _probe(modules, plan)
+    if probe is None:
         return
-    if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
-        return
-    # evenly spread over the depth, and the same for the same targets
-    chosen = sorted({names[i * (len(names) - 1) // max(PROBED_MODULES - 1, 1)] for i in range(PROBED_MODULES)})
-    values = []
-    for name in chosen:
-        part = plan.module(name)
-        weight = base_weight(modules[name]).cpu()
-        values.append((part.U[:, :PROBED_SIDE].float().T @ weight @ part.V[:PROBED_SIDE].float().T).flatten())
-    probe = torch.cat(values)
-    if config.base_probe is None:
+    # what a new task's configuration has on record is of an earlier use of it, maybe of other modules
+    if config.base_probe is None or not config.loaded:
         config.base_probe = [float(f"{value:.4g}") for value in probe.tolist()]
-        return
-    recorded = torch.tensor(config.base_probe, dtype=torch.float32)
-    same = recorded.shape == probe.shape and torch.cosine_similarity(recorded, probe, dim=0) > SAME_WEIGHTS
-    if config.check_base_model and not same:
+    elif config.check_base_model and not _same(config.base_probe, probe):
         raise BasisMismatchError(
             f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}): this "
             f"{type(model).__name__} ({getattr(getattr(model, 'config', None), '_name_or_path', '')}) has other numbers in "
-            f"{names_of(chosen, 2)}. Load that base model, or pass check_base_model=False in the config to try anyway."
+            f"{names_of(_probed(plan), 2)}. Load that base model, or pass check_base_model=False in the config to try anyway."
         )
+
+
+def same_weights(modules: Mapping[str, nn.Module], plan: Plan) -> bool:
+    """Whether the config's record of the base weights is of these."""
+    probe = _probe(modules, plan)
+    return probe is None or plan.config.base_probe is None or _same(plan.config.base_probe, probe)
+
+
+def _same(recorded: list[float], probe: torch.Tensor) -> bool:
+    known = torch.tensor(recorded, dtype=torch.float32)
+    return bool(known.shape == probe.shape and torch.cosine_similarity(known, probe, dim=0) > SAME_WEIGHTS)
+
+
+def _probed(plan: Plan) -> list[str]:
+    # evenly spread over the depth, and the same for the same targets
+    names = list(plan.names)
+    return sorted({names[i * (len(names) - 1) // max(PROBED_MODULES - 1, 1)] for i in range(PROBED_MODULES)})
+
+
+def _probe(modules: Mapping[str, nn.Module], plan: Plan) -> torch.Tensor | None:
+    """The numbers of the base weights as they are; None where they are not there, or not the base's own."""
+    names = list(plan.names)
+    if any(getattr(part, "merged_adapters", None) for name in names for part in modules[name].modules()):
+        return None
+    if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
+        return None
+    values = []
+    for name in _probed(plan):
+        part = plan.module(name)
+        weight = base_weight(modules[name]).cpu()
+        values.append((part.U[:, :PROBED_SIDE].float().T @ weight @ part.V[:PROBED_SIDE].float().T).flatten())
+    return torch.cat(values)

@@ -149,7 +149,7 @@ class SubspaceConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-        if self.layers_pattern and not self.layers_to_transform:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         self._check_choices()
         self._basis: SubspaceBasis | None = None
@@ -263,6 +263,10 @@ class SubspaceConfig(PeftConfig):
         self.basis_fingerprint = basis.fingerprint
         if basis.revision is not None:
             self.basis_revision = basis.revision
+
+    def start_over(self) -> None:
+        """Forget the generated basis, and what was filled in with it, of the modules that it was made for."""
+        self._basis = self.basis_fingerprint = self.basis_modules = self.base_probe = None
 
     # -- PEFT's own interface ---------------------------------------------------------------------------------------
 

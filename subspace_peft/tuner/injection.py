@@ -19,7 +19,7 @@ from ..basis.generic import base_weight_module, random_module, with_random_direc
 from ..basis.module import tensor_sha256
 from ..errors import BasisMismatchError, SubspaceError
 from .arrivals import Arrivals
-from .base_check import check_base_name, check_probe
+from .base_check import check_base_name, check_probe, same_weights
 from .config import SubspaceConfig
 from .targets import base_weight, is_conv1d, outer_modules, sizes, supported, weight_shape
 from .task_files import k_of, used_part, used_size
@@ -86,6 +86,20 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
     return found
 
 
+def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> None:
+    """Where the config names no targets: those that its basis has. A generated basis has none, and leaves them to PEFT.
+
+    Raises:
+        BasisNotFoundError, BasisMismatchError, SubspaceError: see `SubspaceConfig.resolve` and `modules_of_basis`.
+    """
+    if config.target_modules is None:
+        basis = config.resolve()
+        if basis is not None:
+            config.target_modules = modules_of_basis(model, basis, config)
+        elif config.basis_modules is not None:
+            config.target_modules = set(config.basis_modules)
+
+
 def _in_layers(config: SubspaceConfig, name: str) -> bool:
     # PEFT's own rule, which it applies to ends of names only, never to names given in full
     ending = LoraConfig(
@@ -111,6 +125,10 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
                 "nn.Conv2d without groups, and nn.Embedding. Narrow target_modules, or leave it out with exclude_modules."
             )
     basis = config.resolve()
+    again = basis is not None and config.generated and not config.loaded
+    if again and basis is not None and not _made_for(basis, modules, targets):
+        config.start_over()
+        basis = None
     if basis is None and config.basis_modules is None:
         basis = generate(config, {name: modules[name] for name in targets})
     if basis is not None:
@@ -142,6 +160,9 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
     arrivals = Arrivals() if basis is None or (config.loaded and config._file_modules is None) else None
     plan = Plan(config, basis, names, known, arrivals)
+    if again and config.basis == "base-weights" and not same_weights(modules, plan):
+        config.start_over()
+        return make_plan(model, config, targets)
     _check_coefficients(config, basis, names, known)
     check_probe(model, modules, plan)
     if basis is not None and config.save_basis is False and basis.location is None:
@@ -179,6 +200,12 @@ def generate(config: SubspaceConfig, targets: Mapping[str, nn.Module]) -> Subspa
             module = with_random_directions(name, module, k, config.seed)
         made[name] = module
     return SubspaceBasis(made, {"builder": config.basis, "base_model_name_or_path": config.base_model_name_or_path})
+
+
+def _made_for(basis: SubspaceBasis, modules: Mapping[str, nn.Module], targets: list[str]) -> bool:
+    # one configuration may be used again, for other modules or for another model, as one of LoRA's may
+    shapes = basis.shapes()
+    return all(n in shapes and (shapes[n]["out"], shapes[n]["in"]) == sizes(modules[n]) for n in targets)
 
 
 def placeholder(config: SubspaceConfig, name: str) -> ModuleBasis:

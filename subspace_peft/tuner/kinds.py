@@ -80,6 +80,8 @@ class Conv2d(AdapterLayer):
     """Around `nn.Conv2d` without groups: V is a convolution of the base's kernel, stride and padding to k_in channels, core and U
     are 1 × 1. As a matrix the weight is (out, in · height · width)."""
 
+    groups = 1  # what LoRA asks of a convolution that it is put around, adapted already or not
+
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         base = self.get_base_layer()
         kernel = V.view(V.shape[0], base.in_channels, *base.kernel_size)

@@ -19,7 +19,7 @@ from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
 from .mixed import add_updates, check_rows
-from .targets import sizes
+from .targets import kind_of, sizes
 
 if TYPE_CHECKING:
     from .bank import TaskBank
@@ -239,7 +239,14 @@ class SubspaceLayer(BaseTunerLayer):
         return result + self.leave(F.linear(h, core * self.scaling[adapter]), U)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """ΔW in the base weight's layout, float32 or wider."""
+        """ΔW in the base weight's layout and the coefficients' dtype, as PEFT's own layers have it."""
+        delta = self._delta(adapter)
+        # a task may train nothing here
+        coefficients = next(self.subspace_coef[adapter].parameters(), delta)
+        return delta.to(coefficients.dtype)
+
+    def _delta(self, adapter: str) -> torch.Tensor:
+        """ΔW in the base weight's layout, float32 or wider: what is merged is rounded once, to the base weight's dtype."""
         U, V, core = self.subspace_U[adapter], self.subspace_V[adapter], self._core(adapter) * self.scaling[adapter]
         dtype = torch.promote_types(U.dtype, torch.float32)
         return self.as_weight((U.to(dtype) @ core.to(dtype)) @ V.to(dtype))
@@ -266,7 +273,8 @@ class SubspaceLayer(BaseTunerLayer):
                 self.scaling[adapter] = known if scale is None else self.scaling[adapter] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Whether PEFT's `convert_to_lora` can: it takes ΔW for a matrix. `export_lora` converts layers of all kinds."""
+        return kind_of(self) == "linear"
 
 
 class AdapterLayer(nn.Module, SubspaceLayer):
@@ -333,7 +341,7 @@ class AdapterLayer(nn.Module, SubspaceLayer):
 
     def _add_to_base(self, adapter: str, sign: float, safe: bool) -> None:
         weight = self.get_base_weight()
-        delta = self.get_delta_weight(adapter).to(weight.device) * sign
+        delta = self._delta(adapter).to(weight.device) * sign
         merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
         if safe and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")

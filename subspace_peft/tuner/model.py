@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
 from ..errors import SubspaceError
 from .config import SubspaceConfig
-from .injection import Plan, make_plan, modules_of_basis
+from .injection import Plan, fill_target_modules, make_plan
 from .kinds import make_layer
 from .layer import SubspaceLayer
 from .mixed import task_names_passed
 from .registration import PREFIX
-from .targets import outer_modules
+from .targets import outer_modules, target_names
 from .weighted import add_weighted
 
 
@@ -36,12 +36,7 @@ class SubspaceModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def _prepare_adapter_config(self, peft_config: SubspaceConfig, model_config: dict[str, Any]) -> SubspaceConfig:
-        if peft_config.target_modules is None:
-            basis = peft_config.resolve()
-            if basis is not None:
-                peft_config.target_modules = modules_of_basis(self.model, basis, peft_config)
-            elif peft_config.basis_modules is not None:
-                peft_config.target_modules = set(peft_config.basis_modules)
+        fill_target_modules(peft_config, self.model)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -55,13 +50,7 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
-        expanded = _maybe_include_all_linear_layers(peft_config, model)
-        given = getattr(self, "_given", None)
-        targets = [
-            key
-            for key, _ in outer_modules(model)
-            if key and (key in given if given is not None else self._check_target_module_exists(expanded, key))
-        ]
+        targets = target_names(model, peft_config, getattr(self, "_given", None))
         if targets:
             peft_config._plan = make_plan(model, peft_config, targets)
 

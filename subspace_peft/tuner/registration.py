@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft.helpers
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
@@ -50,8 +51,19 @@ def register() -> None:
             "took the name: upgrade subspace-peft."
         )
     from .hotswap import SAME
+    from .layer import SubspaceLayer
+    from .peft_mixed import join_mixed_models
     from .push import teach_push_to_hub
 
     CONFIG_KEYS_TO_CHECK[SUBSPACE] = list(SAME)
     teach_push_to_hub()
-    register_peft_method(name="subspace", config_cls=SubspaceConfig, model_cls=SubspaceModel, prefix=PREFIX)
+    register_peft_method(
+        name="subspace",
+        config_cls=SubspaceConfig,
+        model_cls=SubspaceModel,
+        prefix=PREFIX,
+        is_mixed_compatible=join_mixed_models(),
+    )
+    # `rescale_adapter_scale` asks each module for this, by `isinstance`, and then needs no more than its `scaling`
+    if isinstance(vars(peft.helpers).get("LoraLayer"), type):
+        peft.helpers.LoraLayer = (peft.helpers.LoraLayer, SubspaceLayer)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -78,3 +84,13 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                     yield from walk(f"{name}.{child_name}" if name else child_name, child)
 
     return walk("", model)
+
+
+def target_names(model: nn.Module, config: PeftConfig, given: Container[str] | None = None) -> list[str]:
+    """Names of the modules that PEFT is about to adapt: those that the config's targets match, or those in `given`."""
+    expanded = _maybe_include_all_linear_layers(config, model)
+    return [
+        name
+        for name, _ in outer_modules(model)
+        if name and (name in given if given is not None else BaseTuner._check_target_module_exists(expanded, name))
+    ]
