@@ -11,7 +11,7 @@ from torch import nn
 from ..basis import SubspaceBasis
 from ..basis.basis import names_of
 from ..errors import BasisMismatchError
-from .targets import base_weight
+from .targets import base_weight, readable
 
 if TYPE_CHECKING:
     from .config import SubspaceConfig
@@ -44,6 +44,8 @@ def check_probe(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) 
         return
     # evenly spread over the depth, and the same for the same targets
     chosen = sorted({names[i * (len(names) - 1) // max(PROBED_MODULES - 1, 1)] for i in range(PROBED_MODULES)})
+    if not all(readable(modules[name]) for name in chosen):
+        return
     values = []
     for name in chosen:
         part = plan.module(name)

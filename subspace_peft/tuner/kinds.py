@@ -33,8 +33,9 @@ class Linear(AdapterLayer):
         return delta.T if self.fan_in_fan_out else delta
 
     def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        # a compiler fuses the plain chain by itself, and cannot look into what changes its input in place
-        if torch.compiler.is_compiling() or not result.is_contiguous():
+        # a compiler fuses the plain chain by itself, and cannot look into what changes its input in place; autograd forbids that of
+        # a view that a custom function gave, as 8-bit layers do
+        if torch.compiler.is_compiling() or not result.is_contiguous() or result._is_view():
             return super()._add_update(result, x, adapter)
         dtype = result.dtype
         U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)

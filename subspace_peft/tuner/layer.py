@@ -14,11 +14,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..basis import ModuleBasis
+from ..errors import SubspaceError
 from .arrivals import Arrivals
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
 from .mixed import add_updates, check_rows
+from .quantised import KeptWeight
 from .targets import sizes
 
 if TYPE_CHECKING:
@@ -262,6 +264,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         super().__init__()
         SubspaceLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
+        self._name = key
+        self._kept: KeptWeight | None = None
         self.update_layer(adapter_name, plan, key, inference_mode=plan.config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -287,11 +291,27 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results."""
+        """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results.
+
+        A quantised weight is rounded again to what its kind can represent. Until `unmerge`, which gives it back bit for bit, one
+        quantised by bitsandbytes is kept beside the merged one.
+
+        Raises:
+            SubspaceError: the weight is of a quantised kind that cannot be changed.
+            ValueError: NaN or infinite numbers, with `safe_merge`.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise SubspaceError(
+                f"Module {self._name!r}: {backend.backend_name} weights cannot be changed, so nothing can be merged into them. "
+                "Load the base model unquantised to merge, or leave the adapter beside it."
+            )
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.subspace_coef:
                 continue
             self._check_arrivals([adapter])
+            if backend is not None and not self.merged_adapters:
+                self._kept = KeptWeight.of(self.get_base_layer())
             self._add_to_base(adapter, 1.0, safe_merge)
             self.merged_adapters.append(adapter)
 
@@ -300,6 +320,10 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._kept is not None:
+            self._kept.restore(self.get_base_layer())
+            self._kept = None
+            self.merged_adapters.clear()
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.subspace_coef:

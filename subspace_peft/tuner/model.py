@@ -17,6 +17,7 @@ from .injection import Plan, make_plan, modules_of_basis
 from .kinds import make_layer
 from .layer import SubspaceLayer
 from .mixed import task_names_passed
+from .quantised import keep_unpacked
 from .registration import PREFIX
 from .weighted import add_weighted
 
@@ -53,6 +54,7 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
+        keep_unpacked(model)
         expanded = _maybe_include_all_linear_layers(peft_config, model)
         given = getattr(self, "_given", None)
         targets = []
