@@ -219,8 +219,9 @@ def test_a_task_fits_its_base_quantised_or_not_and_no_other(folders, tmp_path, k
         PeftModel.from_pretrained(load(folders["other"], kind), tmp_path / "task")
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("kind", ["8bit", "nf4-double"])
-def test_the_trainer_trains_as_qlora_does(folders, tmp_path, kind):
+def test_the_trainer_trains_as_qlora_does(folders, tmp_path, kind, bf16):
     """With evaluations in between, gradient checkpointing, and a last checkpoint that loads."""
     torch.manual_seed(0)
     base = prepare_model_for_kbit_training(
@@ -232,7 +233,7 @@ def test_the_trainer_trains_as_qlora_does(folders, tmp_path, kind):
     settings = TrainingArguments(
         output_dir=str(tmp_path / "out"), max_steps=8, per_device_train_batch_size=3, learning_rate=2e-3, save_steps=8,
         eval_strategy="steps", eval_steps=2, lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_pin_memory=False, bf16=bf16, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
     )  # fmt: skip
     trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows)
     trainer.train()
@@ -243,7 +244,9 @@ def test_the_trainer_trains_as_qlora_does(folders, tmp_path, kind):
     again = PeftModel.from_pretrained(
         prepare_model_for_kbit_training(load(folders["base"], kind), use_gradient_checkpointing=False), checkpoint
     ).eval()
-    torch.testing.assert_close(logits(again), logits(model.eval()))
+    # the Trainer has wrapped the trained one's forward in its autocast
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        torch.testing.assert_close(logits(again).float(), logits(model.eval()).float())
 
 
 class ComputesOnly(nn.Module):
