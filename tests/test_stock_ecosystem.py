@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from subspace_peft import SubspaceConfig, export_lora
 
-from .conftest import bert, inputs, randomise
+from .conftest import basis_storage, bert, inputs, randomise
 
 
 def logits(model):
@@ -115,6 +115,29 @@ def test_copies_and_pickles(task):
         other.add_adapter("more", SubspaceConfig(basis=model.peft_config["default"].basis, coefficients="factor"))
         other.set_adapter("more")
         assert not torch.equal(logits(other), logits(model))
+
+
+def test_a_second_adapter_of_a_self_contained_tasks_configuration_has_its_basis(base_folder, tmp_path):
+    """TRL makes the reference of a loaded task so: its configuration again, and then a copy of its parameters."""
+    config = SubspaceConfig(basis="random", k=4, target_modules=["query", "value"])
+    model = randomise(get_peft_model(AutoModelForSequenceClassification.from_pretrained(base_folder), config))
+    model.save_pretrained(tmp_path / "task")
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base_folder), tmp_path / "task"
+    )
+    expected, storage = logits(model), basis_storage(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected) and basis_storage(model) == storage
+    # a copy on disk is one of a task of its own
+    model.save_pretrained(tmp_path / "both")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), expected)
+    again = AutoModelForSequenceClassification.from_pretrained(base_folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path / "both" / "ref")), expected)
 
 
 def test_state_dicts_and_direct_injection(task, basis_folder, base_folder):

@@ -89,7 +89,7 @@ class SubspaceLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, plan: Plan, key: str, inference_mode: bool = False) -> None:
         """Add (or replace) the adapter `adapter_name` as `plan` says for the module at `key`."""
         config = plan.config
-        self._put_basis(adapter_name, plan, key)
+        to_come = self._put_basis(adapter_name, plan, key)
         U, V = self.subspace_U[adapter_name], self.subspace_V[adapter_name]
         directions = self.subspace_G.get(adapter_name)
         coefficients = make_coefficients(
@@ -108,11 +108,12 @@ class SubspaceLayer(BaseTunerLayer):
         self.subspace_coef[adapter_name] = coefficients
         self.arrivals.pop(adapter_name, None)
         if plan.arrivals is not None:
-            self._expect(adapter_name, plan.arrivals, key, own_basis=plan.basis is None)
+            self._expect(adapter_name, plan.arrivals, key, to_come)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> None:
+    def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> list[str]:
+        """Hold the basis's tensors, another adapter's where it is the same; returns the names of those yet to come from a file."""
         config = plan.config
         # placeholders are empty until the task's own file fills them, so they are nobody else's basis yet
         wanted = plan.basis_key(key) or ("own", adapter_name)
@@ -123,14 +124,21 @@ class SubspaceLayer(BaseTunerLayer):
             "UV" + ("M" if config.mean_gain != "none" else "") + ("G" if config.coefficients == "directions" else "")
         )
         module: ModuleBasis | None = None
+        to_come = []
         for name in names:
             container: SharedBuffers = getattr(self, f"subspace_{name}")
             value = next((container[twin] for twin in twins if twin in container), None)
+            if value is None and plan.basis is None:
+                # TRL copies a loaded task's configuration and parameters into a second adapter, which have no basis with them
+                value = container.arrived(hashes.get(name))
             if value is None:
                 module = module or plan.module(key)
                 value = getattr(module, name)
+                if plan.basis is None and value is not None:
+                    to_come.append(name)
             if value is not None:
                 container.put(adapter_name, value, config, hashes.get(name))
+        return to_come
 
     def share_basis(self, adapter_name: str, other: str) -> None:
         """Give `adapter_name` the very tensors of U and V that `other` has, which must be of its size."""
@@ -139,15 +147,12 @@ class SubspaceLayer(BaseTunerLayer):
         self.basis_key[adapter_name] = self.basis_key[other]
         self.arrivals.pop(adapter_name, None)
 
-    def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, own_basis: bool) -> None:
+    def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, to_come: list[str]) -> None:
         self.subspace_coef[adapter_name].expect(arrivals, key)
-        brought = set()
-        for name in "UVMG" if own_basis else "":
+        for name in to_come:
             container: SharedBuffers = getattr(self, f"subspace_{name}")
-            if adapter_name in container:
-                container.expect(adapter_name, arrivals, key, f"subspace_{name}")
-                brought.add(f"subspace_{name}")
-        self.arrivals[adapter_name] = (arrivals, key, brought)
+            container.expect(adapter_name, arrivals, key, f"subspace_{name}")
+        self.arrivals[adapter_name] = (arrivals, key, {f"subspace_{name}" for name in to_come})
 
     def _check_arrivals(self, adapters: Sequence[str]) -> None:
         for adapter in [name for name in adapters if name in self.arrivals]:
