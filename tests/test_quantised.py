@@ -153,6 +153,17 @@ def test_a_base_that_was_evaluated_before_is_adapted_all_the_same(folders, kind)
     assert all(value.abs().max() > 0 for value in gradients(model).values())
 
 
+def test_bases_of_the_base_weights_are_of_the_dequantised_ones(folders, kind):
+    base = load(folders["base"], kind)
+    weight = base_weight(base.model.layers[0].self_attn.q_proj)
+    with pytest.raises(SubspaceError, match=r"q_proj' of the base model is quantised \(Linear.*basis='base-weights'"):
+        build_basis(builder="base-weights", base_model=base, target_modules=TARGETS, k=4)
+    model = get_peft_model(base, SubspaceConfig(basis="base-weights", k=4, target_modules=TARGETS))
+    layer = layers(model)[0]
+    kept = layer.subspace_U["default"].T @ weight @ layer.subspace_V["default"].T
+    torch.testing.assert_close(kept.diagonal().abs(), torch.linalg.svdvals(weight)[:4], atol=1e-4, rtol=1e-4)
+
+
 # half of the widest gap between neighbouring values that 4 bits can hold, whose largest is 1
 HALF_GAP = {"nf4": 0.153, "nf4-double": 0.153, "fp4": 0.167}
 
