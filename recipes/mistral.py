@@ -24,7 +24,7 @@ and data/<task>/task.json (name, about, held_out, metric: exact_match or rougeL)
 it has one, is not trained on, the answer and its end are. What is longer than `--tokens` loses the end of its input, never of its
 answer. `--packing` puts a batch into one row without padding; examples do not see each other.
 
-TRL takes the same configuration (not run by us): SFTTrainer(model, train_dataset=prompts_and_completions,
+TRL takes the same configuration (docs/ecosystem.md): SFTTrainer(model, train_dataset=prompts_and_completions,
 peft_config=SubspaceConfig(basis="mistral-output/basis", task_type="CAUSAL_LM"), args=SFTConfig(completion_only_loss=True)).
 
 Cost and result:

@@ -184,7 +184,7 @@ def test_merging_rounds_within_bounds_and_unmerging_is_exact(folders, tmp_path, 
     model.save_pretrained(tmp_path / "task")
     before = logits(model)
     with model.disable_adapter():
-        effect = (logits(model) - before).abs().max()
+        effect = (logits(model) - before).norm()
     wanted = [base_weight(layer) + layer.get_delta_weight("default") for layer in layers(model)]
     stored = [layer.get_base_layer().weight.data.clone() for layer in layers(model)]
     for _ in range(2):
@@ -192,8 +192,8 @@ def test_merging_rounds_within_bounds_and_unmerging_is_exact(folders, tmp_path, 
         for layer, weight in zip(layers(model), wanted, strict=True):
             assert ((base_weight(layer) - weight).abs() <= rounding_bound(kind, weight)).all()
         merged = logits(model)
-        # what remains of the adapter: measured 0.2 % to 2 % of its effect away with 8 bits, 10 % to 30 % with 4
-        assert (merged - before).abs().max() < (0.05 if kind == "8bit" else 0.5) * effect
+        # measured: 1 % of the adapter's effect with 8 bits, 12 % to 14 % with 4
+        assert (merged - before).norm() < (0.03 if kind == "8bit" else 0.2) * effect
         model.unmerge_adapter()
         assert torch.equal(logits(model), before)
         for layer, data in zip(layers(model), stored, strict=True):
@@ -203,6 +203,23 @@ def test_merging_rounds_within_bounds_and_unmerging_is_exact(folders, tmp_path, 
     )
     assert type(unloaded) is LlamaForCausalLM and not layers(unloaded)
     assert torch.equal(logits(unloaded), merged)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+def test_merging_where_the_faster_layout_was_asked_for(folders, kind):
+    """As the documentation has it for a model that only generates."""
+    model = adapted(folders, load(folders["base"], kind))
+    wanted = [base_weight(layer) + layer.get_delta_weight("default") for layer in layers(model)]
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = bitsandbytes.functional.has_avx512bf16()
+    before = logits(model)
+    model.merge_adapter()
+    for layer, weight in zip(layers(model), wanted, strict=True):
+        assert ((base_weight(layer) - weight).abs() <= 1.05 * rounding_bound(kind, weight)).all()
+    logits(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), before, atol=0.01, rtol=0.01)
 
 
 def test_two_merged_adapters_and_a_disabled_one_leave_the_base_as_it_was(folders, kind):

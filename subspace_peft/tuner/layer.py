@@ -20,7 +20,7 @@ from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
 from .mixed import add_updates, check_rows
-from .quantised import KeptWeight
+from .quantised import KeptWeight, unpack
 from .targets import sizes
 
 if TYPE_CHECKING:
@@ -315,8 +315,9 @@ class AdapterLayer(nn.Module, SubspaceLayer):
             if adapter not in self.subspace_coef:
                 continue
             self._check_arrivals([adapter])
-            if backend is not None and not self.merged_adapters:
-                self._kept = KeptWeight.of(self.get_base_layer())
+            if backend is not None:
+                unpack(self.get_base_layer())
+                self._kept = self._kept if self.merged_adapters else KeptWeight.of(self.get_base_layer())
             self._add_to_base(adapter, 1.0, safe_merge)
             self.merged_adapters.append(adapter)
 

@@ -33,12 +33,14 @@ def keep_unpacked(model: nn.Module) -> None:
     bitsandbytes = sys.modules.get("bitsandbytes")
     for module in model.modules() if bitsandbytes is not None else ():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            _unpack(module)
+            unpack(module)
             module.support_avx512bf16_for_cpu = False
 
 
-def _unpack(layer: nn.Module) -> None:
-    if not getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+def unpack(layer: nn.Module) -> None:
+    """Undo that layout in one layer, where it has it; block scales stay rounded to bfloat16."""
+    weight = getattr(layer, "weight", None)
+    if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return
     # bitsandbytes' own way back, which it goes before a layer is saved; it leaves simple scales transposed
     layer.state_dict()
@@ -62,7 +64,8 @@ class KeptWeight:
     @classmethod
     def of(cls, layer: nn.Module) -> KeptWeight | None:
         """The weight of `layer`; None unless it is one that bitsandbytes has quantised."""
-        weight, kind = layer.weight, type(layer.weight).__name__
+        weight = getattr(layer, "weight", None)
+        kind = type(weight).__name__
         if kind == "Params4bit" and weight.bnb_quantized:
             # a copy with the same storage: PEFT marks the parameter itself as not quantised yet
             return cls(copy.copy(weight), None)
