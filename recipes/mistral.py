@@ -24,7 +24,7 @@ and data/<task>/task.json (name, about, held_out, metric: exact_match or rougeL)
 it has one, is not trained on, the answer and its end are. What is longer than `--tokens` loses the end of its input, never of its
 answer. `--packing` puts a batch into one row without padding; examples do not see each other.
 
-TRL takes the same configuration (not run by us): SFTTrainer(model, train_dataset=prompts_and_completions,
+TRL takes the same configuration (docs/ecosystem.md): SFTTrainer(model, train_dataset=prompts_and_completions,
 peft_config=SubspaceConfig(basis="mistral-output/basis", task_type="CAUSAL_LM"), args=SFTConfig(completion_only_loss=True)).
 
 Cost and result:
@@ -54,7 +54,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from peft import prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from subspace_peft import compare as shared
@@ -153,8 +153,11 @@ def make_model(args: Knobs, task: InstructionTask, seed: int) -> Any:
     model.config.use_cache = False  # where there is a cache, transformers does not look where packed examples begin
     if args.packing and not model._supports_attention_backend:
         raise SubspaceError(f"--packing: {type(model).__name__} would not keep packed examples apart. Leave it out.")
-    # of its second argument the Trainer takes care
-    return prepare_model_for_kbit_training(model, False) if args.load_in_4bit else model.requires_grad_(False)
+    if not args.load_in_4bit:
+        return model.requires_grad_(False)
+    # on a CPU no gradient would pass any more after the first evaluation, whatever the method
+    shared.keep_unpacked(model)
+    return prepare_model_for_kbit_training(model, False)  # of its second argument the Trainer takes care
 
 
 def make_trainer(
@@ -173,6 +176,9 @@ def make_trainer(
     )  # fmt: skip
     pad = transformers.DataCollatorForSeq2Seq(tokenizer_of(args.model))
     inner = transformers.DataCollatorWithFlattening() if args.packing else pad
+    if not isinstance(model, PeftModel):
+        # the Trainer would refuse a 4-bit base without an adapter, which it shall only evaluate
+        model.is_quantized = False
     trainer = Trainer(
         model, arguments, data_collator=shared.AnswersOnly(inner), eval_dataset=task.splits["validation"],
         train_dataset=shared.draw(task.splits["train"], examples, seed),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
     from .build import build_basis
     from .convert import export_lora, project_lora
-    from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap
+    from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap, load_adapter, save_adapter
 
 _PLACES = {
     "ModuleBasis": "basis",
@@ -26,6 +26,8 @@ _PLACES = {
     "project_lora": "convert",
     "SubspaceConfig": "tuner",
     "hotswap": "tuner",
+    "load_adapter": "tuner",
+    "save_adapter": "tuner",
     "SubspaceModel": "tuner",
     "TaskBank": "tuner",
 }
@@ -40,7 +42,9 @@ __all__ = [
     "build_basis",
     "export_lora",
     "hotswap",
+    "load_adapter",
     "project_lora",
+    "save_adapter",
 ]
 
 

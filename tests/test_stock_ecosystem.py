@@ -16,11 +16,18 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from subspace_peft import SubspaceConfig, export_lora
 
-from .conftest import bert, inputs, randomise
+from .conftest import basis_storage, bert, inputs, randomise
 
 
 def logits(model):
@@ -73,19 +80,71 @@ def test_gradient_checkpointing_changes_nothing(base_folder, basis_folder, tmp_p
         torch.testing.assert_close(plain[name], saving[name], atol=1e-6, rtol=1e-5)
 
 
-def test_load_best_model_at_end(base_folder, basis_folder, tmp_path):
-    rows = [{"input_ids": torch.randint(0, 100, (7,)), "labels": torch.tensor(i % 2)} for i in range(16)]
+def test_load_best_model_at_end_restores_the_best_coefficients(base_folder, basis_folder, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, 100, (7,), generator=generator) for _ in range(16)]
+    rows = [{"input_ids": text, "labels": torch.tensor(i % 2)} for i, text in enumerate(texts)]
+    # the better the one is learned, the worse the other: the last step is not the best one
+    opposite = [{**row, "labels": 1 - row["labels"]} for row in rows]
+    torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForSequenceClassification.from_pretrained(base_folder), SubspaceConfig(basis=str(basis_folder))
     )
     settings = TrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=4, save_steps=1, eval_steps=1, eval_strategy="steps", report_to=[],
-        load_best_model_at_end=True, learning_rate=0.5, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        output_dir=str(tmp_path / "out"), max_steps=6, save_steps=1, eval_steps=1, eval_strategy="steps", report_to=[],
+        load_best_model_at_end=True, learning_rate=1e-2, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows)
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen[state.global_step] = (metrics["eval_loss"], trained(model))
+
+    trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=opposite, callbacks=[Watch()])
     trainer.train()
-    scores = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(scores), rel=1e-6)
+    best = min(seen, key=lambda step: seen[step][0])
+    assert best < 6 and trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    now = trained(model)
+    assert all(torch.equal(now[name], value) for name, value in seen[best][1].items())
+    assert not all(torch.equal(now[name], value) for name, value in seen[6][1].items())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(seen[best][0], rel=1e-6)
+
+
+def test_auto_find_batch_size_goes_on_with_a_smaller_batch(base_folder, basis_folder, tmp_path):
+    """Out of memory after the backward pass of a batch of 5, gradients there: the next size trains as if begun with it."""
+
+    class Cramped(Trainer):
+        def training_step(self, model, inputs, *args):
+            tried.append(len(inputs["labels"]))
+            loss = super().training_step(model, inputs, *args)
+            if tried[-1] > 4:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return loss
+
+    def run(make: type[Trainer], batch: int, name: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        # the batch that does not fit draws random numbers, too
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base_folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        model = get_peft_model(model, SubspaceConfig(basis=str(basis_folder), task_type="SEQ_CLS"))
+        settings = TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=3, per_device_train_batch_size=batch, learning_rate=1e-2, seed=1,
+            auto_find_batch_size=True, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        rows = [{"input_ids": torch.arange(7) + i, "labels": torch.tensor(i % 2)} for i in range(32)]
+        trainer = make(model=model, args=settings, train_dataset=rows)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        return trained(model)
+
+    tried: list[int] = []
+    found = run(Cramped, 5, "cramped")
+    assert tried == [5, 4, 4, 4]
+    assert any(value.abs().max() > 1e-3 for name, value in found.items() if "subspace_coef" in name)
+    whole = run(Trainer, 4, "whole")
+    assert all(torch.equal(whole[name], value) for name, value in found.items())
 
 
 @pytest.fixture
@@ -117,6 +176,29 @@ def test_copies_and_pickles(task):
         assert not torch.equal(logits(other), logits(model))
 
 
+def test_a_second_adapter_of_a_self_contained_tasks_configuration_has_its_basis(base_folder, tmp_path):
+    """TRL makes the reference of a loaded task so: its configuration again, and then a copy of its parameters."""
+    config = SubspaceConfig(basis="random", k=4, target_modules=["query", "value"])
+    model = randomise(get_peft_model(AutoModelForSequenceClassification.from_pretrained(base_folder), config))
+    model.save_pretrained(tmp_path / "task")
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(base_folder), tmp_path / "task"
+    )
+    expected, storage = logits(model), basis_storage(model)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected) and basis_storage(model) == storage
+    # a copy on disk is one of a task of its own
+    model.save_pretrained(tmp_path / "both")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), expected)
+    again = AutoModelForSequenceClassification.from_pretrained(base_folder)
+    assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path / "both" / "ref")), expected)
+
+
 def test_state_dicts_and_direct_injection(task, basis_folder, base_folder):
     model, _ = task
     # the classifier was not trained, and PEFT reads modules_to_save on wrapped models only
@@ -141,6 +223,37 @@ def test_transformers_own_adapter_calls(base_folder, basis_folder, tmp_path):
     model.disable_adapters()
     assert torch.equal(logits(model), before)
     model.delete_adapter("task")
+
+
+def test_two_adapters_by_transformers_own_calls(base_folder, basis_folder, tmp_path):
+    def plain():
+        return AutoModelForSequenceClassification.from_pretrained(base_folder)
+
+    expected = {}
+    for seed, name in enumerate(("one", "two"), start=3):
+        model = plain()
+        model.add_adapter(SubspaceConfig(basis=str(basis_folder)), name)
+        randomise(model, seed=seed).save_pretrained(tmp_path / name)
+        expected[name] = logits(model)
+    model = plain()
+    base = logits(model)
+    for name in expected:
+        model.load_adapter(str(tmp_path / name), adapter_name=name)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "subspace" in n)
+    storage = basis_storage(model)
+    for name in ("one", "two", "one"):
+        model.set_adapter(name)
+        assert model.active_adapters() == [name] and torch.equal(logits(model), expected[name])
+    model.delete_adapter("two")
+    assert list(model.peft_config) == ["one"] and basis_storage(model) == storage
+    model.enable_adapters()
+    assert torch.equal(logits(model), expected["one"])
+    with pytest.raises(ValueError, match="two"):
+        model.set_adapter("two")
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")), expected["one"])
+    model.disable_adapters()
+    assert torch.equal(logits(model), base)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|down_proj)"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
+from torch import nn
 
 from subspace_peft import SubspaceConfig, export_lora
 from subspace_peft.tuner import SubspaceLayer
@@ -321,3 +322,31 @@ def test_safe_merge_refuses_a_broken_adapter_and_leaves_the_weights(kind, bases)
     assert not layer.merged
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
+
+
+class GivesFloat32(nn.Linear):
+    """As layers with quantised weights, under autocast too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, GivesFloat32])
+def test_gradients_under_autocast_are_those_without_it_rounded(layer):
+    torch.manual_seed(0)
+    base = nn.Sequential(layer(16, 24), nn.Tanh(), layer(24, 8))
+    model = randomise(get_peft_model(base, SubspaceConfig(basis="random", k=4, target_modules=["0", "2"])), std=0.02)
+    x = torch.randn(5, 16)
+    found = {}
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(x)
+            loss = out.float().pow(2).mean()
+        assert out.dtype == (torch.bfloat16 if autocast and layer is nn.Linear else torch.float32)
+        loss.backward()
+        found[autocast] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for name, value in found[True].items():
+        assert value.dtype == torch.float32 and value.abs().max() > 0
+        assert (value - found[False][name]).norm() < 0.03 * found[False][name].norm()

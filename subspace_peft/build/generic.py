@@ -71,7 +71,7 @@ def linear_weights(model: nn.Module, target_modules: str | Sequence[str] | None)
     """Weights (out, in) of a model's linear layers, and of `Conv1D` transposed, that `target_modules` names.
 
     Raises:
-        SubspaceError: none matches.
+        SubspaceError: none matches, or one is quantised.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -86,6 +86,11 @@ def linear_weights(model: nn.Module, target_modules: str | Sequence[str] | None)
         if isinstance(module, (nn.Linear, Conv1D)) and (
             given == "all-linear" or check_target_module_exists(config, name)
         ):
+            if not module.weight.is_floating_point():
+                raise SubspaceError(
+                    f"Module {name!r} of the base model is quantised ({type(module).__name__}). Pass the unquantised base model, or "
+                    "let SubspaceConfig(basis='base-weights') make the basis on this one."
+                )
             found[name] = module.weight.T if isinstance(module, Conv1D) else module.weight
     if not found:
         raise SubspaceError(f"target_modules={target_modules!r} matches no linear layer of {type(model).__name__}.")

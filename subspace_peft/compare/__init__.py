@@ -6,6 +6,7 @@ Data, model and Trainer stay in the recipe, where a user reads and edits them.
 
 from __future__ import annotations
 
+from ..tuner.quantised import keep_unpacked
 from .answers import (
     AnswersOnly,
     encode_answer,
@@ -78,6 +79,7 @@ __all__ = [
     "fit",
     "generate_answers",
     "instruction_task",
+    "keep_unpacked",
     "knob",
     "last_checkpoint",
     "local_images",

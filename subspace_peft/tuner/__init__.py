@@ -5,10 +5,20 @@ import peft  # noqa: F401  registers this method first, whichever module of this
 from .bank import TaskBank
 from .config import SubspaceConfig
 from .hotswap import hotswap
+from .injected import load_adapter, save_adapter
 from .layer import SubspaceLayer
 from .model import SubspaceModel
 from .registration import register
 
 register()
 
-__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel", "TaskBank", "hotswap", "register"]
+__all__ = [
+    "SubspaceConfig",
+    "SubspaceLayer",
+    "SubspaceModel",
+    "TaskBank",
+    "hotswap",
+    "load_adapter",
+    "register",
+    "save_adapter",
+]

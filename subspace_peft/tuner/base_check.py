@@ -11,7 +11,7 @@ from torch import nn
 from ..basis import SubspaceBasis
 from ..basis.basis import names_of
 from ..errors import BasisMismatchError
-from .targets import base_weight
+from .targets import base_weight, readable
 
 if TYPE_CHECKING:
     from .config import SubspaceConfig
@@ -77,6 +77,8 @@ def _probe(modules: Mapping[str, nn.Module], plan: Plan) -> torch.Tensor | None:
     if any(getattr(part, "merged_adapters", None) for name in names for part in modules[name].modules()):
         return None
     if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
+        return None
+    if not all(readable(modules[name]) for name in _probed(plan)):
         return None
     values = []
     for name in _probed(plan):

@@ -43,6 +43,11 @@ class SharedBuffers(nn.Module):
         """Note in `arrivals` when `adapter`'s tensor has come from its file, as `name` of `module`."""
         self._origins[adapter] = (arrivals, module, name)
 
+    def arrived(self, sha256: str | None) -> torch.Tensor | None:
+        """The tensor with that hash, where some adapter has it and does not itself wait for it."""
+        known = (name for name, value in self._expected.items() if value == sha256 and name not in self._origins)
+        return next((self._buffers[name] for name in known), None)
+
     def _came(self, adapter: str) -> None:
         if adapter in self._origins:
             arrivals, module, name = self._origins.pop(adapter)

@@ -34,7 +34,8 @@ class _AddUpdate(torch.autograd.Function):
         h, V, C, U = ctx.saved_tensors
         grad_z = (grad.reshape(-1, grad.shape[-1]) @ U).mul_(ctx.scale)
         grad_x = ((grad_z @ C) @ V).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        grad_C = grad_z.T @ h if ctx.needs_input_grad[3] else None
+        # a quantised layer gives float32 under autocast, where h came in its dtype
+        grad_C = grad_z.T @ h.to(grad_z.dtype) if ctx.needs_input_grad[3] else None
         return grad, grad_x, None, grad_C, None, None
 
 

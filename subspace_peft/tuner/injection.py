@@ -21,7 +21,7 @@ from ..errors import BasisMismatchError, SubspaceError
 from .arrivals import Arrivals
 from .base_check import check_base_name, check_probe, same_weights
 from .config import SubspaceConfig
-from .targets import base_weight, is_conv1d, outer_modules, sizes, supported, weight_shape
+from .targets import base_of, base_weight, is_conv1d, outer_modules, readable, sizes, supported, weight_shape
 from .task_files import k_of, used_part, used_size
 
 GENERATED_K = 16
@@ -121,8 +121,8 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     for name in targets:
         if not supported(modules[name]):
             raise SubspaceError(
-                f"Target module {name!r} is a {type(modules[name]).__name__}; supported are nn.Linear, transformers' Conv1D, "
-                "nn.Conv2d without groups, and nn.Embedding. Narrow target_modules, or leave it out with exclude_modules."
+                f"Target module {name!r} is a {type(modules[name]).__name__}; supported are nn.Linear and quantised kinds of it, "
+                "transformers' Conv1D, nn.Conv2d without groups, and nn.Embedding. Narrow target_modules, or leave it out with exclude_modules."
             )
     basis = config.resolve()
     again = basis is not None and config.generated and not config.loaded
@@ -194,6 +194,11 @@ def generate(config: SubspaceConfig, targets: Mapping[str, nn.Module]) -> Subspa
         out, inner = sizes(layer)
         if config.basis == "random":
             module = random_module(name, out, inner, k, k, config.seed)
+        elif not readable(layer):
+            raise SubspaceError(
+                f"basis='base-weights': the weight of {name!r} ({type(base_of(layer)).__name__}) cannot be read back from its "
+                "quantised form. Build the basis from the unquantised model by `build_basis(builder='base-weights', …)`, and pass that."
+            )
         else:
             module = base_weight_module(base_weight(layer), k)
         if config.coefficients == "directions":

@@ -51,9 +51,13 @@ class Linear(AdapterLayer):
         core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
         return linear_with_update(x, base.weight, base.bias, V, core, U, self.scaling[adapter])
 
+    def _is_guarded(self, result: torch.Tensor) -> bool:
+        # autograd forbids to change a view that a custom function gave, as backward hooks and 8-bit layers do
+        return _has_backward_hooks(self.base_layer) or (self.quantization_backend is not None and result._is_view())
+
     def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
         # a compiler fuses the plain chain by itself, and cannot look into what changes its input in place
-        if torch.compiler.is_compiling() or not result.is_contiguous() or _has_backward_hooks(self.base_layer):
+        if torch.compiler.is_compiling() or not result.is_contiguous() or self._is_guarded(result):
             return super()._add_update(result, x, adapter)
         dtype = result.dtype
         U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)

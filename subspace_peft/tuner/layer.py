@@ -14,11 +14,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..basis import ModuleBasis
+from ..errors import SubspaceError
 from .arrivals import Arrivals
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
 from .mixed import add_updates, check_rows
+from .quantised import KeptWeight, unpack
 from .targets import kind_of, sizes
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class SubspaceLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, plan: Plan, key: str, inference_mode: bool = False) -> None:
         """Add (or replace) the adapter `adapter_name` as `plan` says for the module at `key`."""
         config = plan.config
-        self._put_basis(adapter_name, plan, key)
+        to_come = self._put_basis(adapter_name, plan, key)
         U, V = self.subspace_U[adapter_name], self.subspace_V[adapter_name]
         directions = self.subspace_G.get(adapter_name)
         coefficients = make_coefficients(
@@ -108,12 +110,13 @@ class SubspaceLayer(BaseTunerLayer):
         self.subspace_coef[adapter_name] = coefficients
         self.arrivals.pop(adapter_name, None)
         if plan.arrivals is not None:
-            self._expect(adapter_name, plan.arrivals, key, own_basis=plan.basis is None)
+            self._expect(adapter_name, plan.arrivals, key, to_come)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # not `set_adapter`, which walks all adapters: a thousandth one should cost what the first did
         coefficients.requires_grad_(adapter_name in self.active_adapters and not inference_mode)
 
-    def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> None:
+    def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> list[str]:
+        """Hold the basis's tensors, another adapter's where it is the same; returns the names of those yet to come from a file."""
         config = plan.config
         # placeholders are empty until the task's own file fills them, so they are nobody else's basis yet
         wanted = plan.basis_key(key) or ("own", adapter_name)
@@ -123,14 +126,21 @@ class SubspaceLayer(BaseTunerLayer):
             "UV" + ("M" if config.mean_gain != "none" else "") + ("G" if config.coefficients == "directions" else "")
         )
         module: ModuleBasis | None = None
+        to_come = []
         for name in names:
             container: SharedBuffers = getattr(self, f"subspace_{name}")
             value = next((container[twin] for twin in self._twins(adapter_name) if twin in container), None)
+            if value is None and plan.basis is None:
+                # TRL copies a loaded task's configuration and parameters into a second adapter, which have no basis with them
+                value = container.arrived(hashes.get(name))
             if value is None:
                 module = module or plan.module(key)
                 value = getattr(module, name)
+                if plan.basis is None and value is not None:
+                    to_come.append(name)
             if value is not None:
                 container.put(adapter_name, value, config, hashes.get(name))
+        return to_come
 
     def _twins(self, adapter_name: str) -> Iterator[str]:
         """Other adapters on the same basis."""
@@ -144,15 +154,12 @@ class SubspaceLayer(BaseTunerLayer):
         self.basis_key[adapter_name] = self.basis_key[other]
         self.arrivals.pop(adapter_name, None)
 
-    def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, own_basis: bool) -> None:
+    def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, to_come: list[str]) -> None:
         self.subspace_coef[adapter_name].expect(arrivals, key)
-        brought = set()
-        for name in "UVMG" if own_basis else "":
+        for name in to_come:
             container: SharedBuffers = getattr(self, f"subspace_{name}")
-            if adapter_name in container:
-                container.expect(adapter_name, arrivals, key, f"subspace_{name}")
-                brought.add(f"subspace_{name}")
-        self.arrivals[adapter_name] = (arrivals, key, brought)
+            container.expect(adapter_name, arrivals, key, f"subspace_{name}")
+        self.arrivals[adapter_name] = (arrivals, key, {f"subspace_{name}" for name in to_come})
 
     def _check_arrivals(self, adapters: Sequence[str]) -> None:
         for adapter in [name for name in adapters if name in self.arrivals]:
@@ -240,10 +247,8 @@ class SubspaceLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """ΔW in the base weight's layout and the coefficients' dtype, as PEFT's own layers have it."""
-        delta = self._delta(adapter)
-        # a task may train nothing here
-        coefficients = next(self.subspace_coef[adapter].parameters(), delta)
-        return delta.to(coefficients.dtype)
+        coefficients = next(self.subspace_coef[adapter].parameters())
+        return self._delta(adapter).to(coefficients.dtype)
 
     def _delta(self, adapter: str) -> torch.Tensor:
         """ΔW in the base weight's layout, float32 or wider: what is merged is rounded once, to the base weight's dtype."""
@@ -284,6 +289,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         super().__init__()
         SubspaceLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
+        self._name = key
+        self._kept: KeptWeight | None = None
         self.update_layer(adapter_name, plan, key, inference_mode=plan.config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -321,11 +328,28 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results."""
+        """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results.
+
+        A quantised weight is rounded again to what its kind can represent. Until `unmerge`, which gives it back bit for bit, one
+        quantised by bitsandbytes is kept beside the merged one.
+
+        Raises:
+            SubspaceError: the weight is of a quantised kind that cannot be changed.
+            ValueError: NaN or infinite numbers, with `safe_merge`.
+        """
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise SubspaceError(
+                f"Module {self._name!r}: {backend.backend_name} weights cannot be changed, so nothing can be merged into them. "
+                "Load the base model unquantised to merge, or leave the adapter beside it."
+            )
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.subspace_coef:
                 continue
             self._check_arrivals([adapter])
+            if backend is not None:
+                unpack(self.get_base_layer())
+                self._kept = self._kept if self.merged_adapters else KeptWeight.of(self.get_base_layer())
             self._add_to_base(adapter, 1.0, safe_merge)
             self.merged_adapters.append(adapter)
 
@@ -334,6 +358,10 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._kept is not None:
+            self._kept.restore(self.get_base_layer())
+            self._kept = None
+            self.merged_adapters.clear()
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
             if adapter in self.subspace_coef:

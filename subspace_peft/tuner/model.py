@@ -17,6 +17,7 @@ from .injection import Plan, fill_target_modules, make_plan
 from .kinds import make_layer
 from .layer import SubspaceLayer
 from .mixed import task_names_passed
+from .quantised import keep_unpacked
 from .registration import PREFIX
 from .targets import outer_modules, target_names
 from .weighted import add_weighted
@@ -50,6 +51,7 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
+        keep_unpacked(model)
         targets = target_names(model, peft_config, getattr(self, "_given", None))
         if targets:
             peft_config._plan = make_plan(model, peft_config, targets)

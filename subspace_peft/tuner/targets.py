@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .quantised import backend_of
+
 
 def base_of(module: nn.Module) -> nn.Module:
     """The layer itself, or the one inside an adapter layer."""
@@ -28,7 +30,11 @@ def kind_of(module: nn.Module) -> str | None:
         return "linear"
     if isinstance(base, nn.Conv2d) and base.groups == 1:
         return "conv2d"
-    return "embedding" if isinstance(base, nn.Embedding) else None
+    if isinstance(base, nn.Embedding):
+        return "embedding"
+    # some quantised layers are no nn.Linear
+    backend = backend_of(base)
+    return "linear" if backend is not None and backend.layer_type == "linear" else None
 
 
 def supported(module: nn.Module) -> bool:
@@ -58,12 +64,16 @@ def weight_shape(module: nn.Module) -> list[int] | None:
     return None if kind_of(module) == "linear" else list(base_of(module).weight.shape)
 
 
-def base_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight as a matrix (out, in) in float32, dequantised where needed; see `sizes`."""
-    from peft.utils import resolve_quantization_backend
+def readable(layer: nn.Module) -> bool:
+    """Whether the layer's weight can be read and written: some quantised kinds only compute."""
+    backend = backend_of(base_of(layer))
+    return backend is None or backend.supports_merge
 
+
+def base_weight(layer: nn.Module) -> torch.Tensor:
+    """The layer's weight as a matrix (out, in) in float32, dequantised where needed; see `sizes` and `readable`."""
     base = base_of(layer)
-    backend = resolve_quantization_backend(base)
+    backend = backend_of(base)
     weight = base.weight.detach() if backend is None else backend.get_base_weight(base).detach()
     return (weight.T if isinstance(base, (Conv1D, nn.Embedding)) else weight.flatten(1)).float()
 
