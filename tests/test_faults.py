@@ -341,3 +341,14 @@ def test_loading_a_task_warns_of_nothing(basis_folder, tmp_path):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         PeftModel.from_pretrained(bert(), tmp_path / "task")
+
+
+def test_what_is_not_supported_is_refused_before_the_model_is_touched(bases):
+    with pytest.raises(SubspaceError, match=r"target_parameters=.* is not supported"):
+        SubspaceConfig(basis=bases[bert], target_parameters=["experts.gate_up_proj"])
+    model = bert()
+    model._tp_size = 2
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(SubspaceError, match="tensor parallelism"):
+        get_peft_model(model, SubspaceConfig(basis=bases[bert]))
+    assert [name for name, _ in model.named_modules()] == before

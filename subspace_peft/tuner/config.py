@@ -116,6 +116,9 @@ class SubspaceConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers where it is not a usual one, as in LoRA."}
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: parameters that are no layer's weight, as in LoRA."}
+    )
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Whether targets are `Conv1D`. Filled in when the adapter is made."}
     )
@@ -171,6 +174,11 @@ class SubspaceConfig(PeftConfig):
             raise SubspaceError(
                 f"start={self.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source; start at "
                 "'zero' or 'mean'."
+            )
+        if self.target_parameters:
+            raise SubspaceError(
+                f"target_parameters={self.target_parameters!r} is not supported: a basis has two sides, which such a stack of weights "
+                "shares among experts. Name layers in target_modules; LoRA can adapt parameters."
             )
         if self.bias not in ("none", "all", "subspace_only"):
             raise SubspaceError(f"bias={self.bias!r}: choose one of none, all, subspace_only.")

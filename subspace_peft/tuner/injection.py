@@ -117,6 +117,11 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
         SubspaceError: a target of an unsupported kind; coefficients or a start that the basis cannot serve.
         BasisMismatchError: targets absent from the basis, clashing shapes, a wrong base model; lists them.
     """
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise SubspaceError(
+            f"This {type(model).__name__} is split by tensor parallelism (tp_plan, size {model._tp_size}), whose parts of a weight a shared "
+            "basis does not fit. Load it without tp_plan; device_map, DDP and FSDP work."
+        )
     modules = dict(outer_modules(model))
     for name in targets:
         if not supported(modules[name]):

@@ -67,8 +67,6 @@ class SubspaceModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is not None:
-            raise SubspaceError(f"target_parameters ({parameter_name}) is not supported; use target_modules.")
         plan: Plan = peft_config._plan
         if isinstance(target, SubspaceLayer):
             target.update_layer(adapter_name, plan, current_key, inference_mode=peft_config.inference_mode)
