@@ -460,5 +460,7 @@ def test_run_as_a_script_an_error_is_one_line(world, tmp_path):
 
     typed = [sys.executable, str(RECIPE), "--data-dir", str(world), "--task", "nope"]
     said = subprocess.run(typed, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
-    assert said.returncode == 1
-    assert said.stderr.strip().startswith("error: There is no task nope")
+    # bitsandbytes, where installed, has a line of its own on some CPUs
+    said_by_us = [line for line in said.stderr.splitlines() if line.strip() and "kernels-community" not in line]
+    assert said.returncode == 1 and len(said_by_us) == 1, said.stderr
+    assert said_by_us[0].startswith("error: There is no task nope")
