@@ -21,7 +21,7 @@ from transformers import (
 
 from subspace_peft import SubspaceConfig, build_basis
 from subspace_peft.errors import BasisMismatchError, SubspaceError
-from subspace_peft.tuner import SubspaceLayer, quantised
+from subspace_peft.tuner import SubspaceLayer, targets
 from subspace_peft.tuner.targets import base_weight
 
 from .conftest import randomise
@@ -293,7 +293,7 @@ def test_kinds_that_only_compute_are_trained_and_say_why_they_cannot_be_merged(f
     def resolve(layer: nn.Module, **kwargs: object) -> ForwardOnlyQuantizationBackend | None:
         return ForwardOnlyQuantizationBackend("gptq") if isinstance(layer, ComputesOnly) else None
 
-    monkeypatch.setattr(quantised, "resolve_quantization_backend", resolve)
+    monkeypatch.setattr(targets, "resolve_quantization_backend", resolve)
     monkeypatch.setattr("subspace_peft.tuner.layer.resolve_quantization_backend", resolve)
 
     def base() -> nn.Module:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..basis import SubspaceBasis
@@ -74,7 +75,7 @@ def _probed(plan: Plan) -> list[str]:
 def _probe(modules: Mapping[str, nn.Module], plan: Plan) -> torch.Tensor | None:
     """The numbers of the base weights as they are; None where they are not there, or not the base's own."""
     names = list(plan.names)
-    if any(getattr(part, "merged_adapters", None) for name in names for part in modules[name].modules()):
+    if any(_is_merged(modules[name]) for name in names):
         return None
     if plan.basis is None or any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
         return None
@@ -86,3 +87,12 @@ def _probe(modules: Mapping[str, nn.Module], plan: Plan) -> torch.Tensor | None:
         weight = base_weight(modules[name]).cpu()
         values.append((part.U[:, :PROBED_SIDE].float().T @ weight @ part.V[:PROBED_SIDE].float().T).flatten())
     return torch.cat(values)
+
+
+def _is_merged(module: nn.Module) -> bool:
+    # adapter layers of several methods may lie one inside the other
+    while isinstance(module, BaseTunerLayer):
+        if module.merged_adapters:
+            return True
+        module = module.base_layer
+    return False

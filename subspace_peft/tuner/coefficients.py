@@ -37,6 +37,7 @@ class Coefficients(nn.Module):
     def expect(self, arrivals: Arrivals, module: str) -> None:
         """Note in `arrivals` which of the trained tensors of `module` come from its file."""
         self._origin = (arrivals, module)
+        self.register_load_state_dict_pre_hook(_note_arrivals)
 
     def _came(self, name: str) -> None:
         if self._origin is not None:
@@ -52,12 +53,6 @@ class Coefficients(nn.Module):
                 )
             self._came(name)
         super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in self._parameters:
-            if prefix + name in state_dict:
-                self._came(name)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def core(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
         """``C(θ) + g·M`` as (k_out, k_in)."""
@@ -88,6 +83,12 @@ class Coefficients(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+
+def _note_arrivals(module: Coefficients, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in module._parameters:
+        if prefix + name in state_dict:
+            module._came(name)
 
 
 class Core(Coefficients):

@@ -1,26 +1,15 @@
-"""Adapted layers with quantised weights: PEFT's backend for them, and what bitsandbytes needs to train, merge and unmerge well."""
+"""Adapted layers with quantised weights: what bitsandbytes needs to train, merge and unmerge well."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from peft.utils import resolve_quantization_backend
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
-
-def backend_of(layer: nn.Module) -> QuantizationBackend | None:
-    """PEFT's quantisation backend of a layer, good for reading its weight; None where it is not quantised."""
-    # PEFT wants torchao's callable for storing weights, even of those who only read
-    return resolve_quantization_backend(layer, get_apply_tensor_subclass=_reads_only)
-
-
-def _reads_only() -> Any:
-    raise RuntimeError("This quantisation backend was made for reading weights.")
+from .targets import base_of, outer_modules
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -31,7 +20,10 @@ def keep_unpacked(model: nn.Module) -> None:
     of a model: gradients pass through those between the adapted ones too.
     """
     bitsandbytes = sys.modules.get("bitsandbytes")
-    for module in model.modules() if bitsandbytes is not None else ():
+    if bitsandbytes is None:
+        return
+    for _, outer in outer_modules(model):
+        module = base_of(outer)
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             unpack(module)
             module.support_avx512bf16_for_cpu = False

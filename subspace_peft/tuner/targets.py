@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -12,15 +13,25 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,
     _maybe_include_all_linear_layers,
 )
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-from .quantised import backend_of
 
 
 def base_of(module: nn.Module) -> nn.Module:
     """The layer itself, or the one inside an adapter layer."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def backend_of(layer: nn.Module) -> QuantizationBackend | None:
+    """PEFT's quantisation backend of a layer, good for reading its weight; None where it is not quantised."""
+    # PEFT wants torchao's callable for storing weights, even of those who only read
+    return resolve_quantization_backend(layer, get_apply_tensor_subclass=_reads_only)
+
+
+def _reads_only() -> Any:
+    raise RuntimeError("This quantisation backend was made for reading weights.")
 
 
 def kind_of(module: nn.Module) -> str | None:
