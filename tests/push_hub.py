@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = re.compile(r"\.(safetensors|bin)$")
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 API = re.compile(
-    r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<verb>branch|preupload|commit|revision|tree)/(?P<revision>[^/]+).*"
+    r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<verb>branch|preupload|commit|revision|tree|paths-info)/(?P<revision>[^/]+).*"
 )
 BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
 
@@ -106,9 +106,13 @@ class Handler(BaseHTTPRequestHandler):
         if BATCH.fullmatch(path):
             return self._send(200, {"transfer": "basic", "objects": [self._wanted(each) for each in given["objects"]]})
         if (found := API.fullmatch(path)) and found["repo"] in self.server.repos:
-            return self._api(
-                found["verb"], self.server.repos[found["repo"]], found["repo"], found["revision"], given, body
+            repo, verb, revision = (
+                self.server.repos[found["repo"]],
+                found["verb"] or "revision",
+                found["revision"] or "main",
             )
+            given = given or parse_qs(body.decode("utf-8", "replace"))
+            return self._api(verb, repo, found["repo"], revision, given, body)
         return self._send(404, {"error": f"{self.command} {path}"}, X_Error_Code="RepoNotFound")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_any
@@ -139,8 +143,9 @@ class Handler(BaseHTTPRequestHandler):
             new = repo.commit(revision, files)
             return self._send(200, {"commitOid": new, "commitUrl": f"{self.server.url}/{repo_id}/commit/{new}"})
         names = sorted(repo.commits[sha])
-        if verb == "tree":
-            sizes = [(name, len(repo.commits[sha][name])) for name in names]
+        if verb in ("tree", "paths-info"):
+            wanted = [name for name in names if verb == "tree" or name in given["paths"]]
+            sizes = [(name, len(repo.commits[sha][name])) for name in wanted]
             return self._send(200, [{"type": "file", "path": name, "size": size, "oid": sha} for name, size in sizes])
         return self._send(200, {"id": repo_id, "sha": sha, "siblings": [{"rfilename": name} for name in names]})
 
