@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from subspace_peft import SubspaceConfig, export_lora
 
-from .conftest import bert, inputs, randomise
+from .conftest import bert, inputs, needs_transformers_adapters, randomise
 
 
 def logits(model):
@@ -128,6 +128,7 @@ def test_state_dicts_and_direct_injection(task, basis_folder, base_folder):
     assert torch.equal(logits(injected), logits(model))
 
 
+@needs_transformers_adapters
 def test_transformers_own_adapter_calls(base_folder, basis_folder, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_folder)
     before = logits(model)
