@@ -21,7 +21,7 @@ from subspace_peft.errors import BadFileError, BasisMismatchError, SourceError, 
 from subspace_peft.report import null_basis
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import basis_storage, bert, inputs, randomise, train_lora
+from .conftest import basis_storage, bert, inputs, needs_transformers_adapters, randomise, train_lora
 
 
 def logits(model):
@@ -118,6 +118,7 @@ def test_source_names_are_unique_and_never_mean_or_zero(tmp_path):
     assert [s["name"] for s in basis.info["sources"]] == ["a", "a-2", "a-3", "mean-2", "zero-2"]
 
 
+@needs_transformers_adapters
 def test_models_adapted_by_transformers_itself_are_sources_and_tasks(bases, tmp_path):
     model = bert()
     model.add_adapter(LoraConfig(r=4, target_modules=["query", "value"]), "mine")

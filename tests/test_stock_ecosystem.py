@@ -27,7 +27,7 @@ from transformers import (
 
 from subspace_peft import SubspaceConfig, export_lora
 
-from .conftest import basis_storage, bert, inputs, randomise
+from .conftest import basis_storage, bert, inputs, needs_transformers_adapters, randomise
 
 
 def logits(model):
@@ -210,6 +210,7 @@ def test_state_dicts_and_direct_injection(task, basis_folder, base_folder):
     assert torch.equal(logits(injected), logits(model))
 
 
+@needs_transformers_adapters
 def test_transformers_own_adapter_calls(base_folder, basis_folder, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(base_folder)
     before = logits(model)
@@ -225,6 +226,7 @@ def test_transformers_own_adapter_calls(base_folder, basis_folder, tmp_path):
     model.delete_adapter("task")
 
 
+@needs_transformers_adapters
 def test_two_adapters_by_transformers_own_calls(base_folder, basis_folder, tmp_path):
     def plain():
         return AutoModelForSequenceClassification.from_pretrained(base_folder)

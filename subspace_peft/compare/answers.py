@@ -94,14 +94,16 @@ def instruction_task(
 
 @dataclass
 class AnswersOnly:
-    """Collates by `inner`; has the model compute its logits, each as wide as the vocabulary, only where a label follows."""
+    """Collates by `inner`; has the model compute its logits, each as wide as the vocabulary, only where a label of any row follows."""
 
     inner: Any
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = dict(self.inner(rows))
         following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        return {**batch, "logits_to_keep": following != -100, "shift_labels": following[following != -100]}
+        # A mask per row would keep fewer, but transformers takes one only from 5.21 on, which Python 3.10 cannot have.
+        keep = (following != -100).any(0).nonzero()[:, 0]
+        return {**batch, "logits_to_keep": keep, "shift_labels": following[:, keep]}
 
 
 @torch.no_grad()
