@@ -61,7 +61,8 @@ def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # with its history an output that its own node keeps would hold itself alive, and the whole graph with it
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
