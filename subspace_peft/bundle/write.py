@@ -126,12 +126,12 @@ def add_tasks(
         dtype = next(dtype for dtype, name in NAMES.items() if name == old.pieces["cores"].dtype)
         packed = _pack_all(tasks, basis, metrics, id2label, dtype, token, progress)
         new = {each.name for each in packed}
-        if taken := sorted(name for name in new if name in old):
-            if not replace:
-                raise SubspaceError(
-                    f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Name it otherwise, with a "
-                    "mapping of names to tasks, or replace it with replace=True (--replace)."
-                )
+        taken = sorted(name for name in new if name in old)
+        if taken and not replace:
+            raise SubspaceError(
+                f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Name it otherwise, with a "
+                "mapping of names to tasks, or replace it with replace=True (--replace)."
+            )
         return write_bundle([*(kept(old, name) for name in old if name not in new), *packed], folder, dtype, old)
 
 
@@ -149,7 +149,7 @@ def write_bundle(
     index = _index(packed, None if old is None else old.index)
     if basis is not None:
         index["config"] = {**index["config"], "basis": basis[0], "basis_revision": basis[1]}
-    rows = {name: None for name in index["tasks"]}
+    rows = index["tasks"]
     tensors = [("cores", NAMES[dtype], (len(rows), width(index["modules"])))]
     place = len(rows) * width(index["modules"]) * dtype.itemsize
     by_name = {each.name: each for each in packed}
