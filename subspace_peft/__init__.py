@@ -15,6 +15,17 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
     from .build import build_basis
+    from .bundle import (
+        Bundle,
+        add_tasks,
+        bundle_tasks,
+        compress_fleet,
+        extract_task,
+        extract_tasks,
+        load_task,
+        open_bundle,
+        push_bundle,
+    )
     from .convert import export_lora, project_lora
     from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap, load_adapter, save_adapter
 
@@ -22,6 +33,15 @@ _PLACES = {
     "ModuleBasis": "basis",
     "SubspaceBasis": "basis",
     "build_basis": "build",
+    "Bundle": "bundle",
+    "add_tasks": "bundle",
+    "bundle_tasks": "bundle",
+    "compress_fleet": "bundle",
+    "extract_task": "bundle",
+    "extract_tasks": "bundle",
+    "load_task": "bundle",
+    "open_bundle": "bundle",
+    "push_bundle": "bundle",
     "export_lora": "convert",
     "project_lora": "convert",
     "SubspaceConfig": "tuner",
@@ -33,17 +53,26 @@ _PLACES = {
 }
 
 __all__ = [
+    "Bundle",
     "ModuleBasis",
     "SubspaceBasis",
     "SubspaceConfig",
     "SubspaceModel",
     "TaskBank",
     "__version__",
+    "add_tasks",
     "build_basis",
+    "bundle_tasks",
+    "compress_fleet",
     "export_lora",
+    "extract_task",
+    "extract_tasks",
     "hotswap",
     "load_adapter",
+    "load_task",
+    "open_bundle",
     "project_lora",
+    "push_bundle",
     "save_adapter",
 ]
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .._adapted import active_adapter
+from .._digest import file_sha256
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..basis.reference import looks_like_path, split_revision
 from ..errors import SourceError
@@ -200,7 +201,7 @@ def _from_files(reference: str, token: str | bool | None) -> Source:
 
     keys = _keys(names, config, location)
     name = Path(reference.split("@")[0].rstrip("/")).name or reference
-    return Source(name, location, config, keys, read, _sha256(file), revision, folder, other_keys=_others(names))
+    return Source(name, location, config, keys, read, file_sha256(file), revision, folder, other_keys=_others(names))
 
 
 def _download(reference: str, token: str | bool | None) -> tuple[Path, str | None, str]:
@@ -255,11 +256,3 @@ def _as_dict(config: Any) -> dict[str, Any]:
     if is_dataclass(config) and not isinstance(config, type):
         return asdict(config)
     raise SourceError(f"An adapter's config is a LoraConfig or a dict, got {type(config).__name__}.")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

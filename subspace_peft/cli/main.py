@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import verbs
+from . import bundles, verbs
+from .bundles import DTYPES, add_bundle
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +69,28 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--no-modules-to-save", action="store_true", help="leave classifiers and the like out")
     export.set_defaults(run=verbs.export_lora)
 
+    add_bundle(add)
+
+    compress = add(
+        "compress", help="turn a fleet of LoRAs into a bundle",
+        description="Project LoRAs on a basis and pack them into one bundle; say what is kept, lost and saved.",
+    )  # fmt: skip
+    compress.add_argument("loras", nargs="+", metavar="LORA", help="LoRA folder, or Hub id with @revision")
+    compress.add_argument("--basis", required=True, help="folder or Hub id of the basis")
+    compress.add_argument("--out", required=True, metavar="FOLDER", help="the bundle's folder")
+    compress.add_argument(
+        "--min-energy", default="0.5", metavar="SHARE",
+        help="refuse an adapter of which less than this is kept, residual and all (default: %(default)s)",
+    )  # fmt: skip
+    compress.add_argument(
+        "--residual", type=int, default=0, metavar="RANK",
+        help="below the threshold, keep a residual of up to this rank (1 to 4 are usual)",
+    )  # fmt: skip
+    compress.add_argument("--skip-bad", action="store_true", help="leave refused adapters out, each with its reason")
+    compress.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
+    compress.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored numbers")
+    compress.set_defaults(run=bundles.compress)
+
     cache = add(
         "cache", help="list, verify or remove fetched bases", description="List, verify or remove the bases this machine has fetched.",
     )  # fmt: skip
@@ -104,9 +127,9 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (build, look, project, export, cache, demo, copy):
+    for verb in (build, look, project, export, compress, cache, demo, copy):
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
-    for verb in (build, project, export, demo):
+    for verb in (build, project, export, compress, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 

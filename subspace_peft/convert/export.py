@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from .._atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
+from ..build import Factors
 from ..errors import SubspaceError
 from ..tuner.saved import Task, read_task
 
@@ -61,7 +62,8 @@ def export_lora(
     module gets the same rank (zeros fill up) and ``lora_alpha = r``, so that no patterns are needed.
 
     Args:
-        task: folder or Hub id of a saved task, or a live PeftModel, exported at its configured scale (`set_scale` aside).
+        task: folder or Hub id of a saved task, a live PeftModel, exported at its configured scale (`set_scale` aside), or a `Task`,
+            such as a bundle's, whose residual goes along.
         out: the folder to write.
         adapter_name: which adapter of a live model; default the active one.
         basis: where the basis is, if not where the task's config says.
@@ -79,10 +81,13 @@ def export_lora(
     read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
     factors, kept, total = {}, 0.0, 0.0
     for name, core in read.cores.items():
-        factors[name] = lora_factors(read.modules[name], core, rank)
-        energy = float(core.square().sum())
-        total += energy
-        kept += energy if rank is None else float(torch.linalg.svdvals(core)[:rank].square().sum())
+        S = torch.linalg.svdvals(core)
+        if name in read.residual:
+            factors[name], S = _with_residual(lora_factors(read.modules[name], core), read.residual[name], rank)
+        else:
+            factors[name] = lora_factors(read.modules[name], core, rank)
+        total += float(S.square().sum())
+        kept += float(S[:rank].square().sum())
     r = _padded(max(B.shape[1] for B, _ in factors.values()), pad_to)
     tensors: dict[str, torch.Tensor] = {}
     for name, (B, A) in factors.items():
@@ -124,6 +129,15 @@ def lora_factors(
         P, S, Th = torch.linalg.svd(core, full_matrices=False)
         return U @ (P[:, :rank] * S[:rank]), Th[:rank] @ V
     return (U @ core, V) if core.shape[1] <= core.shape[0] else (U, core @ V)
+
+
+def _with_residual(
+    projected: tuple[torch.Tensor, torch.Tensor], residual: tuple[torch.Tensor, torch.Tensor], rank: int | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """``(B, A)`` of the sum, or of its best approximation of rank `rank`, and the sum's singular values."""
+    B, A = (torch.cat([one, two.double()], dim) for one, two, dim in zip(projected, residual, (1, 0), strict=True))
+    P, S, T = Factors(B, A).canonical()
+    return ((B, A) if rank is None or rank >= B.shape[1] else (P[:, :rank] * S[:rank], T[:, :rank].T)), S
 
 
 def _as_peft_has_it(

@@ -19,6 +19,7 @@ from ..build import Source, open_source
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner import SubspaceConfig
 from ..tuner.card import write_section
+from ..tuner.saved import Parts, Task
 from ..tuner.task_files import WEIGHTS_FILE
 
 # Relative error √(1 − energy): up to about 0.6 compressed LoRAs kept their function in Compress-then-Serve
@@ -76,19 +77,11 @@ class Projection:
             SubspaceError: the basis lives in memory only and would not be found again; or the LoRA has trained tensors that
                 a task cannot hold (token embeddings, biases of the base model).
         """
-        if self.basis.location is None:
-            raise SubspaceError(
-                "The projection refers to its basis, which has to be stored: `basis.save_pretrained(folder)` first."
-            )
-        folder = Path(folder)
-        names = {key: self.source.aliases.get(key, key) for key in self.source.keys}
-        by_basis = {self.basis.find(key): name for key, name in names.items()}
-        config = self._config(sorted(by_basis.values()))
-        tensors: dict[str, torch.Tensor] = {}
-        for name, core in self.cores.items():
+        task, folder = self.as_task(), Path(folder)
+        config, tensors = task.config, dict(task.extras)
+        for name, core in task.cores.items():
             scale = config.alpha / math.sqrt(core.numel())
-            tensors[f"base_model.model.{by_basis[name]}.subspace_coef.weight"] = (core / scale).float().contiguous()
-        tensors |= _extras(self.source)
+            tensors[f"base_model.model.{name}.subspace_coef.weight"] = (core / scale).float().contiguous()
         text = json.dumps({**config.to_dict(), "subspace_version": __version__}, indent=2, sort_keys=True) + "\n"
         write_all_aside(
             {
@@ -98,6 +91,18 @@ class Projection:
         )
         write_section(folder, config)
         return folder
+
+    def as_task(self) -> Task:
+        """The projection as a task. Raises as `save_pretrained`."""
+        if self.basis.location is None:
+            raise SubspaceError(
+                "The projection refers to its basis, which has to be stored: `basis.save_pretrained(folder)` first."
+            )
+        names = {key: self.source.aliases.get(key, key) for key in self.source.keys}
+        keys = {name: str(self.basis.find(key)) for key, name in names.items()}
+        config = self._config(sorted(keys))
+        cores = {name: self.cores[key] for name, key in keys.items()}
+        return Task(config, cores, Parts(config, self.basis, keys), _extras(self.source))
 
     def _config(self, targets: list[str]) -> SubspaceConfig:
         source = self.source.config

@@ -230,30 +230,58 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         write_aside(Path(file), lambda path: save_file({"cores": rows}, path, metadata=metadata))
         return Path(file)
 
-    def load(self, file: str | Path) -> list[str]:
-        """Add every task of a file that `save` wrote; those of the same names are replaced. Returns their names.
+    def load(self, file: str | Path, *, cores_only: bool = False) -> list[str]:
+        """Add every task of a file that `save` or `bundle_tasks` wrote; those of the same names are replaced. Returns their names.
+
+        Args:
+            file: the file; of a bundle in a folder ``folder/bundle.safetensors``, of one on the Hub `open_bundle(…).download()`.
+            cores_only: take the cores of tasks, too, whose trained modules or residuals a bank cannot hold, and leave these out.
 
         Raises:
             BadFileError: the file is damaged or no bank.
             BasisMismatchError: its tasks are on another basis, or have other modules or sizes.
+            SubspaceError: some of its tasks have what a bank cannot hold.
         """
+        own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
         try:
             with safe_open(file, framework="pt") as tensors:
                 index = json.loads((tensors.metadata() or {})["bank"])
+                names, modules = [str(name) for name in index["tasks"]], dict(index["modules"])
+                apart = [str(name) for name in index.get("apart", [])]
+                for name in apart:
+                    modules_of = index["entries"][name].get("modules", modules)
+                    if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
+                        raise BasisMismatchError(
+                            f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with "
+                            "`load_task`, or make a bundle without it."
+                        )
+                if apart and not cores_only:
+                    raise SubspaceError(
+                        f"{file}: {len(apart)} of its {len(names) + len(apart)} tasks, such as {apart[0]!r}, have trained modules or a "
+                        "residual, which a bank does not hold. Load these as adapters, with `load_task`; or take their cores alone, with "
+                        "cores_only=True."
+                    )
+                shape, width = tensors.get_slice("cores").get_shape(), sum(a * b for a, b in modules.values())
+                if shape != [len(names), width]:
+                    raise ValueError(f"cores of shape {shape} for {len(names)} tasks of {width} numbers")
                 rows = tensors.get_tensor("cores")
-            names, modules = [str(name) for name in index["tasks"]], index["modules"]
-            if rows.shape[0] != len(names):
-                raise ValueError(f"{rows.shape[0]} rows for {len(names)} tasks")
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+                more = [tensors.get_tensor(f"{number}/core") for number in range(len(apart))]
+                rows = torch.cat([rows, *(row[None].to(rows) for row in more)])
+        except SubspaceError:
+            raise
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise BadFileError(f"{file}: no bank that can be read ({error}). Fetch or save it again.") from error
-        own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
-        if index["basis_fingerprint"] != self.config.basis_fingerprint or list(modules.items()) != list(own.items()):
+        if index["basis_fingerprint"] != self.config.basis_fingerprint or modules != own:
             raise BasisMismatchError(
                 f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this bank's on "
                 f"{self.config.basis_fingerprint} in {len(own)}. They belong to another model or basis."
             )
         if not torch.isfinite(rows).all():
             raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
+        if list(modules) != list(own):
+            parts = dict(zip(modules, rows.split([a * b for a, b in modules.values()], dim=1), strict=True))
+            rows = torch.cat([parts[module] for module in own], dim=1)
+        names += apart
         taken = [self.slots[name] if name in self.slots else self._named(name) for name in names]
         self.rows[torch.tensor(taken, dtype=torch.long)] = rows.to(self.rows)
         return names

@@ -141,6 +141,13 @@ class SubspaceConfig(PeftConfig):
             "help": "Shapes of the adapted weights of embeddings and convolutions. Filled in when the adapter is made."
         },
     )
+    id2label: dict[int, str] | None = field(
+        default=None, metadata={"help": "Names of the classes of the task's own head, by index. Kept, not used."}
+    )
+    bundle: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Which bundle the task was loaded from: location, commit, name and sha256. Filled in then."},
+    )
     subspace_version: str | None = field(
         default=None, metadata={"help": "Version of subspace_peft that saved this file; None until it is saved."}
     )
@@ -155,6 +162,9 @@ class SubspaceConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         self._check_choices()
+        if self.id2label is not None:
+            # JSON makes texts of the indices
+            self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
         self._basis: SubspaceBasis | None = None
         self._plan: Any = None
         self._near: Path | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..basis import SubspaceBasis
 from ..basis.push import check_repo_id, fetch_readme, upload
 from ..basis.resolve import read_notes
 from ..errors import SubspaceError
@@ -87,28 +88,47 @@ def pin(
     basis = config.resolve()
     if basis is None:
         return
-    place = (basis.location, basis.revision) if basis.revision else None
-    if place is None:
-        notes = [
-            (str(note["location"]), note["revision"]) for note in read_notes(basis.fingerprint) if note["revision"]
-        ]
-        place = notes[0] if notes else None
-    if place is None and push_basis_to is not None:
-        place = (push_basis_to, basis.push_to_hub(push_basis_to, private=private, token=token))
+    remedy = f"make the task self-contained (model.peft_config[{name!r}].save_basis = True)"
+    place = place_on_hub(
+        basis, f"task {name!r}", remedy, push_basis_to=push_basis_to, force=force, private=private, token=token
+    )
     if place is not None:
         config.basis, config.basis_revision = place
-        return
+
+
+def place_on_hub(
+    basis: SubspaceBasis,
+    what: str,
+    remedy: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> tuple[str, str | None] | None:
+    """Repository and commit where others find `basis`, as far as this machine knows, or after pushing it there; None by force.
+
+    Raises:
+        SubspaceError: it is in a local folder or in memory only; names `what` needs it, and the remedies.
+    """
+    if basis.revision:
+        return str(basis.location), basis.revision
+    notes = [(str(note["location"]), note["revision"]) for note in read_notes(basis.fingerprint) if note["revision"]]
+    if notes:
+        return notes[0]
+    if push_basis_to is not None:
+        return push_basis_to, basis.push_to_hub(push_basis_to, private=private, token=token)
     where = "in memory only" if basis.location is None else f"only in {basis.location}"
     if force:
         warnings.warn(
-            f"The basis of task {name!r} is {where}: whoever loads the task has to say where it is, with basis=….",
-            stacklevel=2,
+            f"The basis of {what} is {where}: whoever loads it has to say where the basis is, with basis=….",
+            stacklevel=3,
         )
-        return
+        return None
     raise SubspaceError(
-        f"The basis of task {name!r} (fingerprint {basis.fingerprint}) is {where}, where nobody who loads the task from the Hub would find "
-        "it. Push it too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before), make the task self-contained "
-        f"(model.peft_config[{name!r}].save_basis = True), or push anyway with force=True."
+        f"The basis of {what} (fingerprint {basis.fingerprint}) is {where}, where nobody who loads it from the Hub would find "
+        f"it. Push the basis too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before), {remedy}, or push anyway "
+        "with force=True."
     )
 
 

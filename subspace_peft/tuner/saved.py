@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Task:
         cores: module → ``s·C(θ) + g·M`` (k_out, k_in) float64: the core in units of ΔW.
         modules: module → the part of the basis that it uses.
         extras: other saved tensors by key, such as a classifier's (`modules_to_save`).
+        residual: module → ``(B, A)``, (out, r) and (r, in): what is added to ``U core V``, where a bundle kept it; see `compress_fleet`.
     """
 
     config: SubspaceConfig
     cores: dict[str, torch.Tensor]
     modules: Mapping[str, ModuleBasis]
     extras: dict[str, torch.Tensor]
+    residual: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 def read_task(
@@ -42,7 +44,7 @@ def read_task(
     """Read a task.
 
     Args:
-        task: the folder or Hub id of a saved task, or a live PeftModel.
+        task: the folder or Hub id of a saved task, a live PeftModel, or a `Task`, which is given back.
         adapter_name: which adapter of a live model; default the active one.
         basis: where the basis is, if not where the task's config says.
         hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
@@ -50,6 +52,8 @@ def read_task(
     Raises:
         SubspaceError: it is no subspace task; and what `SubspaceConfig.from_pretrained` raises.
     """
+    if isinstance(task, Task):
+        return task
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
 
@@ -98,13 +102,13 @@ def _assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Ta
         known = {name: module_shape(module) for name, module in carried.items()}
     else:
         keys = {name: str(basis.find(name)) for name in coefficients}
-        parts_of, shapes = _Parts(config, basis, keys), basis.shapes()
+        parts_of, shapes = Parts(config, basis, keys), basis.shapes()
         known = {name: shapes[key] for name, key in keys.items()}
     cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
     return Task(config, cores, parts_of, extras)
 
 
-class _Parts(Mapping[str, ModuleBasis]):
+class Parts(Mapping[str, ModuleBasis]):
     """What the modules of a task use of the basis, read when asked for: cores alone often suffice."""
 
     def __init__(self, config: SubspaceConfig, basis: SubspaceBasis, keys: Mapping[str, str]) -> None:

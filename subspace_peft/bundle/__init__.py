@@ -1,0 +1,21 @@
+"""Many tasks on one basis in one file: packing, adding, reading one by one, pushing, and compressing a fleet of LoRAs into it."""
+
+from .bundle import Bundle, BundledTask, open_bundle
+from .compress import FleetReport, compress_fleet
+from .load import extract_task, extract_tasks, load_task
+from .push import push_bundle
+from .write import add_tasks, bundle_tasks
+
+__all__ = [
+    "Bundle",
+    "BundledTask",
+    "FleetReport",
+    "add_tasks",
+    "bundle_tasks",
+    "compress_fleet",
+    "extract_task",
+    "extract_tasks",
+    "load_task",
+    "open_bundle",
+    "push_bundle",
+]

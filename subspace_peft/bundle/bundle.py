@@ -1,0 +1,345 @@
+"""`Bundle`: many tasks on one basis in one file; each is read, and verified, without reading the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..basis import SubspaceBasis
+from ..basis.reference import looks_like_path, split_revision
+from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..tuner.config import SubspaceConfig
+from ..tuner.saved import Parts, Task
+from ..tuner.task_files import used_size
+from .layout import BUNDLE_FILE, DTYPES, Piece, parse_header, parse_length, width
+from .store import FileBytes, HubBytes, on_hub
+
+MOST_OPEN = 32
+
+
+@dataclass(frozen=True)
+class BundledTask:
+    """What a bundle's index says of a task.
+
+    Attributes:
+        name: in the bundle.
+        sha256: of its bytes.
+        bytes: how many these are.
+        source: `location`, `revision` and `sha256` of the file it was made from, as far as known.
+        metrics: its scores, as they were given.
+        id2label: names of its classes by index, or None.
+        modules_to_save: modules that were trained whole and go along, or None.
+        residual_rank: rank of what is added to the basis's part, 0 for none.
+        energy_kept: share of a projected LoRA's energy that the basis keeps, or None.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+    source: dict[str, Any]
+    metrics: dict[str, Any]
+    id2label: dict[int, str] | None
+    modules_to_save: list[str] | None
+    residual_rank: int
+    energy_kept: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """A task's tensors.
+
+    Attributes:
+        cores: module → (k_out, k_in) float, in units of ΔW.
+        extras: other tensors by their key in the task's file.
+        residual: module → ``(B, A)``, (out, r) and (r, in) float, added to ``U core V``.
+    """
+
+    cores: dict[str, torch.Tensor]
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    residual: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class Bundle(Mapping[str, BundledTask]):
+    """The tasks of a bundle by name, as its index has them; `read` gives a task's numbers. Made by `open_bundle`.
+
+    Attributes:
+        location: folder or Hub id.
+        revision: commit sha on the Hub, or None.
+        fingerprint: of the basis of all its tasks.
+        base_model: what they were trained on, or None.
+    """
+
+    def __init__(
+        self, store: FileBytes | HubBytes, location: str, near: Path | None, token: str | bool | None
+    ) -> None:
+        self.store, self.location, self.revision = store, location, store.revision
+        self._near, self._token = near, token
+        length = parse_length(store.read(0, min(8, store.size)), store.size, location)
+        self.pieces, self.index = parse_header(store.read(8, 8 + length), store.size, location)
+        self._rows = {name: number for number, name in enumerate(self.index["tasks"])}
+        self._apart = {name: number for number, name in enumerate(self.index["apart"])}
+        self._blocks: dict[int, dict[str, Piece]] = {}
+        for key, piece in self.pieces.items():
+            number, slash, rest = key.partition("/")
+            if slash and number.isdecimal():
+                self._blocks.setdefault(int(number), {})[rest] = piece
+        self.fingerprint: str = self.index["basis_fingerprint"]
+        self.base_model: str | None = self.index["config"].get("base_model_name_or_path")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._rows, *self._apart))
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._apart)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows or name in self._apart
+
+    def __repr__(self) -> str:
+        return f"Bundle({len(self)} tasks on basis {self.fingerprint[:12]}…, {self.location})"
+
+    def __getitem__(self, name: str) -> BundledTask:
+        entry = self.entry(name)
+        config = {**self.index["config"], **entry.get("config", {})}
+        labels = config.get("id2label")
+        start, end = self.span(name)
+        return BundledTask(
+            name, entry["sha256"], end - start, entry.get("source", {}), entry.get("metrics", {}),
+            None if labels is None else {int(index): str(label) for index, label in labels.items()},
+            config.get("modules_to_save"), int(entry.get("residual_rank", 0)), entry.get("energy_kept"),
+        )  # fmt: skip
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The index's own entry of a task. Raises `SubspaceError` where there is none of that name."""
+        if name not in self:
+            near = sorted(str(each) for each in self)[:5]
+            raise SubspaceError(
+                f"{self.location}: there is no task {name!r} among its {len(self)}, such as {', '.join(near) or '(none)'}. "
+                f"`subspace-peft bundle ls {self.location}` lists them."
+            )
+        return self.index["entries"][name]
+
+    def sizes(self, name: str) -> dict[str, tuple[int, int]]:
+        """Module → (k_out, k_in) of a task."""
+        return {module: (a, b) for module, (a, b) in self.entry(name).get("modules", self.index["modules"]).items()}
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Where a task's bytes begin and end in the file."""
+        if name in self._rows:
+            cores = self.pieces["cores"]
+            each = width(self.index["modules"]) * DTYPES[cores.dtype].itemsize
+            return cores.start + self._rows[name] * each, cores.start + (self._rows[name] + 1) * each
+        block = [piece for key, piece in self._block(name).items() if key != "pad"]
+        start, end = min(piece.start for piece in block), max(piece.end for piece in block)
+        if sum(piece.end - piece.start for piece in block) != end - start:
+            raise BadFileError(f"{self.location}: the tensors of task {name!r} do not lie together. Make it again.")
+        return start, end
+
+    def _block(self, name: str) -> dict[str, Piece]:
+        return self._blocks[self._apart[name]]
+
+    def tensors(self, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Key, dtype and shape of a task's tensors, in the order of its bytes."""
+        if name in self._rows:
+            return [("core", self.pieces["cores"].dtype, (width(self.sizes(name)),))]
+        block = sorted(self._block(name).items(), key=lambda item: (item[1].start, item[1].end))
+        return [(key, piece.dtype, piece.shape) for key, piece in block if key != "pad"]
+
+    # -- reading --------------------------------------------------------------------------------------------------------
+
+    def raw(self, name: str) -> bytes:
+        """A task's bytes, held against their hash: from the Hub in one request, and nothing else of the file.
+
+        Raises:
+            BadFileError: they are not there, or not those that were packed.
+        """
+        entry = self.entry(name)
+        data = self.store.read(*self.span(name))
+        found = hashlib.sha256(data).hexdigest()
+        if found != entry["sha256"]:
+            raise BadFileError(
+                f"{self.location}: task {name!r} has sha256 {found}, but the index says {entry['sha256']}. The file was altered or "
+                "damaged after it was written: fetch the bundle again, or replace the task in it."
+            )
+        return data
+
+    def read(self, name: str) -> Numbers:
+        """A task's numbers, verified; the basis is not needed.
+
+        Raises:
+            SubspaceError: there is no such task.
+            BadFileError: its bytes are damaged, or hold NaN or infinite values.
+        """
+        data = self.raw(name)
+        start, _ = self.span(name)
+        numbers = Numbers({})
+        if name in self._rows:
+            cores = self.pieces["cores"]
+            row = torch.frombuffer(bytearray(data), dtype=DTYPES[cores.dtype])
+        else:
+            row = torch.empty(0)
+            sides: dict[str, dict[str, torch.Tensor]] = {}
+            for key, piece in self._block(name).items():
+                if key == "pad":
+                    continue
+                value = _tensor(data[piece.start - start : piece.end - start], piece)
+                self._finite(name, key, value)
+                kind, _, rest = key.partition("/")
+                if kind == "core":
+                    row = value
+                elif kind == "extra":
+                    numbers.extras[rest] = value
+                else:
+                    sides.setdefault(rest, {})[kind] = value
+            numbers.residual.update({module: (pair["B"], pair["A"]) for module, pair in sides.items()})
+        self._finite(name, "core", row)
+        place = 0
+        for module, (k_out, k_in) in self.sizes(name).items():
+            numbers.cores[module] = row[place : place + k_out * k_in].view(k_in, k_out).T
+            place += k_out * k_in
+        return numbers
+
+    def _finite(self, name: str, key: str, value: torch.Tensor) -> None:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise BadFileError(
+                f"{self.location}: {key} of task {name!r} holds NaN or infinite values. Leave it out, or train it again."
+            )
+
+    def config(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> SubspaceConfig:
+        """A task's configuration: `core` coefficients, its basis pinned by fingerprint, the bundle and its commit recorded.
+
+        Args:
+            name: the task.
+            basis: where the basis is, if not where the bundle says.
+        """
+        entry = self.entry(name)
+        known = {each.name for each in dataclasses.fields(SubspaceConfig)}
+        given = {**self.index["config"], **entry.get("config", {}), "basis_fingerprint": self.fingerprint}
+        try:
+            config = SubspaceConfig(**{key: value for key, value in given.items() if key in known})
+        except (TypeError, AttributeError, ValueError) as error:
+            raise BadFileError(f"{self.location}: the configuration of task {name!r} is damaged: {error}") from error
+        config.bundle = {
+            "location": self.location, "revision": self.revision, "task": name, "sha256": entry["sha256"],
+        }  # fmt: skip
+        config._near, config._token = self._near, self._token
+        if basis is not None:
+            config.basis = basis if isinstance(basis, SubspaceBasis) else str(basis)
+            config.basis_revision, config._given = None, True
+        return config
+
+    def task(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> Task:
+        """A task with its basis found and verified, as `export_lora` and the rest take it.
+
+        Raises:
+            SubspaceError, BadFileError: see `read`.
+            BasisNotFoundError, BasisMismatchError: the basis is nowhere, or not the one of this bundle.
+        """
+        numbers, config = self.read(name), self.config(name, basis)
+        found = config.resolve()
+        if found is None:
+            raise BadFileError(f"{self.location}: its index does not say which basis it is on. Make it again.")
+        keys, shapes = {}, found.shapes()
+        for module, core in numbers.cores.items():
+            key = found.find(module)
+            size = None if key is None else used_size(config, module, shapes[key]["k_out"], shapes[key]["k_in"])
+            if key is None or size != tuple(core.shape):
+                raise BasisMismatchError(
+                    f"{self.location}: task {name!r} has a core {tuple(core.shape)} in module {module!r}, its basis "
+                    f"{self.fingerprint} {size or 'nothing'}. The bundle was altered: fetch or make it again."
+                )
+            for side, (axis, part) in zip(numbers.residual.get(module, ()), ((0, "out"), (1, "in")), strict=False):
+                if side.dim() != 2 or side.shape[axis] != shapes[key][part]:
+                    raise BasisMismatchError(
+                        f"{self.location}: task {name!r} has a residual {tuple(side.shape)} in module {module!r}, whose {part} is "
+                        f"{shapes[key][part]}. The bundle was altered: fetch or make it again."
+                    )
+            keys[module] = key
+        cores = {module: core.double() for module, core in numbers.cores.items()}
+        return Task(config, cores, Parts(config, found, keys), numbers.extras, numbers.residual)
+
+    def verify(self) -> dict[str, str]:
+        """Read every task: name → what is wrong with it, for those that are damaged."""
+        from tqdm.auto import tqdm
+
+        wrong = {}
+        for name in tqdm(self, desc="verifying", unit="task", delay=2):
+            try:
+                self.read(name)
+            except BadFileError as error:
+                wrong[name] = str(error)
+        return wrong
+
+    def download(self) -> Path:
+        """The whole file on this machine, fetched into huggingface_hub's cache where it is on the Hub: for `TaskBank.load`, and for
+        machines that will be offline."""
+        return self.store.local()
+
+
+def _tensor(data: bytes, piece: Piece) -> torch.Tensor:
+    if not data:
+        return torch.empty(piece.shape, dtype=DTYPES[piece.dtype])
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[piece.dtype]).view(piece.shape)
+
+
+_opened: OrderedDict[tuple[Any, ...], Bundle] = OrderedDict()
+
+
+def open_bundle(
+    path_or_id: str | Path | Bundle,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Bundle:
+    """Open a bundle: reads its header, which holds the index. One that this process has open is not read again; a branch of the Hub
+    therefore stays at the commit that was seen first, until `reopen_bundle`.
+
+    Args:
+        path_or_id: folder of a bundle, its file, or a Hub id, with ``@revision`` if wanted.
+        revision: branch, tag or commit sha on the Hub.
+        token, cache_dir: as in huggingface_hub.
+
+    Raises:
+        SubspaceError: there is none.
+        BadFileError: it is truncated, damaged, of a newer format, or has a task whose name could not be a folder's.
+    """
+    if isinstance(path_or_id, Bundle):
+        return path_or_id
+    text = str(path_or_id)
+    file = Path(text).expanduser()
+    file = file / BUNDLE_FILE if file.is_dir() else file
+    if file.is_file() or file.name == BUNDLE_FILE or looks_like_path(text):
+        local, folder = FileBytes(file), file.parent.resolve()
+        key: tuple[Any, ...] = (folder, file.name, local.state)
+        return _known(key, lambda: Bundle(local, str(folder), folder, token))
+    repo_id, at = split_revision(text)
+    key = (repo_id, revision or at, token, None if cache_dir is None else str(cache_dir))
+    return _known(key, lambda: Bundle(on_hub(repo_id, revision or at, token, cache_dir), repo_id, None, token))
+
+
+def reopen_bundle(bundle: Bundle) -> Bundle:
+    """The bundle as it is now: a branch of the Hub may have moved on since this process opened it."""
+    key = next((key for key, each in _opened.items() if each is bundle), None)
+    if key is None or isinstance(bundle.store, FileBytes):
+        return bundle
+    del _opened[key]
+    repo_id, revision, token, cache_dir = key
+    return open_bundle(repo_id, revision=revision, token=token, cache_dir=cache_dir)
+
+
+def _known(key: tuple[Any, ...], make: Callable[[], Bundle]) -> Bundle:
+    found = _opened.get(key)
+    if found is None:
+        found = _opened[key] = make()
+    _opened.move_to_end(key)
+    while len(_opened) > MOST_OPEN:
+        _opened.popitem(last=False)
+    return found

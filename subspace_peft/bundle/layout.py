@@ -1,0 +1,169 @@
+"""What lies where in a bundle's file: a safetensors header, held against the file's size before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import BadFileError, SubspaceError
+from ..tuner.mixed import BASE
+
+BUNDLE_FILE = "bundle.safetensors"
+FORMAT_VERSION = 1
+HEADER_LIMIT = 100_000_000  # as in safetensors itself
+NAME_LIMIT = 200
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the file.
+
+    Attributes:
+        dtype: safetensors' name of it.
+        shape: its sizes.
+        start, end: its bytes, counted from the file's beginning.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def check_name(name: object, where: str = "") -> str:
+    """`name`, where a task may be called so: it becomes a folder's name on extraction.
+
+    Raises:
+        SubspaceError: it is no text, empty, too long, means another folder, holds a separator or a control character, or means the
+            base model.
+    """
+    bad = (
+        not isinstance(name, str)
+        or not 0 < len(name) <= NAME_LIMIT
+        or name.startswith(".")
+        or name == BASE
+        or re.search(r'[\\/:*?"<>|\x00-\x1f\x7f]', name)
+        or name != name.strip()
+    )
+    if bad:
+        raise SubspaceError(
+            f"{where}{name!r} cannot be a task's name, which is also a folder's: give up to {NAME_LIMIT} characters without "
+            f'separators and any of :*?"<>|, not beginning with a dot, and not {BASE!r}.'
+        )
+    return str(name)
+
+
+def parse_length(data: bytes, size: int, where: str) -> int:
+    """Bytes of the header, from the file's first eight.
+
+    Raises:
+        BadFileError: they claim more than the file of `size` bytes holds, or than any header may.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length < 2 or length > min(size - 8, HEADER_LIMIT):
+        raise BadFileError(
+            f"{where}: its header claims {length:,} bytes in a file of {size:,}. It is truncated or no bundle: fetch or make it again."
+        )
+    return length
+
+
+def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, Piece], dict[str, Any]]:
+    """Tensors by name and the index, from a header's JSON.
+
+    Args:
+        data: the header, without its length.
+        size: of the whole file, in bytes.
+        where: for messages.
+
+    Raises:
+        BadFileError: no bundle, a newer format, or tensors that are not what their offsets, shapes and the file's size say.
+    """
+    try:
+        header = json.loads(data)
+        metadata = header.pop("__metadata__")
+        pieces = {name: _piece(name, entry, 8 + len(data), size) for name, entry in header.items()}
+        index = json.loads(metadata["bank"])
+        if "config" not in index:
+            raise ValueError("it is a bank's file; `bundle_tasks(bank, folder)` makes a bundle of a bank")
+        if index["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {index['format_version']}, this subspace_peft reads {FORMAT_VERSION}")
+        _check_index(index, pieces)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadFileError(
+            f"{where}: no bundle that can be read ({type(error).__name__}: {error}). Fetch it again, or make it with `bundle_tasks`."
+        ) from error
+    return pieces, index
+
+
+def _piece(name: str, entry: Mapping[str, Any], base: int, size: int) -> Piece:
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = (*shape, begin, end)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
+        raise ValueError(f"{name} has sizes that are no whole numbers")
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {dtype}")
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin or base + end > size:
+        raise ValueError(f"{name} claims {shape} of {dtype} in bytes {begin} to {end} of a file of {size}")
+    return Piece(dtype, tuple(shape), base + begin, base + end)
+
+
+def _check_index(index: Mapping[str, Any], pieces: Mapping[str, Piece]) -> None:
+    names = [*index["tasks"], *index["apart"]]
+    if len(set(names)) != len(names):
+        raise ValueError("two tasks have one name")
+    for name in names:
+        check_name(name)
+        if not isinstance(index["entries"][name]["sha256"], str):
+            raise ValueError(f"task {name!r} has no sha256")
+    if not isinstance(index["basis_fingerprint"], str) or not isinstance(index["config"], dict):
+        raise ValueError("it does not say which basis it is on")
+    for modules in (
+        index["modules"],
+        *(entry["modules"] for entry in index["entries"].values() if "modules" in entry),
+    ):
+        for module, side in modules.items():
+            if len(side) != 2 or not all(isinstance(k, int) and k > 0 for k in side):
+                raise ValueError(f"module {module!r} has sizes {side}")
+    cores = pieces["cores"]
+    if cores.shape != (len(index["tasks"]), width(index["modules"])):
+        raise ValueError(
+            f"cores has shape {cores.shape}, for {len(index['tasks'])} tasks of {width(index['modules'])} numbers"
+        )
+    for number, name in enumerate(index["apart"]):
+        wanted = (width(index["entries"][name].get("modules", index["modules"])),)
+        if pieces[f"{number}/core"].shape != wanted:
+            raise ValueError(f"task {name!r} has a core of shape {pieces[f'{number}/core'].shape}, not {wanted}")
+
+
+def width(modules: Mapping[str, Iterable[int]]) -> int:
+    """Numbers of a task with cores of these sizes, module → (k_out, k_in)."""
+    return sum(math.prod(size) for size in modules.values())
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], index: Mapping[str, Any]) -> bytes:
+    """Length and header of a file with these tensors (name, dtype, shape), one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"bank": json.dumps(index, sort_keys=True, allow_nan=False)}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise SubspaceError(
+            f"The index of {len(index['entries']):,} tasks has {len(text):,} bytes, more than safetensors allows."
+        )
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,193 @@
+"""One task out of a bundle: as an adapter of a model, or as a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.mixed_model import PeftMixedModel
+from safetensors.torch import save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from .._atomic import write_all_aside
+from ..basis import SubspaceBasis
+from ..convert.export import export_lora
+from ..errors import SubspaceError
+from ..tuner.card import write_section
+from ..tuner.config import SubspaceConfig
+from ..tuner.task_files import WEIGHTS_FILE
+from .bundle import Bundle, open_bundle, reopen_bundle
+from .layout import check_name
+
+
+def load_task(
+    model: nn.Module,
+    bundle: str | Path | Bundle,
+    task: str,
+    adapter_name: str | None = None,
+    *,
+    as_lora: bool | None = None,
+    basis: SubspaceBasis | str | Path | None = None,
+    is_trainable: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    **loading: Any,
+) -> PeftModel | PeftMixedModel:
+    """Make one task of a bundle an adapter of the model, as `model.load_adapter` does, reading no other task. Its trained modules
+    (a classifier) come with it; `model.peft_config[adapter_name]` says what it is: `id2label`, `bundle` (place, commit, name, sha256) and
+    the basis's fingerprint.
+
+    Args:
+        model: a PeftModel, which is changed; or a plain model, around which one is made.
+        bundle: folder, file or Hub id of a bundle, or an open one.
+        task: the name in it.
+        adapter_name: default that name, with ``_`` for dots, which torch allows in no module's name.
+        as_lora: load it as a stock LoRA (projection and residual in one, exact) instead of a subspace adapter. None: only where it has
+            a residual, which a subspace adapter does not hold. False leaves a residual out.
+        basis: where the basis is, if not where the bundle says.
+        is_trainable: whether it may be trained.
+        revision: branch, tag or commit sha on the Hub; `token`, `cache_dir` as in huggingface_hub.
+        loading: for PEFT's `load_adapter`, such as `torch_device` or `low_cpu_mem_usage`.
+
+    Returns:
+        The PeftModel. As in PEFT, a further adapter is not made the active one.
+
+    Raises:
+        SubspaceError: no such bundle or task, the adapter's name is taken, or the model holds adapters of another method.
+        BadFileError: the task's bytes are damaged.
+        BasisNotFoundError, BasisMismatchError: as with `PeftModel.from_pretrained`, before the model is touched.
+    """
+    found = _find(bundle, task, revision, token, cache_dir)
+    name = adapter_name or task.replace(".", "_")
+    wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
+    _check_model(model, found, task, name, wants_lora)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "task")
+        # held until the model holds it: PEFT reads the configuration from a folder, and finds the basis in this process
+        held = _write(found, task, folder, wants_lora, basis)
+        if isinstance(model, (PeftModel, PeftMixedModel)):
+            model.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
+        else:
+            model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=is_trainable, **loading)
+    config = model.peft_config[name]
+    if isinstance(config, SubspaceConfig) and held is not None:
+        config._near, config._token = held._near, held._token
+    return model
+
+
+def extract_task(
+    bundle: str | Path | Bundle,
+    task: str,
+    folder: str | Path,
+    *,
+    as_lora: bool | None = None,
+    basis: SubspaceBasis | str | Path | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Write one task of a bundle as a stock PEFT adapter folder, a subspace task or a LoRA (`as_lora`, as in `load_task`).
+
+    Returns:
+        The folder.
+
+    Raises:
+        As `load_task`; also `OSError` where the disk refuses, and an earlier folder stays as it was.
+    """
+    found = _find(bundle, task, revision, token, cache_dir)
+    folder = Path(folder)
+    if folder.is_file():
+        raise SubspaceError(f"{folder} is a file; a task is written into a folder.")
+    wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
+    held = _write(found, task, folder, wants_lora, basis, aside=True)
+    if held is not None:
+        write_section(folder, held)
+    return folder
+
+
+def extract_tasks(
+    bundle: str | Path | Bundle,
+    out: str | Path,
+    tasks: Iterable[str] | None = None,
+    *,
+    progress: bool = True,
+    **how: Any,
+) -> list[Path]:
+    """`extract_task` for several tasks, by default all, each into a folder of its name in `out`. Raises as it does."""
+    opened = {key: how.pop(key) for key in ("revision", "token", "cache_dir") if key in how}
+    found = open_bundle(bundle, **opened)
+    names = list(found) if tasks is None else list(tasks)
+    for name in names:
+        found.entry(name)
+    bar = tqdm(names, desc="extracting", unit="task", delay=2, disable=not progress)
+    return [extract_task(found, name, Path(out, check_name(name)), **how) for name in bar]
+
+
+def _find(bundle: Any, task: str, revision: Any, token: Any, cache_dir: Any) -> Bundle:
+    found = open_bundle(bundle, revision=revision, token=token, cache_dir=cache_dir)
+    if task not in found and not isinstance(bundle, Bundle):
+        # added to the branch since it was opened
+        found = reopen_bundle(found)
+    found.entry(task)
+    return found
+
+
+def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora: bool) -> None:
+    known: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    if known and not isinstance(model, (PeftModel, PeftMixedModel)):
+        raise SubspaceError(
+            f"{type(model).__name__} has injected adapters. Extract the task, with `extract_task`, and load its folder with "
+            "`subspace_peft.load_adapter`."
+        )
+    if name in known:
+        raise SubspaceError(
+            f"The model has an adapter {name!r} already: give another adapter_name, or delete it first."
+        )
+    wanted = "LORA" if as_lora else "SUBSPACE"
+    others = sorted(
+        {str(getattr(config.peft_type, "value", config.peft_type)) for config in known.values()} - {wanted}
+    )
+    if others and not isinstance(model, PeftMixedModel):
+        why = "has a residual and so is loaded as a LoRA" if as_lora else "is a subspace adapter"
+        remedy = (
+            "as_lora=False leaves the residual out" if as_lora else "as_lora=True loads it as one, where LoRAs are"
+        )
+        raise SubspaceError(
+            f"{bundle.location}: task {task!r} {why}, and the model holds {', '.join(others)}. Load it into a model of its own or into a "
+            f"PeftMixedModel; {remedy}."
+        )
+
+
+def _write(
+    bundle: Bundle, task: str, folder: Path, as_lora: bool, basis: Any, aside: bool = False
+) -> SubspaceConfig | None:
+    """Write the adapter's two files; of a subspace task, its configuration, which holds the basis."""
+    if as_lora:
+        export_lora(bundle.task(task, basis), folder)
+        return None
+    config, numbers = bundle.config(task, basis), bundle.read(task)
+    config.resolve()
+    tensors = {
+        f"base_model.model.{module}.subspace_coef.weight": (core.double() * (math.sqrt(core.numel()) / config.alpha)).float().contiguous()
+        for module, core in numbers.cores.items()
+    }  # fmt: skip
+    tensors |= numbers.extras
+    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    writers: dict[Path, Callable[[Path], object]] = {
+        folder / WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    if aside:
+        write_all_aside(writers)
+    else:
+        folder.mkdir(parents=True)
+        for path, write in writers.items():
+            write(path)
+    return config

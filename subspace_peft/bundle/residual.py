@@ -1,0 +1,47 @@
+"""What a basis does not keep of a LoRA's update, and its best low-rank part: in factored form, never out × in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..basis import ModuleBasis
+from ..build import Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """``R = ΔW − U C V`` of one module, as a thin SVD ``P diag(S) Tᵀ``.
+
+    Attributes:
+        P: (out, n) float64, orthonormal columns.
+        S: (n,) float64, descending; Σ S² is what the projection lost of ‖ΔW‖².
+        T: (in, n) float64, orthonormal columns.
+    """
+
+    P: torch.Tensor
+    S: torch.Tensor
+    T: torch.Tensor
+
+    def energy(self, rank: int) -> float:
+        """‖R‖² of its best approximation of this rank."""
+        return float(self.S[:rank].square().sum())
+
+    def lost(self, rank: int) -> float:
+        """‖R‖² of the rest."""
+        return float(self.S[rank:].square().sum())
+
+    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(B, A)``, (out, r) and (r, in) float64, of the best approximation of this rank."""
+        return self.P[:, :rank] * self.S[:rank], self.T[:, :rank].T
+
+
+def residual_of(module: ModuleBasis, update: Factors, core: torch.Tensor) -> Residual:
+    """The residual of an update ``B A`` projected to ``U core V``.
+
+    ``R = [B, −U·core] [A; V]``: QR of both stacks, and an SVD of their small product, (r + k) × (r + k).
+    """
+    U, V, core = module.U.double(), module.V.double(), core.double()
+    B, A = (update.B, -U @ core), (update.A, V)
+    return Residual(*Factors(torch.cat(B, dim=1), torch.cat(A)).canonical())

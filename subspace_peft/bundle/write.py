@@ -1,0 +1,340 @@
+"""Tasks → a bundle; more tasks into a bundle, whose bytes are copied, verified, and only replaced when the new file is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .._atomic import write_aside
+from .._version import __version__
+from ..basis import SubspaceBasis
+from ..basis.files import write_card
+from ..basis.module import FLOAT_DTYPES, tensor_bytes
+from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..tuner.saved import Task
+from .bundle import Bundle, open_bundle
+from .card import bundle_card
+from .layout import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width
+from .named import Named, named_tasks
+
+# what is the same for every task of a bundle, whatever the tasks said: their cores are stored, not how these were trained
+PLAIN = {
+    "coefficients": "core", "mean_gain": "none", "start": "zero", "r": 8, "dropout": 0.0, "seed": 0, "save_basis": None,
+    "basis_modules": None, "init_weights": True, "inference_mode": True, "exclude_modules": None, "layers_to_transform": None,
+    "layers_pattern": None, "bundle": None,
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Packed:
+    """A task on its way into a bundle's file.
+
+    Attributes:
+        name: in the bundle.
+        config: its whole configuration, as JSON has it.
+        modules: module → [k_out, k_in], in the order of its numbers.
+        tensors: (key, dtype, shape), the first being the core, in the order of their bytes; one alone can be a row.
+        data: gives the bytes.
+        entry: what the index says beside.
+    """
+
+    name: str
+    config: dict[str, Any]
+    modules: dict[str, list[int]]
+    tensors: list[tuple[str, str, tuple[int, ...]]]
+    data: Callable[[], bytes]
+    entry: dict[str, Any] = field(default_factory=dict)
+
+
+def bundle_tasks(
+    tasks: Any,
+    out: str | Path,
+    *,
+    basis: SubspaceBasis | str | Path | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    id2label: Mapping[str, Mapping[int, str]] | None = None,
+    dtype: torch.dtype = torch.float32,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> Bundle:
+    """Pack tasks on one basis into one file.
+
+    Args:
+        tasks: a list of saved tasks (folders, Hub ids with ``@revision``), of PeftModels (all their subspace adapters), `TaskBank`s
+            (all their tasks), `Projection`s and `Task`s; or a mapping, name → such a task. Without names, a folder's or repository's
+            own last part is the name.
+        out: the folder to write; a bundle that is there is replaced when the new one is whole.
+        basis: where the basis is, if not where the tasks say.
+        metrics: name → scores to record, JSON-ready.
+        id2label: name → names of the classes, where the task's own config does not have them.
+        dtype: of the stored cores, in units of ΔW; trained modules keep theirs.
+        token: as in huggingface_hub.
+        progress: show a bar where it takes longer than two seconds.
+
+    Raises:
+        BasisMismatchError: the tasks are on different bases; names them.
+        SubspaceError: no tasks, two of one name, a name that could not be a folder's, a basis in memory only, metrics for nobody.
+        BadFileError: NaN or infinite values; names the task.
+        OSError: the disk refuses; an earlier bundle stays.
+    """
+    packed = _pack_all(tasks, basis, metrics, id2label, dtype, token, progress)
+    if not packed:
+        raise SubspaceError("A bundle needs at least one task; none was given.")
+    return write_bundle(packed, Path(out), dtype)
+
+
+def add_tasks(
+    bundle: str | Path | Bundle,
+    tasks: Any,
+    *,
+    replace: bool = False,
+    basis: SubspaceBasis | str | Path | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    id2label: Mapping[str, Mapping[int, str]] | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> Bundle:
+    """Add tasks to a bundle in a folder. What is in it is copied byte for byte, and verified; the file is replaced when the new one is
+    whole, so a failure leaves it as it was.
+
+    Args:
+        bundle: its folder.
+        replace: whether tasks may take the place of those that have their names.
+        tasks, basis, metrics, id2label, token, progress: as in `bundle_tasks`.
+
+    Raises:
+        As `bundle_tasks`; also
+        SubspaceError: a name is taken, or the bundle is on the Hub.
+        BadFileError: a task that is in the bundle is damaged.
+    """
+    folder = Path(bundle.location if isinstance(bundle, Bundle) else bundle).expanduser()
+    if not (folder / BUNDLE_FILE).is_file():
+        raise SubspaceError(
+            f"{folder}: there is no {BUNDLE_FILE} to add to. Make a bundle with `bundle_tasks`; one on the Hub is fetched, added to, "
+            "and pushed again."
+        )
+    with _locked(folder):
+        old = open_bundle(folder)
+        dtype = next(dtype for dtype, name in NAMES.items() if name == old.pieces["cores"].dtype)
+        packed = _pack_all(tasks, basis, metrics, id2label, dtype, token, progress)
+        new = {each.name for each in packed}
+        taken = sorted(name for name in new if name in old)
+        if taken and not replace:
+            raise SubspaceError(
+                f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Name it otherwise, with a "
+                "mapping of names to tasks, or replace it with replace=True (--replace)."
+            )
+        return write_bundle([*(kept(old, name) for name in old if name not in new), *packed], folder, dtype, old)
+
+
+def write_bundle(
+    packed: Sequence[Packed],
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    old: Bundle | None = None,
+    basis: tuple[str, str | None] | None = None,
+) -> Bundle:
+    """Write `bundle.safetensors` and a card into `folder`: like `old` in what is common to all tasks, and with `basis` (location, commit)
+    as its basis's place, where given. Raises as `bundle_tasks`."""
+    if folder.is_file():
+        raise SubspaceError(f"{folder} is a file; a bundle is written into a folder.")
+    index = _index(packed, None if old is None else old.index)
+    if basis is not None:
+        index["config"] = {**index["config"], "basis": basis[0], "basis_revision": basis[1]}
+    rows = index["tasks"]
+    tensors = [("cores", NAMES[dtype], (len(rows), width(index["modules"])))]
+    place = len(rows) * width(index["modules"]) * dtype.itemsize
+    by_name = {each.name: each for each in packed}
+    parts: list[Callable[[], bytes]] = [by_name[name].data for name in rows]
+    for number, name in enumerate(index["apart"]):
+        task = by_name[name]
+        if gap := -place % 8:
+            # every tensor lies where its dtype may lie
+            tensors.append((f"{number}/pad", "U8", (gap,)))
+            parts.append(lambda gap=gap: bytes(gap))
+        tensors += [(f"{number}/{key}", kind, shape) for key, kind, shape in task.tensors]
+        parts.append(task.data)
+        place += gap + task.entry["bytes"]
+    entries = {
+        name: {key: value for key, value in entry.items() if key != "bytes"}
+        for name, entry in index["entries"].items()
+    }
+    header = encode_header(tensors, {**index, "entries": entries})
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as stream:
+            stream.write(header)
+            for part in parts:
+                stream.write(part())
+
+    write_aside(folder / BUNDLE_FILE, write)
+    made = open_bundle(folder)
+    write_card(folder, bundle_card(made))
+    return made
+
+
+def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Which tasks are rows, which lie apart, and what is common to all. A bundle that is there keeps its own order of modules."""
+    first = packed[0]
+    modules = first.modules if old is None else old["modules"]
+    common = first.config if old is None else old["config"]
+    fingerprint = common["basis_fingerprint"]
+    index: dict[str, Any] = {
+        "format_version": FORMAT_VERSION, "subspace_peft_version": __version__, "basis_fingerprint": fingerprint,
+        "modules": modules, "config": common, "tasks": [], "apart": [], "entries": {},
+    }  # fmt: skip
+    for task in packed:
+        if task.config["basis_fingerprint"] != fingerprint:
+            raise BasisMismatchError(
+                f"Task {task.name!r} is on the basis {task.config['basis_fingerprint']}, {first.name!r} and so the bundle on "
+                f"{fingerprint}. Make a bundle of its own for it."
+            )
+        place = ("basis", "basis_revision")
+        differs = {key: value for key, value in task.config.items() if key not in place and common.get(key) != value}
+        entry = {**task.entry, **({"config": differs} if differs else {})}
+        same = list(task.modules.items()) == list(modules.items())
+        if not same:
+            entry["modules"] = task.modules
+        index["tasks" if same and len(task.tensors) == 1 else "apart"].append(task.name)
+        index["entries"][task.name] = entry
+    return index
+
+
+# -- packing ------------------------------------------------------------------------------------------------------------
+
+
+def _pack_all(
+    tasks: Any,
+    basis: Any,
+    metrics: Mapping[str, Mapping[str, Any]] | None,
+    id2label: Mapping[str, Mapping[int, str]] | None,
+    dtype: torch.dtype,
+    token: str | bool | None,
+    progress: bool,
+) -> list[Packed]:
+    if dtype not in FLOAT_DTYPES:
+        raise SubspaceError(f"dtype={dtype}: cores are stored as floats.")
+    packed: dict[str, Packed] = {}
+    for named in _bar(named_tasks(tasks, basis=basis, token=token), progress):
+        if named.name in packed:
+            raise SubspaceError(
+                f"Two tasks are called {named.name!r} ({packed[named.name].entry['source'].get('location')} and "
+                f"{named.source.get('location')}). Give a mapping, name → task."
+            )
+        given = {"metrics": (metrics or {}).get(named.name), "id2label": (id2label or {}).get(named.name)}
+        packed[named.name] = pack(named, dtype, **given)
+    for what, known in (("metrics", metrics), ("id2label", id2label)):
+        if unknown := sorted(set(known or {}) - set(packed)):
+            raise SubspaceError(f"{what} are given for {unknown[0]!r}, which is none of the tasks' names.")
+    return list(packed.values())
+
+
+def _bar(tasks: Iterable[Named], progress: bool) -> Iterator[Named]:
+    yield from tqdm(tasks, desc="packing tasks", unit="task", delay=2, disable=not progress)
+
+
+def pack(
+    named: Named,
+    dtype: torch.dtype = torch.float32,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    id2label: Mapping[int, str] | None = None,
+    **entry: Any,
+) -> Packed:
+    """One task's bytes, and what the index says of it; `entry` goes into the index as well."""
+    name, task = check_name(named.name), named.task
+    modules = sorted(task.cores, key=_natural)
+    row = torch.cat([task.cores[module].T.reshape(-1) for module in modules]).to(dtype)
+    tensors = {"core": row}
+    tensors |= {f"extra/{key}": value for key, value in sorted(task.extras.items())}
+    for module, (B, A) in sorted(task.residual.items()):
+        tensors |= {f"B/{module}": B.to(dtype), f"A/{module}": A.to(dtype)}
+    for key, value in tensors.items():
+        if value.dtype not in NAMES:
+            raise SubspaceError(f"Task {name!r}: {key} has dtype {value.dtype}, which a bundle does not hold.")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise BadFileError(
+                f"Task {name!r}: {key} holds NaN or infinite values (in {value.dtype}). Leave it out, or train it again."
+            )
+    # wide numbers first, so that within a task's bytes every tensor lies where its dtype may lie; a lone core stays first
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
+    data = b"".join(tensor_bytes(tensors[key]) for key in order)
+    more = {"source": named.source, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **entry}
+    if task.residual:
+        more["residual_rank"] = max(B.shape[1] for B, _ in task.residual.values())
+    if metrics is not None:
+        more["metrics"] = dict(metrics)
+    config = _config(task, name, id2label)
+    try:
+        json.dumps(more, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SubspaceError(
+            f"Task {name!r}: its metrics are no JSON ({error}). Give finite numbers and texts."
+        ) from error
+    return Packed(
+        name, config, {module: list(task.cores[module].shape) for module in modules},
+        [(key, NAMES[tensors[key].dtype], tuple(tensors[key].shape)) for key in order], lambda: data, more,
+    )  # fmt: skip
+
+
+def _natural(name: str) -> list[Any]:
+    # layer 2 before layer 10, as models have them
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def kept(bundle: Bundle, name: str) -> Packed:
+    """A task that is in a bundle, its bytes verified when they are asked for."""
+    entry = {key: value for key, value in bundle.entry(name).items() if key not in ("config", "modules")}
+    start, end = bundle.span(name)
+    config = {**bundle.index["config"], **bundle.entry(name).get("config", {})}
+    return Packed(
+        name, config, {module: list(size) for module, size in bundle.sizes(name).items()}, bundle.tensors(name),
+        lambda: bundle.raw(name), {**entry, "bytes": end - start},
+    )  # fmt: skip
+
+
+def _config(task: Task, name: str, id2label: Mapping[int, str] | None) -> dict[str, Any]:
+    basis = task.config.resolve()
+    if basis is None:
+        raise SubspaceError(
+            f"Task {name!r} carries its basis in its own file. A bundle refers to a stored one: save that basis by itself, and say "
+            "where it is with basis=…."
+        )
+    if basis.location is None:
+        raise SubspaceError(
+            f"The basis of task {name!r} lives in memory only: `basis.save_pretrained(folder)` before the tasks are packed."
+        )
+    config = {
+        **task.config.to_dict(), **PLAIN, "target_modules": sorted(task.cores), "subspace_version": __version__,
+        "basis": basis.location, "basis_revision": basis.revision, "basis_fingerprint": basis.fingerprint,
+    }  # fmt: skip
+    if id2label is not None:
+        config["id2label"] = {int(index): str(label) for index, label in id2label.items()}
+    return json.loads(json.dumps(config))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer of a folder at a time: of two that add at once, the second adds to what the first one wrote."""
+    import os
+
+    try:
+        import fcntl
+    except ImportError:
+        # no such locks on this system; the file is whole all the same, whoever comes last
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

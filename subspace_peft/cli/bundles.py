@@ -1,0 +1,191 @@
+"""``subspace-peft bundle …`` and ``compress``: their arguments, and what they print. Imports happen inside."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import SubspaceError
+from .verbs import _json, _number
+
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
+
+
+def add_bundle(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """The verb ``bundle`` with its own verbs."""
+    top = add("bundle", help="pack tasks into one file", description="Pack tasks into one file; list, add, extract.")
+    verb = top.add_subparsers(dest="what", metavar="WHAT", required=True).add_parser
+
+    make = verb("create", help="pack saved tasks into a bundle")
+    make.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
+    make.add_argument("--out", required=True, metavar="FOLDER", help="the bundle's folder")
+    make.add_argument("--dtype", default="float32", choices=DTYPES, help="of the stored cores")
+    make.set_defaults(run=create)
+
+    more = verb("add", help="add saved tasks to a bundle; what is in it stays as it is")
+    more.add_argument("bundle", help="its folder")
+    more.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
+    more.add_argument("--replace", action="store_true", help="replace tasks of the same names")
+    more.set_defaults(run=add_to)
+    for each in (make, more):
+        each.add_argument("--basis", help="where the basis is, if not where the tasks say")
+        each.add_argument(
+            "--facts", metavar="FILE", help='JSON: {"name": {"metrics": {…}, "id2label": {…}}} for the index'
+        )
+
+    show = verb("ls", help="list the tasks of a bundle")
+    show.add_argument("bundle", help="folder or Hub id")
+    show.add_argument("--verify", action="store_true", help="read every task and hold it against its hash")
+    show.set_defaults(run=ls)
+
+    out = verb("extract", help="write tasks of a bundle as adapter folders")
+    out.add_argument("bundle", help="folder or Hub id")
+    out.add_argument("tasks", nargs="*", metavar="NAME", help="names in the bundle; all with --all")
+    out.add_argument("--all", action="store_true", help="every task")
+    out.add_argument("--out", required=True, metavar="FOLDER", help="each becomes a folder of its name in there")
+    form = out.add_mutually_exclusive_group()
+    form.add_argument("--as-lora", action="store_true", help="as stock LoRAs, residuals and all")
+    form.add_argument("--no-residual", action="store_true", help="as subspace tasks, without their residuals")
+    out.add_argument("--basis", help="where the basis is, if not where the bundle says")
+    out.set_defaults(run=extract)
+
+    for each in (show, out):
+        each.add_argument("--revision", help="branch, tag or commit on the Hub")
+    for each in (make, more, show, out):
+        each.add_argument("--json", action="store_true", help="print the result as JSON")
+    for each in (make, more, out):
+        each.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def create(args: Namespace) -> int:
+    import torch
+
+    from ..bundle import bundle_tasks
+
+    dtype = getattr(torch, args.dtype)
+    made = bundle_tasks(
+        args.tasks, args.out, basis=args.basis, dtype=dtype, progress=not args.quiet, **_facts(args.facts)
+    )
+    return _list(made, args)
+
+
+def add_to(args: Namespace) -> int:
+    from ..bundle import add_tasks
+
+    made = add_tasks(
+        args.bundle, args.tasks, replace=args.replace, basis=args.basis, progress=not args.quiet, **_facts(args.facts)
+    )
+    return _list(made, args)
+
+
+def ls(args: Namespace) -> int:
+    from ..bundle import open_bundle
+
+    found = open_bundle(args.bundle, revision=args.revision)
+    return _list(found, args, found.verify() if args.verify else None)
+
+
+def extract(args: Namespace) -> int:
+    from ..bundle import extract_tasks
+
+    if not args.tasks and not args.all:
+        raise SubspaceError("bundle extract: name the tasks, or pass --all. `subspace-peft bundle ls` lists them.")
+    as_lora = True if args.as_lora else False if args.no_residual else None
+    folders = extract_tasks(
+        args.bundle, args.out, None if args.all else args.tasks, as_lora=as_lora, basis=args.basis,
+        revision=args.revision, progress=not args.quiet,
+    )  # fmt: skip
+    if args.json:
+        return _json({folder.name: str(folder) for folder in folders})
+    for folder in folders:
+        print(folder)
+    return 0
+
+
+def compress(args: Namespace) -> int:
+    import torch
+
+    from ..bundle import compress_fleet
+
+    report = compress_fleet(
+        args.loras, args.basis, args.out, min_energy=_number(args.min_energy), residual=args.residual, skip_bad=args.skip_bad,
+        check_base_model=not args.no_base_check, dtype=getattr(torch, args.dtype), progress=not args.quiet,
+    )  # fmt: skip
+    if args.json:
+        return _json(report.to_dict())
+    for each in report.adapters:
+        if each.refused or each.total is None:
+            print(f"{each.location}: left out: {each.refused}")
+            continue
+        rank = f" in a residual of rank {each.residual_rank}" if each.residual_rank else ""
+        print(
+            f"{each.name}: kept {each.total.kept:.4f}, residual {each.total.residual:.4f}{rank}, lost {each.total.lost:.4f}: "
+            f"{each.verdict} without a residual"
+        )
+        for module, share in each.modules.items():
+            print(f"  {share.kept:.4f}  {share.residual:.4f}  {share.lost:.4f}  {module}")
+    print(storage_table(report.storage))
+    return 0
+
+
+def storage_table(storage: Any) -> str:
+    """The storage report in a few lines."""
+    even = "never" if storage.break_even is None else f"from {storage.break_even:,} adapters on"
+    rows = [
+        (f"{storage.adapters:,} adapters before", storage.before),
+        ("basis", storage.basis),
+        ("bundle", storage.bundle),
+        ("basis and bundle", storage.after),
+        ("an adapter before", round(storage.per_adapter_before)),
+        ("an adapter in the bundle", round(storage.per_adapter_after)),
+    ]
+    lines = [f"{title:<28}{size:>16,} bytes" for title, size in rows]
+    return "\n".join([*lines, f"{'the basis is paid for':<28}{even}"])
+
+
+def _list(found: Any, args: Namespace, wrong: dict[str, str] | None = None) -> int:
+    from dataclasses import asdict
+
+    if args.json:
+        tasks = {name: {**asdict(found[name]), "problem": (wrong or {}).get(name)} for name in found}
+        _json(
+            {"location": found.location, "revision": found.revision, "fingerprint": found.fingerprint, "tasks": tasks}
+        )
+        return 1 if wrong else 0
+    config = found.index["config"]
+    at = f"@{found.revision[:12]}" if found.revision else ""
+    print(f"{found.location}{at}: {len(found)} tasks for {found.base_model}, {found.store.size:,} bytes")
+    print(f"basis {config.get('basis')}, fingerprint {found.fingerprint}")
+    for name in found:
+        task = found[name]
+        facts = [f"{task.bytes:,} bytes"]
+        facts += [f"{key} {value}" for key, value in task.metrics.items()]
+        if task.energy_kept is not None:
+            facts.append(f"energy kept {task.energy_kept:.4f}")
+        if task.residual_rank:
+            facts.append(f"residual of rank {task.residual_rank}")
+        if task.modules_to_save:
+            facts.append(f"with {', '.join(sorted(set(task.modules_to_save)))}")
+        if task.id2label:
+            facts.append(f"classes {', '.join(task.id2label.values())}")
+        state = "" if wrong is None else f"{wrong.get(name) or 'intact'}: "
+        print(f"  {state}{name}: {', '.join(facts)}")
+    return 1 if wrong else 0
+
+
+def _facts(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        return {
+            key: {name: facts[key] for name, facts in given.items() if key in facts} for key in ("metrics", "id2label")
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SubspaceError(
+            f'{file}: give a JSON file like {{"name": {{"metrics": {{…}}, "id2label": {{…}}}}}} ({error}).'
+        ) from error
