@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..basis import SubspaceBasis
+from ..basis.files import TENSORS_FILE
 from ..build import Source, is_one_source, open_source
 from ..convert.project import Projection, project_lora
 from ..errors import BadFileError, SourceError, SubspaceError
@@ -70,7 +71,7 @@ class Storage:
     Attributes:
         adapters: how many are in the bundle.
         before: of their files.
-        basis: of the basis's tensors.
+        basis: of the basis's tensors' file.
         bundle: of the bundle's file, index and all.
         after: basis and bundle.
         per_adapter_before, per_adapter_after: means, the basis aside.
@@ -202,7 +203,7 @@ def _one(
         rank, (total, modules) = 0, shares(projection, {}, 0)
         if most and not enough(total, min_energy):
             residuals = _residuals(projection)
-            for rank in range(1, most + 1):
+            for rank in range(1, min(most, max(len(each.S) for each in residuals.values())) + 1):
                 total, modules = shares(projection, residuals, rank)
                 if enough(total, min_energy):
                     break
@@ -234,8 +235,9 @@ def _residuals(projection: Projection) -> dict[str, Residual]:
 
 
 def enough(share: Share, min_energy: float) -> bool:
-    """Whether basis and residual hold that much, rounding aside: a residual of full rank is all there is."""
-    return share.kept + share.residual >= min_energy - 1e-9
+    """Whether basis and residual hold that much. A residual of full rank is all there is, but shares sum to 1 only as far as a stored
+    basis is orthonormal: to float32's precision."""
+    return share.kept + share.residual >= min_energy - 1e-6
 
 
 def shares(projection: Projection, residuals: dict[str, Residual], rank: int) -> tuple[Share, dict[str, Share]]:
@@ -257,14 +259,10 @@ def shares(projection: Projection, residuals: dict[str, Residual], rank: int) ->
 def storage(stored: list[Compressed], basis: SubspaceBasis, file: Path) -> Storage:
     """Bytes of files as they are on the disk."""
     before, after = sum(each.bytes_before for each in stored), file.stat().st_size
-    own = basis.file.stat().st_size if basis.file is not None else _tensor_bytes(basis)
+    own = (basis.file or Path(str(basis.location), TENSORS_FILE)).stat().st_size
     one, other = before / len(stored), after / len(stored)
     even = None if other >= one else math.ceil(own / (one - other))
     return Storage(len(stored), before, own, after, own + after, one, other, even)
-
-
-def _tensor_bytes(basis: SubspaceBasis) -> int:
-    return sum(value.nbytes for module in basis.values() for value in module.tensors().values())
 
 
 def _bytes(source: Source) -> int:

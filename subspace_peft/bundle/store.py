@@ -64,7 +64,8 @@ class HubBytes:
 
     def __init__(self, repo_id: str, revision: str | None, token: str | bool | None, cache_dir: Any) -> None:
         self.where, self.token, self.cache_dir = repo_id, token, cache_dir
-        self.repo_id, self.revision = repo_id, revision or "main"
+        self.repo_id, self.asked = repo_id, revision
+        self.revision = revision or "main"
         self.size, self.start = 0, b""
         self.whole: FileBytes | None = None
         self.start = self._get(0, FIRST, first=True)
@@ -83,12 +84,14 @@ class HubBytes:
         """The whole file, fetched into huggingface_hub's cache."""
         from huggingface_hub import hf_hub_download
 
+        where = {"token": self.token, "cache_dir": self.cache_dir}
         try:
-            return Path(
-                hf_hub_download(
-                    self.repo_id, BUNDLE_FILE, revision=self.revision, token=self.token, cache_dir=self.cache_dir
-                )
-            )
+            # by its branch, so that this machine finds it under that name when it is offline
+            file = Path(hf_hub_download(self.repo_id, BUNDLE_FILE, revision=self.asked, **where))
+            if file.parent.name == self.revision:
+                return file
+            # the branch has moved on since this bundle was opened
+            return Path(hf_hub_download(self.repo_id, BUNDLE_FILE, revision=self.revision, **where))
         except (OSError, ValueError) as error:
             raise SubspaceError(f"{self.where}: the bundle cannot be fetched at {self.revision}: {error}") from error
 

@@ -1,0 +1,241 @@
+"""A fleet of LoRAs in one bundle: energies add up, a residual is what was missing, bytes are counted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from subspace_peft import SubspaceBasis, build_basis, compress_fleet, export_lora, load_task, open_bundle, project_lora
+from subspace_peft.build import open_source
+from subspace_peft.bundle.compress import enough, shares
+from subspace_peft.bundle.residual import residual_of
+from subspace_peft.cli import main
+from subspace_peft.errors import SubspaceError
+
+from .conftest import bert, gpt2, train_lora
+from .test_bundle import logits
+from .test_layer_kinds import Small, lora, outputs
+
+
+def deltas(make, folder) -> dict[str, torch.Tensor]:
+    """Module → ΔW (out, in) as PEFT computes it, of a stock LoRA; a convolution's as a matrix, an embedding's transposed."""
+    model = PeftModel.from_pretrained(make(), folder)
+    found = {}
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            delta = module.get_delta_weight("default").detach().double().flatten(1)
+            turned = make is gpt2 or isinstance(module.get_base_layer(), nn.Embedding)
+            found[name] = delta.T if turned else delta
+    return found
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory, fleets):
+    """Per kind of layers: how the model is made, a basis of two of its LoRAs, and a LoRA that is only partly in it."""
+    root = tmp_path_factory.mktemp("compress")
+    made = {}
+    for make, folders in (
+        (Small, [lora(root / f"s{i}", i) for i in range(3)]),
+        (bert, fleets[bert]),
+        (gpt2, fleets[gpt2]),
+    ):
+        basis = build_basis(folders[:2], k=4, progress=False)
+        basis.save_pretrained(root / f"{make.__name__}-basis")
+        made[make] = (basis, folders)
+    return made
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 4])
+@pytest.mark.parametrize("make", [Small, bert, gpt2], ids=["embedding, convolutions, linear", "linear", "conv1d"])
+def test_energies_add_up_against_the_dense_update(make, rank, fleet):
+    basis, folders = fleet[make]
+    for folder in folders[:3]:
+        projection = project_lora(folder, basis)
+        dense = deltas(make, folder)
+        found = {
+            key: residual_of(
+                basis[str(basis.find(key))], projection.source.factors(key), projection.cores[str(basis.find(key))]
+            )
+            for key in projection.source.keys
+        }
+        total, modules = shares(projection, found, rank)
+        assert modules.keys() == dense.keys() and len(dense) in (2, 4)
+        for name, delta in dense.items():
+            module = basis[str(basis.find(name))]
+            projected = module.U.double() @ (module.U.double().T @ delta @ module.V.double().T) @ module.V.double()
+            S, energy = torch.linalg.svdvals(delta - projected), float(delta.square().sum())
+            share = modules[name]
+            assert share.kept == pytest.approx(float(projected.square().sum()) / energy, abs=1e-5)
+            assert share.residual == pytest.approx(float(S[:rank].square().sum()) / energy, abs=1e-5)
+            assert share.lost == pytest.approx(float(S[rank:].square().sum()) / energy, abs=1e-5)
+            assert share.kept + share.residual + share.lost == pytest.approx(1, abs=1e-5)
+            B, A = found[name].factors(rank)
+            assert float((delta - projected - B @ A).square().sum()) == pytest.approx(
+                share.lost * energy, abs=1e-4 * energy
+            )
+            assert B.shape[1] == A.shape[0] <= rank
+        assert total.kept + total.residual + total.lost == pytest.approx(1, abs=1e-5)
+        assert total.kept == pytest.approx(projection.energy_kept, abs=1e-6)
+
+
+@pytest.mark.parametrize("make", [Small, bert, gpt2])
+def test_what_is_loaded_is_projection_plus_residual(make, fleet, tmp_path):
+    basis, folders = fleet[make]
+    run = outputs if make is Small else logits
+    # the whole residual: the bundle gives the LoRA back
+    report = compress_fleet([folders[2]], basis, tmp_path / "whole", min_energy=1.0, residual=16, progress=False)
+    (whole,) = report.adapters
+    assert whole.total.lost < 1e-6 and whole.total.kept < 0.9 and 0 < whole.residual_rank <= 16
+    expected = run(PeftModel.from_pretrained(make(), folders[2]))
+    loaded = load_task(make(), tmp_path / "whole", whole.name)
+    assert loaded.peft_config[whole.name].peft_type == "LORA"
+    torch.testing.assert_close(run(loaded), expected, atol=1e-4, rtol=1e-3)
+    # a part of it: U C V + B A, to float32's precision
+    most = 1 - 1e-6 - whole.total.residual / 2
+    report = compress_fleet([folders[2]], basis, tmp_path / "part", min_energy=most, residual=3, progress=False)
+    (part,) = report.adapters
+    assert 1 <= part.residual_rank <= 3
+    bundle = open_bundle(tmp_path / "part")
+    assert bundle[part.name].residual_rank == part.residual_rank
+    task = bundle.task(part.name)
+    export_lora(task, tmp_path / "lora")
+    written = deltas(make, tmp_path / "lora")
+    for name, core in task.cores.items():
+        B, A = task.residual[name]
+        assert B.shape[1] == part.residual_rank
+        wanted = task.modules[name].reconstruct(core.double()) + B.double() @ A.double()
+        torch.testing.assert_close(written[name], wanted, atol=1e-5, rtol=1e-4)
+    # truncated, it is the best approximation of the sum
+    export_lora(task, tmp_path / "cut", rank=2)
+    for name, delta in deltas(make, tmp_path / "cut").items():
+        S = torch.linalg.svdvals(written[name])
+        assert float((written[name] - delta).norm()) == pytest.approx(float(S[2:].norm()), rel=1e-3, abs=1e-5)
+    # without it, the projection alone
+    projection = project_lora(folders[2], basis)
+    projection.save_pretrained(tmp_path / "projected")
+    alone = load_task(make(), bundle, part.name, as_lora=False)
+    assert alone.peft_config[part.name].peft_type == "SUBSPACE"
+    torch.testing.assert_close(
+        run(alone), run(PeftModel.from_pretrained(make(), tmp_path / "projected")), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_smallest_rank_that_suffices_is_kept_and_good_adapters_need_none(fleet, tmp_path):
+    basis, folders = fleet[bert]
+    report = compress_fleet(
+        folders, basis, tmp_path / "out", min_energy=0.6, residual=4, skip_bad=True, progress=False
+    )
+    ranks = {each.residual_rank for each in report.adapters}
+    assert 0 in ranks and len(ranks) > 1
+    for each, folder in zip(report.adapters, folders, strict=True):
+        assert each.refused is None and enough(each.total, 0.6)
+        if each.residual_rank:
+            source, projection = open_source(folder), project_lora(folder, basis)
+            found = {
+                key: residual_of(
+                    basis[str(basis.find(key))], source.factors(key), projection.cores[str(basis.find(key))]
+                )
+                for key in source.keys
+            }
+            assert not enough(shares(projection, found, each.residual_rank - 1)[0], 0.6)
+
+
+def test_the_storage_table_counts_files(fleet, tmp_path):
+    basis, folders = fleet[bert]
+    report = compress_fleet(folders, basis, tmp_path / "out", min_energy=0, progress=False)
+    storage, weights = report.storage, [Path(folder, "adapter_model.safetensors").stat().st_size for folder in folders]
+    assert storage.before == sum(weights) and [each.bytes_before for each in report.adapters] == weights
+    assert storage.basis == Path(basis.location, "basis.safetensors").stat().st_size
+    assert storage.bundle == (tmp_path / "out" / "bundle.safetensors").stat().st_size
+    assert storage.after == storage.basis + storage.bundle
+    n, saved = storage.break_even, storage.per_adapter_before - storage.per_adapter_after
+    assert n * saved >= storage.basis > (n - 1) * saved
+    assert json.loads(json.dumps(report.to_dict()))["storage"]["break_even"] == n
+    # a basis so large, and adapters so small, that nothing is saved
+    tiny = [str(train_lora(bert, tmp_path / f"r1-{i}", i, r=1)) for i in range(2)]
+    wide = build_basis(builder="random", base_model=bert(), target_modules=["query", "value"], k=24, progress=False)
+    wide.save_pretrained(tmp_path / "wide")
+    assert compress_fleet(tiny, wide, tmp_path / "more", min_energy=0, progress=False).storage.break_even is None
+
+
+def test_heads_and_sources_in_memory_come_along(tmp_path):
+    folders = [train_lora(bert, tmp_path / f"l{i}", i, modules_to_save=["classifier"]) for i in range(2)]
+    build_basis(folders, k=16, progress=False).save_pretrained(tmp_path / "basis")
+    live = PeftModel.from_pretrained(bert(), folders[1], adapter_name="live")
+    report = compress_fleet([folders[0], live], tmp_path / "basis", tmp_path / "out", progress=False)
+    assert [each.name for each in report.adapters] == ["l0", "live"]
+    assert report.adapters[1].bytes_before > 0 and report.adapters[0].verdict == "faithful"
+    for name, folder in (("l0", folders[0]), ("live", folders[1])):
+        expected = logits(PeftModel.from_pretrained(bert(), folder))
+        torch.testing.assert_close(logits(load_task(bert(), tmp_path / "out", name)), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_is_refused_and_what_is_left_out(fleet, fleets, tmp_path, capsys):
+    basis, folders = fleet[bert]
+    broken, torn = tmp_path / "nan", tmp_path / "torn"
+    for folder in (broken, torn):
+        train_lora(bert, folder, 1)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    (torn / "adapter_model.safetensors").write_bytes((torn / "adapter_model.safetensors").read_bytes()[:-9])
+    twin = shutil.copytree(folders[0], tmp_path / "twin" / Path(folders[0]).name)
+    stranger = train_lora(bert, tmp_path / "stranger", 99)
+    given = [folders[0], stranger, broken, torn, fleets[gpt2][0], twin, tmp_path / "nowhere"]
+    reasons = ["keeps 0.0", "NaN", "truncated", "not in the basis", "is called 'lora0' as well", "no such folder"]
+    with pytest.raises(SubspaceError) as caught:
+        compress_fleet(given, basis, tmp_path / "out", progress=False)
+    said = str(caught.value)
+    assert [reason for reason in (*reasons, "skip_bad=True", "6 of 7") if reason not in said] == [], said
+    assert not (tmp_path / "out").exists()
+    report = compress_fleet(given, basis, tmp_path / "out", skip_bad=True, progress=False)
+    for each, reason in zip(report.adapters[1:], reasons, strict=True):
+        assert reason in each.refused
+    assert list(open_bundle(tmp_path / "out")) == ["lora0"] and report.storage.adapters == 1
+    with pytest.raises(SubspaceError, match="in a residual of rank 1"):
+        compress_fleet([stranger], basis, tmp_path / "no", min_energy=0.99, residual=1, progress=False)
+    with pytest.raises(SubspaceError, match="2 of 2"):
+        compress_fleet([stranger, broken], basis, tmp_path / "no", skip_bad=True, progress=False)
+    memory = build_basis(folders[:2], k=4, progress=False)
+    memory = SubspaceBasis(dict(memory.items()), memory.info)
+    for arguments, message in (
+        ({"min_energy": 1.5}, "from 0 to 1"), ({"min_energy": float("nan")}, "from 0 to 1"), ({"residual": -1}, "give a rank"),
+        ({"residual": 1.5}, "give a rank"), ({"loras": []}, "No adapters"), ({"basis": memory}, "memory only"),
+    ):  # fmt: skip
+        with pytest.raises(SubspaceError, match=message):
+            compress_fleet(
+                **{"loras": folders, "basis": basis, "out": tmp_path / "no", "progress": False, **arguments}
+            )
+    assert not (tmp_path / "no").exists()
+    line = [
+        "compress",
+        str(stranger),
+        folders[0],
+        "--basis",
+        basis.location,
+        "--out",
+        str(tmp_path / "cli"),
+        "--quiet",
+    ]
+    assert main(line) == 1 and "--residual" in capsys.readouterr().err
+    assert main([*line, "--residual", "4"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "basis and bundle" in said
+        and "the basis is paid for" in said
+        and "residual of rank" not in said.split("\n")[-8]
+    )
+    assert main([*line, "--residual", "4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in facts["adapters"]] == ["stranger", "lora0"] and facts["residual"] == 4
+    assert (
+        main(["bundle", "extract", str(tmp_path / "cli"), "stranger", "--as-lora", "--out", str(tmp_path / "x")]) == 0
+    )
+    assert (tmp_path / "x" / "stranger" / "adapter_model.safetensors").is_file()
