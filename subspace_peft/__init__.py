@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .build import build_basis
     from .convert import export_lora, project_lora
     from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap, load_adapter, save_adapter
+    from .tuner.trainer_card import SubspaceCardCallback, write_card
 
 _PLACES = {
     "ModuleBasis": "basis",
@@ -24,17 +25,20 @@ _PLACES = {
     "build_basis": "build",
     "export_lora": "convert",
     "project_lora": "convert",
+    "SubspaceCardCallback": "tuner.trainer_card",
     "SubspaceConfig": "tuner",
     "hotswap": "tuner",
     "load_adapter": "tuner",
     "save_adapter": "tuner",
     "SubspaceModel": "tuner",
     "TaskBank": "tuner",
+    "write_card": "tuner.trainer_card",
 }
 
 __all__ = [
     "ModuleBasis",
     "SubspaceBasis",
+    "SubspaceCardCallback",
     "SubspaceConfig",
     "SubspaceModel",
     "TaskBank",
@@ -45,6 +49,7 @@ __all__ = [
     "load_adapter",
     "project_lora",
     "save_adapter",
+    "write_card",
 ]
 
 
