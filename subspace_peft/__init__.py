@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from .convert import export_lora, project_lora
     from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap, load_adapter, save_adapter
+    from .tuner.trainer_card import SubspaceCardCallback, write_card
 
 _PLACES = {
     "ModuleBasis": "basis",
@@ -44,18 +45,21 @@ _PLACES = {
     "push_bundle": "bundle",
     "export_lora": "convert",
     "project_lora": "convert",
+    "SubspaceCardCallback": "tuner.trainer_card",
     "SubspaceConfig": "tuner",
     "hotswap": "tuner",
     "load_adapter": "tuner",
     "save_adapter": "tuner",
     "SubspaceModel": "tuner",
     "TaskBank": "tuner",
+    "write_card": "tuner.trainer_card",
 }
 
 __all__ = [
     "Bundle",
     "ModuleBasis",
     "SubspaceBasis",
+    "SubspaceCardCallback",
     "SubspaceConfig",
     "SubspaceModel",
     "TaskBank",
@@ -74,6 +78,7 @@ __all__ = [
     "project_lora",
     "push_bundle",
     "save_adapter",
+    "write_card",
 ]
 
 

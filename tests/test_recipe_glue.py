@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
+import shutil
+import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -14,11 +17,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForSequenceClassification, RobertaModel
+from transformers import (
+    AutoModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft.compare import RUN_KEYS
+from subspace_peft.compare import RUN_KEYS, MeanPooledClassifier
+from subspace_peft.compare.stages import put_beside_controls
 from subspace_peft.errors import SubspaceError
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "glue.py"
@@ -146,6 +157,40 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     assert all(row["trained_head"] == 2 * 32 + 2 for row in rows.values())
     assert "| this basis |" in (done / "compare" / "kept" / "table.md").read_text()
     assert (done / "compare" / "kept" / "curves.png").stat().st_size > 1000
+
+
+def test_the_tasks_card_tells_its_training_and_its_controls(done):
+    card = (done / "tasks" / "kept-core" / "README.md").read_text()
+    rows = {
+        row["method"]: row for row in json.loads((done / "compare" / "kept" / "results.json").read_text())["results"]
+    }
+    for name, row in rows.items():
+        assert f"| {name} | {row['test']:.3f} ± {row['test_sd']:.3f} | 2 | {row['trained_adapter']:,} |" in card
+    tested = json.loads((done / "tasks" / "kept-core" / "recipe.json").read_text())["result"]["metrics"]["test"]
+    # the recipe's optimizer has rates of its own, which the Trainer's arguments do not know
+    for line in (
+        "| learning rate of the coefficients | 0.01 |", "| training examples | 32 |", f"| test | accuracy | {tested['accuracy']:.4g} |",
+    ):  # fmt: skip
+        assert line in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "MeanPooledClassifier" in code
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_controls_of_other_settings_are_not_put_into_a_card(done, tmp_path):
+    task, comparison = shutil.copytree(done / "tasks" / "kept-core", tmp_path / "task"), done / "compare" / "kept"
+    settings = json.loads((comparison / "results.json").read_text())["settings"]
+    model = PeftModel.from_pretrained(MeanPooledClassifier(AutoModel.from_pretrained(settings["model"])), task)
+    for config in model.peft_config.values():
+        config.card = None
+    model.save_pretrained(task)
+    put_beside_controls(task, comparison, {**settings, "epochs": 9})
+    assert "## Beside" not in (task / "README.md").read_text()
+    put_beside_controls(tmp_path, comparison, settings)
+    assert not (tmp_path / "README.md").exists()
+    put_beside_controls(task, comparison, settings)
+    assert "## Beside" in (task / "README.md").read_text()
 
 
 def test_what_is_done_is_not_done_again(glue, world, done, trained):

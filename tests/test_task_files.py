@@ -59,10 +59,12 @@ def test_the_readme_of_a_task_says_how_to_load_it_and_keeps_other_words(task_fol
     text = readme.read_text()
     assert "KeyError: 'SUBSPACE'" in text
     assert bases[bert].fingerprint in text
-    readme.write_text(f"mine, before\n\n{text}\nmine, after\n")
+    head, front, body = text.split("---\n", 2)
+    assert head == "" and "library_name: peft" in front
+    readme.write_text(f"---\n{front}---\nmine, before\n{body}\nmine, after\n")
     SubspaceConfig.from_pretrained(str(task_folder)).save_pretrained(str(task_folder))
     again = readme.read_text()
-    assert again.startswith("mine, before")
+    assert again.startswith(f"---\n{front}---\nmine, before")
     assert again.rstrip().endswith("mine, after")
     assert again.count("## Loading") == 1
 

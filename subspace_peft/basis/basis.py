@@ -197,7 +197,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     ) -> str:
         """Upload the basis to the Hub, in one commit. Tasks saved from now on are pinned to that commit.
 
-        A README that somebody wrote in the repository stays; one that was generated is written anew.
+        A README that somebody wrote in the repository stays; a generated card in one is made anew, with what is written around it kept.
 
         Args:
             repo_id: ``org/name``; the repository is made where there is none, `private` as the Hub's default or as said.

@@ -187,7 +187,8 @@ def _info(
         entries.append(
             {
                 "name": source.name, "location": source.location, "revision": source.revision,
-                "sha256": source.sha256, "base_model": source.base_model, "ranks": ranks,
+                "sha256": source.sha256, "base_model": source.base_model, "license": source.license,
+                "task_type": source.task_type, "ranks": ranks,
                 "modules": len(norms), "norm": total**0.5, "seed_group": fleet.groups[i], "energy_kept": kept,
                 "scale": "from its config" if source.config else "1: no config came with the state dict",
             }

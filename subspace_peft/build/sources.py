@@ -17,6 +17,7 @@ from .._adapted import active_adapter
 from .._digest import file_sha256
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..basis.reference import looks_like_path, split_revision
+from ..cards.readme import front_matter
 from ..errors import SourceError
 from .factors import Factors
 from .lora import scaling, sort_keys
@@ -42,6 +43,7 @@ class Source:
         folder: where its files lie on this machine, or None.
         norms: ‖ΔW‖_F per module, as far as asked for.
         aliases: module name in the fleet → module name in this source's own config, where they differ.
+        license: what the front matter of its README says, or None.
         other_keys: tensors in it that are no LoRA factors, such as a classifier's (`modules_to_save`).
     """
 
@@ -56,10 +58,16 @@ class Source:
     norms: dict[str, float] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     other_keys: tuple[str, ...] = ()
+    license: str | None = None
 
     @property
     def base_model(self) -> str | None:
         return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def task_type(self) -> str | None:
+        kind = self.config.get("task_type")
+        return None if kind is None else str(getattr(kind, "value", kind))
 
     def raw(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The stored ``lora_B`` (out, r) and ``lora_A`` (r, in) in float64, without their scale; a convolution's as matrices."""
@@ -201,7 +209,9 @@ def _from_files(reference: str, token: str | bool | None) -> Source:
 
     keys = _keys(names, config, location)
     name = Path(reference.split("@")[0].rstrip("/")).name or reference
-    return Source(name, location, config, keys, read, file_sha256(file), revision, folder, other_keys=_others(names))
+    return Source(
+        name, location, config, keys, read, file_sha256(file), revision, folder, other_keys=_others(names), license=_license(folder)
+    )  # fmt: skip
 
 
 def _download(reference: str, token: str | bool | None) -> tuple[Path, str | None, str]:
@@ -214,12 +224,23 @@ def _download(reference: str, token: str | bool | None) -> tuple[Path, str | Non
         sha = config.parent.name if config.parent.parent.name == "snapshots" else None
         with contextlib.suppress(FileNotFoundError):
             hf_hub_download(repo, WEIGHTS_FILE, revision=sha or revision, token=token)
+        # for its licence only: whatever keeps it from us, the adapter is here
+        with contextlib.suppress(OSError, ValueError):
+            hf_hub_download(repo, "README.md", revision=sha or revision, token=token)
     except (OSError, ValueError, HFValidationError) as error:
         raise SourceError(
             f"{reference}: there is no such folder, and the Hub gave no adapter of that id (revision "
             f"{revision or 'main'}): {error}"
         ) from error
     return config.parent, sha, repo
+
+
+def _license(folder: Path) -> str | None:
+    said = front_matter(folder / "README.md")
+    # "other" stands for a licence that is named beside it
+    named = said.get("license_name") if said.get("license") == "other" else None
+    found = named or said.get("license")
+    return ", ".join(map(str, found)) if isinstance(found, list) else None if found is None else str(found)
 
 
 def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[str, str]]:

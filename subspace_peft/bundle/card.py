@@ -1,46 +1,52 @@
-"""What a bundle's README says: what is in it, and how to load from it."""
+"""The facts of a bundle for its card, and the card in the bundle's README."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..basis.push import GENERATED
+from ..basis.card import place_of
+from ..cards import BaseFacts, BasisReference, BundledTask, BundleFacts, Place, bundle_card, put_card
+from ..cards.facts import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from .bundle import Bundle
 
-MOST_LISTED = 50
+
+def write_card(folder: Path, bundle: Bundle, place: Place | None = None) -> None:
+    """Put or replace the card of `bundle` in `folder`'s README.md, as loaded from `place`, or else from the folder."""
+    put_card(folder, bundle_card(facts_of(folder, bundle, place)))
 
 
-def bundle_card(bundle: Bundle) -> str:
-    """Markdown, with the metadata that the Hub reads."""
+def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> BundleFacts:
+    """What a card says of a bundle: from its index."""
     config = bundle.index["config"]
-    at = f" at revision `{config['basis_revision']}`" if config.get("basis_revision") else ""
-    names = list(bundle)
-    front = ["---", "library_name: peft", "tags:", "- subspace-peft", "- bundle"]
-    if bundle.base_model and "/" in bundle.base_model and not bundle.base_model.startswith(("/", ".", "~")):
-        front.append(f"base_model: {bundle.base_model}")
-    listed = "\n".join(f"- `{name}`" for name in names[:MOST_LISTED])
-    rest = f"\n- and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return (
-        "\n".join([*front, "---"])
-        + f"""
-
-# {len(names)} tasks in one shared basis
-
-```python
-from subspace_peft import load_task
-
-model = load_task(base_model, "this folder or its Hub id", "{names[0]}")
-```
-
-One task is read without the rest. All of them: `TaskBank(model).load("bundle.safetensors")`; what is in here:
-`subspace-peft bundle ls PLACE`.
-
-The basis is `{config["basis"]}`{at}; loading finds and verifies it. Fingerprint: `{bundle.fingerprint}`.
-
-{listed}{rest}
-
-<!-- {GENERATED} -->
-"""
+    task_type = None if config.get("task_type") is None else str(config["task_type"])
+    place = place or place_of(folder)
+    tasks = []
+    for name in bundle:
+        own = {**config, **bundle.entry(name).get("config", {})}
+        numbers = sum(a * b for a, b in bundle.sizes(name).values())
+        metrics = {key: value for key, value in bundle[name].metrics.items() if isinstance(value, (int, float))}
+        tasks.append(BundledTask(name=name, coefficients=own.get("coefficients"), numbers=numbers, metrics=metrics))
+    revision = f', revision="{place.revision}"' if place.revision else ""
+    # a head has to be made for its number of classes, which tasks of a bundle may have each their own
+    headed = next((bundle[name] for name in bundle if bundle[name].id2label), None)
+    first = headed.name if headed is not None else tasks[0].name
+    base = BaseFacts(
+        reference=bundle.base_model, revision=config.get("revision"), auto_class=AUTO_CLASSES.get(task_type or ""),
+        num_labels=None if headed is None or headed.id2label is None else len(headed.id2label),
+    )  # fmt: skip
+    return BundleFacts(
+        place=place,
+        basis=BasisReference(
+            fingerprint=bundle.fingerprint, reference=config.get("basis"), revision=config.get("basis_revision")
+        ),
+        tasks=tuple(tasks),
+        loading=(f'model = load_task(base_model, "{place.reference}", "{first}"{revision})',),
+        imports=("from subspace_peft import load_task",),
+        base=base,
+        task_type=task_type,
+        bytes=bundle.store.size,
+        version=bundle.index.get("subspace_peft_version"),
     )

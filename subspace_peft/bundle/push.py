@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ..basis.push import check_repo_id, fetch_readme, upload
+from ..cards import Place
 from ..errors import BadFileError
 from ..tuner.push import place_on_hub
 from .bundle import Bundle, open_bundle
@@ -60,6 +61,8 @@ def push_bundle(
         folder = Path(scratch)
         fetch_readme(repo_id, folder, revision, token)
         dtype = next(dtype for dtype, name in NAMES.items() if name == found.pieces["cores"].dtype)
-        write_bundle([kept(found, name) for name in found], folder, dtype, found, place)
+        write_bundle(
+            [kept(found, name) for name in found], folder, dtype, found, place, Place(repo_id, revision=revision)
+        )
         message = commit_message or f"Upload a bundle of {len(found)} tasks"
         return upload(api, repo_id, folder, revision, message, create_pr=create_pr)

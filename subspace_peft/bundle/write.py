@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from .._atomic import write_aside
 from .._version import __version__
 from ..basis import SubspaceBasis
-from ..basis.files import write_card
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
+from ..cards import Place
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.saved import Task
 from .bundle import Bundle, open_bundle
-from .card import bundle_card
+from .card import write_card
 from .layout import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width
 from .named import Named, named_tasks
 
@@ -141,9 +141,10 @@ def write_bundle(
     dtype: torch.dtype = torch.float32,
     old: Bundle | None = None,
     basis: tuple[str, str | None] | None = None,
+    shown_as: Place | None = None,
 ) -> Bundle:
     """Write `bundle.safetensors` and a card into `folder`: like `old` in what is common to all tasks, and with `basis` (location, commit)
-    as its basis's place, where given. Raises as `bundle_tasks`."""
+    as its basis's place, where given. The card loads from `shown_as`, or else from the folder. Raises as `bundle_tasks`."""
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a bundle is written into a folder.")
     index = _index(packed, None if old is None else old.index)
@@ -177,7 +178,7 @@ def write_bundle(
 
     write_aside(folder / BUNDLE_FILE, write)
     made = open_bundle(folder)
-    write_card(folder, bundle_card(made))
+    write_card(folder, made, shown_as)
     return made
 
 

@@ -23,7 +23,15 @@ VERA_RATES = (2e-2, 8e-2, 3.2e-1)
 CORE_RATES = (3e-4, 1e-3, 4e-3, 1.2e-2)
 
 # of a configuration, these say where things lie or who wrote them, not what is trained
-_WHEREABOUTS = ("basis", "basis_revision", "base_model_name_or_path", "revision", "peft_version", "subspace_version")
+_WHEREABOUTS = (
+    "basis",
+    "basis_revision",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "subspace_version",
+    "card",
+)
 
 
 @dataclass(frozen=True)

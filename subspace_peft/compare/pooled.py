@@ -33,6 +33,11 @@ class MeanPooledClassifier(PreTrainedModel):
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
+    def card_code(self) -> list[str]:
+        """Lines that make such a model, for a task's card."""
+        encoder = f"AutoModel.from_pretrained({self.config._name_or_path!r}, num_labels={self.num_labels})"
+        return _code(self, encoder)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -90,6 +95,11 @@ class ImageClassifier(PreTrainedModel):
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
+    def card_code(self) -> list[str]:
+        """Lines that make such a model, for a task's card."""
+        encoder = f"AutoModel.from_pretrained({self.config._name_or_path!r})"
+        return _code(self, f"{encoder}, {self.classifier.out_features}, {self.pooling!r}")
+
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
         """Logits (batch, classes) of `pixel_values` (batch, 3, height, width), and the cross-entropy where `labels` (batch,) int64
         are given."""
@@ -99,3 +109,9 @@ class ImageClassifier(PreTrainedModel):
         logits = self.classifier(hidden[:, 0] if self.pooling == "class" else hidden[:, patches:].mean(1))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def _code(model: PreTrainedModel, given: str) -> list[str]:
+    name = type(model).__name__
+    imports = [f"from subspace_peft.compare import {name}", "from transformers import AutoModel"]
+    return [*imports, "", f"base_model = {name}({given})"]

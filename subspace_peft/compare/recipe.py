@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from .._atomic import write_text_aside
 from ..build.sources import open_source
 from ..errors import SubspaceError
+from ..tuner.trainer_card import SubspaceCardCallback, note_metrics
 from .cells import Cells, digest
 from .knobs import SubspaceKnobs, quiet
 from .measure import measure
@@ -30,6 +31,7 @@ from .stages import (
     finished,
     last_checkpoint,
     publish,
+    put_beside_controls,
     save_finished,
     task_folder,
 )
@@ -133,8 +135,12 @@ class Recipe:
             checkpoints = Path(knobs.out, "checkpoints", f"{folder.name}-{digest(chosen)[:12]}")
             budget = {"rate": knobs.rate, "epochs": knobs.epochs, "examples": knobs.train_examples}
             trainer = self.make_trainer(knobs, model, task, seed=knobs.seed, folder=checkpoints, **budget)
+            trainer.add_callback(SubspaceCardCallback())
             result = check_converged(folder, fit(trainer, last_checkpoint(checkpoints)))
             tested = self.test(knobs, model, task)
+            for split, numbers in tested["metrics"].items():
+                # the score is one of the others, under their names
+                note_metrics(model, split, {name: each for name, each in numbers.items() if name != "score"})
             _on_main(save_finished, model, folder, chosen, result | {key: tested[key] for key in ("test", "metrics")})
             _on_main(shutil.rmtree, checkpoints)
         print(f"The task is in {folder}.")
@@ -180,6 +186,7 @@ class Recipe:
         folder = Path(knobs.out, "compare", Path(task.name).name)
         score = f"validation {task.validation_name}"
         _on_main(lambda: publish(results, folder, title=title, settings=chosen, score=score))
+        _on_main(put_beside_controls, task_folder(knobs), folder, chosen)
 
 
 def same_model(base: str | None, model: str) -> bool:

@@ -14,6 +14,7 @@ from ..basis import SubspaceBasis
 from ..basis.cache import cache_home
 from ..build import build_basis
 from ..errors import SubspaceError
+from ..tuner.trainer_card import write_card
 from .cells import canonical, plain
 from .curves import draw_curves
 from .data import refuse_own_adapter
@@ -205,3 +206,16 @@ def publish(
     text = write_results(results, folder, title=title, settings=settings)
     draw_curves(results, Path(folder) / "curves.png", title=title, score=f"validation {score}")
     print(f"\n{text}\nThe same, every run's numbers and the learning curves are in {folder}.")
+
+
+def put_beside_controls(task: str | Path, comparison: str | Path, settings: Mapping[str, Any]) -> None:
+    """Have the card of the trained task in `task`, if there is one, show the results in `comparison`: where both had the same
+    `settings`, as far as they name the same.
+    """
+    try:
+        trained = json.loads((Path(task) / MARKER).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    compared = plain(settings)
+    if all(trained[key] == compared[key] for key in trained.keys() & compared.keys()):
+        write_card(task, controls=Path(comparison) / "results.json")

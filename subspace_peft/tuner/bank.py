@@ -324,7 +324,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         import dataclasses
 
         config = dataclasses.replace(
-            self.config, coefficients="core", mean_gain="none", start="zero", subspace_version=None, basis_modules=None,
+            self.config, coefficients="core", mean_gain="none", start="zero", subspace_version=None, basis_modules=None, card=None,
             target_modules=set(self.layers), modules_to_save=None,
         )  # fmt: skip
         config._basis, config._given = self.config._basis, self.config._given

@@ -148,6 +148,13 @@ class SubspaceConfig(PeftConfig):
         default=None,
         metadata={"help": "Which bundle the task was loaded from: location, commit, name and sha256. Filled in then."},
     )
+    card: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "What the README says beside the other fields: base model's class, training, metrics, controls. Filled in when the "
+            "task is saved, by `SubspaceCardCallback` and by `write_card`."
+        },
+    )
     subspace_version: str | None = field(
         default=None, metadata={"help": "Version of subspace_peft that saved this file; None until it is saved."}
     )
@@ -171,6 +178,8 @@ class SubspaceConfig(PeftConfig):
         self._token: str | bool | None = None
         self._given = False
         self._file_modules: frozenset[str] | None = None
+        self._place: Any = None
+        self._recorded = False
 
     def _check_choices(self) -> None:
         for name, choices in (("coefficients", KINDS), ("mean_gain", ("none", "fixed", "trainable"))):
@@ -300,8 +309,8 @@ class SubspaceConfig(PeftConfig):
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; where a task is saved, its README also says how to load it."""
-        from .card import write_section
+        """As PEFT's; where a task is saved, its README gets a card."""
+        from .card import forget_others, write_section
 
         if self.save_basis and self.basis_modules is None and self._plan is not None:
             # asked for after the adapter was made: the tensors are in the task's file already, see SharedBuffers
@@ -314,6 +323,7 @@ class SubspaceConfig(PeftConfig):
         self.subspace_version = (
             __version__ if before is not None or self.base_probe is not None or self._plan else None
         )
+        forget_others(Path(save_directory), self)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:

@@ -13,6 +13,7 @@ from .._adapted import active_adapter
 from .._atomic import write_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
+from .card import base_facts, note
 from .config import SubspaceConfig
 from .task_files import WEIGHTS_FILE
 
@@ -56,6 +57,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
     }
     folder = Path(folder)
     write_aside(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    note(config, base={**base_facts(model, config), "injected": True})
     # as PEFT does: what is loaded from there is not to be trained unless asked for
     trains, config.inference_mode = config.inference_mode, True
     try:

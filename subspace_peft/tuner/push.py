@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from ..basis import SubspaceBasis
 from ..basis.push import check_repo_id, fetch_readme, upload
 from ..basis.resolve import read_notes
+from ..cards import Place, add_tags
 from ..errors import SubspaceError
 from .config import SubspaceConfig
 
@@ -53,7 +55,7 @@ def push_task(
     Raises:
         SubspaceError: a basis is in a local folder or in memory only, and nothing was said about it; or `repo_id` is a path.
     """
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import HfApi
 
     check_repo_id(repo_id)
     for name in saving.get("selected_adapters") or list(model.peft_config):
@@ -65,12 +67,24 @@ def push_task(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         fetch_readme(repo_id, folder, revision, token)
-        model.save_pretrained(str(folder), **saving)
-        if tags:
-            card = ModelCard.load(folder / "README.md")
-            card.data.tags = sorted({*(card.data.tags or []), *tags})
-            card.save(folder / "README.md")
+        with _placed(model, repo_id, revision):
+            model.save_pretrained(str(folder), **saving)
+        if tags and (folder / "README.md").is_file():
+            add_tags(folder / "README.md", tags)
         return upload(api, repo_id, folder, revision, commit_message or "Upload task", create_pr=create_pr)
+
+
+@contextlib.contextmanager
+def _placed(model: PeftModel, repo_id: str, revision: str | None) -> Iterator[None]:
+    """Meanwhile the tasks' cards say to load them from the Hub."""
+    configs = {name: each for name, each in model.peft_config.items() if isinstance(each, SubspaceConfig)}
+    for name, config in configs.items():
+        config._place = Place(repo_id, None if name == "default" else name, revision)
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config._place = None
 
 
 def pin(

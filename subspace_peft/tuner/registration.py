@@ -50,6 +50,7 @@ def register() -> None:
             f"PEFT already has a method named {NAME} or with prefix {PREFIX!r} ({known}). Another plugin, or a newer PEFT, "
             "took the name: upgrade subspace-peft."
         )
+    from .card import teach_cards
     from .hotswap import SAME
     from .layer import SubspaceLayer
     from .peft_mixed import join_mixed_models
@@ -57,6 +58,7 @@ def register() -> None:
 
     CONFIG_KEYS_TO_CHECK[SUBSPACE] = list(SAME)
     teach_push_to_hub()
+    teach_cards()
     register_peft_method(
         name="subspace",
         config_cls=SubspaceConfig,

@@ -41,7 +41,7 @@ def add_weighted(
     rank = svd_rank or max(max(layer.r[name]) for layer in layers for name in adapters if name in layer.r)
     config = dataclasses.replace(
         configs[0], coefficients="factor" if small else "core", r=rank if small else configs[0].r, mean_gain="none",
-        start="zero", target_modules=_united(configs), subspace_version=None, inference_mode=False,
+        start="zero", target_modules=_united(configs), subspace_version=None, card=None, inference_mode=False,
         basis_modules=configs[0].basis_modules, rank_pattern=dict(configs[0].rank_pattern),
     )  # fmt: skip
     config._basis, config._given, config._near = configs[0]._basis, configs[0]._given, configs[0]._near

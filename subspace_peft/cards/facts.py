@@ -1,0 +1,179 @@
+"""What cards are made from. Whatever is None is not known, and a card does not mention it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the thing that a card describes is loaded from: a Hub id or a folder, with a subfolder and a revision of it."""
+
+    reference: str
+    subfolder: str | None = None
+    revision: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of it, as a title."""
+        return Path(self.subfolder or self.reference).name or self.reference
+
+    @property
+    def repository(self) -> str | None:
+        """The Hub id, or None for a folder."""
+        return self.reference if is_hub_id(self.reference) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFacts:
+    """The base model.
+
+    Attributes:
+        reference: Hub id or folder.
+        revision: on the Hub.
+        auto_class: name of the transformers class that makes it.
+        class_name: name of its own class.
+        family: transformers' `model_type`.
+        num_labels: of a trained head, which the base model has to be made for.
+        labels: their names.
+        code: lines that make `base_model`, where no auto class does.
+        injected: the task sits in the model itself, with no PeftModel around it.
+    """
+
+    reference: str | None = None
+    revision: str | None = None
+    auto_class: str | None = None
+    class_name: str | None = None
+    family: str | None = None
+    num_labels: int | None = None
+    labels: tuple[str, ...] | None = None
+    code: tuple[str, ...] | None = None
+    injected: bool = False
+
+    @property
+    def hub_id(self) -> str | None:
+        return self.reference if self.reference and is_hub_id(self.reference) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFacts:
+    """A source adapter of a basis, or one that was left out, and why (`skipped`)."""
+
+    name: str
+    location: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    ranks: tuple[int, ...] = ()
+    norm: float | None = None
+    energy_kept: float | None = None
+    license: str | None = None
+    skipped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisFacts:
+    """A basis. `k` says its sizes in words; `frozen` and `core` count its numbers and those of a task with dense cores."""
+
+    place: Place
+    fingerprint: str
+    modules: int
+    k: str
+    frozen: int
+    core: int
+    builder: str | None = None
+    base: BaseFacts = field(default_factory=BaseFacts)
+    task_type: str | None = None
+    energy_kept: float | None = None
+    energy_random: float | None = None
+    sources: tuple[SourceFacts, ...] = ()
+    version: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasisReference:
+    """The basis that tasks live in. `reference` is None where it is in the task's own file."""
+
+    fingerprint: str | None
+    reference: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFacts:
+    """A task.
+
+    Attributes:
+        training: settings by name, see `tuner.trainer_card`.
+        metrics: split (``evaluation``, ``test``, …) → metric → number.
+        controls: ``title``, ``score`` and ``rows`` of a comparison, as `compare` writes them.
+        datasets: Hub ids.
+        numbers: how many coefficients; `head`: how many other trained numbers; `bytes`: of the file.
+    """
+
+    place: Place
+    basis: BasisReference
+    coefficients: str
+    mean_gain: str = "none"
+    start: str = "zero"
+    base: BaseFacts = field(default_factory=BaseFacts)
+    task_type: str | None = None
+    numbers: int | None = None
+    head: int | None = None
+    bytes: int | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    controls: Mapping[str, Any] | None = None
+    datasets: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundledTask:
+    """One of a bundle's tasks."""
+
+    name: str
+    coefficients: str | None = None
+    numbers: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    datasets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleFacts:
+    """Many tasks in one file. `loading`: lines that load it once `base_model` is made; `imports`: what they need."""
+
+    place: Place
+    basis: BasisReference
+    tasks: tuple[BundledTask, ...]
+    loading: tuple[str, ...]
+    imports: tuple[str, ...] = ()
+    base: BaseFacts = field(default_factory=BaseFacts)
+    task_type: str | None = None
+    bytes: int | None = None
+    version: str | None = None
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether `reference` may be a model's id on the Hub, and is no folder here."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(reference).exists():
+        return False
+    try:
+        validate_repo_id(reference)
+    except HFValidationError:
+        return False
+    return True
