@@ -2,6 +2,7 @@
 
 from .build import build_basis
 from .factors import Factors
+from .references import expand, expand_or_raise
 from .sources import Source, is_one_source, open_source
 
-__all__ = ["Factors", "Source", "build_basis", "is_one_source", "open_source"]
+__all__ = ["Factors", "Source", "build_basis", "expand", "expand_or_raise", "is_one_source", "open_source"]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
 from .factors import Factors
-from .fleet import Fleet, gather
+from .fleet import Fleet, facts, gather
 from .generic import build_generic
 from .hosvd import Pair, factor_pca, hosvd
 
@@ -37,14 +37,17 @@ def build_basis(
     seed: int = 0,
     skip_bad: bool = False,
     partial: bool = False,
+    allow_bin: bool = False,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> SubspaceBasis:
     """Build a shared basis: per target module an orthonormal output basis U (out, k_out) and input basis V (k_in, in).
 
     Args:
-        sources: the fleet, a list (one alone counts as a list of one): LoRA folders, Hub ids (``org/name@revision``), state dicts, ``(state_dict, config)`` pairs or
-            live PeftModels. Rank, scaling and target modules are read from each. Not needed by the last two builders.
+        sources: the fleet, a list (one alone counts as a list of one): LoRA folders, LoRA files of diffusers or kohya, Hub ids
+            (``org/name@revision:folder``), patterns (``loras/*``), text files of such references (``fleet.txt``), Hub collections
+            (``collection:owner/slug``), state dicts, ``(state_dict, config)`` pairs or live PeftModels. Rank, scaling and target
+            modules are read from each. Not needed by the last two builders.
         k: directions per side, or a share of energy in (0, 1) that every module has to keep.
         k_in: directions on the input side where they differ from `k`.
         builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations (JD-Full,
@@ -58,11 +61,13 @@ def build_basis(
             axes of the sources' cores, or random orthonormal ones where there is no fleet.
         keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
         like: a basis whose modules and sizes the `random` builder takes over.
-        base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`.
+        base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The other builders
+            need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is left as it was.
         target_modules: names or ends of names of `base_model`'s modules, or a regular expression, as in PEFT.
         seed: of the `random` builder and of random directions.
         skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
         partial: allow modules that only some sources adapt; each is then built from those.
+        allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
         token: as in huggingface_hub.
         progress: show bars for what takes over two seconds.
 
@@ -82,10 +87,13 @@ def build_basis(
         return build_generic(
             builder, sources=sources, like=like, base_model=base_model, target_modules=target_modules,
             k=k, k_in=k_in, directions=directions, seed=seed, token=token, progress=progress, arguments=arguments,
+            allow_bin=allow_bin, skip_bad=skip_bad,
         )  # fmt: skip
     if sources is None:
         raise SubspaceError(f"The builder {builder!r} needs source adapters; pass their folders or Hub ids.")
-    fleet = gather(sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress)
+    fleet = gather(
+        sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
+    )  # fmt: skip
     if keep_cores is None:
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
     modules: dict[str, ModuleBasis] = {}
@@ -189,7 +197,7 @@ def _info(
                 "name": source.name, "location": source.location, "revision": source.revision,
                 "sha256": source.sha256, "base_model": source.base_model, "ranks": ranks,
                 "modules": len(norms), "norm": total**0.5, "seed_group": fleet.groups[i], "energy_kept": kept,
-                "scale": "from its config" if source.config else "1: no config came with the state dict",
+                **facts(source),
             }
         )  # fmt: skip
     per_module = {

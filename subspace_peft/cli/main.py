@@ -20,7 +20,10 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_subparsers(dest="verb", metavar="VERB", required=True).add_parser
 
     build = add("build", help="build a basis from LoRA adapters", description="Build a basis from LoRA adapters.")
-    build.add_argument("sources", nargs="*", metavar="ADAPTER", help="LoRA folder, or Hub id with @revision")
+    build.add_argument(
+        "sources", nargs="*", metavar="ADAPTER",
+        help="LoRA folder or file, org/name[@revision][:folder], collection:owner/slug, a pattern, or a .txt with one a line",
+    )  # fmt: skip
     build.add_argument("--out", required=True, metavar="FOLDER", help="where to write the basis")
     build.add_argument("-k", "--k", default="32", help="directions per side, or a share of energy to keep (0.9)")
     build.add_argument("--k-in", type=int, help="directions on the input side, where they differ")
@@ -32,10 +35,14 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
     build.add_argument("--directions", type=int, default=0, metavar="M", help="direction tensors to keep")
     build.add_argument("--like", metavar="BASIS", help="a basis whose modules and sizes `random` takes over")
-    build.add_argument("--base-model", help="model id or folder, for `random` and `base-weights`")
+    build.add_argument(
+        "--base-model",
+        help="model id or folder: for `random` and `base-weights`, and to convert adapters that are no LoRA",
+    )
     build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
     build.add_argument("--seed", type=int, default=0)
     build.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
+    build.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
     build.add_argument("--partial", action="store_true", help="allow modules that only some sources adapt")
     build.set_defaults(run=verbs.build)
 

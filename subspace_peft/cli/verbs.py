@@ -34,6 +34,7 @@ def build(args: Namespace) -> int:
         seed=args.seed,
         skip_bad=args.skip_bad,
         partial=args.partial,
+        allow_bin=args.allow_bin,
         progress=not args.quiet,
     )
     basis.save_pretrained(args.out)
