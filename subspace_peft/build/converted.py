@@ -34,7 +34,7 @@ def convert(
         SourceError: PEFT cannot load or convert it; says why.
     """
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.tuners.lora.conversion import convert_to_lora
 
     kind = str(config.get("peft_type"))
@@ -43,8 +43,8 @@ def convert(
     given = {key: value for key, value in config.items() if key not in ("auto_mapping", "peft_version")}
     # a head is none of the update, and its class may be another one here
     given |= {"modules_to_save": None, "inference_mode": True, "task_type": None}
-    own = PEFT_TYPE_TO_PREFIX_MAPPING[kind]
-    wanted = {key: value for key, value in state.items() if f".{own}" in f".{key}"}
+    saved = config.get("modules_to_save") or []
+    wanted = {key: value for key, value in state.items() if not any(f".{name}." in f".{key}" for name in saved)}
     trained = {name: parameter.requires_grad for name, parameter in base_model.named_parameters()}
     model = None
     try:

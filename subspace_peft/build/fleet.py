@@ -57,7 +57,7 @@ def facts(source: Source) -> dict[str, Any]:
         values = sorted({float(f"{value:.6g}") for value in source.scales.values()})
         scale = f"alpha / rank of its file: {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
     else:
-        scale = "from its config" if source.config else "1: no config came with the state dict"
+        scale = "from its config" if source.config else "1: it came without its alpha"
     converted = {} if kind == "LORA" else {"converted_from": kind, "energy_lost_in_conversion": source.lost}
     return {"scale": scale, "dtypes": sorted(source.dtypes), "left_out_tensors": list(source.other_keys), **converted}
 
@@ -87,7 +87,6 @@ def gather(
     """
     opened: list[Source] = []
     sketches: dict[int, dict[str, torch.Tensor]] = {}
-    shapes: dict[int, dict[str, tuple[int, int]]] = {}
     listed, bad = expand(references, token=token)
     count = len(listed) + len(bad)
     bar = tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not progress)
@@ -96,7 +95,7 @@ def gather(
             source = open_source(reference, token=token, allow_bin=allow_bin, base_model=base_model)
             if source.location == IN_MEMORY:
                 source.location = f"{IN_MEMORY}, number {number}"
-            sketches[id(source)], shapes[id(source)] = _measure(source)
+            sketches[id(source)] = _measure(source)
             opened.append(source)
         except SourceError as error:
             name = reference if isinstance(reference, (str, Path)) else type(reference).__name__
@@ -105,8 +104,7 @@ def gather(
     for source in opened:
         own = {module: source.aliases.get(module, module) for module in source.keys}
         sketches[id(source)] = {module: sketches[id(source)][name] for module, name in own.items()}
-        shapes[id(source)] = {module: shapes[id(source)][name] for module, name in own.items()}
-    found = _misfits(opened, [shapes[id(source)] for source in opened], partial)
+    found = _misfits(opened, partial)
     if not keep_duplicates:
         fitting = [source for source in opened if all(source is not misfit for misfit, _ in found)]
         found += _repeats(fitting, [sketches[id(source)] for source in fitting])
@@ -128,21 +126,21 @@ def gather(
     return Fleet(opened, modules, seed_groups(opened, modules), bad)
 
 
-def _measure(source: Source) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, int]]]:
-    """Read a source once: its norms, and per module a sketch of the update and its shape."""
+def _measure(source: Source) -> dict[str, torch.Tensor]:
+    """Read a source once: its norms, shapes and ranks; returns per module a sketch of the update."""
     if source.biases:
         raise SourceError(
             f"{source.location}: {source.biases[0]}: it was trained with bias={source.config['bias']!r} ({len(source.biases)} biases), "
             "which no basis holds, and without which it is another adapter. Train it with bias='none'."
         )
-    sketches, shapes = {}, {}
+    sketches = {}
     for module in source.keys:
         update = source.factors(module)
-        source.norms[module] = update.norm()
-        sketches[module], shapes[module] = sketch(update), update.shape
+        source.norms[module], source.shapes[module], source.ranks[module] = update.norm(), update.shape, update.rank
+        sketches[module] = sketch(update)
     if not any(source.norms.values()):
         raise SourceError(f"{source.location}: every lora_B is zero, so the adapter does nothing. Leave it out.")
-    return sketches, shapes
+    return sketches
 
 
 def _repeats(sources: list[Source], sketches: list[dict[str, torch.Tensor]]) -> list[tuple[Source, str]]:
@@ -168,19 +166,18 @@ def common_base(names: Sequence[str | None]) -> str | None:
     return max(counts, key=lambda name: (votes(name), "/" in name), default=None)
 
 
-def _misfits(
-    sources: list[Source], shapes: list[dict[str, tuple[int, int]]], partial: bool
-) -> list[tuple[Source, str]]:
+def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
     """Sources that do not belong with the majority, with the reason."""
     base = common_base([source.base_model for source in sources])
     counts = [frozenset(source.keys) for source in sources]
     common = max(counts, key=counts.count) if counts else frozenset()
     usual = {
-        module: Counter(each[module] for each in shapes if module in each).most_common(1)[0][0]
+        module: Counter(source.shapes[module] for source in sources if module in source.keys).most_common(1)[0][0]
         for module in frozenset().union(*counts)
     }
     found = []
-    for source, own in zip(sources, shapes, strict=True):
+    for source in sources:
+        own = source.shapes
         missing, extra = sorted(common - source.keys.keys()), sorted(source.keys.keys() - common)
         odd = [module for module, shape in own.items() if shape != usual[module]]
         if not same_model(source.base_model, base):
@@ -224,6 +221,9 @@ def _unify_modules(sources: list[Source]) -> None:
     for source in sources:
         renamed = {short[module]: sides for module, sides in source.keys.items()}
         if len(renamed) == len(source.keys) and renamed.keys() != source.keys.keys():
-            source.norms = {short[module]: norm for module, norm in source.norms.items()}
+            source.norms, source.shapes, source.ranks = (
+                {short[module]: value for module, value in of.items()}
+                for of in (source.norms, source.shapes, source.ranks)
+            )
             source.aliases = {short[module]: module for module in source.keys}
             source.keys = renamed

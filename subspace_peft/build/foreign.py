@@ -79,7 +79,8 @@ def read_foreign(
 ) -> Foreign:
     """Sort the keys of a diffusers or kohya file.
 
-    The scale is alpha / rank where the file says alpha (an ``.alpha`` tensor, or diffusers' metadata), else 1.
+    The scale is alpha / rank where the file says alpha (an ``.alpha`` tensor, or diffusers' metadata). Elsewhere it counts as 1, as
+    diffusers takes it.
 
     Args:
         names: the file's keys.
@@ -146,8 +147,6 @@ def _scales(
                 found.scales[module] = scaling(own or config, rest if own else module, rank)
             except ValueError as error:
                 found.problems.append(f"{error}, as the file's metadata has it")
-        else:
-            found.scales[module] = 1.0
 
 
 def _metadata(metadata: Mapping[str, str]) -> dict[str, Any]:

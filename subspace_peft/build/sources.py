@@ -38,7 +38,9 @@ class Source:
         sha256: hex digest of the weights' file, or of the tensors of a source in memory.
         revision: commit sha on the Hub, or None.
         folder: where its files lie on this machine, or None.
+        file: that of its tensors, or None.
         norms: ‖ΔW‖_F per module, as far as asked for.
+        shapes, ranks: (out, in) and rank per module, where `gather` opened it.
         aliases: module name in the fleet → module name in this source's own config, where they differ.
         other_keys: tensors in it that are no LoRA factors, such as a classifier's (`modules_to_save`).
         scales: scale per module (under the source's own names) where no configuration has it, as in kohya's files.
@@ -54,7 +56,10 @@ class Source:
     sha256: str
     revision: str | None = None
     folder: Path | None = None
+    file: Path | None = None
     norms: dict[str, float] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     other_keys: tuple[str, ...] = ()
     scales: dict[str, float] = field(default_factory=dict)
@@ -188,6 +193,7 @@ def _from_state_dict(tensors: dict[str, torch.Tensor], config: dict[str, Any], l
 def _from_files(place: Place, base_model: nn.Module | None) -> Source:
     names, read, metadata = open_tensors(place.weights, place.location)
     common = {"sha256": _sha256(place.weights), "revision": place.revision, "folder": place.weights.parent}
+    common["file"] = place.weights
     if place.config is not None and _method(place.config) not in ("LORA", "SUBSPACE") and base_model is not None:
         state = {name: read(name) for name in names}
         factors, lost = convert(place.config, state, base_model, place.location)
