@@ -2,7 +2,18 @@
 
 from .build import build_basis
 from .factors import Factors
+from .plan import BuildPlan, plan_build
 from .references import expand, expand_or_raise
 from .sources import Source, is_one_source, open_source
 
-__all__ = ["Factors", "Source", "build_basis", "expand", "expand_or_raise", "is_one_source", "open_source"]
+__all__ = [
+    "BuildPlan",
+    "Factors",
+    "Source",
+    "build_basis",
+    "expand",
+    "expand_or_raise",
+    "is_one_source",
+    "open_source",
+    "plan_build",
+]
