@@ -4,6 +4,7 @@ from .build import build_basis
 from .factors import Factors
 from .plan import BuildPlan, plan_build
 from .references import expand, expand_or_raise
+from .rerun import rebuild_basis
 from .sources import Source, is_one_source, open_source
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "is_one_source",
     "open_source",
     "plan_build",
+    "rebuild_basis",
 ]

@@ -14,6 +14,7 @@ from ..errors import SubspaceError
 from .factors import Factors
 from .fleet import Fleet, facts, gather
 from .generic import build_generic
+from .held_out import left_out_energy, wanted
 from .hosvd import Pair, factor_pca, hosvd
 
 BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
@@ -31,6 +32,7 @@ def build_basis(
     alternations: int = 10,
     directions: int = 0,
     keep_cores: bool | None = None,
+    leave_one_out: bool | None = None,
     like: SubspaceBasis | None = None,
     base_model: nn.Module | None = None,
     target_modules: str | Sequence[str] | None = None,
@@ -60,6 +62,8 @@ def build_basis(
         directions: how many direction tensors G to keep for the `directions` coefficients: the leading principal
             axes of the sources' cores, or random orthonormal ones where there is no fleet.
         keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
+        leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per shared-seed group;
+            default: for fleets of 2 to 8 groups.
         like: a basis whose modules and sizes the `random` builder takes over.
         base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The other builders
             need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is left as it was.
@@ -81,7 +85,7 @@ def build_basis(
     _check_arguments(k, k_in, builder, weights, directions)
     arguments = {
         "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
-        "directions": directions, "seed": seed,
+        "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
     }  # fmt: skip
     if builder in ("random", "base-weights"):
         return build_generic(
@@ -98,6 +102,8 @@ def build_basis(
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
     modules: dict[str, ModuleBasis] = {}
     energies: dict[str, list[float | None]] = {}
+    left_out: dict[str, list[float | None]] = {}
+    held_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
     for name in tqdm(fleet.modules, desc="building", unit="module", delay=2, disable=not progress):
         members = [i for i, source in enumerate(fleet.sources) if name in source.keys and source.norms[name] > 0]
         if not members:
@@ -108,6 +114,9 @@ def build_basis(
             norms = [fleet.sources[i].norms[name] if weights == "equal" else 1.0 for i in members]
             scaled = [vote**0.5 / norm for vote, norm in zip(votes, norms, strict=True)]
             pair = hosvd(updates, scaled, k, k_in, alternations)
+            if held_out:
+                groups = [fleet.groups[i] for i in members]
+                left_out[name] = left_out_energy(updates, scaled, groups, pair, alternations)
         else:
             pair = factor_pca([fleet.sources[i].raw(name) for i in members], int(k), k_in)
         module, kept = _with_statistics(pair, updates, votes, directions, keep_cores, len(fleet.sources), members)
@@ -115,7 +124,9 @@ def build_basis(
         energies[name] = [None] * len(fleet.sources)
         for i, share in zip(members, kept, strict=True):
             energies[name][i] = share
-    return SubspaceBasis(modules, _info(fleet, builder, arguments, modules, energies))
+    info = _info(fleet, builder, arguments, modules, energies)
+    info["measured"] |= _mean_left_out(left_out)
+    return SubspaceBasis(modules, info)
 
 
 def _check_arguments(k: int | float, k_in: int | None, builder: str, weights: str, directions: int) -> None:
@@ -178,6 +189,17 @@ def _principal_cores(cores: torch.Tensor, weight: torch.Tensor, m: int) -> torch
     return axes.reshape(-1, *cores.shape[1:]).float().contiguous()
 
 
+def _mean_left_out(shares: dict[str, list[float | None]]) -> dict[str, Any]:
+    means = {
+        name: sum(known) / len(known)
+        for name, each in shares.items()
+        if (known := [share for share in each if share is not None])
+    }
+    if not means:
+        return {}
+    return {"energy_left_out": sum(means.values()) / len(means), "energy_left_out_per_module": means}
+
+
 def _info(
     fleet: Fleet,
     builder: str,
@@ -205,7 +227,7 @@ def _info(
         for name, shares in energies.items()
         if (known := [s for s in shares if s is not None])
     }
-    random = [m.k_out * m.k_in / (m.out_features * m.in_features) for m in modules.values()]
+    random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, m in modules.items()}
     return {
         "base_model_name_or_path": fleet.base_model,
         "builder": builder,
@@ -214,7 +236,8 @@ def _info(
         "skipped": fleet.skipped,
         "measured": {
             "energy_kept": sum(per_module.values()) / len(per_module),
-            "energy_random": sum(random) / len(random),
+            "energy_random": sum(random.values()) / len(random),
             "energy_kept_per_module": per_module,
+            "energy_random_per_module": random,
         },
     }

@@ -28,6 +28,9 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--dry-run", action="store_true", help="read and check the sources, say what building takes, build nothing"
     )
+    build.add_argument(
+        "--from-config", metavar="BASIS", help="build a basis again: its own sources, held against their hashes, and its arguments"
+    )  # fmt: skip
     build.add_argument("-k", "--k", default="32", help="directions per side, or a share of energy to keep (0.9)")
     build.add_argument("--k-in", type=int, help="directions on the input side, where they differ")
     build.add_argument(
@@ -37,6 +40,10 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--weights", default="equal", choices=["equal", "norm"], help="how sources count")
     build.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
     build.add_argument("--directions", type=int, default=0, metavar="M", help="direction tensors to keep")
+    build.add_argument(
+        "--leave-one-out", action=argparse.BooleanOptionalAction,
+        help="measure what a basis built without a source keeps of it (default: for 2 to 8 sources)",
+    )  # fmt: skip
     build.add_argument("--like", metavar="BASIS", help="a basis whose modules and sizes `random` takes over")
     build.add_argument(
         "--base-model",

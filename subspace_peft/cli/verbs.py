@@ -20,6 +20,8 @@ def build(args: Namespace) -> int:
     base = _base_model(args)
     if args.dry_run:
         return _plan(args, base)
+    if args.from_config:
+        return _rebuild(args, base)
     basis = build_basis(
         args.sources or None,
         k=_number(args.k),
@@ -29,6 +31,7 @@ def build(args: Namespace) -> int:
         weights=args.weights,
         alternations=args.alternations,
         directions=args.directions,
+        leave_one_out=args.leave_one_out,
         base_model=base,
         target_modules=args.target_modules,
         seed=args.seed,
@@ -38,6 +41,21 @@ def build(args: Namespace) -> int:
         progress=not args.quiet,
     )
     basis.save_pretrained(args.out)
+    return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+
+
+def _rebuild(args: Namespace, base: Any) -> int:
+    from ..basis import SubspaceBasis
+    from ..build import rebuild_basis
+
+    if args.sources:
+        raise SubspaceError("--from-config takes the sources on record; leave the others out.")
+    old = SubspaceBasis.from_pretrained(args.from_config)
+    new = rebuild_basis(old, base_model=base, progress=not args.quiet)
+    new.save_pretrained(args.out)
+    if not args.json:
+        other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
+        print(f"built again; the fingerprint {'is the one on record' if new == old else other}")
     return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
 
 
@@ -89,6 +107,8 @@ def inspect(args: Namespace) -> int:
     )
     if "energy_kept" in facts:
         print(f"energy kept {facts['energy_kept']:.4f}; a random basis of equal size {facts['energy_random']:.4f}")
+    if "energy_left_out" in facts:
+        print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
     for source in facts["sources"]:
         print(
             f"  {source['name']}: ranks {source['ranks']}, energy kept {source['energy_kept']:.4f}, seed group {source['seed_group']}"
