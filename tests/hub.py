@@ -9,16 +9,23 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+COLLECTION = re.compile(r"^/api/collections/(?P<slug>[^/]+/[^/]+)$")
 RESOLVE = re.compile(r"^/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
 
 
 class Hub(ThreadingHTTPServer):
-    """``with Hub({"org/name": {"main": folder, "v1": folder}}) as hub:`` serves at ``hub.url``; `hub.log` lists requests."""
+    """``with Hub({"org/name": {"main": folder, "v1": folder}}) as hub:`` serves at ``hub.url``; `hub.log` lists requests.
+
+    `collections`: slug → the (type, id) of its items.
+    """
 
     daemon_threads = True
 
-    def __init__(self, repos: dict[str, dict[str, Path]]) -> None:
+    def __init__(
+        self, repos: dict[str, dict[str, Path]], collections: dict[str, list[tuple[str, str]]] | None = None
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.collections = collections or {}
         self.repos = repos
         self.log: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -40,6 +47,15 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.append(f"{self.command} {self.path}")
 
     def do_GET(self) -> None:
+        if (wanted := COLLECTION.match(self.path)) and (
+            items := self.server.collections.get(wanted["slug"])
+        ) is not None:
+            entries = [
+                {"_id": str(n), "id": name, "type": kind, "position": n} for n, (kind, name) in enumerate(items)
+            ]
+            facts = {"slug": wanted["slug"], "title": "", "owner": {"name": "org"}, "items": entries, "position": 0}
+            facts |= {"lastUpdated": "2026-01-01T00:00:00.000Z", "private": False, "theme": "blue", "upvotes": 0}
+            return self.answer(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
         found = RESOLVE.match(self.path)
         revisions = self.server.repos.get(found["repo"]) if found else None
         if revisions is None:

@@ -108,13 +108,6 @@ def test_a_sweeps_run_without_a_test_is_run_again_only_where_its_seed_is_reporte
     assert run_one(head_only(1e-2), run, tmp_path, seeds=seeds)["tests"] == [0.4, 0.4] and calls == [0, 1, 0]
 
 
-def test_adapters_of_older_ids_are_of_the_same_model():
-    same = shared.same_model
-    assert same(None, "org/model") and same("org/model", "org/model") and same("model", "org/model")
-    assert same("/a/model/", "/a/model") and same("org/model", "model")
-    assert not same("org/model", "other/model") and not same("del", "org/model") and not same("/a/model", "/b/model")
-
-
 def test_diverged_runs_lose_are_kept_and_are_reported(tmp_path):
     runs = Runs(lambda rate: math.nan if rate > 5e-3 else math.inf if rate > 2e-3 else 0.6)
     row = run_one(head_only(5e-4, 1e-3, 1e-2), runs, tmp_path)

@@ -12,7 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
-from subspace_peft.build import open_source
+from subspace_peft.build import Factors, open_source
+from subspace_peft.build.fleet import gather
+from subspace_peft.build.hosvd import hosvd
 from subspace_peft.build.lora import scaling
 from subspace_peft.errors import SourceError, SubspaceError
 
@@ -91,10 +93,14 @@ def test_shared_seed_sources_are_found_and_share_one_vote():
         state["q.lora_A.weight"] = start + 0.1 * torch.randn(3, 16, dtype=torch.float64)
     basis = build_basis(states, k=4, progress=False)
     assert [entry["seed_group"] for entry in basis.info["sources"]] == [0, 0, 0, 1, 2]
-    # three copies of one adapter weigh as much as one
-    alone, tripled = ([states[0], *states[3:]], [states[0], states[0], states[0], *states[3:]])
-    one, three = (build_basis(s, k=3, alternations=0, progress=False)["q"] for s in (alone, tripled))
-    torch.testing.assert_close(one.U @ one.U.T, three.U @ three.U.T, atol=1e-5, rtol=0)
+    # three of one group weigh as much as one: with votes for weights, the fleet's span is that of a fleet with one of them
+    fleet_ = gather(states, skip_bad=False, partial=False, token=None, progress=False)
+    assert fleet_.votes([0, 1, 2, 3, 4]) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1, 1])
+    assert fleet_.votes([2, 3]) == [1, 1]
+    updates = [Factors(state["q.lora_B.weight"], state["q.lora_A.weight"]) for state in states]
+    one = hosvd([updates[0], *updates[3:]], [1.0, 1.0, 1.0], 3, None, 0)
+    three = hosvd([*updates[:1] * 3, *updates[3:]], [vote**0.5 for vote in fleet_.votes(range(5))], 3, None, 0)
+    torch.testing.assert_close(one.U @ one.U.T, three.U @ three.U.T, atol=1e-8, rtol=0)
 
 
 # -- generated bases ------------------------------------------------------------------------------------------------

@@ -2,6 +2,20 @@
 
 from .build import build_basis
 from .factors import Factors
+from .plan import BuildPlan, plan_build
+from .references import expand, expand_or_raise
+from .rerun import rebuild_basis
 from .sources import Source, is_one_source, open_source
 
-__all__ = ["Factors", "Source", "build_basis", "is_one_source", "open_source"]
+__all__ = [
+    "BuildPlan",
+    "Factors",
+    "Source",
+    "build_basis",
+    "expand",
+    "expand_or_raise",
+    "is_one_source",
+    "open_source",
+    "plan_build",
+    "rebuild_basis",
+]

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
 from .factors import Factors
-from .fleet import Fleet, gather
+from .fleet import Fleet, facts, gather
 from .generic import build_generic
+from .held_out import left_out_energy, wanted
 from .hosvd import Pair, factor_pca, hosvd
 
 BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
@@ -31,20 +32,24 @@ def build_basis(
     alternations: int = 10,
     directions: int = 0,
     keep_cores: bool | None = None,
+    leave_one_out: bool | None = None,
     like: SubspaceBasis | None = None,
     base_model: nn.Module | None = None,
     target_modules: str | Sequence[str] | None = None,
     seed: int = 0,
     skip_bad: bool = False,
     partial: bool = False,
+    allow_bin: bool = False,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> SubspaceBasis:
     """Build a shared basis: per target module an orthonormal output basis U (out, k_out) and input basis V (k_in, in).
 
     Args:
-        sources: the fleet, a list (one alone counts as a list of one): LoRA folders, Hub ids (``org/name@revision``), state dicts, ``(state_dict, config)`` pairs or
-            live PeftModels. Rank, scaling and target modules are read from each. Not needed by the last two builders.
+        sources: the fleet, a list (one alone counts as a list of one): LoRA folders, LoRA files of diffusers or kohya, Hub ids
+            (``org/name@revision:folder``), patterns (``loras/*``), text files of such references (``fleet.txt``), Hub collections
+            (``collection:owner/slug``), state dicts, ``(state_dict, config)`` pairs or live PeftModels. Rank, scaling and target
+            modules are read from each. Not needed by the last two builders.
         k: directions per side, or a share of energy in (0, 1) that every module has to keep.
         k_in: directions on the input side where they differ from `k`.
         builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations (JD-Full,
@@ -57,12 +62,16 @@ def build_basis(
         directions: how many direction tensors G to keep for the `directions` coefficients: the leading principal
             axes of the sources' cores, or random orthonormal ones where there is no fleet.
         keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
+        leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per shared-seed group;
+            default: for fleets of 2 to 8 groups.
         like: a basis whose modules and sizes the `random` builder takes over.
-        base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`.
+        base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The other builders
+            need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is left as it was.
         target_modules: names or ends of names of `base_model`'s modules, or a regular expression, as in PEFT.
         seed: of the `random` builder and of random directions.
         skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
         partial: allow modules that only some sources adapt; each is then built from those.
+        allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
         token: as in huggingface_hub.
         progress: show bars for what takes over two seconds.
 
@@ -76,20 +85,25 @@ def build_basis(
     _check_arguments(k, k_in, builder, weights, directions)
     arguments = {
         "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
-        "directions": directions, "seed": seed,
+        "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
     }  # fmt: skip
     if builder in ("random", "base-weights"):
         return build_generic(
             builder, sources=sources, like=like, base_model=base_model, target_modules=target_modules,
             k=k, k_in=k_in, directions=directions, seed=seed, token=token, progress=progress, arguments=arguments,
+            allow_bin=allow_bin, skip_bad=skip_bad,
         )  # fmt: skip
     if sources is None:
         raise SubspaceError(f"The builder {builder!r} needs source adapters; pass their folders or Hub ids.")
-    fleet = gather(sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress)
+    fleet = gather(
+        sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
+    )  # fmt: skip
     if keep_cores is None:
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
     modules: dict[str, ModuleBasis] = {}
     energies: dict[str, list[float | None]] = {}
+    left_out: dict[str, list[float | None]] = {}
+    held_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
     for name in tqdm(fleet.modules, desc="building", unit="module", delay=2, disable=not progress):
         members = [i for i, source in enumerate(fleet.sources) if name in source.keys and source.norms[name] > 0]
         if not members:
@@ -100,6 +114,9 @@ def build_basis(
             norms = [fleet.sources[i].norms[name] if weights == "equal" else 1.0 for i in members]
             scaled = [vote**0.5 / norm for vote, norm in zip(votes, norms, strict=True)]
             pair = hosvd(updates, scaled, k, k_in, alternations)
+            if held_out:
+                groups = [fleet.groups[i] for i in members]
+                left_out[name] = left_out_energy(updates, scaled, groups, pair, alternations)
         else:
             pair = factor_pca([fleet.sources[i].raw(name) for i in members], int(k), k_in)
         module, kept = _with_statistics(pair, updates, votes, directions, keep_cores, len(fleet.sources), members)
@@ -107,7 +124,9 @@ def build_basis(
         energies[name] = [None] * len(fleet.sources)
         for i, share in zip(members, kept, strict=True):
             energies[name][i] = share
-    return SubspaceBasis(modules, _info(fleet, builder, arguments, modules, energies))
+    info = _info(fleet, builder, arguments, modules, energies)
+    info["measured"] |= _mean_left_out(left_out)
+    return SubspaceBasis(modules, info)
 
 
 def _check_arguments(k: int | float, k_in: int | None, builder: str, weights: str, directions: int) -> None:
@@ -170,6 +189,17 @@ def _principal_cores(cores: torch.Tensor, weight: torch.Tensor, m: int) -> torch
     return axes.reshape(-1, *cores.shape[1:]).float().contiguous()
 
 
+def _mean_left_out(shares: dict[str, list[float | None]]) -> dict[str, Any]:
+    means = {
+        name: sum(known) / len(known)
+        for name, each in shares.items()
+        if (known := [share for share in each if share is not None])
+    }
+    if not means:
+        return {}
+    return {"energy_left_out": sum(means.values()) / len(means), "energy_left_out_per_module": means}
+
+
 def _info(
     fleet: Fleet,
     builder: str,
@@ -190,7 +220,7 @@ def _info(
                 "sha256": source.sha256, "base_model": source.base_model, "license": source.license,
                 "task_type": source.task_type, "ranks": ranks,
                 "modules": len(norms), "norm": total**0.5, "seed_group": fleet.groups[i], "energy_kept": kept,
-                "scale": "from its config" if source.config else "1: no config came with the state dict",
+                **facts(source),
             }
         )  # fmt: skip
     per_module = {
@@ -198,7 +228,7 @@ def _info(
         for name, shares in energies.items()
         if (known := [s for s in shares if s is not None])
     }
-    random = [m.k_out * m.k_in / (m.out_features * m.in_features) for m in modules.values()]
+    random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, m in modules.items()}
     return {
         "base_model_name_or_path": fleet.base_model,
         "builder": builder,
@@ -207,7 +237,8 @@ def _info(
         "skipped": fleet.skipped,
         "measured": {
             "energy_kept": sum(per_module.values()) / len(per_module),
-            "energy_random": sum(random) / len(random),
+            "energy_random": sum(random.values()) / len(random),
             "energy_kept_per_module": per_module,
+            "energy_random_per_module": random,
         },
     }

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from tqdm import tqdm
 
+from ..basis.reference import same_model
 from ..errors import SourceError
+from .duplicates import duplicates, sketch
+from .references import expand
 from .seed_groups import seed_groups
-from .sources import Source, is_one_source, open_source
+from .sources import IN_MEMORY, Source, open_source
 
 RESERVED = ("zero", "mean")  # what `SubspaceConfig.start` means by these is no source
 
@@ -33,7 +40,7 @@ class Fleet:
 
     @property
     def base_model(self) -> str | None:
-        return next((source.base_model for source in self.sources if source.base_model), None)
+        return common_base([source.base_model for source in self.sources])
 
     def votes(self, members: Sequence[int]) -> list[float]:
         """Per member source 1 / (how many members are of its shared-seed group)."""
@@ -41,91 +48,159 @@ class Fleet:
         return [1.0 / groups.count(group) for group in groups]
 
 
+def facts(source: Source) -> dict[str, Any]:
+    """What a basis records of a source beside its numbers: scale, dtypes, method, and what of it no basis holds."""
+    kind = str(getattr(kind := source.config.get("peft_type", "LORA"), "value", kind))
+    if kind != "LORA":
+        scale = "folded in by convert_to_lora"
+    elif source.scales:
+        values = sorted({float(f"{value:.6g}") for value in source.scales.values()})
+        scale = f"alpha / rank of its file: {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
+    else:
+        scale = "from its config" if source.config else "1: it came without its alpha"
+    converted = {} if kind == "LORA" else {"converted_from": kind, "energy_lost_in_conversion": source.lost}
+    return {"scale": scale, "dtypes": sorted(source.dtypes), "left_out_tensors": list(source.other_keys), **converted}
+
+
 def gather(
-    references: Iterable[Any], *, skip_bad: bool, partial: bool, token: str | bool | None, progress: bool
+    references: Iterable[Any],
+    *,
+    skip_bad: bool,
+    partial: bool,
+    token: str | bool | None,
+    progress: bool,
+    allow_bin: bool = False,
+    base_model: nn.Module | None = None,
+    keep_duplicates: bool = False,
 ) -> Fleet:
     """Open every source and check it against the others.
 
     Args:
-        references: what `open_source` takes, one or a list of them.
+        references: what `expand` takes, one or a list of them.
         skip_bad: leave bad sources out, each with its reason, instead of raising.
         partial: allow modules that only some of the sources adapt.
+        allow_bin, base_model: as in `open_source`.
+        keep_duplicates: leave it to the caller to look at them.
 
     Raises:
         SourceError: no usable source, or bad ones; lists them all.
     """
     opened: list[Source] = []
-    bad: list[dict[str, str]] = []
-    listed = [references] if is_one_source(references) else list(references)
-    for reference in tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not progress):
+    sketches: dict[int, dict[str, torch.Tensor]] = {}
+    listed, bad = expand(references, token=token)
+    count = len(listed) + len(bad)
+    bar = tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not progress)
+    for number, reference in enumerate(bar, 1):
         try:
-            source = open_source(reference, token=token)
-            for module in source.keys:
-                source.norm(module)
-            if not any(source.norms.values()):
-                raise SourceError(
-                    f"{source.location}: every lora_B is zero, so the adapter does nothing. Leave it out."
-                )
+            source = open_source(reference, token=token, allow_bin=allow_bin, base_model=base_model)
+            if source.location == IN_MEMORY:
+                source.location = f"{IN_MEMORY}, number {number}"
+            sketches[id(source)] = _measure(source)
             opened.append(source)
         except SourceError as error:
-            name = reference if isinstance(reference, str) else type(reference).__name__
+            name = reference if isinstance(reference, (str, Path)) else type(reference).__name__
             bad.append({"name": str(name), "location": str(name), "reason": str(error)})
-    _unify_names(opened)
-    for source, reason in _misfits(opened, partial):
+    _unify_modules(opened)
+    for source in opened:
+        own = {module: source.aliases.get(module, module) for module in source.keys}
+        sketches[id(source)] = {module: sketches[id(source)][name] for module, name in own.items()}
+    found = _misfits(opened, partial)
+    if not keep_duplicates:
+        fitting = [source for source in opened if all(source is not misfit for misfit, _ in found)]
+        found += _repeats(fitting, [sketches[id(source)] for source in fitting])
+    for source, reason in found:
         opened.remove(source)
         bad.append({"name": source.name, "location": source.location, "reason": reason})
     if bad and not skip_bad:
         lines = "\n  ".join(entry["reason"] for entry in bad)
         raise SourceError(
-            f"{len(bad)} of {len(listed)} sources cannot be used:\n  {lines}\nMend or remove them, or leave them out "
+            f"{len(bad)} of {count} sources cannot be used:\n  {lines}\nMend or remove them, or leave them out "
             "with skip_bad=True (--skip-bad)."
         )
     if not opened:
         raise SourceError(
             "There is no source adapter to build from." + "".join(f"\n  {entry['reason']}" for entry in bad)
         )
+    _unify_names(opened)
     modules = list(dict.fromkeys(module for source in opened for module in source.keys))
     return Fleet(opened, modules, seed_groups(opened, modules), bad)
 
 
+def _measure(source: Source) -> dict[str, torch.Tensor]:
+    """Read a source once: its norms, shapes and ranks; returns per module a sketch of the update."""
+    if source.biases:
+        raise SourceError(
+            f"{source.location}: {source.biases[0]}: it was trained with bias={source.config['bias']!r} ({len(source.biases)} biases), "
+            "which no basis holds, and without which it is another adapter. Train it with bias='none'."
+        )
+    sketches = {}
+    for module in source.keys:
+        update = source.factors(module)
+        source.norms[module], source.shapes[module], source.ranks[module] = update.norm(), update.shape, update.rank
+        sketches[module] = sketch(update)
+    if not any(source.norms.values()):
+        raise SourceError(f"{source.location}: every lora_B is zero, so the adapter does nothing. Leave it out.")
+    return sketches
+
+
+def _repeats(sources: list[Source], sketches: list[dict[str, torch.Tensor]]) -> list[tuple[Source, str]]:
+    found = []
+    for i, j, value in duplicates(sources, sketches):
+        how = "the same bytes (sha256)" if value is None else f"cosine of the updates {value:.5f}"
+        first = f"{sources[j].location}{'@' + sources[j].revision[:12] if sources[j].revision else ''}"
+        found.append(
+            (sources[i], f"{sources[i].location}: a duplicate of {first}: {how}. It would count twice; list it once.")
+        )
+    return found
+
+
+def common_base(names: Sequence[str | None]) -> str | None:
+    """The base model that most sources name, with its owner where one of them says it; names of one model count as one."""
+    counts = Counter(name for name in names if name)
+
+    def votes(name: str) -> int:
+        others = [count for other, count in counts.items() if other != name and same_model(name, other)]
+        # an id without an owner may be several models' older form: it goes with one of them only
+        return counts[name] + (sum(others) if "/" in name else max(others, default=0))
+
+    return max(counts, key=lambda name: (votes(name), "/" in name), default=None)
+
+
 def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
     """Sources that do not belong with the majority, with the reason."""
-    bases = [source.base_model for source in sources if source.base_model]
-    base = max(bases, key=bases.count) if bases else None
+    base = common_base([source.base_model for source in sources])
     counts = [frozenset(source.keys) for source in sources]
     common = max(counts, key=counts.count) if counts else frozenset()
-    shapes: dict[str, tuple[int, int]] = {}
+    usual = {
+        module: Counter(source.shapes[module] for source in sources if module in source.keys).most_common(1)[0][0]
+        for module in frozenset().union(*counts)
+    }
     found = []
     for source in sources:
-        if source.base_model and source.base_model != base:
-            found.append((source, f"{source.location}: trained on {source.base_model!r}, the others on {base!r}."))
-        elif not partial and source.keys.keys() != common:
-            missing, extra = sorted(common - source.keys.keys()), sorted(source.keys.keys() - common)
-            what = f"lacks {len(missing)} modules, such as {missing[0]!r}" if missing else f"also adapts {extra[0]!r}"
-            found.append(
-                (
-                    source,
-                    f"{source.location}: {what}, unlike the others. partial=True (--partial) builds each module "
-                    "from the sources that have it.",
-                )
+        own = source.shapes
+        missing, extra = sorted(common - source.keys.keys()), sorted(source.keys.keys() - common)
+        odd = [module for module, shape in own.items() if shape != usual[module]]
+        if not same_model(source.base_model, base):
+            reason = (
+                f"trained on {source.base_model!r}, the others on {base!r}. If that is the same model, mend "
+                "base_model_name_or_path in its adapter_config.json."
             )
+        elif odd:
+            reason = (
+                f"module {odd[0]!r} is {own[odd[0]]}, the others' {usual[odd[0]]} ({len(odd)} such modules). It belongs to another "
+                "base model."
+            )
+        elif not partial and (missing or extra):
+            what = f"lacks {len(missing)} modules, such as {missing[0]!r}" if missing else f"also adapts {extra[0]!r}"
+            reason = f"{what}, unlike the others. partial=True (--partial) builds each module from the sources that have it."
         else:
-            for module in source.keys:
-                shape = source.factors(module).shape
-                if shapes.setdefault(module, shape) != shape:
-                    found.append(
-                        (
-                            source,
-                            f"{source.location}: module {module!r} is {shape}, the others' {shapes[module]}. It "
-                            "belongs to another base model.",
-                        )
-                    )
-                    break
+            continue
+        found.append((source, f"{source.location}: {reason}"))
     return found
 
 
 def _unify_names(sources: list[Source]) -> None:
-    """Unique source names, and one name per module: a task head adds a prefix, ``bert.encoder…`` for ``encoder…``."""
+    """Unique source names."""
     taken = set(RESERVED)
     given = {source.name for source in sources}
     for source in sources:
@@ -135,6 +210,10 @@ def _unify_names(sources: list[Source]) -> None:
             name = f"{source.name}-{number}"
         source.name = name
         taken.add(name)
+
+
+def _unify_modules(sources: list[Source]) -> None:
+    """One name per module: a task head adds a prefix, ``bert.encoder…`` for ``encoder…``."""
     names = sorted({module for source in sources for module in source.keys}, key=len)
     short = {name: next((s for s in names if s != name and name.endswith(f".{s}")), name) for name in names}
     # a one-part name such as "lin" would swallow every "x.lin": prefixes are dropped only from real paths
@@ -142,6 +221,9 @@ def _unify_names(sources: list[Source]) -> None:
     for source in sources:
         renamed = {short[module]: sides for module, sides in source.keys.items()}
         if len(renamed) == len(source.keys) and renamed.keys() != source.keys.keys():
-            source.norms = {short[module]: norm for module, norm in source.norms.items()}
+            source.norms, source.shapes, source.ranks = (
+                {short[module]: value for module, value in of.items()}
+                for of in (source.norms, source.shapes, source.ranks)
+            )
             source.aliases = {short[module]: module for module in source.keys}
             source.keys = renamed

@@ -29,6 +29,8 @@ def build_generic(
     seed: int,
     token: str | bool | None,
     progress: bool,
+    allow_bin: bool,
+    skip_bad: bool,
     arguments: dict[str, Any],
 ) -> SubspaceBasis:
     """A `random` or `base-weights` basis for the modules of `like`, of the sources, or of the base model.
@@ -45,7 +47,9 @@ def build_generic(
     elif weights:
         shapes = {name: (*weight.shape, int(k), k_in or int(k)) for name, weight in weights.items()}
     elif sources is not None:
-        fleet = gather(sources, skip_bad=False, partial=True, token=token, progress=progress)
+        fleet = gather(
+            sources, skip_bad=skip_bad, partial=True, token=token, progress=progress, allow_bin=allow_bin, keep_duplicates=True
+        )  # fmt: skip
         base_name = fleet.base_model
         for source in fleet.sources:
             shapes |= {name: (*source.factors(name).shape, int(k), k_in or int(k)) for name in source.keys}

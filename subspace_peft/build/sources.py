@@ -1,30 +1,29 @@
-"""Source adapters: PEFT LoRA folders, Hub ids with a revision, state dicts in memory, live PeftModels."""
+"""Source adapters: PEFT LoRA folders, LoRA files, Hub ids, state dicts in memory, live PeftModels."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from .._adapted import active_adapter
 from .._digest import file_sha256
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
-from ..basis.reference import looks_like_path, split_revision
 from ..cards.readme import front_matter
 from ..errors import SourceError
+from .converted import convert
 from .factors import Factors
+from .foreign import is_foreign, read_foreign
+from .locate import Place, locate, open_tensors
 from .lora import scaling, sort_keys
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 # the start takes its factors out of the base weights: the saved update means nothing on the base model itself
+IN_MEMORY = "in memory"
 MUTATED = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -41,10 +40,15 @@ class Source:
         sha256: hex digest of the weights' file, or of the tensors of a source in memory.
         revision: commit sha on the Hub, or None.
         folder: where its files lie on this machine, or None.
+        file: that of its tensors, or None.
         norms: ‖ΔW‖_F per module, as far as asked for.
+        shapes, ranks: (out, in) and rank per module, where `gather` opened it.
         aliases: module name in the fleet → module name in this source's own config, where they differ.
         license: what the front matter of its README says, or None.
         other_keys: tensors in it that are no LoRA factors, such as a classifier's (`modules_to_save`).
+        scales: scale per module (under the source's own names) where no configuration has it, as in kohya's files.
+        lost: share of its update's energy that its conversion from another method to LoRA lost.
+        dtypes: of the tensors read so far.
     """
 
     name: str
@@ -55,10 +59,16 @@ class Source:
     sha256: str
     revision: str | None = None
     folder: Path | None = None
+    file: Path | None = None
     norms: dict[str, float] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     other_keys: tuple[str, ...] = ()
     license: str | None = None
+    scales: dict[str, float] = field(default_factory=dict)
+    lost: float = 0.0
+    dtypes: set[str] = field(default_factory=set)
 
     @property
     def base_model(self) -> str | None:
@@ -68,6 +78,14 @@ class Source:
     def task_type(self) -> str | None:
         kind = self.config.get("task_type")
         return None if kind is None else str(getattr(kind, "value", kind))
+
+    @property
+    def biases(self) -> list[str]:
+        """Keys of the base model's biases that were trained with it."""
+        trained = self.config.get("bias", "none") != "none"
+        return [
+            key for key in self.other_keys if trained and key.endswith(".bias") and not _is_saved(key, self.config)
+        ]
 
     def raw(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The stored ``lora_B`` (out, r) and ``lora_A`` (r, in) in float64, without their scale; a convolution's as matrices."""
@@ -84,6 +102,7 @@ class Source:
                 )
             if not torch.isfinite(value).all():
                 raise SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
+            self.dtypes.add(str(value.dtype).removeprefix("torch."))
             pair.append(value.detach().to(device="cpu", dtype=torch.float64).flatten(1))
         B, A = pair
         if B.shape[1] != A.shape[0]:
@@ -103,8 +122,10 @@ class Source:
     def factors(self, module: str) -> Factors:
         """``ΔW = s B A`` of one module, scale folded in."""
         B, A = self.raw(module)
+        own = self.aliases.get(module, module)
         try:
-            scale = scaling(self.config, self.aliases.get(module, module), A.shape[0]) if self.config else 1.0
+            known = self.scales.get(own, None if self.config else 1.0)
+            scale = scaling(self.config, own, A.shape[0]) if known is None else known
         except ValueError as error:
             raise SourceError(
                 f"{self.location}: {error}. The config and the weights do not belong together."
@@ -118,13 +139,19 @@ class Source:
         return self.norms[module]
 
 
-def open_source(reference: Any, *, token: str | bool | None = None) -> Source:
+def open_source(
+    reference: Any, *, token: str | bool | None = None, allow_bin: bool = False, base_model: nn.Module | None = None
+) -> Source:
     """Open a source adapter.
 
     Args:
-        reference: the folder of a PEFT LoRA; a Hub id, with ``@revision`` if wanted; a LoRA state dict, alone (its
-            scale then counts as 1) or as ``(state_dict, LoraConfig or dict)``; or a live PeftModel (its active adapter).
+        reference: the folder of a PEFT LoRA; a LoRA file of diffusers or kohya; a Hub id, ``org/name[@revision][:folder or file
+            inside]``; a LoRA state dict, alone (its scale then counts as 1) or as ``(state_dict, LoraConfig or dict)``; or a live
+            PeftModel (its active adapter).
         token: as in huggingface_hub.
+        allow_bin: take pickled weights, read with ``weights_only=True``.
+        base_model: the model that the adapter adapts: needed for adapters of PEFT's other methods, which `convert_to_lora` then turns
+            into LoRA factors, and for kohya files whose modules' names cannot be told otherwise. It is left as it was.
 
     Raises:
         SourceError: it is none of these, or it cannot be read; names what and the remedy.
@@ -132,15 +159,15 @@ def open_source(reference: Any, *, token: str | bool | None = None) -> Source:
     if isinstance(reference, Source):
         return reference
     if isinstance(reference, (str, Path)):
-        return _from_files(str(reference), token)
+        return _from_files(locate(str(reference), token=token, allow_bin=allow_bin), base_model)
     if isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping):
-        return _from_state_dict(dict(reference[0]), _as_dict(reference[1]), "in memory")
+        return _from_state_dict(dict(reference[0]), _as_dict(reference[1]), IN_MEMORY)
     if isinstance(reference, Mapping):
-        return _from_state_dict(dict(reference), {}, "in memory")
+        return _from_state_dict(dict(reference), {}, IN_MEMORY)
     if hasattr(reference, "peft_config"):
         return _from_model(reference)
     raise SourceError(
-        f"A source adapter is a LoRA folder, a Hub id, a state dict, (state_dict, config), or a PeftModel; got "
+        f"A source adapter is a LoRA folder or file, a Hub id, a state dict, (state_dict, config), or a PeftModel; got "
         f"{type(reference).__name__}."
     )
 
@@ -156,7 +183,7 @@ def _from_model(model: Any) -> Source:
 
     adapter = active_adapter(model)
     config = _as_dict(model.peft_config[adapter])
-    source = _from_state_dict(get_peft_model_state_dict(model, adapter_name=adapter), config, "in memory")
+    source = _from_state_dict(get_peft_model_state_dict(model, adapter_name=adapter), config, IN_MEMORY)
     source.name = adapter
     return source
 
@@ -172,67 +199,44 @@ def _from_state_dict(tensors: dict[str, torch.Tensor], config: dict[str, Any], l
     return Source("adapter", location, config, keys, tensors.__getitem__, digest.hexdigest(), other_keys=others)
 
 
-def _from_files(reference: str, token: str | bool | None) -> Source:
-    folder, revision, location = Path(reference).expanduser(), None, reference
-    if not folder.is_dir():
-        if folder.exists() or looks_like_path(reference):
-            raise SourceError(f"{reference}: there is no such folder. A source is the folder of a saved PEFT LoRA.")
-        folder, revision, location = _download(reference, token)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{location}: {CONFIG_FILE} cannot be read ({error}). A source is the folder of a saved PEFT LoRA."
-        ) from error
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        other = "adapter_model.bin"
-        remedy = (
-            f"it holds {other}, which would have to be unpickled: load it with PEFT and save it with safetensors"
-            if (folder / other).is_file()
-            else "save the adapter with `model.save_pretrained(folder)`"
-        )
-        raise SourceError(f"{location}: there is no {WEIGHTS_FILE}; {remedy}.")
-    try:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            names = list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise SourceError(
-            f"{location}: {WEIGHTS_FILE} cannot be read ({error}). It is truncated or damaged: fetch or save it again."
-        ) from error
-
-    def read(key: str) -> torch.Tensor:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            return tensors.get_tensor(key)
-
-    keys = _keys(names, config, location)
-    name = Path(reference.split("@")[0].rstrip("/")).name or reference
-    return Source(
-        name, location, config, keys, read, file_sha256(file), revision, folder, other_keys=_others(names), license=_license(folder)
-    )  # fmt: skip
+def _from_files(place: Place, base_model: nn.Module | None) -> Source:
+    names, read, metadata = open_tensors(place.weights, place.location)
+    common = {"sha256": file_sha256(place.weights), "revision": place.revision, "folder": place.weights.parent}
+    common |= {"file": place.weights, "license": _license(place.weights.parent)}
+    if place.config is not None and _method(place.config) not in ("LORA", "SUBSPACE") and base_model is not None:
+        state = {name: read(name) for name in names}
+        factors, lost = convert(place.config, state, base_model, place.location)
+        keys = sort_keys(factors)[0]
+        saved = tuple(name for name in state if _is_saved(name, place.config))
+        tensors = factors | {name: state[name] for name in saved}
+        return Source(
+            place.name, place.location, place.config, keys, tensors.__getitem__, **common, other_keys=saved,
+            scales=dict.fromkeys(keys, 1.0), lost=lost,
+        )  # fmt: skip
+    if place.config is None or is_foreign(names):
+        bases = [] if base_model is None else [name for name, _ in base_model.named_modules()]
+        found = read_foreign(names, read, metadata, bases)
+        if found.problems:
+            raise SourceError(f"{place.location}: " + "; ".join(found.problems[:5]) + ".")
+        if not found.keys:
+            raise SourceError(
+                f"{place.location}: {place.weights.name} holds no LoRA tensors. It is no LoRA, or it was saved empty."
+            )
+        return Source(
+            place.name, place.location, place.config or {}, found.keys, read, **common, other_keys=found.others,
+            scales=found.scales,
+        )  # fmt: skip
+    keys = _keys(names, place.config, place.location)
+    return Source(place.name, place.location, place.config, keys, read, **common, other_keys=_others(names))
 
 
-def _download(reference: str, token: str | bool | None) -> tuple[Path, str | None, str]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+def _is_saved(key: str, config: Mapping[str, Any]) -> bool:
+    return any(f".{name}." in f".{key}" for name in config.get("modules_to_save") or [])
 
-    repo, revision = split_revision(reference)
-    try:
-        config = Path(hf_hub_download(repo, CONFIG_FILE, revision=revision, token=token))
-        sha = config.parent.name if config.parent.parent.name == "snapshots" else None
-        with contextlib.suppress(FileNotFoundError):
-            hf_hub_download(repo, WEIGHTS_FILE, revision=sha or revision, token=token)
-        # for its licence only: whatever keeps it from us, the adapter is here
-        with contextlib.suppress(OSError, ValueError):
-            hf_hub_download(repo, "README.md", revision=sha or revision, token=token)
-    except (OSError, ValueError, HFValidationError) as error:
-        raise SourceError(
-            f"{reference}: there is no such folder, and the Hub gave no adapter of that id (revision "
-            f"{revision or 'main'}): {error}"
-        ) from error
-    return config.parent, sha, repo
+
+def _method(config: Mapping[str, Any]) -> str:
+    kind = config.get("peft_type", "LORA")
+    return str(getattr(kind, "value", kind))
 
 
 def _license(folder: Path) -> str | None:
@@ -244,10 +248,15 @@ def _license(folder: Path) -> str | None:
 
 
 def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[str, str]]:
-    kind = config.get("peft_type", "LORA")
-    if str(getattr(kind, "value", kind)) != "LORA":
+    kind = _method(config)
+    if kind == "SUBSPACE":
         raise SourceError(
-            f"{location}: the adapter's peft_type is {kind}, not LORA. Convert it with PEFT's `save_as_lora` first."
+            f"{location}: the adapter's peft_type is SUBSPACE, not LORA: a task in a basis. Export it with `subspace-peft export-lora`."
+        )
+    if kind != "LORA":
+        raise SourceError(
+            f"{location}: the adapter's peft_type is {kind}, not LORA. Pass its base model, base_model= (--base-model), and it is "
+            "converted, or convert it with PEFT's `save_as_lora` first."
         )
     keys, problems = sort_keys(names)
     if config.get("use_dora"):

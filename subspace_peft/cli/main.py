@@ -21,8 +21,17 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_subparsers(dest="verb", metavar="VERB", required=True).add_parser
 
     build = add("build", help="build a basis from LoRA adapters", description="Build a basis from LoRA adapters.")
-    build.add_argument("sources", nargs="*", metavar="ADAPTER", help="LoRA folder, or Hub id with @revision")
-    build.add_argument("--out", required=True, metavar="FOLDER", help="where to write the basis")
+    build.add_argument(
+        "sources", nargs="*", metavar="ADAPTER",
+        help="LoRA folder or file, org/name[@revision][:folder], collection:owner/slug, a pattern, or a .txt with one a line",
+    )  # fmt: skip
+    build.add_argument("--out", metavar="FOLDER", help="where to write the basis")
+    build.add_argument(
+        "--dry-run", action="store_true", help="read and check the sources, say what building takes, build nothing"
+    )
+    build.add_argument(
+        "--from-config", metavar="BASIS", help="build a basis again: its own sources, held against their hashes, and its arguments"
+    )  # fmt: skip
     build.add_argument("-k", "--k", default="32", help="directions per side, or a share of energy to keep (0.9)")
     build.add_argument("--k-in", type=int, help="directions on the input side, where they differ")
     build.add_argument(
@@ -32,11 +41,19 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--weights", default="equal", choices=["equal", "norm"], help="how sources count")
     build.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
     build.add_argument("--directions", type=int, default=0, metavar="M", help="direction tensors to keep")
+    build.add_argument(
+        "--leave-one-out", action=argparse.BooleanOptionalAction,
+        help="measure what a basis built without a source keeps of it (default: for 2 to 8 sources)",
+    )  # fmt: skip
     build.add_argument("--like", metavar="BASIS", help="a basis whose modules and sizes `random` takes over")
-    build.add_argument("--base-model", help="model id or folder, for `random` and `base-weights`")
+    build.add_argument(
+        "--base-model",
+        help="model id or folder: for `random` and `base-weights`, and to convert adapters that are no LoRA",
+    )
     build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
     build.add_argument("--seed", type=int, default=0)
     build.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
+    build.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
     build.add_argument("--partial", action="store_true", help="allow modules that only some sources adapt")
     build.set_defaults(run=verbs.build)
 
@@ -46,6 +63,23 @@ def parser() -> argparse.ArgumentParser:
     look.add_argument("path", help="folder or Hub id")
     look.add_argument("--no-verify", action="store_true", help="do not read and hash every tensor")
     look.set_defaults(run=verbs.inspect)
+
+    check = add(
+        "validate", help="check a basis file",
+        description="Check a basis: hashes, fingerprint, shapes, finite values, orthonormal directions. Exit status 1 if anything is wrong.",
+    )  # fmt: skip
+    check.add_argument("basis", help="folder or Hub id")
+    check.set_defaults(run=verbs.validate)
+
+    analyze = add(
+        "analyze", help="compare adapters with one another, and with a basis",
+        description="Pairwise similarity of the adapters' updates, near-duplicates, shared seeds, outliers, and what a basis keeps of each.",
+    )  # fmt: skip
+    analyze.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
+    analyze.add_argument("--basis", help="folder or Hub id of a basis")
+    analyze.add_argument("--base-model", help="model id or folder, to convert adapters that are no LoRA")
+    analyze.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
+    analyze.set_defaults(run=verbs.analyze)
 
     project = add(
         "project", help="turn a LoRA into coefficients",
@@ -127,9 +161,9 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (build, look, project, export, compress, cache, demo, copy):
+    for verb in (build, look, check, analyze, project, export, compress, cache, demo, copy):
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
-    for verb in (build, project, export, compress, demo):
+    for verb in (build, analyze, project, export, compress, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 

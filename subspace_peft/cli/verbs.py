@@ -15,11 +15,13 @@ def build(args: Namespace) -> int:
     from ..basis import SubspaceBasis
     from ..build import build_basis
 
-    base = None
-    if args.base_model:
-        from transformers import AutoModel
-
-        base = AutoModel.from_pretrained(args.base_model)
+    if args.out is None and not args.dry_run:
+        raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
+    base = _base_model(args)
+    if args.dry_run:
+        return _plan(args, base)
+    if args.from_config:
+        return _rebuild(args, base)
     basis = build_basis(
         args.sources or None,
         k=_number(args.k),
@@ -29,15 +31,63 @@ def build(args: Namespace) -> int:
         weights=args.weights,
         alternations=args.alternations,
         directions=args.directions,
+        leave_one_out=args.leave_one_out,
         base_model=base,
         target_modules=args.target_modules,
         seed=args.seed,
         skip_bad=args.skip_bad,
         partial=args.partial,
+        allow_bin=args.allow_bin,
         progress=not args.quiet,
     )
     basis.save_pretrained(args.out)
     return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+
+
+def _rebuild(args: Namespace, base: Any) -> int:
+    from ..basis import SubspaceBasis
+    from ..build import rebuild_basis
+
+    if args.sources:
+        raise SubspaceError("--from-config takes the sources on record; leave the others out.")
+    old = SubspaceBasis.from_pretrained(args.from_config)
+    new = rebuild_basis(old, base_model=base, progress=not args.quiet)
+    new.save_pretrained(args.out)
+    if not args.json:
+        other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
+        print(f"built again; the fingerprint {'is the one on record' if new == old else other}")
+    return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+
+
+def _plan(args: Namespace, base: Any) -> int:
+    from ..build import plan_build
+
+    if args.builder in ("random", "base-weights"):
+        raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
+    plan = plan_build(
+        args.sources, k=_number(args.k), k_in=args.k_in, alternations=args.alternations, partial=args.partial,
+        allow_bin=args.allow_bin, base_model=base, progress=not args.quiet,
+    )  # fmt: skip
+    refused = bool(plan.skipped) and not args.skip_bad
+    if args.json:
+        _json(plan.to_dict())
+        return int(refused)
+    for entry in plan.sources:
+        print(
+            f"  {entry['name']}: {entry['location']}, ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, "
+            f"seed group {entry['seed_group']}"
+        )
+    for entry in plan.skipped:
+        print(f"  {'would be refused' if refused else 'would be left out'}: {entry['reason']}")
+    for name, size in plan.modules.items():
+        print(
+            f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k {size['k_out']}, {size['k_in']}"
+        )
+    print(
+        f"{len(plan.sources)} sources of {plan.base_model}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes to read, "
+        f"{plan.bytes_of_basis:,} bytes of basis, about {plan.memory:,} bytes of memory and {plan.seconds:.1f} seconds"
+    )
+    return int(refused)
 
 
 def inspect(args: Namespace) -> int:
@@ -57,6 +107,8 @@ def inspect(args: Namespace) -> int:
     )
     if "energy_kept" in facts:
         print(f"energy kept {facts['energy_kept']:.4f}; a random basis of equal size {facts['energy_random']:.4f}")
+    if "energy_left_out" in facts:
+        print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
     for source in facts["sources"]:
         print(
             f"  {source['name']}: ranks {source['ranks']}, energy kept {source['energy_kept']:.4f}, seed group {source['seed_group']}"
@@ -64,6 +116,55 @@ def inspect(args: Namespace) -> int:
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
     return 0
+
+
+def validate(args: Namespace) -> int:
+    from ..report import validate_basis
+
+    facts = validate_basis(args.basis)
+    if args.json:
+        _json(facts)
+        return int(bool(facts["problems"]))
+    for problem in facts["problems"]:
+        print(f"  {problem}")
+    verdict = f"{len(facts['problems'])} problems" if facts["problems"] else "valid"
+    print(
+        f"{facts['location']}: {verdict}; {facts['modules']} modules read and hashed, fingerprint {facts['fingerprint']}, directions "
+        f"orthonormal to {facts['orthonormality']:.1e}"
+    )
+    return int(bool(facts["problems"]))
+
+
+def analyze(args: Namespace) -> int:
+    from ..report import analyze_fleet
+
+    found = analyze_fleet(
+        args.sources, basis=args.basis, allow_bin=args.allow_bin, base_model=_base_model(args), progress=not args.quiet
+    )
+    if args.json:
+        return _json(found.to_dict())
+    for entry in found.sources:
+        line = f"  {entry['name']}: ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, seed group {entry['seed_group']}"
+        if "nearest" in entry:
+            line += f", nearest {entry['nearest']} (cosine {entry['nearest_cosine']:.3f})"
+        if "energy_kept" in entry:
+            line += f", the basis keeps {entry['energy_kept']:.4f} (a random one {entry['energy_random']:.4f})"
+        print(line + (f", not covered: {entry['not_covered']}" if "not_covered" in entry else ""))
+    for one, other, value in found.near_duplicates:
+        print(f"  near-duplicates: {one}, {other} (cosine {value:.4f})")
+    for entry in found.outliers:
+        print(f"  outlier: {entry['name']}: {entry['reason']}")
+    for entry in found.skipped:
+        print(f"  cannot be used: {entry['reason']}")
+    return 0
+
+
+def _base_model(args: Namespace) -> Any:
+    if not args.base_model:
+        return None
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(args.base_model)
 
 
 def project(args: Namespace) -> int:

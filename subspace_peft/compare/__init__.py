@@ -25,7 +25,7 @@ from .measure import measure
 from .methods import Method, method_named, methods
 from .planned import dry_run, planned_numbers, planned_steps, print_plan, runs_of, steps_of
 from .pooled import ImageClassifier, MeanPooledClassifier
-from .recipe import Recipe, same_model
+from .recipe import Recipe
 from .stages import (
     OFFLINE,
     basis_stage,
@@ -102,7 +102,6 @@ __all__ = [
     "refuse_own_adapter",
     "rgb",
     "runs_of",
-    "same_model",
     "save_control",
     "save_finished",
     "source_folders",

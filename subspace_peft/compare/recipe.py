@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._atomic import write_text_aside
+from ..basis.reference import same_model
 from ..build.sources import open_source
 from ..errors import SubspaceError
 from ..tuner.trainer_card import SubspaceCardCallback, note_metrics
@@ -187,16 +188,6 @@ class Recipe:
         score = f"validation {task.validation_name}"
         _on_main(lambda: publish(results, folder, title=title, settings=chosen, score=score))
         _on_main(put_beside_controls, task_folder(knobs), folder, chosen)
-
-
-def same_model(base: str | None, model: str) -> bool:
-    """Whether an adapter of `base` may be one of `model`: the same place, or a Hub id without its owner, as older ids are; an
-    adapter that does not say may be.
-    """
-    if not base or Path(base) == Path(model):
-        return True
-    short, long = sorted((base, model), key=len)
-    return "/" not in short and long.count("/") == 1 and long.endswith(f"/{short}")
 
 
 def _on_main(do: Callable[..., Any], *given: Any) -> None:

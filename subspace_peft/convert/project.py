@@ -15,6 +15,7 @@ from .._atomic import write_all_aside
 from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.basis import names_of
+from ..basis.reference import same_model
 from ..build import Source, open_source
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner import SubspaceConfig
@@ -139,7 +140,7 @@ def project_lora(
     source = open_source(lora, token=token)
     if not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis, token=token)
-    if check_base_model and source.base_model and basis.base_model and source.base_model != basis.base_model:
+    if check_base_model and not same_model(source.base_model, basis.base_model):
         raise BasisMismatchError(
             f"{source.location}: trained on {source.base_model!r}, but the basis was built for {basis.base_model!r}. Use a "
             "basis of the same base model, or pass check_base_model=False if they are copies of one."

@@ -1,6 +1,8 @@
-"""Is this basis worth anything? Facts, spectra and nulls."""
+"""Is this basis worth anything? Facts, spectra and nulls; what its fleet has in common; whether its file is whole."""
 
+from .analyze import FleetAnalysis, analyze_fleet
 from .inspect import inspect_path
 from .null import null_basis
+from .validate import validate_basis
 
-__all__ = ["inspect_path", "null_basis"]
+__all__ = ["FleetAnalysis", "analyze_fleet", "inspect_path", "null_basis", "validate_basis"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..basis import SubspaceBasis
-from ..build import build_basis, is_one_source, open_source
+from ..build import build_basis, expand_or_raise, open_source
 
 
 def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> SubspaceBasis:
@@ -24,7 +24,7 @@ def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> Subspa
     """
     generator = torch.Generator().manual_seed(seed)
     fleet = []
-    for reference in [sources] if is_one_source(sources) else sources:
+    for reference in expand_or_raise(sources):
         source = open_source(reference)
         state: dict[str, torch.Tensor] = {}
         for name in source.keys:

@@ -1,0 +1,117 @@
+"""Adapters of PEFT's other methods, turned into LoRA factors by PEFT's own `convert_to_lora`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SourceError
+
+ENERGY = 0.9999  # share of each update's energy that the conversion has to keep
+PREFIX = "base_model.model."
+
+
+def convert(
+    config: Mapping[str, Any], state: Mapping[str, torch.Tensor], base_model: nn.Module, location: str
+) -> tuple[dict[str, torch.Tensor], float]:
+    """An adapter's update as LoRA factors, scale folded in.
+
+    The adapter is put on `base_model`, which is left as it was.
+
+    Args:
+        config: its adapter_config.json.
+        state: its saved tensors, under PEFT's keys.
+        base_model: the model that it adapts, with or without its task head.
+
+    Returns:
+        ``{module.lora_A.weight, module.lora_B.weight}``; and the share of the update's energy that was lost.
+
+    Raises:
+        SourceError: PEFT cannot load or convert it; says why.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.tuners.lora.conversion import convert_to_lora
+
+    kind = str(config.get("peft_type"))
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise SourceError(f"{location}: the installed PEFT knows no method {kind}. Upgrade it, or leave this one out.")
+    given = {key: value for key, value in config.items() if key not in ("auto_mapping", "peft_version")}
+    # a head is none of the update, and its class may be another one here
+    given |= {"modules_to_save": None, "inference_mode": True, "task_type": None}
+    saved = config.get("modules_to_save") or []
+    wanted = {key: value for key, value in state.items() if not any(f".{name}." in f".{key}" for name in saved)}
+    trained = {name: parameter.requires_grad for name, parameter in base_model.named_parameters()}
+    model = None
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model = PeftModel(
+                base_model, PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_peft_type(**given), autocast_adapter_dtype=False
+            )
+            wanted = _under_names_of(model, base_model, wanted)
+            set_peft_model_state_dict(model, dict(wanted))
+            _require_loaded(
+                wanted, get_peft_model_state_dict(model, save_embedding_layers=False), base_model, location
+            )
+            factors = convert_to_lora(model, rank=ENERGY)[1]
+        factors = {key.removeprefix(PREFIX): value for key, value in factors.items() if ".lora_" in key}
+        return factors, _lost(model, factors)
+    except SourceError:
+        raise
+    except Exception as error:  # PEFT's methods raise whatever they raise
+        raise SourceError(
+            f"{location}: PEFT could not convert this {kind} adapter on {type(base_model).__name__} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Convert it with PEFT's `save_as_lora` "
+            "where it was trained, or leave it out."
+        ) from error
+    finally:
+        if model is not None:
+            model.unload()
+            for name, parameter in base_model.named_parameters():
+                parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+
+
+def _under_names_of(model: Any, base_model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under this model's names: a task head puts a prefix such as ``bert.`` before its backbone's."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    head = f"{PREFIX}{getattr(base_model, 'base_model_prefix', '')}."
+    for old, new in ((PREFIX, PREFIX), (head, PREFIX), (PREFIX, head)):
+        renamed = {(new + key.removeprefix(old) if key.startswith(old) else key): v for key, v in state.items()}
+        if renamed.keys() == own:
+            return renamed
+    return state
+
+
+def _require_loaded(
+    wanted: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor], base_model: nn.Module, location: str
+) -> None:
+    # PEFT only warns of keys that it misses, and leaves what it had drawn at random
+    wrong = sorted(wanted.keys() ^ loaded.keys()) or [
+        key for key, value in wanted.items() if not torch.equal(value.to(loaded[key]), loaded[key])
+    ]
+    if wrong:
+        raise SourceError(
+            f"{location}: {len(wrong)} of the adapter's tensors, such as {wrong[0]}, do not fit the base model given "
+            f"({type(base_model).__name__}). Pass the model that it was trained on."
+        )
+
+
+def _lost(model: Any, factors: Mapping[str, torch.Tensor]) -> float:
+    from transformers.pytorch_utils import Conv1D
+
+    lost = total = 0.0
+    for name, layer in model.named_modules():
+        key = name.removeprefix(PREFIX)
+        if f"{key}.lora_A.weight" in factors:
+            delta = layer.get_delta_weight("default").double()
+            delta = delta.T if isinstance(layer.get_base_layer(), Conv1D) else delta
+            product = factors[f"{key}.lora_B.weight"].double() @ factors[f"{key}.lora_A.weight"].double()
+            lost, total = lost + float((delta - product).square().sum()), total + float(delta.square().sum())
+    return lost / total if total else 0.0

@@ -1,0 +1,192 @@
+"""LoRA files of diffusers and kohya: which tensors are a module's two factors, what the module is called, and its scale."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from .lora import scaling
+
+FACTOR = re.compile(
+    r"^(?P<stem>.+?)(?P<style>\.lora_(?:down|up)|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up)|\.lora_[AB](?:\.[^.]+)?)\.weight$"
+)
+ALPHA = re.compile(r"^(?P<stem>.+?)(?:[._]lora|\.lora_linear_layer)?\.alpha$")
+REFUSED = {
+    ".dora_scale": "DoRA's magnitude is no low-rank update",
+    ".lora_magnitude_vector": "DoRA's magnitude is no low-rank update",
+    ".lora_mid": "a Tucker-decomposed convolution is no product of two factors",
+    ".hada_": "LoHa is no product of two factors",
+    ".lokr_": "LoKr is no product of two factors",
+    ".oft_": "OFT is no low-rank update",
+    ".diff": "a full difference is no low-rank update",
+    ".lora_up.bias": "a trained LoRA bias is no low-rank update",
+    ".lora_B.bias": "a trained LoRA bias is no low-rank update",
+}
+# which model of a pipeline kohya means
+PARTS = {
+    "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
+    "lora_transformer_": "transformer", "lycoris_": "",
+}  # fmt: skip
+# kohya writes a module's name with "_" for ".": only where the words are known can it be read back
+UNET = """down_blocks up_blocks mid_block attentions resnets transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj
+    proj_in proj_out conv1 conv2 conv_shortcut time_emb_proj downsamplers upsamplers conv conv_in conv_out time_embedding
+    add_embedding linear_1 linear_2"""
+CLIP = """text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings token_embedding
+    position_embedding"""
+WORDS = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
+METADATA = "lora_adapter_metadata"
+HOW = (
+    "load the file into its diffusers pipeline and save that model's adapter, `pipe.load_lora_weights(file); "
+    "pipe.unet.save_lora_adapter(folder)`, or pass the model that it adapts as base_model"
+)
+
+
+@dataclass
+class Foreign:
+    """What a file holds.
+
+    Attributes:
+        keys: ``{module: {"A": key, "B": key}}``; modules of a pipeline's parts begin with ``unet.``, ``text_encoder.`` …
+        scales: module → the factor by which B·A is multiplied.
+        problems: why it cannot be used; each names a key and the remedy.
+        others: keys that are no LoRA's.
+    """
+
+    keys: dict[str, dict[str, str]] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    others: tuple[str, ...] = ()
+
+
+def is_foreign(names: Iterable[str]) -> bool:
+    """Whether keys are of diffusers' or kohya's own kinds, not PEFT's."""
+    return any(
+        (found := FACTOR.match(name)) and not found["style"].startswith((".lora_A", ".lora_B")) for name in names
+    )
+
+
+def read_foreign(
+    names: Iterable[str],
+    read: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str],
+    base_names: Iterable[str] = (),
+) -> Foreign:
+    """Sort the keys of a diffusers or kohya file.
+
+    The scale is alpha / rank where the file says alpha (an ``.alpha`` tensor, or diffusers' metadata). Elsewhere it counts as 1, as
+    diffusers takes it.
+
+    Args:
+        names: the file's keys.
+        read: gives the tensor of a key.
+        metadata: the file's metadata.
+        base_names: names of the base model's modules, against which kohya's names are read where they are given.
+    """
+    found = Foreign()
+    flat: dict[str, list[str]] = {}
+    for name in base_names:
+        flat.setdefault(name.replace(".", "_"), []).append(name)
+    modules: dict[str, str | None] = {}
+    alphas: dict[str, str] = {}
+    unknown: list[str] = []
+    others = []
+    for key in names:
+        refusal = next((mark for mark in REFUSED if mark in key), None)
+        if refusal is not None:
+            found.problems.append(f"{key}: {REFUSED[refusal]}; train or convert the adapter without")
+        elif factor := FACTOR.match(key):
+            stem, old = factor["stem"], factor["style"].startswith("_lora")
+            if stem not in modules:
+                modules[stem] = _module(stem, old, flat)
+                if modules[stem] is None:
+                    unknown.append(key)
+            if modules[stem] is None:
+                continue
+            sides = found.keys.setdefault(str(modules[stem]), {})
+            side = "A" if "down" in factor["style"] or "lora_A" in factor["style"] else "B"
+            if side in sides:
+                found.problems.append(f"{key}: it and {sides[side]} are both of module {modules[stem]!r}")
+            sides[side] = key
+        elif alpha := ALPHA.match(key):
+            alphas[alpha["stem"]] = key
+        else:
+            others.append(key)
+    found.others = tuple(sorted(others))
+    if unknown:
+        found.problems.append(
+            f"{unknown[0]}: which module of the model that is cannot be told for certain ({len(unknown)} such keys): {HOW}"
+        )
+    found.problems += [
+        f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"
+        for module, sides in found.keys.items()
+        if len(sides) < 2
+    ]
+    if not found.problems:
+        _scales(found, {str(modules.get(stem)): key for stem, key in alphas.items()}, read, metadata)
+    return found
+
+
+def _scales(
+    found: Foreign, alphas: Mapping[str, str], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    config = _metadata(metadata)
+    for module, sides in found.keys.items():
+        rank = read(sides["A"]).shape[0]
+        part, _, rest = module.partition(".")
+        own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
+        if module in alphas:
+            found.scales[module] = float(read(alphas[module])) / rank
+        elif own or config.get("r"):
+            try:
+                found.scales[module] = scaling(own or config, rest if own else module, rank)
+            except ValueError as error:
+                found.problems.append(f"{error}, as the file's metadata has it")
+
+
+def _metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        config = json.loads(metadata.get(METADATA, "{}"))
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _module(stem: str, old: bool, flat: Mapping[str, list[str]]) -> str | None:
+    """The module that a key's beginning means, or None where that is not certain."""
+    for prefix, part in PARTS.items():
+        if stem.startswith(prefix):
+            rest = stem.removeprefix(prefix)
+            if len(hits := flat.get(rest, [])) == 1:
+                return hits[0]
+            read_back = _read_back(tuple(rest.split("_")), WORDS.get(part, ""))
+            return f"{part}.{read_back[0]}" if len(read_back) == 1 else None
+    # names of the original checkpoints' own layout are no module names of diffusers' models
+    if "." not in stem or stem.startswith(("lora_", "diffusion_model.", "model.diffusion_model.")):
+        return None
+    name = stem.replace(".processor.", ".")
+    if old and "text_model." in name:
+        return re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
+    return re.sub(r"\.to_out$", ".to_out.0", name) if old else name
+
+
+@cache
+def _words(text: str) -> frozenset[tuple[str, ...]]:
+    return frozenset(tuple(word.split("_")) for word in text.split())
+
+
+def _read_back(tokens: tuple[str, ...], words: str) -> list[str]:
+    """All names of known words and numbers that give these tokens with every ``.`` written as ``_``."""
+    if not tokens:
+        return [""]
+    names = []
+    for n in range(1, min(4, len(tokens)) + 1):
+        head = tokens[:n]
+        if head in _words(words) or (n == 1 and head[0].isdigit()):
+            names += ["_".join(head) + (f".{rest}" if rest else "") for rest in _read_back(tokens[n:], words)]
+    return names

@@ -1,0 +1,87 @@
+"""Build a basis again from what its own folder says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..basis import SubspaceBasis
+from ..errors import SourceError, SubspaceError
+from .build import build_basis
+from .sources import IN_MEMORY, Source, open_source
+
+ARGUMENTS = ("k", "k_in", "weights", "alternations", "directions", "seed", "keep_cores", "partial")
+
+
+def rebuild_basis(
+    basis: SubspaceBasis | str | Path,
+    *,
+    base_model: nn.Module | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
+) -> SubspaceBasis:
+    """Repeat a build: the same sources, held against their hashes on record, with the same arguments.
+
+    On the platform and with the versions of the first build, the fingerprint is the same; compare the two. Sources that are paths are
+    looked for as they were given, relative ones from the working directory. Those that were left out stay out.
+
+    Args:
+        basis: the basis, its folder or its Hub id. Only its config is read, and of a random basis the shapes.
+        base_model: the base model, for `base-weights`, and where sources were converted from another method.
+
+    Raises:
+        SourceError: sources that are gone, that are others than they were, or that only ever were in memory; lists all of them.
+        SubspaceError: the config does not say how the basis was built.
+    """
+    old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
+    build, builder = old.info.get("build"), old.info.get("builder")
+    if not isinstance(build, dict) or not builder:
+        raise SubspaceError(f"{old.location}: its basis_config.json has no record of how it was built.")
+    if builder in ("random", "base-weights"):
+        if builder == "base-weights" and base_model is None:
+            raise SubspaceError(
+                f"{old.location}: a basis from the base model's weights. Pass {old.base_model or 'that model'} as base_model= "
+                "(--base-model)."
+            )
+        new = build_basis(
+            builder=builder, like=old, base_model=base_model, target_modules=list(old) if base_model is not None else None,
+            directions=build.get("directions", 0), seed=build.get("seed", 0), progress=progress,
+        )  # fmt: skip
+        new.info["build"] = build
+        return new
+    found, problems = [], []
+    for entry in old.info.get("sources") or []:
+        try:
+            found.append(_same_source(entry, build, base_model, token))
+        except SourceError as error:
+            problems.append(str(error))
+    if problems or not found:
+        lines = "\n  ".join(problems) or "no source is on record"
+        raise SourceError(f"{old.location}: {len(problems)} of its sources are not what they were:\n  {lines}")
+    given = {key: build[key] for key in ARGUMENTS if key in build}
+    new = build_basis(found, builder=builder, base_model=base_model, token=token, progress=progress, **given)
+    new.info["skipped"] = old.info.get("skipped", [])
+    new.info["build"] = build
+    return new
+
+
+def _same_source(
+    entry: dict[str, Any], build: dict[str, Any], base_model: nn.Module | None, token: str | bool | None
+) -> Source:
+    location, revision = str(entry["location"]), entry.get("revision")
+    if location.startswith(IN_MEMORY):
+        raise SourceError(f"{entry['name']}: it was given in memory, and is stored nowhere.")
+    name, colon, inside = location.partition(":")
+    reference = f"{name}@{revision}{colon}{inside}" if revision else location
+    source = open_source(
+        reference, token=token, allow_bin=bool(build.get("allow_bin")), base_model=base_model if entry.get("converted_from") else None
+    )  # fmt: skip
+    if source.sha256 != entry["sha256"]:
+        raise SourceError(
+            f"{reference}: its file has sha256 {source.sha256}, and had {entry['sha256']} when the basis was built. Restore that file, or "
+            "build a new basis."
+        )
+    source.name = entry["name"]
+    return source
