@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -14,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .._adapted import active_adapter
+from .._untrusted import read_json
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..basis.reference import looks_like_path, split_revision
 from ..errors import SourceError
 from .factors import Factors
-from .lora import scaling, sort_keys
+from .lora import config_problem, scaling, sort_keys
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,6 +72,10 @@ class Source:
                 raise SourceError(
                     f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
                     "convolutions are supported. Leave the others out of the adapter's target_modules."
+                )
+            if not value.numel():
+                raise SourceError(
+                    f"{self.location}: {key} has shape {tuple(value.shape)}, which holds nothing. Leave this adapter out."
                 )
             if not torch.isfinite(value).all():
                 raise SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
@@ -164,15 +168,19 @@ def _from_state_dict(tensors: dict[str, torch.Tensor], config: dict[str, Any], l
 
 
 def _from_files(reference: str, token: str | bool | None) -> Source:
-    folder, revision, location = Path(reference).expanduser(), None, reference
+    try:
+        folder, revision, location = Path(reference).expanduser(), None, reference
+        there = folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(
+            f"{reference[:200]!r}: there can be no such folder ({error}). Pass that of a saved PEFT LoRA."
+        ) from error
     if not folder.is_dir():
-        if folder.exists() or looks_like_path(reference):
+        if there or looks_like_path(reference):
             raise SourceError(f"{reference}: there is no such folder. A source is the folder of a saved PEFT LoRA.")
         folder, revision, location = _download(reference, token)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
+        config = read_json(folder / CONFIG_FILE)
     except (OSError, ValueError) as error:
         raise SourceError(
             f"{location}: {CONFIG_FILE} cannot be read ({error}). A source is the folder of a saved PEFT LoRA."
@@ -195,8 +203,13 @@ def _from_files(reference: str, token: str | bool | None) -> Source:
         ) from error
 
     def read(key: str) -> torch.Tensor:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            return tensors.get_tensor(key)
+        try:
+            with safe_open(file, framework="pt", device="cpu") as tensors:
+                return tensors.get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
+            raise SourceError(
+                f"{location}: {key} cannot be read ({error}). Fetch or save the adapter again."
+            ) from error
 
     keys = _keys(names, config, location)
     name = Path(reference.split("@")[0].rstrip("/")).name or reference
@@ -228,6 +241,8 @@ def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[s
             f"{location}: the adapter's peft_type is {kind}, not LORA. Convert it with PEFT's `save_as_lora` first."
         )
     keys, problems = sort_keys(names)
+    if problem := config_problem(config):
+        problems.append(problem)
     if config.get("use_dora"):
         problems.append("it was trained with use_dora=True, which is no low-rank update; train it without")
     start = str(config.get("init_lora_weights") or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from .._atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
-from ..errors import SubspaceError
+from ..errors import BadFileError, SubspaceError
 from ..tuner.saved import Task, read_task
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -131,6 +132,12 @@ def _as_peft_has_it(
 ) -> dict[str, torch.Tensor]:
     if weight_shape is None:
         return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    rows, columns = weight_shape[0], math.prod(weight_shape[1:])
+    if (len(B), A.shape[1]) != ((columns, rows) if len(weight_shape) == 2 else (rows, columns)):
+        raise BadFileError(
+            f"{name}: the task's config says that the weight is {weight_shape}, which its basis of {len(B)} × {A.shape[1]} does not "
+            "fit. The config was altered: fetch or save the task again."
+        )
     if len(weight_shape) == 2:
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
     return {f"{name}.lora_A.weight": A.view(len(A), *weight_shape[1:]), f"{name}.lora_B.weight": B[:, :, None, None]}

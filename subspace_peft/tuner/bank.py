@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +17,7 @@ from .._adapted import active_adapter
 from .._atomic import write_aside, write_text_aside
 from .._version import __version__
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from .bank_file import FORMAT_VERSION, read_index
 from .card import write_section
 from .coefficients import default_scale, make_coefficients
 from .config import SubspaceConfig
@@ -25,7 +26,6 @@ from .mixed import BASE, Group, TaskNames, alike, task_names_passed
 from .saved import read_task
 from .task_files import WEIGHTS_FILE
 
-FORMAT_VERSION = 1
 EMPTY = 0  # the slot of zeros, for rows of the base model
 
 
@@ -237,21 +237,16 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             BadFileError: the file is damaged or no bank.
             BasisMismatchError: its tasks are on another basis, or have other modules or sizes.
         """
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                index = json.loads((tensors.metadata() or {})["bank"])
-                rows = tensors.get_tensor("cores")
-            names, modules = [str(name) for name in index["tasks"]], index["modules"]
-            if rows.shape[0] != len(names):
-                raise ValueError(f"{rows.shape[0]} rows for {len(names)} tasks")
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise BadFileError(f"{file}: no bank that can be read ({error}). Fetch or save it again.") from error
+        index = read_index(Path(file))
+        names, modules = index["tasks"], index["modules"]
         own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
         if index["basis_fingerprint"] != self.config.basis_fingerprint or list(modules.items()) != list(own.items()):
             raise BasisMismatchError(
                 f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this bank's on "
                 f"{self.config.basis_fingerprint} in {len(own)}. They belong to another model or basis."
             )
+        with safe_open(file, framework="pt") as tensors:
+            rows = tensors.get_tensor("cores")
         if not torch.isfinite(rows).all():
             raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
         taken = [self.slots[name] if name in self.slots else self._named(name) for name in names]

@@ -14,7 +14,7 @@ from .._atomic import write_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .config import SubspaceConfig
-from .task_files import WEIGHTS_FILE
+from .task_files import WEIGHTS_FILE, weights_of
 
 PREFIX = "base_model.model."
 
@@ -105,9 +105,7 @@ def load_adapter(
             f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own load_lora_adapter, or "
             "projected into a basis by `project_lora` first."
         )
-    file = None if config._near is None else Path(config._near) / WEIGHTS_FILE
-    if file is None or not file.is_file():
-        raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")
+    file = weights_of(task, config)
     state = {key.removeprefix(PREFIX): value for key, value in load_file(file).items()}
     config.inference_mode = False
     add = getattr(model, "add_adapter", None)
