@@ -294,7 +294,7 @@ def test_every_mutation_of_a_note_leads_to_the_basis_or_nowhere(files, own_cache
 @pytest.mark.parametrize("what", ["task", "own"])
 def test_no_mutation_gets_half_a_task_into_a_model(files, what):
     """Through PEFT's own door. What PEFT reads before it asks us fails in its own or Python's words: a config that is no JSON
-    object, of no known peft_type, or nested too deeply."""
+    object, of no known peft_type, or nested too deeply. And a task_type that PEFT does not know is its own ValueError."""
     outcomes: Counter[str] = Counter()
     before = [type(module) for module in Small().modules()]
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
@@ -323,11 +323,15 @@ def test_no_mutation_gets_half_a_task_into_a_model(files, what):
                 assert [type(module) for module in model.modules()] == before
                 outcomes[type(error).__name__] += 1
             except (KeyError, TypeError, ValueError, RecursionError, AttributeError) as error:
-                assert peft_reads_it_first(changed), f"{type(error).__name__}: {error}"
+                assert peft_reads_it_first(changed) or "Invalid task type" in str(error), (
+                    f"{type(error).__name__}: {error}"
+                )
                 outcomes[f"PEFT's {type(error).__name__}"] += 1
             else:
+                # a flipped bit may make a number so large, yet finite, that no product of it is
+                largest = max(p.abs().max() for n, p in loaded.named_parameters() if "subspace_coef" in n)
                 with torch.no_grad():
-                    assert torch.isfinite(loaded(x)).all()
+                    assert largest > 1e30 or torch.isfinite(loaded(x)).all()
                 outcomes["loaded"] += 1
 
     one()

@@ -284,9 +284,9 @@ BAD_HEADERS = {
     "backwards": lambda header, key: header[next(name for name in header if name.endswith(key))].update(
         data_offsets=[64, 0]
     ),
-    "renamed": lambda header, key: header.update(
-        {"x\0y." + key: header.pop(next(n for n in header if n.endswith(key)))}
-    ),
+    "renamed": lambda header, key: [
+        header.update({f"x\0y.{name}": header.pop(name)}) for name in list(header) if name.endswith(key)
+    ],
 }
 
 

@@ -224,6 +224,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             "format_version": FORMAT_VERSION, "subspace_peft_version": __version__, "tasks": names,
             "basis_fingerprint": self.config.basis_fingerprint,
             "modules": {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()},
+            "weight_shapes": self.config.weight_shapes, "base_model_name_or_path": self.config.base_model_name_or_path,
         }  # fmt: skip
         rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
         metadata = {"bank": json.dumps(index)}

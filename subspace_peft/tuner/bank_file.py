@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from .._untrusted import is_name, is_sha256, is_whole, parse_json
 from ..basis.module import FLOAT_DTYPES
 from ..errors import BadFileError, SubspaceError
+from .config_check import CHECKS
 from .mixed import BASE
 
 FORMAT_VERSION = 1
@@ -21,7 +22,7 @@ def read_index(file: Path) -> dict[str, Any]:
 
     Returns:
         ``tasks``, names in the order of their rows; ``basis_fingerprint``; ``modules``, module → [k_out, k_in], in the order
-        in which a row has them.
+        in which a row has them; maybe ``weight_shapes`` and ``base_model_name_or_path``, as in a task's config.
 
     Raises:
         BadFileError: the file is damaged, no bank, or of another version.
@@ -78,6 +79,9 @@ def _problem(index: dict[str, Any], shape: list[int], dtype: str) -> str | None:
         if not (is_name(module) and isinstance(size, list) and len(size) == 2 and all(map(is_whole, size))):
             return f"module {module[:80]!r} has no sizes"
     width = sum(k_out * k_in for k_out, k_in in modules.values())
+    for key in ("weight_shapes", "base_model_name_or_path"):
+        if wanted := CHECKS[key](index.get(key)):
+            return f"its {key}: {wanted}"
     if shape != [len(names), width]:
         return f"its tensor is {shape}, its index says {[len(names), width]}"
     if dtype not in FLOAT_DTYPES.values():

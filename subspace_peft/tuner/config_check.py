@@ -25,7 +25,8 @@ def check_values(config: SubspaceConfig) -> None:
         wanted = check(value)
         if wanted is not None:
             shown = f"a {type(value).__name__}" if isinstance(value, (Mapping, list, set, tuple)) else _short(value)
-            raise SubspaceError(f"{name}={shown}: {wanted}.")
+            # of one entry of a dict
+            raise SubspaceError(f"{name}{wanted}." if wanted.startswith("[") else f"{name}={shown}: {wanted}.")
 
 
 def unknown_keys(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
@@ -95,9 +96,9 @@ def _sizes_by_pattern(value: Any) -> str | None:
         return "give a dict, end of a module's name → k"
     for pattern, k in value.items():
         if problem := _one_pattern(pattern):
-            return f"{str(pattern)[:80]!r}: {problem}"
+            return f"[{str(pattern)[:80]!r}]: {problem}"
         if not is_whole(k):
-            return f"{str(pattern)[:80]!r}: {_short(k)}: give a whole number of at least 1 and at most {MOST_DIRECTIONS:,}"
+            return f"[{str(pattern)[:80]!r}]={_short(k)}: give a whole number of at least 1 and at most {MOST_DIRECTIONS:,}"
     return None
 
 
@@ -154,7 +155,10 @@ CHECKS: dict[str, Check] = {
     "k": _none_or(_size),
     "r": _size,
     "rank_pattern": _sizes_by_pattern,
-    "alpha": _be(lambda value: is_finite(value) and value > 0, "give a number above 0"),
+    # beyond these, s or M / s leaves the range of float32
+    "alpha": _be(
+        lambda value: is_finite(value) and 1e-12 <= value <= 1e12, "give a number above 0, from 1e-12 to 1e12"
+    ),
     "dropout": _be(lambda value: is_finite(value) and 0 <= value < 1, "give a number from 0 to below 1"),
     "start": _text,
     "seed": _be(lambda value: is_whole(value, least=-(1 << 63), most=(1 << 63) - 1), "give a whole number of 64 bits"),

@@ -15,7 +15,7 @@ from ..basis.basis import module_shape
 from ..errors import BasisMismatchError, SubspaceError
 from .coefficients import make_coefficients
 from .config import SubspaceConfig
-from .task_files import BASIS_KEY, COEFFICIENT_KEY, scale_of, used_part, used_size, weights_of
+from .task_files import BASIS_KEY, COEFFICIENT_KEY, scale_of, used_size, weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,26 +96,35 @@ def _assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Ta
         known = {name: module_shape(module) for name, module in carried.items()}
     else:
         keys = {name: str(basis.find(name)) for name in coefficients}
-        parts_of, shapes = _Parts(config, basis, keys), basis.shapes()
+        shapes = basis.shapes()
         known = {name: shapes[key] for name, key in keys.items()}
+        sizes = {name: used_size(config, name, shape["k_out"], shape["k_in"]) for name, shape in known.items()}
+        parts_of = Parts(sizes, basis, keys)
     cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
     return Task(config, cores, parts_of, extras)
 
 
-class _Parts(Mapping[str, ModuleBasis]):
-    """What the modules of a task use of the basis, read when asked for: cores alone often suffice."""
+class Parts(Mapping[str, ModuleBasis]):
+    """What the modules of a task use of the basis, read when asked for: cores alone often suffice.
 
-    def __init__(self, config: SubspaceConfig, basis: SubspaceBasis, keys: Mapping[str, str]) -> None:
-        self.config, self.basis, self.keys_of = config, basis, keys
+    Args:
+        sizes: module → the (k_out, k_in) that it uses.
+        basis: where they are from.
+        names: module → its name in the basis.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]], basis: SubspaceBasis, names: Mapping[str, str]) -> None:
+        self.sizes, self.basis, self.names = sizes, basis, names
 
     def __getitem__(self, name: str) -> ModuleBasis:
-        return used_part(self.config, name, self.basis[self.keys_of[name]])
+        module, size = self.basis[self.names[name]], self.sizes[name]
+        return module if size == (module.k_out, module.k_in) else module.truncate(*size)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_of)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.keys_of)
+        return len(self.names)
 
 
 def _core(
