@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._atomic import write_text_aside
+from .._untrusted import read_json
 from ..errors import SubspaceError
 from .basis import SubspaceBasis
 
@@ -101,7 +102,7 @@ def entries() -> Iterator[CachedBasis]:
         if not FINGERPRINT.fullmatch(folder.name):
             continue
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            config = read_json(folder / CONFIG_FILE)
             modules, base = len(config["modules"]), config.get("base_model_name_or_path")
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             modules = base = None
@@ -145,7 +146,7 @@ def verify(entry: CachedBasis) -> str | None:
 
 def _origin(folder: Path) -> dict[str, str | None]:
     try:
-        found = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        found = read_json(folder / ORIGIN_FILE)
         return {key: found[key] if isinstance(found[key], str) else None for key in ("location", "revision")}
     except (OSError, ValueError, KeyError, TypeError):
         return {"location": None, "revision": None}

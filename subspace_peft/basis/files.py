@@ -12,12 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._atomic import write_all_aside
+from .._untrusted import is_sha256, read_json
 from .._version import __version__
 from ..cards import Place, put_card
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
 from . import cache
 from .basis import SubspaceBasis, combine_digests, module_shape
 from .card import card_of, place_of
+from .entries import info_problem, shape_problem
 from .module import TENSOR_NAMES, ModuleBasis
 from .reference import looks_like_path, split_revision
 
@@ -51,14 +53,17 @@ class LazyModules(Mapping[str, ModuleBasis]):
             with safe_open(self.file, framework="pt", device="cpu") as tensors:
                 keys = set(tensors.keys())
                 present = {key: tensors.get_tensor(f"{name}.{key}") for key in TENSOR_NAMES if f"{name}.{key}" in keys}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
             raise BadFileError(
                 f"{self.file}: cannot be read ({error}). The file is damaged or incomplete: fetch or build it again."
             ) from error
         if not {"U", "V"} <= present.keys():
             raise BadFileError(f"{self.file}: module {name!r} has no U and V. The file is damaged: build it again.")
         module = ModuleBasis(**present)
-        module.check(name)
+        try:
+            module.check(name)
+        except SubspaceError as error:
+            raise BadFileError(f"{self.file}: {error}") from None
         digest = module.digest()
         if digest != entry["sha256"]:
             raise BadFileError(
@@ -109,10 +114,17 @@ def open_basis(
     cache_dir: str | Path | None = None,
 ) -> SubspaceBasis:
     """Open the basis in a folder or on the Hub; see `SubspaceBasis.from_pretrained`."""
-    folder = Path(path_or_id).expanduser()
-    if (folder / CONFIG_FILE).is_file():
+    try:
+        folder = Path(path_or_id).expanduser()
+        there, holds = folder.exists(), (folder / CONFIG_FILE).is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        # a name too long for the disk, a home of nobody, a NUL: what a task from elsewhere may say
+        raise BasisNotFoundError(
+            f"There is no folder {str(path_or_id)[:200]!r} ({error}). Pass the folder of a basis, or a Hub id like 'org/basis'."
+        ) from error
+    if holds:
         return read_folder(folder, location=str(folder.resolve()), revision=None)
-    if folder.exists():
+    if there:
         raise BasisNotFoundError(
             f"{folder} holds no {CONFIG_FILE}: it is not a basis. Build one with `subspace-peft build ADAPTER… --out "
             f"{folder}`, or pass the folder of a basis."
@@ -154,46 +166,61 @@ def download(
 def read_folder(folder: Path, *, location: str, revision: str | None) -> SubspaceBasis:
     config_file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        modules = config["modules"]
-        version = config["format_version"]
-        digests = {str(name): str(entry["sha256"]) for name, entry in modules.items()}
-        for entry in modules.values():
-            shape = entry["shape"]
-            if not all(isinstance(shape[key], int) for key in ("out", "in", "k_out", "k_in")):
-                raise TypeError("a shape is no integer")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        config = read_json(config_file)
+        modules, version = config["modules"], config["format_version"]
+    except (OSError, ValueError, KeyError) as error:
         raise BadFileError(
             f"{config_file}: not a basis's config ({type(error).__name__}: {error}). Fetch or build it again."
         ) from error
     if version != FORMAT_VERSION:
         raise BadFileError(
-            f"{config_file}: format version {version}, and this subspace_peft {__version__} reads {FORMAT_VERSION}. "
+            f"{config_file}: format version {str(version)[:40]}, and this subspace_peft {__version__} reads {FORMAT_VERSION}. "
             "Upgrade with `pip install -U subspace-peft`."
         )
+    info = {key: value for key, value in config.items() if key not in ("modules", "fingerprint", "format_version")}
+    problem = _modules_problem(modules) or info_problem(info)
+    if problem is not None:
+        raise BadFileError(f"{config_file}: not a basis's config: {problem}. Fetch or build it again.")
+    digests = {name: entry["sha256"] for name, entry in modules.items()}
     if combine_digests(digests) != config.get("fingerprint"):
         raise BadFileError(
-            f"{config_file}: its modules' hashes do not add up to its fingerprint {config.get('fingerprint')}. The file "
-            "was altered: fetch or build it again."
+            f"{config_file}: its modules' hashes do not add up to its fingerprint {str(config.get('fingerprint'))[:64]}. The "
+            "file was altered: fetch or build it again."
         )
     check_header(tensors_file, modules)
-    info = {key: value for key, value in config.items() if key not in ("modules", "fingerprint", "format_version")}
     return SubspaceBasis(
         LazyModules(tensors_file, modules), info, location=location, revision=revision, digests=digests
     )
 
 
+def _modules_problem(modules: Any) -> str | None:
+    if not isinstance(modules, dict) or not modules:
+        return "it lists no modules"
+    for name, entry in modules.items():
+        if not isinstance(entry, dict) or not is_sha256(entry.get("sha256")):
+            return f"module {str(name)[:80]!r} has no sha256"
+        problem = shape_problem(name, entry.get("shape"))
+        if problem is not None:
+            return problem
+    return None
+
+
 def check_header(file: Path, modules: dict[str, dict[str, Any]]) -> None:
     """Hold the tensors file's header against the config before anything is allocated."""
+    if file.exists() and not file.is_file():
+        raise BadFileError(f"{file}: it is no regular file. Fetch or build the basis again.")
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             keys = set(tensors.keys())
             for name, entry in modules.items():
-                shape = entry["shape"]
-                expected = {"U": [shape["out"], shape["k_out"]], "V": [shape["k_in"], shape["in"]]}
-                for key, size in expected.items():
-                    found = tensors.get_slice(f"{name}.{key}").get_shape() if f"{name}.{key}" in keys else None
-                    if found != size:
+                for key, size in _expected(entry["shape"]).items():
+                    present = f"{name}.{key}" in keys
+                    found = tensors.get_slice(f"{name}.{key}").get_shape() if present else None
+                    if found is None and key not in ("U", "V", "G"):
+                        continue
+                    # None stands for any length, of a list of cores or of a spectrum
+                    fits = found is not None and len(found) == len(size)
+                    if not fits or any(n not in (None, m) for n, m in zip(size, found, strict=True)):
                         raise BadFileError(
                             f"{file}: module {name!r} has {key} of shape {found}, but {CONFIG_FILE} says {size}. The "
                             "two files do not belong together: fetch or build the basis again."
@@ -203,3 +230,12 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]]) -> None:
             f"{file}: cannot be read ({error}). The file is missing, truncated or no safetensors file: fetch or build "
             "the basis again."
         ) from error
+
+
+def _expected(shape: dict[str, int]) -> dict[str, list[int | None]]:
+    core = [shape["k_out"], shape["k_in"]]
+    expected: dict[str, list[int | None]] = {
+        "U": [shape["out"], shape["k_out"]], "V": [shape["k_in"], shape["in"]], "M": [*core], "core_rms": [*core],
+        "cores": [None, *core], "spectrum_out": [None], "spectrum_in": [None],
+    }  # fmt: skip
+    return expected | ({"G": [shape["directions"], *core]} if shape.get("directions") else {})

@@ -69,7 +69,10 @@ class ModuleBasis:
         core = (self.k_out, self.k_in)
         expected = {"M": core, "core_rms": core}
         expected |= {
-            key: (value.shape[0], *core) for key in ("G", "cores") if (value := getattr(self, key)) is not None
+            # of a tensor without any length the 0 stands for one that it should have
+            key: (*(value.shape[:1] or (0,)), *core)
+            for key in ("G", "cores")
+            if (value := getattr(self, key)) is not None
         }
         for key, value in self.tensors().items():
             if value.dtype not in FLOAT_DTYPES:

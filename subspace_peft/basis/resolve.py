@@ -8,10 +8,13 @@ import os
 from pathlib import Path
 
 from .._atomic import write_text_aside
-from ..errors import BasisMismatchError, BasisNotFoundError
+from .._untrusted import is_name, is_revision
+from ..errors import BadFileError, BasisMismatchError, BasisNotFoundError
 from . import cache
 from .basis import SubspaceBasis, alive
 from .cache import cache_home
+
+MOST_NOTES = 8
 
 
 def note_location(basis: SubspaceBasis) -> None:
@@ -26,7 +29,7 @@ def note_location(basis: SubspaceBasis) -> None:
     with contextlib.suppress(OSError):
         file = cache_home() / "locations" / f"{basis.fingerprint}.json"
         known = [old for old in read_notes(basis.fingerprint) if old["location"] != basis.location]
-        write_text_aside(file, json.dumps([entry, *known[:7]], indent=1))
+        write_text_aside(file, json.dumps([entry, *known[: MOST_NOTES - 1]], indent=1))
 
 
 def read_notes(fingerprint: str) -> list[dict[str, str | None]]:
@@ -34,9 +37,14 @@ def read_notes(fingerprint: str) -> list[dict[str, str | None]]:
         return []
     try:
         notes = json.loads((cache_home() / "locations" / f"{fingerprint}.json").read_text(encoding="utf-8"))
-        return [note for note in notes if isinstance(note.get("location"), str)]
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, RecursionError):
         return []
+    listed = [note for note in notes if isinstance(note, dict)] if isinstance(notes, list) else []
+    return [
+        {"location": note["location"], "revision": note.get("revision")}
+        for note in listed[:MOST_NOTES]
+        if is_name(note.get("location")) and (note.get("revision") is None or is_revision(note["revision"]))
+    ]
 
 
 def resolve_basis(
@@ -64,17 +72,28 @@ def resolve_basis(
     wrong: BasisMismatchError | None = None
     places: list[tuple[str, str | None]] = []
     if reference is not None:
+        if reference.startswith(("\\\\", "//")):
+            raise BasisNotFoundError(
+                f"The basis's recorded place {reference!r} is on another machine's share, and asking there would tell that machine "
+                "who you are. If you trust it, say so yourself with `basis=`."
+            )
         if near is not None and not os.path.isabs(reference):
             places.append((str(near / reference), None))
         places.append((reference, revision))
+    hints = len(places)
     if fingerprint is not None:
         places += [(str(note["location"]), note.get("revision")) for note in read_notes(fingerprint)]
-    for place, at in places:
+    for number, (place, at) in enumerate(places):
         try:
             basis = SubspaceBasis.from_pretrained(place, revision=at, fingerprint=fingerprint, token=token)
         except BasisMismatchError as error:
             wrong = wrong or error
         except BasisNotFoundError as error:
+            tried.append(f"{place}: {str(error).splitlines()[0]}")
+        except BadFileError as error:
+            # what lies where a basis was seen once is none of this task's business
+            if number < hints:
+                raise
             tried.append(f"{place}: {str(error).splitlines()[0]}")
         else:
             return basis

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .._untrusted import read_json
 from ..basis.reference import looks_like_path, split_inside
 from ..errors import SourceError
 
@@ -55,7 +54,13 @@ def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool =
     Raises:
         SourceError: nothing is there, or no adapter; names what and the remedy.
     """
-    path = Path(reference).expanduser()
+    try:
+        path = Path(reference).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(
+            f"{reference[:200]!r}: there can be no such folder ({error}). Pass that of a saved PEFT LoRA."
+        ) from error
     if path.is_dir():
         return _in_folder(path, reference, Path(os.path.abspath(path)).name, allow_bin)
     if path.is_file():
@@ -78,7 +83,7 @@ def open_tensors(file: Path, location: str) -> tuple[list[str], Callable[[str], 
     if file.suffix in PICKLED:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        except Exception as error:  # a stranger's file may raise anything, pickle's own errors among it
             raise SourceError(
                 f"{location}: {file.name} cannot be read with weights_only=True ({str(error).splitlines()[0]}). It is damaged, "
                 "or it holds code: ask for a safetensors file."
@@ -88,8 +93,13 @@ def open_tensors(file: Path, location: str) -> tuple[list[str], Callable[[str], 
         return list(state), state.__getitem__, {}
 
     def read(key: str) -> torch.Tensor:
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            return tensors.get_tensor(key)
+        try:
+            with safe_open(file, framework="pt", device="cpu") as tensors:
+                return tensors.get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
+            raise SourceError(
+                f"{location}: {key} cannot be read ({error}). Fetch or save the adapter again."
+            ) from error
 
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
@@ -139,9 +149,7 @@ def _allowed(file: Path, location: str, allow_bin: bool) -> Path:
 
 def _config(file: Path, location: str) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise SourceError(f"{location}: {CONFIG_FILE} cannot be read ({error}). {NO_ADAPTER}.") from error
     return config

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from .._untrusted import is_finite, is_name, is_whole, pattern_problem
 
 LORA_KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_"
     r"(?:(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight|embedding_(?P<lookup>[AB])(?:\.(?P<other>[^.]+))?)$"
 )
+PATTERNS = ("rank_pattern", "alpha_pattern")
 REFUSED = {
     "lora_magnitude_vector": "DoRA's magnitude is no low-rank update; train or convert the adapter without use_dora",
     ".lora_B.bias": "a trained LoRA bias (lora_bias=True) is no low-rank update; train without it",
@@ -40,6 +44,8 @@ def sort_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
                 )
             sides[side] = key
     for module, sides in modules.items():
+        if not is_name(module):
+            problems[module] = f"{module[:80]!r} is no module's name"
         if len(sides) < 2:
             problems[module] = f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"
     return modules, list(problems.values())
@@ -49,13 +55,31 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """``lora_alpha / r``, or ``/ √r`` with rsLoRA, for one module; `rank_pattern` and `alpha_pattern` folded in.
 
     Raises:
-        ValueError: the configuration's rank for this module is not the rank of its tensors.
+        ValueError: the configuration's rank for this module is not the rank of its tensors, or its alpha is no number.
     """
     r = _pattern(config.get("rank_pattern"), module, config.get("r", rank))
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", r))
-    if r != rank:
-        raise ValueError(f"module {module!r} has rank {rank}, but its adapter_config.json says {r}")
+    if not is_whole(r) or r != rank:
+        raise ValueError(f"module {module!r} has rank {rank}, but its adapter_config.json says {str(r)[:40]}")
+    if not is_finite(alpha):
+        raise ValueError(f"module {module!r} has the alpha {str(alpha)[:40]}, which is no number")
     return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def config_problem(config: Mapping[str, Any]) -> str | None:
+    """What no LoRA's configuration says, of what is read of it here; or None."""
+    for key in PATTERNS:
+        patterns = config.get(key)
+        if patterns is not None and not isinstance(patterns, Mapping):
+            return f"its {key} is a {type(patterns).__name__}, not a dict"
+        for pattern in patterns or ():
+            problem = pattern_problem(pattern) if isinstance(pattern, str) else "it is no text"
+            if problem is not None:
+                return f"its {key} has {str(pattern)[:80]!r}: {problem}"
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, (str, Path)):
+        return f"its base_model_name_or_path is a {type(base).__name__}, not a name"
+    return None
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -20,7 +20,7 @@ from .converted import convert
 from .factors import Factors
 from .foreign import is_foreign, read_foreign
 from .locate import Place, locate, open_tensors
-from .lora import scaling, sort_keys
+from .lora import config_problem, scaling, sort_keys
 
 # the start takes its factors out of the base weights: the saved update means nothing on the base model itself
 IN_MEMORY = "in memory"
@@ -99,6 +99,10 @@ class Source:
                 raise SourceError(
                     f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
                     "convolutions are supported. Leave the others out of the adapter's target_modules."
+                )
+            if not value.numel():
+                raise SourceError(
+                    f"{self.location}: {key} has shape {tuple(value.shape)}, which holds nothing. Leave this adapter out."
                 )
             if not torch.isfinite(value).all():
                 raise SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
@@ -259,6 +263,8 @@ def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[s
             "converted, or convert it with PEFT's `save_as_lora` first."
         )
     keys, problems = sort_keys(names)
+    if problem := config_problem(config):
+        problems.append(problem)
     if config.get("use_dora"):
         problems.append("it was trained with use_dora=True, which is no low-rank update; train it without")
     start = str(config.get("init_lora_weights") or "")

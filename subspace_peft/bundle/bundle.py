@@ -263,7 +263,8 @@ class Bundle(Mapping[str, BundledTask]):
                     )
             keys[module] = key
         cores = {module: core.double() for module, core in numbers.cores.items()}
-        return Task(config, cores, Parts(config, found, keys), numbers.extras, numbers.residual)
+        used = {module: tuple(core.shape) for module, core in cores.items()}
+        return Task(config, cores, Parts(used, found, keys), numbers.extras, numbers.residual)
 
     def verify(self) -> dict[str, str]:
         """Read every task: name → what is wrong with it, for those that are damaged."""

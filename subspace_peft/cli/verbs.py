@@ -190,8 +190,9 @@ def export_lora(args: Namespace) -> int:
 
     pad = args.pad_to if args.pad_to in (None, "vllm") else _number(args.pad_to)
     result = export(
-        args.task, args.out, basis=args.basis, rank=args.rank, pad_to=pad, modules_to_save=not args.no_modules_to_save
-    )
+        args.task, args.out, basis=args.basis, rank=args.rank, pad_to=pad,
+        modules_to_save=False if args.no_modules_to_save else None,
+    )  # fmt: skip
     if args.json:
         return _json(result.to_dict())
     print(

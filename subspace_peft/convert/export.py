@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from safetensors.torch import save_file
 
 from .._atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.basis import names_of
 from ..build import Factors
-from ..errors import SubspaceError
+from ..errors import BadFileError, SubspaceError
 from ..tuner.saved import Task, read_task
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -51,7 +54,7 @@ def export_lora(
     basis: SubspaceBasis | str | None = None,
     rank: int | None = None,
     pad_to: int | str | None = None,
-    modules_to_save: bool = True,
+    modules_to_save: bool | None = None,
     dtype: torch.dtype = torch.float32,
     **hub: Any,
 ) -> Export:
@@ -69,7 +72,8 @@ def export_lora(
         basis: where the basis is, if not where the task's config says.
         rank: at most this rank, by truncation; None keeps all.
         pad_to: a rank to fill up to with zeros, or ``"vllm"`` for the next one that vLLM serves.
-        modules_to_save: whether the task's other trained modules (a classifier) go along. vLLM refuses them.
+        modules_to_save: whether the task's other trained modules (a classifier) go along. None: yes, but not with ``pad_to="vllm"``,
+            which warns of what stays behind; vLLM refuses most of them.
         dtype: of the written factors.
         hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
 
@@ -79,6 +83,32 @@ def export_lora(
     if rank is not None and rank < 1:
         raise SubspaceError(f"rank={rank}: give at least 1.")
     read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
+    if modules_to_save is None:
+        modules_to_save = pad_to != "vllm"
+        if read.extras and not modules_to_save:
+            warnings.warn(
+                f"{task}: the task has trained {names_of(read.extras, 3)} as well, which stays behind since vLLM refuses it. Pass "
+                "modules_to_save=True to keep it, or False to leave it out without this warning.",
+                stacklevel=2,
+            )
+    return write_lora(read, out, rank=rank, pad_to=pad_to, modules_to_save=modules_to_save, dtype=dtype)
+
+
+def write_lora(
+    read: Task,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    pad_to: int | str | None = None,
+    modules_to_save: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Export:
+    """Write a task that was read, or put together otherwise, as a stock PEFT LoRA folder; see `export_lora`.
+
+    Raises:
+        SubspaceError: a rank that cannot be, or `out` is a file.
+        BadFileError: the task's config gives a weight another shape than the basis has.
+    """
     factors, kept, total = {}, 0.0, 0.0
     for name, core in read.cores.items():
         S = torch.linalg.svdvals(core)
@@ -145,6 +175,12 @@ def _as_peft_has_it(
 ) -> dict[str, torch.Tensor]:
     if weight_shape is None:
         return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    rows, columns = weight_shape[0], math.prod(weight_shape[1:])
+    if (len(B), A.shape[1]) != ((columns, rows) if len(weight_shape) == 2 else (rows, columns)):
+        raise BadFileError(
+            f"{name}: the task's config says that the weight is {weight_shape}, which its basis of {len(B)} × {A.shape[1]} does not "
+            "fit. The config was altered: fetch or save the task again."
+        )
     if len(weight_shape) == 2:
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
     return {f"{name}.lora_A.weight": A.view(len(A), *weight_shape[1:]), f"{name}.lora_B.weight": B[:, :, None, None]}

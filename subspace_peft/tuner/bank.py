@@ -17,6 +17,7 @@ from .._adapted import active_adapter
 from .._atomic import write_aside, write_text_aside
 from .._version import __version__
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from .bank_file import FORMAT_VERSION, read_index
 from .card import write_section
 from .coefficients import default_scale, make_coefficients
 from .config import SubspaceConfig
@@ -25,7 +26,6 @@ from .mixed import BASE, Group, TaskNames, alike, task_names_passed
 from .saved import read_task
 from .task_files import WEIGHTS_FILE
 
-FORMAT_VERSION = 1
 EMPTY = 0  # the slot of zeros, for rows of the base model
 
 
@@ -224,6 +224,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             "format_version": FORMAT_VERSION, "subspace_peft_version": __version__, "tasks": names,
             "basis_fingerprint": self.config.basis_fingerprint,
             "modules": {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()},
+            "weight_shapes": self.config.weight_shapes, "base_model_name_or_path": self.config.base_model_name_or_path,
         }  # fmt: skip
         rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
         metadata = {"bank": json.dumps(index)}
@@ -242,40 +243,34 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             BasisMismatchError: its tasks are on another basis, or have other modules or sizes.
             SubspaceError: some of its tasks have what a bank cannot hold.
         """
+        index = read_index(Path(file))
+        names, modules, apart = list(index["tasks"]), dict(index["modules"]), list(index.get("apart", []))
         own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                index = json.loads((tensors.metadata() or {})["bank"])
-                names, modules = [str(name) for name in index["tasks"]], dict(index["modules"])
-                apart = [str(name) for name in index.get("apart", [])]
-                for name in apart:
-                    modules_of = index["entries"][name].get("modules", modules)
-                    if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
-                        raise BasisMismatchError(
-                            f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with "
-                            "`load_task`, or make a bundle without it."
-                        )
-                if apart and not cores_only:
-                    raise SubspaceError(
-                        f"{file}: {len(apart)} of its {len(names) + len(apart)} tasks, such as {apart[0]!r}, have trained modules or a "
-                        "residual, which a bank does not hold. Load these as adapters, with `load_task`; or take their cores alone, with "
-                        "cores_only=True."
-                    )
-                shape, width = tensors.get_slice("cores").get_shape(), sum(a * b for a, b in modules.values())
-                if shape != [len(names), width]:
-                    raise ValueError(f"cores of shape {shape} for {len(names)} tasks of {width} numbers")
-                rows = tensors.get_tensor("cores")
-                more = [tensors.get_tensor(f"{number}/core") for number in range(len(apart))]
-                rows = torch.cat([rows, *(row[None].to(rows) for row in more)])
-        except SubspaceError:
-            raise
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise BadFileError(f"{file}: no bank that can be read ({error}). Fetch or save it again.") from error
+        for name in apart:
+            modules_of = index["entries"][name].get("modules", modules)
+            if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
+                raise BasisMismatchError(
+                    f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with "
+                    "`load_task`, or make a bundle without it."
+                )
+        if apart and not cores_only:
+            raise SubspaceError(
+                f"{file}: {len(apart)} of its {len(names) + len(apart)} tasks, such as {apart[0]!r}, have trained modules or a "
+                "residual, which a bank does not hold. Load these as adapters, with `load_task`; or take their cores alone, with "
+                "cores_only=True."
+            )
         if index["basis_fingerprint"] != self.config.basis_fingerprint or modules != own:
             raise BasisMismatchError(
                 f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this bank's on "
                 f"{self.config.basis_fingerprint} in {len(own)}. They belong to another model or basis."
             )
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                rows = tensors.get_tensor("cores")
+                more = [tensors.get_tensor(f"{number}/core") for number in range(len(apart))]
+                rows = torch.cat([rows, *(row[None].to(rows) for row in more)])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise BadFileError(f"{file}: no bank that can be read ({error}). Fetch or save it again.") from error
         if not torch.isfinite(rows).all():
             raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
         if list(modules) != list(own):

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from .._untrusted import is_name, read_json
 from .._version import __version__
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.resolve import note_location, require_same
-from ..errors import BasisNotFoundError, SubspaceError
+from ..errors import BadFileError, BasisNotFoundError, SubspaceError
 from .coefficients import KINDS
+from .config_check import check_values, unknown_keys
 from .registration import SUBSPACE
 
 GENERATED = ("random", "base-weights")
@@ -162,6 +165,7 @@ class SubspaceConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SUBSPACE
+        check_values(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -201,17 +205,13 @@ class SubspaceConfig(PeftConfig):
             )
         if self.bias not in ("none", "all", "subspace_only"):
             raise SubspaceError(f"bias={self.bias!r}: choose one of none, all, subspace_only.")
-        numbers = {"k": self.k, "r": self.r, **{f"rank_pattern[{key!r}]": k for key, k in self.rank_pattern.items()}}
-        for name, value in numbers.items():
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise SubspaceError(f"{name}={value!r}: give a whole number of at least 1.")
-        if not isinstance(self.alpha, (int, float)) or not self.alpha > 0:
-            raise SubspaceError(f"alpha={self.alpha!r}: give a number above 0.")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise SubspaceError(f"dropout={self.dropout!r}: give a number from 0 to below 1.")
         if not (self.basis is None or isinstance(self.basis, (str, Path, SubspaceBasis))):
             raise SubspaceError(
                 f"basis={type(self.basis).__name__}: give a SubspaceBasis, the folder of one, or a Hub id."
+            )
+        if not (self.basis is None or isinstance(self.basis, SubspaceBasis) or is_name(str(self.basis))):
+            raise SubspaceError(
+                f"basis={str(self.basis)[:80]!r}: that can be no place. Give the folder of a basis, or a Hub id."
             )
 
     # -- the basis --------------------------------------------------------------------------------------------------
@@ -332,6 +332,33 @@ class SubspaceConfig(PeftConfig):
             write_section(Path(save_directory), self)
 
     @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's, which `from_pretrained` calls.
+
+        Raises:
+            BadFileError: no JSON object, a method that PEFT does not know, or keys that nobody writes into a saved task.
+        """
+        try:
+            values = read_json(Path(path_json_file))
+        except (OSError, ValueError) as error:
+            raise BadFileError(
+                f"{path_json_file}: no adapter's config ({error}). Fetch or save the adapter again."
+            ) from error
+        kind = values.get("peft_type", SUBSPACE)
+        if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise BadFileError(
+                f"{path_json_file}: its peft_type is {str(kind)[:80]!r}, which this PEFT does not know. Upgrade PEFT, or fetch the "
+                "adapter again."
+            )
+        unknown = unknown_keys(values, [item.name for item in fields(cls)]) if kind == SUBSPACE else []
+        if unknown:
+            raise BadFileError(
+                f"{path_json_file}: it has {', '.join(unknown[:5])}, which neither the version that saved it nor this one knows. The "
+                "file was altered: fetch it again, or take that out."
+            )
+        return super().from_json_file(path_json_file, **kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """As PEFT's. `basis=` says where the basis is, if not where the task's config says;
         `check_base_model=False` tries another base model anyway.
@@ -346,7 +373,15 @@ class SubspaceConfig(PeftConfig):
         from .task_files import check_task, locate_task
 
         basis, check = kwargs.pop("basis", None), kwargs.pop("check_base_model", None)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except BadFileError:
+            raise
+        except (SubspaceError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+            raise BadFileError(
+                f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}). Fetch or save the "
+                "task again."
+            ) from error
         if not isinstance(config, SubspaceConfig):
             return config
         if check is not None:

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import BasisMismatchError, SubspaceError
 from .config import SubspaceConfig
 from .layer import SubspaceLayer
-from .task_files import BASIS_KEY, WEIGHTS_FILE
+from .task_files import BASIS_KEY, weights_of
 
 # what has to be the same for one task's numbers to take another's place
 SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", "mean_gain", "dropout")
@@ -41,7 +41,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     if not isinstance(old, SubspaceConfig):
         raise SubspaceError(f"There is no subspace adapter {adapter!r}; there are {', '.join(configs) or 'none'}.")
     new = SubspaceConfig.from_pretrained(str(task), **hub)
-    if not isinstance(new, SubspaceConfig) or new._near is None:
+    if not isinstance(new, SubspaceConfig):
         raise SubspaceError(f"{task} is no saved subspace task.")
     for name in SAME:
         if getattr(old, name) != getattr(new, name):
@@ -51,7 +51,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
             )
     targets = _targets(inner, adapter)
     found: dict[str, torch.Tensor] = {}
-    for key, value in load_file(Path(new._near) / WEIGHTS_FILE).items():
+    for key, value in load_file(weights_of(task, new)).items():
         # a basis of its own is the same one: both have its fingerprint
         if not BASIS_KEY.match(key):
             found[_plain(key)] = value

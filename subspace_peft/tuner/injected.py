@@ -15,7 +15,7 @@ from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .card import base_facts, note
 from .config import SubspaceConfig
-from .task_files import WEIGHTS_FILE
+from .task_files import WEIGHTS_FILE, weights_of
 
 PREFIX = "base_model.model."
 
@@ -107,9 +107,7 @@ def load_adapter(
             f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own load_lora_adapter, or "
             "projected into a basis by `project_lora` first."
         )
-    file = None if config._near is None else Path(config._near) / WEIGHTS_FILE
-    if file is None or not file.is_file():
-        raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")
+    file = weights_of(task, config)
     state = {key.removeprefix(PREFIX): value for key, value in load_file(file).items()}
     config.inference_mode = False
     add = getattr(model, "add_adapter", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ from safetensors.torch import load_file
 from .._adapted import active_adapter
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.basis import module_shape
-from ..errors import SubspaceError
+from ..errors import BasisMismatchError, SubspaceError
 from .coefficients import make_coefficients
 from .config import SubspaceConfig
-from .task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, scale_of, used_part, used_size
+from .task_files import BASIS_KEY, COEFFICIENT_KEY, scale_of, used_size, weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +74,7 @@ def read_task(
             raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
-        file = None if config._near is None else Path(config._near) / WEIGHTS_FILE
-        if file is None or not file.is_file():
-            raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")
-        tensors = load_file(file)
+        tensors = load_file(weights_of(task, config))
     return _assemble(config, tensors)
 
 
@@ -98,30 +94,41 @@ def _assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Ta
         carried = {
             name: ModuleBasis(**{key: part.float() for key, part in own[name].items()}) for name in coefficients
         }
+        for name, module in carried.items():
+            module.check(name)
         parts_of: Mapping[str, ModuleBasis] = carried
         known = {name: module_shape(module) for name, module in carried.items()}
     else:
         keys = {name: str(basis.find(name)) for name in coefficients}
-        parts_of, shapes = Parts(config, basis, keys), basis.shapes()
+        shapes = basis.shapes()
         known = {name: shapes[key] for name, key in keys.items()}
+        sizes = {name: used_size(config, name, shape["k_out"], shape["k_in"]) for name, shape in known.items()}
+        parts_of = Parts(sizes, basis, keys)
     cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
     return Task(config, cores, parts_of, extras)
 
 
 class Parts(Mapping[str, ModuleBasis]):
-    """What the modules of a task use of the basis, read when asked for: cores alone often suffice."""
+    """What the modules of a task use of the basis, read when asked for: cores alone often suffice.
 
-    def __init__(self, config: SubspaceConfig, basis: SubspaceBasis, keys: Mapping[str, str]) -> None:
-        self.config, self.basis, self.keys_of = config, basis, keys
+    Args:
+        sizes: module → the (k_out, k_in) that it uses.
+        basis: where they are from.
+        names: module → its name in the basis.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]], basis: SubspaceBasis, names: Mapping[str, str]) -> None:
+        self.sizes, self.basis, self.names = sizes, basis, names
 
     def __getitem__(self, name: str) -> ModuleBasis:
-        return used_part(self.config, name, self.basis[self.keys_of[name]])
+        module, size = self.basis[self.names[name]], self.sizes[name]
+        return module if size == (module.k_out, module.k_in) else module.truncate(*size)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys_of)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self.keys_of)
+        return len(self.names)
 
 
 def _core(
@@ -136,6 +143,11 @@ def _core(
         return parts["weight"].double() * scale
     needs_module = config.coefficients == "directions" or config.mean_gain != "none"
     module = parts_of[name] if needs_module else None
+    if config.mean_gain != "none" and module is not None and module.M is None:
+        raise BasisMismatchError(
+            f"mean_gain={config.mean_gain!r}, but the basis has no mean core in module {name!r}. Pass the basis that the task was "
+            "trained on."
+        )
     mean, directions = (None, None) if module is None else (module.M, module.G)
     made = make_coefficients(
         config.coefficients,

@@ -1,0 +1,53 @@
+"""What a config says of the modules of a basis, held against what a basis can be before anything is read or made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._untrusted import MOST_DIRECTIONS, is_name, is_whole
+
+# tokens of an embedding, channels × pixels of a kernel: far above both
+MOST_FEATURES = 1 << 32
+
+
+def shape_problem(name: Any, shape: Any) -> str | None:
+    """What is wrong with the name of a module and its ``{"out", "in", "k_out", "k_in", "directions"}``, or None."""
+    if not is_name(name):
+        return f"{str(name)[:80]!r} is no module's name"
+    if not isinstance(shape, Mapping):
+        return f"module {name!r} has no shape"
+    for key in ("out", "in"):
+        if not is_whole(shape.get(key), most=MOST_FEATURES):
+            return f"module {name!r} has {key}={_short(shape.get(key))}, which is no layer's size"
+    for key, limit in (("k_out", "out"), ("k_in", "in")):
+        # orthonormal directions: there are never more of them than dimensions
+        if not is_whole(shape.get(key), most=min(MOST_DIRECTIONS, shape[limit])):
+            return (
+                f"module {name!r} has {key}={_short(shape.get(key))} directions in {limit}={shape[limit]} dimensions"
+            )
+    most = shape["k_out"] * shape["k_in"]
+    if not is_whole(shape.get("directions", 0), least=0, most=most):
+        return f"module {name!r} has directions={_short(shape.get('directions'))}, and its core {most} numbers"
+    return None
+
+
+def info_problem(info: Mapping[str, Any]) -> str | None:
+    """What is wrong with what a basis's config says beside its modules, or None."""
+    kinds = {"builder": str, "build": dict, "measured": dict, "sources": list, "skipped": list}
+    for key, kind in kinds.items():
+        if info.get(key) is not None and not isinstance(info[key], kind):
+            return f"{key} is a {type(info[key]).__name__}, not a {kind.__name__}"
+    for key in ("sources", "skipped"):
+        if not all(isinstance(entry, dict) for entry in info.get(key) or []):
+            return f"{key} lists something that is no object"
+    base = info.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        return f"base_model_name_or_path is a {type(base).__name__}, not a name"
+    return None
+
+
+def _short(value: Any) -> str:
+    # repr of a whole number of thousands of digits is refused by Python itself
+    big = isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30
+    return "a number of more than 30 digits" if big else repr(value)[:60]

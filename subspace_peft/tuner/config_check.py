@@ -1,0 +1,189 @@
+"""Whether a configuration's values are of the kinds they are meant to be: a saved task's config may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .._untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
+from ..basis.entries import MOST_FEATURES, shape_problem
+from ..errors import SubspaceError
+
+if TYPE_CHECKING:
+    from .config import SubspaceConfig
+
+CARRIED = ("U", "V", "M", "G")
+MOST_PROBED = 4096
+Check = Callable[[Any], "str | None"]
+
+
+def check_values(config: SubspaceConfig) -> None:
+    """Raise `SubspaceError` naming the first value of `config` that is of a wrong kind or size, and what it should be."""
+    for name, check in CHECKS.items():
+        value = getattr(config, name)
+        wanted = check(value)
+        if wanted is not None:
+            shown = f"a {type(value).__name__}" if isinstance(value, (Mapping, list, set, tuple)) else _short(value)
+            # of one entry of a dict
+            raise SubspaceError(f"{name}{wanted}." if wanted.startswith("[") else f"{name}={shown}: {wanted}.")
+
+
+def unknown_keys(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """Keys of a saved task's config that nobody writes: none where a newer PEFT or subspace_peft saved it, which may know more."""
+    if values.get("subspace_version") is None:
+        return []
+    import peft
+
+    from .._version import __version__
+
+    newer = _newer(values["subspace_version"], __version__) or _newer(values.get("peft_version"), peft.__version__)
+    return [] if newer else sorted(str(key)[:80] for key in set(values) - set(known))
+
+
+def _newer(given: Any, own: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        # without its local part: PEFT writes the commit of a development version behind an @
+        return Version(str(given)[:80].split("@")[0]) > Version(own)
+    except InvalidVersion:
+        return False
+
+
+def _short(value: Any) -> str:
+    huge = isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30
+    return "a number of more than 30 digits" if huge else repr(value)[:100]
+
+
+# -- kinds of values --------------------------------------------------------------------------------------------------
+
+
+def _none_or(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _be(kind: Callable[[Any], bool], wanted: str) -> Check:
+    return lambda value: None if kind(value) else wanted
+
+
+def _one_pattern(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return "give text"
+    problem = pattern_problem(value)
+    return None if problem is None else f"{problem}. Name the modules, or write a simpler expression"
+
+
+def _names_or_pattern(value: Any) -> str | None:
+    if isinstance(value, str):
+        return _one_pattern(value)
+    listed = isinstance(value, (list, tuple, set, frozenset))
+    return (
+        None if listed and all(is_name(name) for name in value) else "give names of modules, or one regular expression"
+    )
+
+
+def _patterns(value: Any) -> str | None:
+    if isinstance(value, str):
+        return _one_pattern(value)
+    if not isinstance(value, (list, tuple, set)):
+        return "give a name, or a list of names"
+    return next((problem for item in value if (problem := _one_pattern(item))), None)
+
+
+def _sizes_by_pattern(value: Any) -> str | None:
+    if not isinstance(value, Mapping):
+        return "give a dict, end of a module's name → k"
+    for pattern, k in value.items():
+        if problem := _one_pattern(pattern):
+            return f"[{str(pattern)[:80]!r}]: {problem}"
+        if not is_whole(k):
+            return f"[{str(pattern)[:80]!r}]={_short(k)}: give a whole number of at least 1 and at most {MOST_DIRECTIONS:,}"
+    return None
+
+
+def _layers(value: Any) -> bool:
+    return all(is_whole(i, least=0) for i in (value if isinstance(value, (list, tuple, set, range)) else [value]))
+
+
+def _tokens(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, Mapping) else [value]
+    named = not isinstance(value, Mapping) or all(is_name(name) for name in value)
+    return named and all(
+        isinstance(one, (list, tuple)) and all(is_whole(i, least=0, most=MOST_FEATURES) for i in one) for one in lists
+    )
+
+
+def _shapes(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        is_name(name)
+        and isinstance(shape, (list, tuple))
+        and len(shape) in (2, 4)
+        and all(is_whole(n, most=MOST_FEATURES) for n in shape)
+        for name, shape in value.items()
+    )
+
+
+def _carried(value: Any) -> str | None:
+    if not isinstance(value, Mapping) or not value:
+        return "give what a task with its own basis was saved with"
+    for name, entry in value.items():
+        hashes = entry.get("sha256") if isinstance(entry, Mapping) else None
+        if not isinstance(hashes, Mapping) or not {"U", "V"} <= hashes.keys() <= set(CARRIED):
+            return f"module {str(name)[:80]!r} has no hashes of its U and V"
+        if not all(is_sha256(digest) for digest in hashes.values()):
+            return f"module {name!r} has a hash that is no sha256"
+        if problem := shape_problem(name, entry.get("shape")):
+            return problem
+    return None
+
+
+_text = _be(is_name, "give text")
+_maybe_text = _none_or(_text)
+_maybe_path = _none_or(
+    _be(lambda value: value == "" or (is_name(str(value)) and isinstance(value, (str, Path))), "give text")
+)
+_flag = _be(lambda value: isinstance(value, bool), "give true or false")
+_size = _be(is_whole, f"give a whole number of at least 1 and at most {MOST_DIRECTIONS:,}")
+
+CHECKS: dict[str, Check] = {
+    "basis_revision": _none_or(_be(is_revision, "give a branch, tag or commit sha")),
+    "basis_fingerprint": _maybe_text,
+    "base_model_name_or_path": _maybe_path,
+    "revision": _none_or(_be(is_revision, "give a branch, tag or commit sha")),
+    "subspace_version": _maybe_text,
+    "k": _none_or(_size),
+    "r": _size,
+    "rank_pattern": _sizes_by_pattern,
+    # beyond these, s or M / s leaves the range of float32
+    "alpha": _be(
+        lambda value: is_finite(value) and 1e-12 <= value <= 1e12, "give a number above 0, from 1e-12 to 1e12"
+    ),
+    "dropout": _be(lambda value: is_finite(value) and 0 <= value < 1, "give a number from 0 to below 1"),
+    "start": _text,
+    "seed": _be(lambda value: is_whole(value, least=-(1 << 63), most=(1 << 63) - 1), "give a whole number of 64 bits"),
+    "target_modules": _none_or(_names_or_pattern),
+    "exclude_modules": _none_or(_names_or_pattern),
+    "modules_to_save": _none_or(
+        _be(lambda value: isinstance(value, (list, tuple, set)) and all(map(is_name, value)), "give names")
+    ),
+    "trainable_token_indices": _none_or(_be(_tokens, "give token numbers, or a dict, module → token numbers")),
+    "layers_to_transform": _none_or(_be(_layers, "give layer numbers")),
+    "layers_pattern": _none_or(_patterns),
+    "save_basis": _none_or(_flag),
+    "fan_in_fan_out": _flag,
+    "init_weights": _flag,
+    "check_base_model": _flag,
+    "inference_mode": _flag,
+    "auto_mapping": _none_or(_be(lambda value: isinstance(value, dict), "give a dict")),
+    "base_probe": _none_or(
+        _be(
+            lambda value: (
+                isinstance(value, (list, tuple)) and len(value) <= MOST_PROBED and all(map(is_finite, value))
+            ),
+            f"give a list of at most {MOST_PROBED} finite numbers",
+        )
+    ),
+    "basis_modules": _none_or(_carried),
+    "weight_shapes": _none_or(_be(_shapes, "give a dict, module → the two or four sizes of its weight")),
+}
