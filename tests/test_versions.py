@@ -62,7 +62,7 @@ def test_the_versions_developed_with_are_admitted() -> None:
     assert not below
 
 
-def test_the_pythons_claimed_are_those_that_nox_runs() -> None:
+def test_the_pythons_claimed_are_among_those_that_nox_runs() -> None:
     tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
     (run,) = (
         ast.literal_eval(node.value)
@@ -71,5 +71,6 @@ def test_the_pythons_claimed_are_those_that_nox_runs() -> None:
     )
     project = said_in_pyproject()
     claimed = re.findall(r"Python :: (3\.\d+)$", "\n".join(project["classifiers"]), flags=re.MULTILINE)
-    assert claimed == list(run)
-    assert project["requires-python"] == f">={claimed[0]}"
+    assert claimed
+    assert set(claimed) <= set(run)
+    assert project["requires-python"] == f">={run[0]}"
