@@ -1,0 +1,124 @@
+"""Coefficients → a LoRA file of llama.cpp (GGUF), for a base model in that format."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._atomic import write_aside
+from ..basis import SubspaceBasis
+from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..tuner.saved import read_task
+from .export import lora_factors
+
+ROTATED = re.compile(r"blk\.\d+\.attn_(q|k)\.weight")
+
+
+def export_gguf(
+    task: Any,
+    out: str | Path,
+    base: str | Path,
+    *,
+    adapter_name: str | None = None,
+    basis: SubspaceBasis | str | None = None,
+    rank: int | None = None,
+    **hub: Any,
+) -> Path:
+    """Write a task as a LoRA that llama.cpp applies to the base model `base`, exact and in float32.
+
+    llama.cpp keeps the rows of a Llama's query and key weights in another order than transformers; so has its LoRA.
+
+    Args:
+        task: folder or Hub id of a saved task, or a live PeftModel, exported at its configured scale.
+        out: the ``.gguf`` file to write; returned.
+        base: the base model as a GGUF file, of any quantisation. Its architecture, heads and shapes are read from it. Of llama.cpp's
+            architectures ``llama`` is supported: the Llama and Mistral classes of transformers.
+        adapter_name, basis, hub: as in `export_lora`.
+        rank: at most this rank, by truncation; None keeps all.
+
+    Raises:
+        SubspaceError: the package `gguf` is missing, the architecture is another one, the rank cannot be, or the task has trained modules
+            that a LoRA of llama.cpp cannot hold.
+        BadFileError: `base` is no GGUF file of a model.
+        BasisMismatchError: it has no such module, or one of another shape.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise SubspaceError("Writing GGUF needs the package gguf: pip install 'subspace-peft[gguf]'.") from error
+    if rank is not None and rank < 1:
+        raise SubspaceError(f"rank={rank}: give at least 1.")
+    read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
+    if read.extras or read.config.weight_shapes:
+        name = sorted(read.extras or read.config.weight_shapes or ())[0]
+        raise SubspaceError(
+            f"{task}: the task has trained {name} as well, which is no linear layer's update. Train it without, or export it with "
+            "export_lora."
+        )
+    facts, shapes = _read_base(gguf, Path(base))
+    heads = {"q": facts["llama.attention.head_count"], "k": facts["llama.attention.head_count_kv"]}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, facts["llama.block_count"])
+    tensors: dict[str, torch.Tensor] = {}
+    r = 0
+    for module, core in read.cores.items():
+        B, A = lora_factors(read.modules[module], core, rank)
+        name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name not in shapes or shapes[name] != (len(B), A.shape[1]):
+            raise BasisMismatchError(
+                f"{base}: module {module!r} of shape {(len(B), A.shape[1])} is {name} there, of shape {shapes.get(name)}. Pass the GGUF file "
+                "of the base model that the task was trained on."
+            )
+        if found := ROTATED.fullmatch(str(name)):
+            B = _rotary_order(B, heads[found[1]])
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = A, B
+        r = max(r, len(A))
+
+    def write(path: Path) -> None:
+        writer = gguf.GGUFWriter(str(path), "llama")
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        # llama.cpp multiplies by alpha over the rank, which is the same for all modules only after filling up
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(r))
+        for key, value in tensors.items():
+            fill = r - (value.shape[0] if key.endswith("a") else value.shape[1])
+            padded = torch.nn.functional.pad(value, (0, 0, 0, fill) if key.endswith("a") else (0, fill))
+            writer.add_tensor(key, padded.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write_aside(Path(out), write)
+    return Path(out)
+
+
+def _read_base(gguf: Any, base: Path) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Sizes of the model in a GGUF file, and its matrices' shapes, (out, in)."""
+    try:
+        reader = gguf.GGUFReader(str(base))
+        architecture = str(reader.fields["general.architecture"].contents())
+        if architecture != "llama":
+            raise SubspaceError(
+                f"{base}: its architecture is {architecture!r}; supported is 'llama'. Write a LoRA with `export_lora`, and convert it by "
+                "llama.cpp's own convert_lora_to_gguf.py."
+            )
+        keys = ("llama.block_count", "llama.attention.head_count", "llama.attention.head_count_kv")
+        facts = {key: int(reader.fields[key].contents()) for key in keys}
+        shapes = {t.name: (int(t.shape[1]), int(t.shape[0])) for t in reader.tensors if len(t.shape) == 2}
+    except SubspaceError:
+        raise
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BadFileError(
+            f"{base}: no GGUF file of a model ({type(error).__name__}: {error}). Pass the base model's .gguf file."
+        ) from error
+    return facts, shapes
+
+
+def _rotary_order(B: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of (heads · d, r) from transformers' order, halves of a head's rotated pairs one behind the other, to pairs side by side."""
+    if heads < 1 or len(B) % (2 * heads):
+        raise BadFileError(f"{len(B)} rows cannot be those of {heads} heads. Pass the base model's .gguf file.")
+    return B.view(heads, 2, len(B) // heads // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
