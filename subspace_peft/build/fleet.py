@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import SourceError
+from .reading import scan
+from .reading import shape as shape_of
 from .seed_groups import seed_groups
 from .sources import Source, is_one_source, open_source
 
@@ -38,7 +41,8 @@ class Fleet:
     def votes(self, members: Sequence[int]) -> list[float]:
         """Per member source 1 / (how many members are of its shared-seed group)."""
         groups = [self.groups[i] for i in members]
-        return [1.0 / groups.count(group) for group in groups]
+        sizes = Counter(groups)
+        return [1.0 / sizes[group] for group in groups]
 
 
 def gather(
@@ -60,8 +64,7 @@ def gather(
     for reference in tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not progress):
         try:
             source = open_source(reference, token=token)
-            for module in source.keys:
-                source.norm(module)
+            scan(source)
             if not any(source.norms.values()):
                 raise SourceError(
                     f"{source.location}: every lora_B is zero, so the adapter does nothing. Leave it out."
@@ -90,10 +93,10 @@ def gather(
 
 def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
     """Sources that do not belong with the majority, with the reason."""
-    bases = [source.base_model for source in sources if source.base_model]
-    base = max(bases, key=bases.count) if bases else None
-    counts = [frozenset(source.keys) for source in sources]
-    common = max(counts, key=counts.count) if counts else frozenset()
+    bases = Counter(source.base_model for source in sources if source.base_model)
+    base = max(bases, key=bases.__getitem__) if bases else None
+    counts = Counter(frozenset(source.keys) for source in sources)
+    common: frozenset[str] = max(counts, key=counts.__getitem__) if counts else frozenset()
     shapes: dict[str, tuple[int, int]] = {}
     found = []
     for source in sources:
@@ -111,7 +114,7 @@ def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
             )
         else:
             for module in source.keys:
-                shape = source.factors(module).shape
+                shape = shape_of(source, module)[:2]
                 if shapes.setdefault(module, shape) != shape:
                     found.append(
                         (

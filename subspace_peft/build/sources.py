@@ -36,12 +36,15 @@ class Source:
         config: the LoRA configuration as a dict; empty for a bare state dict, whose scale then counts as 1.
         keys: ``{module: {"A": key, "B": key}}``.
         read: key → tensor.
-        sha256: hex digest of the weights' file, or of the tensors of a source in memory.
+        digest: what `sha256` gives; empty as long as nobody has read the whole file.
         revision: commit sha on the Hub, or None.
         folder: where its files lie on this machine, or None.
         norms: ‖ΔW‖_F per module, as far as asked for.
         aliases: module name in the fleet → module name in this source's own config, where they differ.
         other_keys: tensors in it that are no LoRA factors, such as a classifier's (`modules_to_save`).
+        file: a safetensors file whose byte ranges are the tensors that `read` gives; None where there is none.
+        spans: tensor name → where it lies in the file, and
+        stamp: the file's size in bytes and time of change in ns, both from when it was scanned.
     """
 
     name: str
@@ -49,12 +52,22 @@ class Source:
     config: dict[str, Any]
     keys: dict[str, dict[str, str]]
     read: Callable[[str], torch.Tensor]
-    sha256: str
+    digest: str
     revision: str | None = None
     folder: Path | None = None
     norms: dict[str, float] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     other_keys: tuple[str, ...] = ()
+    file: Path | None = None
+    spans: Mapping[str, Any] | None = None
+    stamp: tuple[int, int] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the weights' file, or of the tensors of a source in memory."""
+        if not self.digest and self.file is not None:
+            self.digest = _sha256(self.file)
+        return self.digest
 
     @property
     def base_model(self) -> str | None:
@@ -66,23 +79,34 @@ class Source:
         for side in ("B", "A"):
             key = self.keys[module][side]
             value = self.read(key)
-            if value.dtype not in FLOAT_DTYPES:
-                raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
-            if value.dim() not in (2, 4):
-                raise SourceError(
-                    f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
-                    "convolutions are supported. Leave the others out of the adapter's target_modules."
-                )
+            self.check(key, value)
             if not torch.isfinite(value).all():
-                raise SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
+                raise self.not_finite(key)
             pair.append(value.detach().to(device="cpu", dtype=torch.float64).flatten(1))
         B, A = pair
-        if B.shape[1] != A.shape[0]:
-            raise SourceError(
-                f"{self.location}: module {module!r} has lora_B {tuple(B.shape)} and lora_A {tuple(A.shape)}, which do "
-                "not multiply. The file is damaged: save the adapter again."
-            )
+        self.check_pair(module, tuple(B.shape), tuple(A.shape))
         return B, A
+
+    def check(self, key: str, value: torch.Tensor) -> None:
+        """Raise `SourceError` where a factor's dtype or number of dimensions is none that is supported."""
+        if value.dtype not in FLOAT_DTYPES:
+            raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
+        if value.dim() not in (2, 4):
+            raise SourceError(
+                f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
+                "convolutions are supported. Leave the others out of the adapter's target_modules."
+            )
+
+    def not_finite(self, key: str) -> SourceError:
+        return SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
+
+    def check_pair(self, module: str, B: tuple[int, ...], A: tuple[int, ...]) -> None:
+        """Raise `SourceError` where factors of these shapes do not multiply."""
+        if B[1] != A[0]:
+            raise SourceError(
+                f"{self.location}: module {module!r} has lora_B {B} and lora_A {A}, which do not multiply. The file is "
+                "damaged: save the adapter again."
+            )
 
     def weight_shape(self, module: str) -> list[int] | None:
         """The base weight's shape, where it is no linear layer's: of an embedding (tokens, dimension), of a convolution its four."""
@@ -94,13 +118,16 @@ class Source:
     def factors(self, module: str) -> Factors:
         """``ΔW = s B A`` of one module, scale folded in."""
         B, A = self.raw(module)
+        return Factors(B * self.scale(module, A.shape[0]), A)
+
+    def scale(self, module: str, rank: int) -> float:
+        """What B A of rank `rank` is multiplied by to be the module's update. Raises `SourceError` where the config says another rank."""
         try:
-            scale = scaling(self.config, self.aliases.get(module, module), A.shape[0]) if self.config else 1.0
+            return scaling(self.config, self.aliases.get(module, module), rank) if self.config else 1.0
         except ValueError as error:
             raise SourceError(
                 f"{self.location}: {error}. The config and the weights do not belong together."
             ) from None
-        return Factors(B * scale, A)
 
     def norm(self, module: str) -> float:
         """‖ΔW‖_F of one module."""
@@ -200,7 +227,7 @@ def _from_files(reference: str, token: str | bool | None) -> Source:
 
     keys = _keys(names, config, location)
     name = Path(reference.split("@")[0].rstrip("/")).name or reference
-    return Source(name, location, config, keys, read, _sha256(file), revision, folder, other_keys=_others(names))
+    return Source(name, location, config, keys, read, "", revision, folder, other_keys=_others(names), file=file)
 
 
 def _download(reference: str, token: str | bool | None) -> tuple[Path, str | None, str]:
