@@ -12,9 +12,14 @@ from ..errors import SubspaceError
 
 
 def build(args: Namespace) -> int:
+    from pathlib import Path
+
     from ..basis import SubspaceBasis
     from ..build import build_basis
+    from ..build.resume import forget
 
+    out = Path(args.out).expanduser()
+    unfinished = out.with_name(f"{out.name}.partial") if out.name else None
     base = None
     if args.base_model:
         from transformers import AutoModel
@@ -34,10 +39,14 @@ def build(args: Namespace) -> int:
         seed=args.seed,
         skip_bad=args.skip_bad,
         partial=args.partial,
+        max_memory=args.max_memory,
+        work_folder=unfinished,
         progress=not args.quiet,
     )
-    basis.save_pretrained(args.out)
-    return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+    basis.save_pretrained(out)
+    if unfinished is not None:
+        forget(unfinished)
+    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
 
 
 def inspect(args: Namespace) -> int:
