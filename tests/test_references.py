@@ -243,6 +243,6 @@ def test_cosines_are_those_of_the_dense_updates_and_sketches_agree_with_them():
     many = sketch(update, 20_000)
     # each probe's square is ‖ΔW‖² on average
     assert many.square().mean().sqrt().item() == pytest.approx(update.norm(), rel=0.05)
-    sketches = [{name: sketch(source.factors(name)) for name in source.keys} for source in sources]
+    sketches = [torch.stack([sketch(source.factors(name)) for name in source.keys]) for source in sources]
     assert duplicates(sources, sketches) == []
     assert duplicates(sources, sketches, same=-1) == []  # the sketch sees that they differ, and nothing is read again

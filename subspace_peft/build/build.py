@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -15,7 +15,12 @@ from .factors import Factors
 from .fleet import Fleet, facts, gather
 from .generic import build_generic
 from .held_out import left_out_energy, wanted
-from .hosvd import Pair, factor_pca, hosvd
+from .hosvd import Pair, exact, factor_pca, hosvd
+from .memory_plan import Plan, parse_size
+from .reading import Reader
+from .resume import WorkFolder
+from .statistics import certificate, module_basis
+from .streaming import ModuleStack, compress
 
 BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
 WEIGHTS = ("equal", "norm")
@@ -40,6 +45,8 @@ def build_basis(
     skip_bad: bool = False,
     partial: bool = False,
     allow_bin: bool = False,
+    max_memory: int | str = "2GB",
+    work_folder: str | Path | None = None,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> SubspaceBasis:
@@ -62,8 +69,8 @@ def build_basis(
         directions: how many direction tensors G to keep for the `directions` coefficients: the leading principal
             axes of the sources' cores, or random orthonormal ones where there is no fleet.
         keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
-        leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per shared-seed group;
-            default: for fleets of 2 to 8 groups.
+        leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per shared-seed group,
+            of the modules that are decomposed exactly; default: for fleets of 2 to 8 groups.
         like: a basis whose modules and sizes the `random` builder takes over.
         base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The other builders
             need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is left as it was.
@@ -72,17 +79,26 @@ def build_basis(
         skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
         partial: allow modules that only some sources adapt; each is then built from those.
         allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
+        max_memory: what building may take beside the interpreter, its libraries and sources in memory (those given so, converted or
+            pickled ones): bytes, or a text like ``2GB``. The basis is the same whatever it is.
+        work_folder: where finished modules are kept, so that a call with the same sources and arguments goes on where an
+            interrupted one stopped, to the same bytes. Remove it when the basis is saved.
         token: as in huggingface_hub.
         progress: show bars for what takes over two seconds.
+
+    Small stacks of updates are decomposed exactly, in float64; large ones by block power iteration, products in float32. What that
+    can have missed is bounded: ``basis.info["measured"]["certificates"]`` holds per module the energy kept beside the bound.
 
     Returns:
         A basis in memory, float32, every tensor's sign fixed: same bytes from same inputs on one platform.
 
     Raises:
         SourceError: bad sources; lists all of them.
-        SubspaceError: arguments that clash.
+        SubspaceError: arguments that clash; too little memory, with the least that suffices.
+        OSError: the disk refuses what is to be kept in `work_folder`.
     """
     _check_arguments(k, k_in, builder, weights, directions)
+    memory = parse_size(max_memory)
     arguments = {
         "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
         "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
@@ -100,33 +116,90 @@ def build_basis(
     )  # fmt: skip
     if keep_cores is None:
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
-    modules: dict[str, ModuleBasis] = {}
-    energies: dict[str, list[float | None]] = {}
-    left_out: dict[str, list[float | None]] = {}
     held_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
-    for name in tqdm(fleet.modules, desc="building", unit="module", delay=2, disable=not progress):
-        members = [i for i, source in enumerate(fleet.sources) if name in source.keys and source.norms[name] > 0]
-        if not members:
-            raise SubspaceError(f"Module {name!r}: every source's update is zero. Leave it out of the sources.")
-        updates = [fleet.sources[i].factors(name) for i in members]
-        votes = fleet.votes(members)
-        if builder == "adapters":
-            norms = [fleet.sources[i].norms[name] if weights == "equal" else 1.0 for i in members]
-            scaled = [vote**0.5 / norm for vote, norm in zip(votes, norms, strict=True)]
-            pair = hosvd(updates, scaled, k, k_in, alternations)
-            if held_out:
-                groups = [fleet.groups[i] for i in members]
-                left_out[name] = left_out_energy(updates, scaled, groups, pair, alternations)
+    plan = Plan(fleet, builder, k, k_in, weights, memory)
+    kept = None
+    if work_folder is not None:
+        made_with = {**arguments, "keep_cores": keep_cores, "leave_one_out": held_out}
+        kept = WorkFolder(Path(work_folder), fleet.sources, made_with)
+    # what an interrupted build finished is not read again
+    done = {name: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None}
+    reader = Reader(fleet.sources, plan.held)
+    bar = tqdm(
+        total=len(fleet.modules), desc="building", unit="module", delay=2, initial=len(done), disable=not progress
+    )
+    with bar:
+        for group in reader.groups([name for name in fleet.modules if name not in done]):
+            reader.hold(group)
+            for name in group:
+                done[name] = _build_module(
+                    plan, reader, name, k, k_in, alternations, directions=directions, keep_cores=keep_cores,
+                    held_out=held_out,
+                )  # fmt: skip
+                if kept is not None:
+                    kept.put(name, *done[name])
+                bar.update()
+    modules = {name: done[name][0] for name in fleet.modules}
+    return SubspaceBasis(modules, _info(fleet, builder, arguments, modules, {n: done[n][1] for n in fleet.modules}))
+
+
+def _build_module(
+    plan: Plan,
+    reader: Reader,
+    name: str,
+    k: int | float,
+    k_in: int | None,
+    alternations: int,
+    *,
+    directions: int,
+    keep_cores: bool,
+    held_out: bool,
+) -> tuple[ModuleBasis, dict[str, Any]]:
+    """One module's basis, and what is known of it.
+
+    That is ``energies``, per source the share of its energy kept (None where it does not adapt the module); ``left_out``, per member
+    the share that a basis without its group keeps of it, where that was asked for and the module is decomposed exactly: another
+    streamed build per group would cost as many passes over the files again; and the ``certificate``.
+    """
+    fleet, task = plan.fleet, plan.module(name)
+    raw = plan.builder == "eigenlora"
+    rounds = 0 if raw else alternations
+    pair: Pair | None = None
+    left_out: list[float | None] = []
+    if task.exact:
+        factors = [reader.pair(i, name) for i in task.members]
+        doubles = [(B.double(), A.double()) for B, A in factors]
+        if raw:
+            compressed = factor_pca(doubles, task.scales, task.weighted, task.energy)
         else:
-            pair = factor_pca([fleet.sources[i].raw(name) for i in members], int(k), k_in)
-        module, kept = _with_statistics(pair, updates, votes, directions, keep_cores, len(fleet.sources), members)
-        modules[name] = module
-        energies[name] = [None] * len(fleet.sources)
-        for i, share in zip(members, kept, strict=True):
-            energies[name][i] = share
-    info = _info(fleet, builder, arguments, modules, energies)
-    info["measured"] |= _mean_left_out(left_out)
-    return SubspaceBasis(modules, info)
+            updates = [Factors(B * scale, A) for (B, A), scale in zip(doubles, task.scales, strict=True)]
+            compressed = exact(updates, task.weights)
+        pair = hosvd(compressed, k, k_in, rounds)
+        if held_out and pair is not None:
+            groups = [fleet.groups[i] for i in task.members]
+            left_out = left_out_energy(updates, task.weights, groups, pair, rounds)
+    else:
+        stack = ModuleStack(
+            lambda place: reader.pair(task.members[place], name),
+            task.ranks, task.shape, task.scales, task.weights, task.energy, raw=raw, keep=plan.keep,
+        )  # fmt: skip
+        width = task.width
+        while pair is None:
+            compressed = compress(stack, width, leading=task.leading)
+            pair = hosvd(compressed, k, k_in, rounds)
+            # a share of energy takes as many directions as it takes
+            width *= 2
+    assert pair is not None
+    module, shares = module_basis(
+        pair, compressed, task.norms, task.votes, task.members,
+        directions=directions, fleet_size=len(fleet.sources), keep_cores=keep_cores,
+    )  # fmt: skip
+    energies: list[float | None] = [None] * len(fleet.sources)
+    for i, share in zip(task.members, shares, strict=True):
+        energies[i] = share
+    return module, {
+        "energies": energies, "left_out": left_out, "certificate": certificate(pair, compressed, both=not raw),
+    }  # fmt: skip
 
 
 def _check_arguments(k: int | float, k_in: int | None, builder: str, weights: str, directions: int) -> None:
@@ -142,51 +215,6 @@ def _check_arguments(k: int | float, k_in: int | None, builder: str, weights: st
         raise SubspaceError(f"k_in={k_in}: give at least 1.")
     if directions < 0:
         raise SubspaceError(f"directions={directions}: give 0 or more.")
-
-
-def _with_statistics(
-    pair: Pair,
-    updates: Sequence[Factors],
-    votes: Sequence[float],
-    directions: int,
-    keep_cores: bool,
-    fleet_size: int,
-    members: Sequence[int],
-) -> tuple[ModuleBasis, list[float]]:
-    """The module's basis with mean core, RMS, cores and directions, and per member the share of its energy kept."""
-    U, V = pair.U.float(), pair.V.float()
-    # statistics are of the float32 basis that is stored, not of the float64 one it was rounded from
-    U64, V64 = U.double(), V.double()
-    cores = torch.stack([(U64.T @ update.B) @ (update.A @ V64.T) for update in updates])
-    weight = torch.tensor(votes, dtype=torch.float64) / sum(votes)
-    # rounding can bring the share of a source that lies wholly inside a hair above one
-    kept = [
-        min(1.0, float(core.square().sum()) / update.norm() ** 2) for core, update in zip(cores, updates, strict=True)
-    ]
-    stored = torch.zeros(fleet_size, *cores.shape[1:], dtype=torch.float64)
-    stored[list(members)] = cores
-    module = ModuleBasis(
-        U=U.contiguous(),
-        V=V.contiguous(),
-        M=torch.einsum("n,noi->oi", weight, cores).float(),
-        G=_principal_cores(cores, weight, directions) if directions else None,
-        core_rms=torch.einsum("n,noi->oi", weight, cores.square()).sqrt().float(),
-        cores=stored.float() if keep_cores else None,
-        spectrum_out=pair.spectrum_out.float(),
-        spectrum_in=pair.spectrum_in.float(),
-    )
-    return module, kept
-
-
-def _principal_cores(cores: torch.Tensor, weight: torch.Tensor, m: int) -> torch.Tensor:
-    """The m leading principal axes (uncentred, each source of norm 1) of the cores (N, k_out, k_in), at most N."""
-    flat = cores.flatten(1)
-    flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-300) * weight.sqrt()[:, None]
-    _, S, axes = torch.linalg.svd(flat, full_matrices=False)
-    axes = axes[: max(1, int((1e-6 * S[0] < S).sum()))][:m]
-    top = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    axes = axes * torch.where(top < 0, -1.0, 1.0).to(axes.dtype)
-    return axes.reshape(-1, *cores.shape[1:]).float().contiguous()
 
 
 def _mean_left_out(shares: dict[str, list[float | None]]) -> dict[str, Any]:
@@ -205,20 +233,20 @@ def _info(
     builder: str,
     arguments: dict[str, Any],
     modules: dict[str, ModuleBasis],
-    energies: dict[str, list[float | None]],
+    found: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
+    energies: dict[str, list[float | None]] = {name: each["energies"] for name, each in found.items()}
     entries = []
     for i, source in enumerate(fleet.sources):
         norms = source.norms
         total = sum(norm**2 for norm in norms.values())
         shares = [energies[name][i] for name in norms if name in energies]
         kept = sum((s or 0.0) * norms[name] ** 2 for s, name in zip(shares, norms, strict=True)) / total
-        ranks = sorted({int(source.raw(name)[1].shape[0]) for name in norms})
         entries.append(
             {
                 "name": source.name, "location": source.location, "revision": source.revision,
                 "sha256": source.sha256, "base_model": source.base_model, "license": source.license,
-                "task_type": source.task_type, "ranks": ranks,
+                "task_type": source.task_type, "ranks": source.ranks,
                 "modules": len(norms), "norm": total**0.5, "seed_group": fleet.groups[i], "energy_kept": kept,
                 **facts(source),
             }
@@ -240,5 +268,7 @@ def _info(
             "energy_random": sum(random.values()) / len(random),
             "energy_kept_per_module": per_module,
             "energy_random_per_module": random,
+            "certificates": {name: each["certificate"] for name, each in found.items()},
+            **_mean_left_out({name: each["left_out"] for name, each in found.items()}),
         },
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -16,11 +17,20 @@ CANDIDATE = 0.9  # cosine of sketches; those of equal updates are equal
 
 def sketch(update: Factors, probes: int = PROBES) -> torch.Tensor:
     """``yᵢᵀ ΔW xᵢ`` (probes,) for fixed random x and y, which depend on the shape alone: where updates agree, so do these."""
-    out, inner = update.shape
-    generator = torch.Generator().manual_seed(out * 1_000_003 + inner)
-    Y = torch.randn(out, probes, generator=generator, dtype=torch.float64)
-    X = torch.randn(inner, probes, generator=generator, dtype=torch.float64)
-    return ((update.B.T @ Y) * (update.A @ X)).sum(0)
+    return (half_sketch(update.B.T, "B", probes) * half_sketch(update.A, "A", probes)).sum(0)
+
+
+def half_sketch(rows: torch.Tensor, side: str, probes: int = PROBES) -> torch.Tensor:
+    """One factor's part of `sketch`: Bᵀy, or A x, (r, probes) float64, of Bᵀ (r, out) or A (r, in) in any float dtype."""
+    vectors = drawn(rows.shape[1], side, probes)
+    return rows @ vectors if rows.dtype == torch.float64 else (rows.float() @ vectors.float()).double()
+
+
+@lru_cache(maxsize=16)
+def drawn(d: int, side: str, probes: int) -> torch.Tensor:
+    """Random vectors (d, probes), the same for every source; ``drawn.cache_clear()`` frees them."""
+    generator = torch.Generator().manual_seed(2 * d + (side == "A"))
+    return torch.randn(d, probes, generator=generator, dtype=torch.float64)
 
 
 def cosine(a: Source, b: Source) -> float:
@@ -35,29 +45,38 @@ def cosine(a: Source, b: Source) -> float:
 
 
 def duplicates(
-    sources: Sequence[Source], sketches: Sequence[dict[str, torch.Tensor]], same: float = SAME
+    sources: Sequence[Source], sketches: Sequence[torch.Tensor], same: float = SAME
 ) -> list[tuple[int, int, float | None]]:
     """For each source that repeats an earlier one: its number, the earlier one's, and their cosine (None: the same bytes).
 
     Args:
         sources: the fleet, of which only pairs with similar sketches are read again.
-        sketches: per source and module what `sketch` gives.
+        sketches: per source what `sketch` gives of its modules, (modules, probes) in the order of its `keys`.
         same: from this cosine on two sources are one.
     """
-    found = []
+    found: list[tuple[int, int, float | None]] = []
     seen: dict[str, int] = {}
-    kept: list[int] = []
+    # sources with the same modules, each with its sketch as one vector of norm 1
+    kept: dict[frozenset[str], tuple[list[int], torch.Tensor]] = {}
     for i, source in enumerate(sources):
         if (first := seen.setdefault(source.sha256, i)) != i:
             found.append((i, first, None))
             continue
-        for j in kept:
-            if sources[j].keys.keys() != source.keys.keys():
-                continue
-            pair = [torch.cat([sketches[n][name] for name in source.keys]) for n in (i, j)]
-            if torch.cosine_similarity(*pair, dim=0) > CANDIDATE and (value := cosine(source, sources[j])) >= same:
+        names = list(source.keys)
+        vector = sketches[i][sorted(range(len(names)), key=names.__getitem__)].flatten().float()
+        vector = vector / vector.norm().clamp_min(1e-30)
+        own = frozenset(names)
+        numbers, rows = kept.get(own, ([], vector[None][:0]))
+        alike = (rows[: len(numbers)] @ vector > CANDIDATE).nonzero().flatten().tolist()
+        for j in (numbers[place] for place in alike):
+            if (value := cosine(source, sources[j])) >= same:
                 found.append((i, j, value))
                 break
         else:
-            kept.append(i)
+            if len(numbers) == len(rows):
+                # doubled now and then, so that a fleet of N is not copied N times
+                rows = torch.cat([rows, torch.empty(max(8, len(rows)), len(vector))])
+            rows[len(numbers)] = vector
+            numbers.append(i)
+            kept[own] = (numbers, rows)
     return found

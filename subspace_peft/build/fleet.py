@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..basis.reference import same_model
 from ..errors import SourceError
-from .duplicates import duplicates, sketch
+from .duplicates import drawn, duplicates
+from .reading import scan
 from .references import expand
 from .seed_groups import seed_groups
 from .sources import IN_MEMORY, Source, open_source
@@ -45,7 +46,8 @@ class Fleet:
     def votes(self, members: Sequence[int]) -> list[float]:
         """Per member source 1 / (how many members are of its shared-seed group)."""
         groups = [self.groups[i] for i in members]
-        return [1.0 / groups.count(group) for group in groups]
+        sizes = Counter(groups)
+        return [1.0 / sizes[group] for group in groups]
 
 
 def facts(source: Source) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def gather(
         SourceError: no usable source, or bad ones; lists them all.
     """
     opened: list[Source] = []
-    sketches: dict[int, dict[str, torch.Tensor]] = {}
+    sketches: dict[int, torch.Tensor] = {}
     listed, bad = expand(references, token=token)
     count = len(listed) + len(bad)
     bar = tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not progress)
@@ -100,10 +102,8 @@ def gather(
         except SourceError as error:
             name = reference if isinstance(reference, (str, Path)) else type(reference).__name__
             bad.append({"name": str(name), "location": str(name), "reason": str(error)})
+    drawn.cache_clear()
     _unify_modules(opened)
-    for source in opened:
-        own = {module: source.aliases.get(module, module) for module in source.keys}
-        sketches[id(source)] = {module: sketches[id(source)][name] for module, name in own.items()}
     found = _misfits(opened, partial)
     if not keep_duplicates:
         fitting = [source for source in opened if all(source is not misfit for misfit, _ in found)]
@@ -126,24 +126,20 @@ def gather(
     return Fleet(opened, modules, seed_groups(opened, modules), bad)
 
 
-def _measure(source: Source) -> dict[str, torch.Tensor]:
-    """Read a source once: its norms, shapes and ranks; returns per module a sketch of the update."""
+def _measure(source: Source) -> torch.Tensor:
+    """Read a source once: its hash, shapes and norms; returns what `scan` does."""
     if source.biases:
         raise SourceError(
             f"{source.location}: {source.biases[0]}: it was trained with bias={source.config['bias']!r} ({len(source.biases)} biases), "
             "which no basis holds, and without which it is another adapter. Train it with bias='none'."
         )
-    sketches = {}
-    for module in source.keys:
-        update = source.factors(module)
-        source.norms[module], source.shapes[module], source.ranks[module] = update.norm(), update.shape, update.rank
-        sketches[module] = sketch(update)
+    sketches = scan(source)
     if not any(source.norms.values()):
         raise SourceError(f"{source.location}: every lora_B is zero, so the adapter does nothing. Leave it out.")
     return sketches
 
 
-def _repeats(sources: list[Source], sketches: list[dict[str, torch.Tensor]]) -> list[tuple[Source, str]]:
+def _repeats(sources: list[Source], sketches: list[torch.Tensor]) -> list[tuple[Source, str]]:
     found = []
     for i, j, value in duplicates(sources, sketches):
         how = "the same bytes (sha256)" if value is None else f"cosine of the updates {value:.5f}"
@@ -169,15 +165,16 @@ def common_base(names: Sequence[str | None]) -> str | None:
 def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
     """Sources that do not belong with the majority, with the reason."""
     base = common_base([source.base_model for source in sources])
-    counts = [frozenset(source.keys) for source in sources]
-    common = max(counts, key=counts.count) if counts else frozenset()
-    usual = {
-        module: Counter(source.shapes[module] for source in sources if module in source.keys).most_common(1)[0][0]
-        for module in frozenset().union(*counts)
-    }
+    counts = Counter(frozenset(source.keys) for source in sources)
+    common: frozenset[str] = max(counts, key=counts.__getitem__) if counts else frozenset()
+    shapes: dict[str, Counter[tuple[int, int]]] = {}
+    for source in sources:
+        for module in source.keys:
+            shapes.setdefault(module, Counter())[source.shape(module)[:2]] += 1
+    usual = {module: each.most_common(1)[0][0] for module, each in shapes.items()}
     found = []
     for source in sources:
-        own = source.shapes
+        own = {module: source.shape(module)[:2] for module in source.keys}
         missing, extra = sorted(common - source.keys.keys()), sorted(source.keys.keys() - common)
         odd = [module for module, shape in own.items() if shape != usual[module]]
         if not same_model(source.base_model, base):
@@ -221,9 +218,6 @@ def _unify_modules(sources: list[Source]) -> None:
     for source in sources:
         renamed = {short[module]: sides for module, sides in source.keys.items()}
         if len(renamed) == len(source.keys) and renamed.keys() != source.keys.keys():
-            source.norms, source.shapes, source.ranks = (
-                {short[module]: value for module, value in of.items()}
-                for of in (source.norms, source.shapes, source.ranks)
-            )
+            source.norms = {short[module]: norm for module, norm in source.norms.items()}
             source.aliases = {short[module]: module for module in source.keys}
             source.keys = renamed

@@ -52,7 +52,7 @@ def build_generic(
         )  # fmt: skip
         base_name = fleet.base_model
         for source in fleet.sources:
-            shapes |= {name: (*source.factors(name).shape, int(k), k_in or int(k)) for name in source.keys}
+            shapes |= {name: (*source.shape(name)[:2], int(k), k_in or int(k)) for name in source.keys}
     if not shapes:
         raise SubspaceError(
             f"The builder {builder!r} has to know which modules: pass sources, or like=basis (--like), or base_model= "

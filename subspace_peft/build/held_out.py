@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .factors import Factors
-from .hosvd import Pair, hosvd
+from .hosvd import Pair, exact, hosvd
 
 GROUPS_UP_TO = 8  # each group left out is one more build, in as many dimensions as the fleet has ranks
 
@@ -26,7 +26,7 @@ def left_out_energy(
     `pair`, or smaller where the rest spans less.
 
     Args:
-        updates, weights: as `hosvd` takes them.
+        updates, weights: as `exact` takes them.
         groups: per source the number of its shared-seed group.
         pair: the basis of all sources, for its size.
         alternations: as for `pair`.
@@ -43,11 +43,12 @@ def left_out_energy(
         rest = [i for i, other in enumerate(groups) if other != group]
         if not rest:
             break
-        basis = hosvd(
-            [updates[i] for i in rest], [weights[i] for i in rest], pair.U.shape[1], pair.V.shape[0], alternations
-        )
+        stack = exact([updates[i] for i in rest], [weights[i] for i in rest])
+        basis = hosvd(stack, pair.U.shape[1], pair.V.shape[0], alternations)
+        assert basis is not None  # only a share of energy can ask for more
+        U, V = basis.U.double(), basis.V.double()
         for i, other in enumerate(groups):
             if other == group:
-                core = (basis.U.T @ updates[i].B) @ (updates[i].A @ basis.V.T)
+                core = (U.T @ updates[i].B) @ (updates[i].A @ V.T)
                 shares[i] = min(1.0, float(core.square().sum()) / updates[i].norm() ** 2)
     return shares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,105 +12,195 @@ from .factors import Factors
 
 RISE = 1e-6  # alternations stop when the share of energy kept rises by less
 NULL = 1e-12  # eigenvalues below this share of the largest are rounding, not directions
+BATCH = 1 << 23  # numbers in the cores that are formed at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What is known of one side's second moment M (d × d).
+
+    Attributes:
+        Q: (d, w) float64, orthonormal: its leading directions, or a subspace that holds about those.
+        values: (w,) float64, descending: the eigenvalues of QᵀMQ as shares of M's trace. Each is at most M's own.
+        reach: k → the most that any k directions can hold, as a share of M's trace.
+    """
+
+    Q: torch.Tensor
+    values: torch.Tensor
+    reach: Callable[[int], float]
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A module's updates seen through both sides' Q: what bases and statistics are computed from.
+
+    Attributes:
+        out, inner: the sides.
+        parts: per piece of the fleet its sources' places, Q_outᵀ B (n, w_out, r) and A Q_in (n, r, w_in).
+        scales: per source what B A is multiplied by to be its update ΔW.
+        weights: the same for its weighted update w ΔW.
+        total: Σ ‖w ΔW‖².
+        whole: whether the Q's hold all there is, so that nothing is missing from the parts.
+        passes: how often the stack was gone through to find the Q's; 0 where they are exact.
+    """
+
+    out: Side
+    inner: Side
+    parts: list[tuple[list[int], torch.Tensor, torch.Tensor]]
+    scales: Sequence[float]
+    weights: Sequence[float]
+    total: float
+    whole: bool = True
+    passes: int = 0
+
+    def cores(
+        self, factors: Sequence[float], u: torch.Tensor | None = None, v: torch.Tensor | None = None
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Places of a few sources and their cores (n, a, b) in Q_out u and Q_in v, float64, each times its own of `factors`.
+
+        Args:
+            factors: `scales` or `weights`.
+            u, v: (w_out, a) and (w_in, b) float64; all of Q_out and Q_in without them.
+        """
+        for places, left, right in self.parts:
+            a, b = left.shape[1] if u is None else u.shape[1], right.shape[2] if v is None else v.shape[1]
+            step = max(1, BATCH // (a * b))
+            for start in range(0, len(places), step):
+                some = places[start : start + step]
+                L, T = left[start : start + step].double(), right[start : start + step].double()
+                L = L if u is None else u.T @ L
+                T = T if v is None else T @ v
+                factor = torch.tensor([factors[i] for i in some], dtype=torch.float64)
+                yield some, (L * factor[:, None, None]) @ T
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """An output and an input basis with the spectra they were cut from.
+    """An output and an input basis, and what they are within the subspaces they were found in.
 
     Attributes:
-        U: (out, k_out) float64, orthonormal columns.
-        V: (k_in, in) float64, orthonormal rows.
-        spectrum_out, spectrum_in: (n,) float64, descending shares of the second moments' energy.
+        U: (out, k_out) float32, orthonormal columns.
+        V: (k_in, in) float32, orthonormal rows.
+        u, v: (w_out, k_out) and (w_in, k_in) float64: Q_outᵀ U and Q_inᵀ Vᵀ.
+        kept: share of the weighted energy that both keep together.
     """
 
     U: torch.Tensor
     V: torch.Tensor
-    spectrum_out: torch.Tensor
-    spectrum_in: torch.Tensor
+    u: torch.Tensor
+    v: torch.Tensor
+    kept: float
 
 
-def hosvd(
-    updates: Sequence[Factors], weights: Sequence[float], k: int | float, k_in: int | None, alternations: int
-) -> Pair:
+def hosvd(compressed: Compressed, k: int | float, k_in: int | None, alternations: int) -> Pair | None:
     """Truncated HOSVD of the stack of updates, then alternations (JD-Full, arXiv 2407.00066).
 
     U: top eigenvectors of ``Σ w² ΔW ΔWᵀ``; V: of ``Σ w² ΔWᵀ ΔW``; then ``U ← Σ w² ΔW VᵀV ΔWᵀ`` and back until the kept
-    energy stops rising. Nothing of size out × in is formed: with ``ΔW = P S Tᵀ``, everything is a product with (out, r)
-    or (in, r) matrices. Directions beyond the fleet's own rank are never made up: k is cut to it.
+    energy stops rising, within the subspaces Q. Nothing of size out × in is formed. Directions beyond the fleet's own
+    rank are never made up: k is cut to it.
+
+    Args:
+        compressed: the module's updates.
+        k: number of directions on each side, or a share of energy in (0, 1) to keep.
+        k_in: number of directions on the input side where it differs.
+        alternations: at most this many rounds.
+
+    Returns:
+        None where k is a share that takes more than half the directions of subspaces which do not hold all there is:
+        wider ones are needed.
+    """
+    out, inner = compressed.out, compressed.inner
+    widths = out.Q.shape[1], inner.Q.shape[1]
+    if isinstance(k, float):
+        a = b = smallest_k(compressed, k)
+        if not compressed.whole and 2 * a > min(widths):
+            return None
+    else:
+        a, b = min(k, widths[0]), min(k_in or k, widths[1])
+    u, v = torch.eye(widths[0], a, dtype=torch.float64), torch.eye(widths[1], b, dtype=torch.float64)
+    kept = _kept(compressed, u, v)
+    for _ in range(alternations):
+        u = _turned(compressed, u, v, output=True)
+        v = _turned(compressed, u, v, output=False)
+        before, kept = kept, _kept(compressed, u, v)
+        if kept - before < RISE:
+            break
+    # Q comes out of products in float32 where it is not exact
+    U, V = (fix_signs(torch.linalg.qr(side.Q @ turn)[0]).float() for side, turn in ((out, u), (inner, v)))
+    u, v = out.Q.T @ U.double(), inner.Q.T @ V.double()
+    return Pair(U.contiguous(), V.T.contiguous(), u, v, _kept(compressed, u, v))
+
+
+def exact(updates: Sequence[Factors], weights: Sequence[float]) -> Compressed:
+    """The updates in the directions of an exact SVD of their stack: ``[w_1 P_1 S_1 … w_N P_N S_N]``, with ``ΔW = P S Tᵀ``.
 
     Args:
         updates: the sources' updates of one module.
         weights: one w per update.
-        k: number of directions on each side, or a share of energy in (0, 1) to keep.
-        k_in: number of directions on the input side where it differs.
-        alternations: at most this many rounds.
     """
     parts = [update.canonical() for update in updates]
-    lefts = [w * P * S for (P, S, _), w in zip(parts, weights, strict=True)]
-    rights = [w * T * S for (_, S, T), w in zip(parts, weights, strict=True)]
-    U, spectrum_out = _directions(torch.cat(lefts, 1))
-    V, spectrum_in = _directions(torch.cat(rights, 1))
-    # thin factors L, T with w ΔW = L Tᵀ
-    thin = [(left, T) for left, (_, _, T) in zip(lefts, parts, strict=True)]
-    if isinstance(k, float):
-        a = b = _smallest_k(U, V, thin, k)
-    else:
-        a, b = min(k, U.shape[1]), min(k_in or k, V.shape[1])
-    U, V = U[:, :a], V[:, :b]
-    total = sum(float((left * left).sum()) for left, _ in thin)
-    kept = _kept(U, V, thin) / total
-    for _ in range(alternations):
-        better = _directions(torch.cat([left @ (T.T @ V) for left, T in thin], 1))[0][:, :a]
-        # seen through the other side's few directions, the fleet may span fewer than asked for: then keep what there is
-        U = better if better.shape[1] == a else U
-        better = _directions(torch.cat([T @ (left.T @ U) for left, T in thin], 1))[0][:, :b]
-        V = better if better.shape[1] == b else V
-        before, kept = kept, _kept(U, V, thin) / total
-        if kept - before < RISE:
-            break
-    return Pair(fix_signs(U), fix_signs(V).T, spectrum_out, spectrum_in)
+    out = _side(torch.cat([w * P * S for (P, S, _), w in zip(parts, weights, strict=True)], 1))
+    inner = _side(torch.cat([w * T * S for (_, S, T), w in zip(parts, weights, strict=True)], 1))
+    seen = [([i], (out.Q.T @ (P * S))[None], (T.T @ inner.Q)[None]) for i, (P, S, T) in enumerate(parts)]
+    total = sum(w * w * float((S * S).sum()) for (_, S, _), w in zip(parts, weights, strict=True))
+    return Compressed(out, inner, seen, [1.0] * len(parts), list(weights), total)
 
 
-def factor_pca(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], k: int, k_in: int | None) -> Pair:
-    """EigenLoRAx's basis (arXiv 2502.04700): PCA, centred over columns, of the stacked raw B's and of the stacked Aᵀ's.
+def factor_pca(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scales: Sequence[float], weights: Sequence[float], total: float
+) -> Compressed:
+    """EigenLoRAx's directions (arXiv 2502.04700): PCA, centred over columns, of the stacked raw B's and of the stacked Aᵀ's.
 
     Kept for comparison. It depends on each source's gauge and takes no notice of its scale. Where the stack has fewer
     than k directions the released code returns arbitrary ones from the null space; here k is cut instead.
 
     Args:
-        pairs: per source the stored ``lora_B`` (out, r) and ``lora_A`` (r, in), without scale.
+        pairs: per source the stored ``lora_B`` (out, r) and ``lora_A`` (r, in), float64, without scale.
+        scales, weights, total: as in `Compressed`.
     """
     stacks = torch.cat([B for B, _ in pairs], 1), torch.cat([A.T for _, A in pairs], 1)
-    (U, spectrum_out), (V, spectrum_in) = (_directions(stack - stack.mean(1, keepdim=True)) for stack in stacks)
-    U, V = U[:, :k], V[:, : k_in or k]
-    return Pair(fix_signs(U), fix_signs(V).T, spectrum_out, spectrum_in)
+    out, inner = (_side(stack - stack.mean(1, keepdim=True)) for stack in stacks)
+    seen = [([i], (out.Q.T @ B)[None], (A @ inner.Q)[None]) for i, (B, A) in enumerate(pairs)]
+    return Compressed(out, inner, seen, list(scales), list(weights), total)
 
 
-def _directions(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left singular vectors (d, n) of (d, columns) that carry any energy, and their shares of it."""
+def smallest_k(compressed: Compressed, share: float) -> int:
+    """The smallest k whose leading k × k block of all cores holds `share` of the energy; all there are where none does."""
+    n = min(compressed.out.Q.shape[1], compressed.inner.Q.shape[1])
+    eye = [torch.eye(side.Q.shape[1], n, dtype=torch.float64) for side in (compressed.out, compressed.inner)]
+    block = torch.zeros(n, n, dtype=torch.float64)
+    for _, cores in compressed.cores(compressed.weights, *eye):
+        block += cores.square().sum(0)
+    held = block.cumsum(0).cumsum(1).diagonal()
+    enough = (held >= share * compressed.total * (1 - 1e-9)).nonzero()
+    return int(enough[0, 0]) + 1 if len(enough) else n
+
+
+def _side(stack: torch.Tensor) -> Side:
+    """Left singular vectors of a stack (d, columns) that carry any energy, and their shares of it."""
     if stack.shape[1] > stack.shape[0]:
         # same left singular vectors, fewer columns
         stack = torch.linalg.qr(stack.T, mode="r")[1].T
     P, S, _ = torch.linalg.svd(stack, full_matrices=False)
     energy = S * S
     alive = int((energy > NULL * energy[0]).sum()) if energy.numel() else 0
-    return P[:, :alive], energy[:alive] / energy.sum().clamp_min(1e-300)
+    values = energy[:alive] / energy.sum().clamp_min(1e-300)
+    return Side(P[:, :alive], values, lambda k: min(1.0, float(values[:k].sum())))
 
 
-def _kept(U: torch.Tensor, V: torch.Tensor, thin: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    return sum(float(((U.T @ left) @ (T.T @ V)).square().sum()) for left, T in thin)
+def _turned(compressed: Compressed, u: torch.Tensor, v: torch.Tensor, *, output: bool) -> torch.Tensor:
+    """The best u for this v, or the best v for this u."""
+    old = u if output else v
+    moment = torch.zeros(len(old), len(old), dtype=torch.float64)
+    for _, cores in compressed.cores(compressed.weights, *((None, v) if output else (u, None))):
+        flat = cores.transpose(0, 1).flatten(1) if output else cores.flatten(0, 1).T
+        moment += flat @ flat.T
+    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    # seen through the other side's few directions, the fleet may span fewer than asked for: then keep what there is
+    enough = int((values > NULL * values[-1]).sum()) >= old.shape[1]
+    return vectors.flip(1)[:, : old.shape[1]] if enough else old
 
 
-def _smallest_k(
-    U: torch.Tensor, V: torch.Tensor, thin: Sequence[tuple[torch.Tensor, torch.Tensor]], share: float
-) -> int:
-    """The smallest k whose leading k × k block of all cores holds `share` of the energy."""
-    n = min(U.shape[1], V.shape[1])
-    block = torch.zeros(n, n, dtype=U.dtype)
-    for left, T in thin:
-        block += ((U[:, :n].T @ left) @ (T.T @ V[:, :n])).square()
-    held = block.cumsum(0).cumsum(1).diagonal()
-    total = sum(float((left * left).sum()) for left, _ in thin)
-    enough = (held >= share * total * (1 - 1e-9)).nonzero()
-    return int(enough[0, 0]) + 1 if len(enough) else n
+def _kept(compressed: Compressed, u: torch.Tensor, v: torch.Tensor) -> float:
+    held = sum(float(cores.square().sum()) for _, cores in compressed.cores(compressed.weights, u, v))
+    return min(1.0, held / compressed.total)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from .fleet import Fleet, gather
-from .hosvd import hosvd
+from .fleet import gather
+from .hosvd import exact, hosvd
+from .memory_plan import Module, Plan, parse_size
+from .streaming import ModuleStack, compress
 
 TIMED_SOURCES = 16
 
@@ -24,9 +26,9 @@ class BuildPlan:
         sources: per usable source its name, location, revision, base_model, ranks, modules, norm (of ΔW, Frobenius), bytes, seed_group.
         skipped: the others, each with its reason; without ``skip_bad`` they are what the build would raise.
         modules: per module its ``out``, ``in``, how many ``sources`` adapt it, the sum of their ``ranks``, ``k_out`` and ``k_in``.
-        bytes_to_read: of the sources' files; a build reads them about three times.
+        bytes_to_read: of the sources' files; a build reads them twice, of a module whose factors do not fit in `max_memory` more often.
         bytes_of_basis: of U, V and the cores in the basis's file.
-        memory: estimated peak in bytes, beside Python and its libraries.
+        memory: estimated peak in bytes, beside Python, its libraries and sources held in memory.
         seconds: estimated time of building, reading aside, on this machine.
     """
 
@@ -51,6 +53,7 @@ def plan_build(
     alternations: int = 10,
     partial: bool = False,
     allow_bin: bool = False,
+    max_memory: int | str = "2GB",
     base_model: nn.Module | None = None,
     token: str | bool | None = None,
     progress: bool = True,
@@ -61,26 +64,25 @@ def plan_build(
 
     Raises:
         SourceError: no source is usable.
+        SubspaceError: `max_memory` is too little; a module to which no source contributes.
     """
+    memory = parse_size(max_memory)
     fleet = gather(
         sources, skip_bad=True, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
     )  # fmt: skip
-    modules, largest = {}, 0
-    for name in fleet.modules:
-        members = [source for source in fleet.sources if name in source.keys and source.norms[name] > 0]
-        if not members:
-            continue
-        out, inner = members[0].shapes[name]
-        ranks = sum(source.ranks[name] for source in members)
+    plan = Plan(fleet, "adapters", k, k_in, "equal", memory)
+    tasks = {name: plan.module(name) for name in fleet.modules}
+    modules = {}
+    for name, task in tasks.items():
+        (out, inner), ranks = task.shape, sum(task.ranks)
         a, b = (min(ranks if isinstance(k, float) else size, ranks, d) for size, d in ((k, out), (k_in or k, inner)))
-        modules[name] = {"out": out, "in": inner, "sources": len(members), "ranks": ranks, "k_out": a, "k_in": b}
-        largest = max(largest, ranks * (out + inner))
+        modules[name] = {"out": out, "in": inner, "sources": len(task.members), "ranks": ranks, "k_out": a, "k_in": b}
     numbers = sum(m["k_out"] * m["out"] + m["k_in"] * m["in"] for m in modules.values())
     numbers += len(fleet.sources) * sum(m["k_out"] * m["k_in"] for m in modules.values())
     entries = [
         {
             "name": source.name, "location": source.location, "revision": source.revision, "sha256": source.sha256,
-            "base_model": source.base_model, "ranks": sorted(set(source.ranks.values())), "modules": len(source.keys),
+            "base_model": source.base_model, "ranks": source.ranks, "modules": len(source.keys),
             "norm": sum(norm**2 for norm in source.norms.values()) ** 0.5,
             "bytes": source.file.stat().st_size if source.file else 0, "seed_group": group,
         }
@@ -93,26 +95,42 @@ def plan_build(
         modules=modules,
         bytes_to_read=sum(entry["bytes"] for entry in entries),
         bytes_of_basis=4 * numbers,
-        # float64: factors, canonical forms, stacks, and what QR and SVD work on; 12 is what was measured (docs/architecture.md)
-        memory=8 * 12 * largest + 4 * numbers,
-        seconds=_seconds(fleet, modules, k, k_in, alternations),
+        memory=min(memory, plan.needed + plan.keep + sum(entry["bytes"] for entry in entries)),
+        seconds=_seconds(plan, tasks, k, k_in, alternations),
     )
 
 
-def _seconds(
-    fleet: Fleet, modules: dict[str, dict[str, int]], k: int | float, k_in: int | None, alternations: int
-) -> float:
-    """One module of a few sources is built and timed; the rest follows from how the work grows, (out + in)·ranks²."""
-    costs = {name: _cost(m["out"], m["in"], m["ranks"]) for name, m in modules.items()}
-    name = min(costs, key=costs.__getitem__)
-    members = [source for source in fleet.sources if name in source.keys and source.norms[name] > 0][:TIMED_SOURCES]
-    updates = [source.factors(name) for source in members]
-    weights = [1 / source.norms[name] for source in members]
-    began = time.perf_counter()
-    hosvd(updates, weights, k, k_in, alternations)
-    took = time.perf_counter() - began
-    return took * sum(costs.values()) / _cost(*updates[0].shape, sum(update.rank for update in updates))
+def _seconds(plan: Plan, tasks: dict[str, Module], k: int | float, k_in: int | None, alternations: int) -> float:
+    """Of each kind, exact and streamed, one module of a few sources is built and timed; the rest follows from how the work grows."""
+    total = 0.0
+    for exactly in (True, False):
+        costs = {name: _cost(task) for name, task in tasks.items() if task.exact == exactly}
+        if not costs:
+            continue
+        name = min(costs, key=costs.__getitem__)
+        some = _first(tasks[name], TIMED_SOURCES)
+        sources = [plan.fleet.sources[i] for i in some.members]
+        if exactly:
+            updates = [source.factors(name) for source in sources]
+            began = time.perf_counter()
+            hosvd(exact(updates, some.weights), k, k_in, alternations)
+        else:
+            pairs = [source.raw(name) for source in sources]
+            stack = ModuleStack(pairs.__getitem__, some.ranks, some.shape, some.scales, some.weights, some.energy)
+            began = time.perf_counter()
+            hosvd(compress(stack, some.width, leading=some.leading), plan.k, k_in, alternations)
+        total += (time.perf_counter() - began) * sum(costs.values()) / _cost(some)
+    return total
 
 
-def _cost(out: int, inner: int, ranks: int) -> float:
-    return float(sum(d * ranks * min(d, ranks) for d in (out, inner)))
+def _first(task: Module, count: int) -> Module:
+    energies = [(w * norm) ** 2 for w, norm in zip(task.weights, task.norms, strict=True)]
+    lists = ("members", "ranks", "norms", "votes", "scales", "weights", "weighted")
+    cut = {name: getattr(task, name)[:count] for name in lists}
+    return replace(task, **cut, energy=sum(energies[:count]))
+
+
+def _cost(task: Module) -> float:
+    """How the work grows: (out + in)·ranks·min(ranks, dimension), streamed (out + in)·ranks·width."""
+    ranks = sum(task.ranks)
+    return float(sum(d * ranks * (min(d, ranks) if task.exact else task.width) for d in task.shape))

@@ -19,6 +19,8 @@ def rebuild_basis(
     basis: SubspaceBasis | str | Path,
     *,
     base_model: nn.Module | None = None,
+    max_memory: int | str = "2GB",
+    work_folder: str | Path | None = None,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> SubspaceBasis:
@@ -30,6 +32,7 @@ def rebuild_basis(
     Args:
         basis: the basis, its folder or its Hub id. Only its config is read, and of a random basis the shapes.
         base_model: the base model, for `base-weights`, and where sources were converted from another method.
+        max_memory, work_folder: as in `build_basis`.
 
     Raises:
         SourceError: sources that are gone, that are others than they were, or that only ever were in memory; lists all of them.
@@ -61,7 +64,10 @@ def rebuild_basis(
         lines = "\n  ".join(problems) or "no source is on record"
         raise SourceError(f"{old.location}: {len(problems)} of its sources are not what they were:\n  {lines}")
     given = {key: build[key] for key in ARGUMENTS if key in build}
-    new = build_basis(found, builder=builder, base_model=base_model, token=token, progress=progress, **given)
+    new = build_basis(
+        found, builder=builder, base_model=base_model, max_memory=max_memory, work_folder=work_folder, token=token,
+        progress=progress, **given,
+    )  # fmt: skip
     new.info["skipped"] = old.info.get("skipped", [])
     new.info["build"] = build
     return new

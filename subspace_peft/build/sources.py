@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..errors import SourceError
 from .converted import convert
 from .factors import Factors
 from .foreign import is_foreign, read_foreign
-from .locate import Place, locate, open_tensors
+from .locate import PICKLED, Place, locate, open_tensors
 from .lora import config_problem, scaling, sort_keys
 
 # the start takes its factors out of the base weights: the saved update means nothing on the base model itself
@@ -37,18 +38,20 @@ class Source:
         config: the LoRA configuration as a dict; empty for a bare state dict, whose scale then counts as 1.
         keys: ``{module: {"A": key, "B": key}}``.
         read: key → tensor.
-        sha256: hex digest of the weights' file, or of the tensors of a source in memory.
+        digest: what `sha256` gives; empty as long as nobody has read the whole file.
         revision: commit sha on the Hub, or None.
         folder: where its files lie on this machine, or None.
         file: that of its tensors, or None.
         norms: ‖ΔW‖_F per module, as far as asked for.
-        shapes, ranks: (out, in) and rank per module, where `gather` opened it.
         aliases: module name in the fleet → module name in this source's own config, where they differ.
         license: what the front matter of its README says, or None.
         other_keys: tensors in it that are no LoRA factors, such as a classifier's (`modules_to_save`).
         scales: scale per module (under the source's own names) where no configuration has it, as in kohya's files.
         lost: share of its update's energy that its conversion from another method to LoRA lost.
         dtypes: of the tensors read so far.
+        in_file: whether `file` is a safetensors file whose byte ranges are the tensors that `read` gives; else `read` has them in memory.
+        spans: tensor name → where it lies in such a file, and
+        stamp: the file's size in bytes and time of change in ns, both from when it was scanned.
     """
 
     name: str
@@ -56,19 +59,27 @@ class Source:
     config: dict[str, Any]
     keys: dict[str, dict[str, str]]
     read: Callable[[str], torch.Tensor]
-    sha256: str
+    digest: str
     revision: str | None = None
     folder: Path | None = None
     file: Path | None = None
     norms: dict[str, float] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     other_keys: tuple[str, ...] = ()
     license: str | None = None
     scales: dict[str, float] = field(default_factory=dict)
     lost: float = 0.0
     dtypes: set[str] = field(default_factory=set)
+    in_file: bool = False
+    spans: Mapping[str, Any] | None = None
+    stamp: tuple[int, int] | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the weights' file, or of the tensors of a source in memory."""
+        if not self.digest and self.file is not None:
+            self.digest = file_sha256(self.file)
+        return self.digest
 
     @property
     def base_model(self) -> str | None:
@@ -93,28 +104,50 @@ class Source:
         for side in ("B", "A"):
             key = self.keys[module][side]
             value = self.read(key)
-            if value.dtype not in FLOAT_DTYPES:
-                raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
-            if value.dim() not in (2, 4):
-                raise SourceError(
-                    f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
-                    "convolutions are supported. Leave the others out of the adapter's target_modules."
-                )
-            if not value.numel():
-                raise SourceError(
-                    f"{self.location}: {key} has shape {tuple(value.shape)}, which holds nothing. Leave this adapter out."
-                )
+            self.check(key, value)
             if not torch.isfinite(value).all():
-                raise SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
-            self.dtypes.add(str(value.dtype).removeprefix("torch."))
+                raise self.not_finite(key)
             pair.append(value.detach().to(device="cpu", dtype=torch.float64).flatten(1))
         B, A = pair
-        if B.shape[1] != A.shape[0]:
-            raise SourceError(
-                f"{self.location}: module {module!r} has lora_B {tuple(B.shape)} and lora_A {tuple(A.shape)}, which do "
-                "not multiply. The file is damaged: save the adapter again."
-            )
+        self.check_pair(module, tuple(B.shape), tuple(A.shape))
         return B, A
+
+    def check(self, key: str, value: torch.Tensor) -> None:
+        """Raise `SourceError` where a factor's dtype or number of dimensions is none that is supported; else note the dtype."""
+        if value.dtype not in FLOAT_DTYPES:
+            raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
+        if value.dim() not in (2, 4):
+            raise SourceError(
+                f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
+                "convolutions are supported. Leave the others out of the adapter's target_modules."
+            )
+        if not value.numel():
+            raise SourceError(
+                f"{self.location}: {key} has shape {tuple(value.shape)}, which holds nothing. Leave this adapter out."
+            )
+        self.dtypes.add(str(value.dtype).removeprefix("torch."))
+
+    def not_finite(self, key: str) -> SourceError:
+        return SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
+
+    def check_pair(self, module: str, B: tuple[int, ...], A: tuple[int, ...]) -> None:
+        """Raise `SourceError` where factors of these shapes do not multiply."""
+        if B[1] != A[0]:
+            raise SourceError(
+                f"{self.location}: module {module!r} has lora_B {B} and lora_A {A}, which do not multiply. The file is "
+                "damaged: save the adapter again."
+            )
+
+    def shape(self, module: str) -> tuple[int, int, int]:
+        """``out``, ``in`` and rank of the update of one module, from the file's header where the source was scanned."""
+        keys = (self.keys[module][side] for side in ("B", "A"))
+        B, A = (self.read(key).shape if self.spans is None else self.spans[key].shape for key in keys)
+        return B[0], math.prod(A[1:]), A[0]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that its modules have, ascending."""
+        return sorted({self.shape(module)[2] for module in self.keys})
 
     def weight_shape(self, module: str) -> list[int] | None:
         """The base weight's shape, where it is no linear layer's: of an embedding (tokens, dimension), of a convolution its four."""
@@ -126,15 +159,18 @@ class Source:
     def factors(self, module: str) -> Factors:
         """``ΔW = s B A`` of one module, scale folded in."""
         B, A = self.raw(module)
+        return Factors(B * self.scale(module, A.shape[0]), A)
+
+    def scale(self, module: str, rank: int) -> float:
+        """What B A of rank `rank` is multiplied by to be the module's update. Raises `SourceError` where the config says another rank."""
         own = self.aliases.get(module, module)
         try:
             known = self.scales.get(own, None if self.config else 1.0)
-            scale = scaling(self.config, own, A.shape[0]) if known is None else known
+            return scaling(self.config, own, rank) if known is None else known
         except ValueError as error:
             raise SourceError(
                 f"{self.location}: {error}. The config and the weights do not belong together."
             ) from None
-        return Factors(B * scale, A)
 
     def norm(self, module: str) -> float:
         """‖ΔW‖_F of one module."""
@@ -205,7 +241,8 @@ def _from_state_dict(tensors: dict[str, torch.Tensor], config: dict[str, Any], l
 
 def _from_files(place: Place, base_model: nn.Module | None) -> Source:
     names, read, metadata = open_tensors(place.weights, place.location)
-    common = {"sha256": file_sha256(place.weights), "revision": place.revision, "folder": place.weights.parent}
+    # hashed when the file is read for other reasons anyway, or when somebody asks
+    common = {"digest": "", "revision": place.revision, "folder": place.weights.parent}
     common |= {"file": place.weights, "license": _license(place.weights.parent)}
     if place.config is not None and _method(place.config) not in ("LORA", "SUBSPACE") and base_model is not None:
         state = {name: read(name) for name in names}
@@ -217,6 +254,7 @@ def _from_files(place: Place, base_model: nn.Module | None) -> Source:
             place.name, place.location, place.config, keys, tensors.__getitem__, **common, other_keys=saved,
             scales=dict.fromkeys(keys, 1.0), lost=lost,
         )  # fmt: skip
+    common |= {"in_file": place.weights.suffix not in PICKLED}
     if place.config is None or is_foreign(names):
         bases = [] if base_model is None else [name for name, _ in base_model.named_modules()]
         found = read_foreign(names, read, metadata, bases)

@@ -266,9 +266,7 @@ def storage(stored: list[Compressed], basis: SubspaceBasis, file: Path) -> Stora
 
 
 def _bytes(source: Source) -> int:
-    from ..build.sources import WEIGHTS_FILE
-
-    if source.folder is not None:
-        return (source.folder / WEIGHTS_FILE).stat().st_size
+    if source.file is not None:
+        return source.file.stat().st_size
     keys = [key for sides in source.keys.values() for key in sides.values()]
     return sum(source.read(key).nbytes for key in (*keys, *source.other_keys))

@@ -20,7 +20,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"subspace-peft {__version__}")
     add = top.add_subparsers(dest="verb", metavar="VERB", required=True).add_parser
 
-    build = add("build", help="build a basis from LoRA adapters", description="Build a basis from LoRA adapters.")
+    build = add(
+        "build",
+        help="build a basis from LoRA adapters",
+        description="Build a basis from LoRA adapters. Interrupted, the same command goes on from the modules kept in FOLDER.partial.",
+    )
     build.add_argument(
         "sources", nargs="*", metavar="ADAPTER",
         help="LoRA folder or file, org/name[@revision][:folder], collection:owner/slug, a pattern, or a .txt with one a line",
@@ -55,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
     build.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
     build.add_argument("--partial", action="store_true", help="allow modules that only some sources adapt")
+    build.add_argument(
+        "--max-memory", default="2GB", metavar="SIZE",
+        help="what building may take beside the interpreter (default: %(default)s); the basis is the same whatever it is",
+    )  # fmt: skip
     build.set_defaults(run=verbs.build)
 
     look = add(
@@ -179,7 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left behind", file=sys.stderr)
+        again = "; the same command goes on from the finished modules" if arguments.verb == "build" else ""
+        print(f"interrupted; nothing half-written is left behind{again}", file=sys.stderr)
         return 130
     except Exception as error:
         from ..errors import SubspaceError

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
@@ -14,14 +15,17 @@ from ..errors import SubspaceError
 def build(args: Namespace) -> int:
     from ..basis import SubspaceBasis
     from ..build import build_basis
+    from ..build.resume import forget
 
     if args.out is None and not args.dry_run:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
     base = _base_model(args)
     if args.dry_run:
         return _plan(args, base)
+    out = Path(args.out).expanduser()
+    unfinished = out.with_name(f"{out.name}.partial") if out.name else None
     if args.from_config:
-        return _rebuild(args, base)
+        return _rebuild(args, base, out, unfinished)
     basis = build_basis(
         args.sources or None,
         k=_number(args.k),
@@ -38,25 +42,34 @@ def build(args: Namespace) -> int:
         skip_bad=args.skip_bad,
         partial=args.partial,
         allow_bin=args.allow_bin,
+        max_memory=args.max_memory,
+        work_folder=unfinished,
         progress=not args.quiet,
     )
-    basis.save_pretrained(args.out)
-    return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+    basis.save_pretrained(out)
+    if unfinished is not None:
+        forget(unfinished)
+    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
 
 
-def _rebuild(args: Namespace, base: Any) -> int:
+def _rebuild(args: Namespace, base: Any, out: Path, unfinished: Path | None) -> int:
     from ..basis import SubspaceBasis
     from ..build import rebuild_basis
+    from ..build.resume import forget
 
     if args.sources:
         raise SubspaceError("--from-config takes the sources on record; leave the others out.")
     old = SubspaceBasis.from_pretrained(args.from_config)
-    new = rebuild_basis(old, base_model=base, progress=not args.quiet)
-    new.save_pretrained(args.out)
+    new = rebuild_basis(
+        old, base_model=base, max_memory=args.max_memory, work_folder=unfinished, progress=not args.quiet
+    )  # fmt: skip
+    new.save_pretrained(out)
+    if unfinished is not None:
+        forget(unfinished)
     if not args.json:
         other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
         print(f"built again; the fingerprint {'is the one on record' if new == old else other}")
-    return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
 
 
 def _plan(args: Namespace, base: Any) -> int:
@@ -66,7 +79,7 @@ def _plan(args: Namespace, base: Any) -> int:
         raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
     plan = plan_build(
         args.sources, k=_number(args.k), k_in=args.k_in, alternations=args.alternations, partial=args.partial,
-        allow_bin=args.allow_bin, base_model=base, progress=not args.quiet,
+        allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base, progress=not args.quiet,
     )  # fmt: skip
     refused = bool(plan.skipped) and not args.skip_bad
     if args.json:

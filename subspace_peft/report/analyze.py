@@ -80,7 +80,7 @@ def analyze_fleet(
     for i, source in enumerate(fleet.sources):
         entry: dict[str, Any] = {
             "name": source.name, "location": source.location, "base_model": source.base_model,
-            "ranks": sorted(set(source.ranks.values())), "modules": len(source.keys), "norm": norms[i],
+            "ranks": source.ranks, "modules": len(source.keys), "norm": norms[i],
             "seed_group": fleet.groups[i],
         }  # fmt: skip
         others = [(float(cosines[i, j]), j) for j in range(len(fleet.sources)) if j != i]
