@@ -151,7 +151,7 @@ def main() -> int:
         (args.vllm_side / "theirs.json").write_text(json.dumps(found), encoding="utf-8")
         return 0
     if args.venv is None:
-        parser.error("--venv: say where vLLM's environment is to be, such as /tmp/vllm-env (3.4 GB)")
+        parser.error("--venv: say where vLLM's environment is to be, any folder, which takes 3.4 GB")
     python = environment(args.venv.resolve())
     with tempfile.TemporaryDirectory(prefix="vllm-tokens-") as scratch:
         root = Path(scratch)
