@@ -138,9 +138,7 @@ class Recipe:
             trainer.add_callback(SubspaceCardCallback())
             result = check_converged(folder, fit(trainer, last_checkpoint(checkpoints)))
             tested = self.test(knobs, model, task)
-            for split, numbers in tested["metrics"].items():
-                # the score is one of the others, under their names
-                note_metrics(model, split, {name: each for name, each in numbers.items() if name != "score"})
+            _note_tests(model, tested["metrics"])
             _on_main(save_finished, model, folder, chosen, result | {key: tested[key] for key in ("test", "metrics")})
             _on_main(shutil.rmtree, checkpoints)
         print(f"The task is in {folder}.")
@@ -161,7 +159,7 @@ class Recipe:
         _on_main(print, "\n".join(lines))
 
     def compare(self, knobs: Any, task: Task, known: Mapping[str, Any]) -> None:
-        """Every method under one budget → results.json, table.md and curves.png."""
+        """Every method under one budget → results.json, table.md and curves.png, and a table in the trained task's card."""
         rows = self.methods(knobs, known, control=knobs.coefficients != "none")
         # a basis that does not fit the model is refused here, before the first run
         rows[-1].apply(self.make_model(knobs, task, 0), self.head)
@@ -197,6 +195,14 @@ def same_model(base: str | None, model: str) -> bool:
         return True
     short, long = sorted((base, model), key=len)
     return "/" not in short and long.count("/") == 1 and long.endswith(f"/{short}")
+
+
+def _note_tests(model: nn.Module, metrics: Mapping[str, Any]) -> None:
+    """Have the card tell what the recipe's `test` measured: on several splits by their names, or on one."""
+    splits = metrics if all(isinstance(numbers, Mapping) for numbers in metrics.values()) else {"test": metrics}
+    for split, numbers in splits.items():
+        # the score is one of the others, under their names
+        note_metrics(model, split, {name: each for name, each in numbers.items() if name != "score"})
 
 
 def _on_main(do: Callable[..., Any], *given: Any) -> None:
