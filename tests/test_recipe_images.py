@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -114,6 +115,11 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     assert all(row["trained_head"] == 2 * 33 for row in rows.values())
     assert rows["this basis"]["trained_adapter"] == 4 * 16
     assert (done / "compare" / "kept" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    # its code makes this encoder under this head
+    (code,) = re.findall(r"```python\n(.*?)```", (task / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["model"].get_base_model().classifier.modules_to_save["default"].out_features == 2
     # light and dark are easily told apart
     assert rows["head only"]["test"] > 0.9
 
