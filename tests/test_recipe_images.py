@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -114,6 +115,11 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     assert all(row["trained_head"] == 2 * 33 for row in rows.values())
     assert rows["this basis"]["trained_adapter"] == 4 * 16
     assert (done / "compare" / "kept" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    # its code makes this encoder under this head
+    (code,) = re.findall(r"```python\n(.*?)```", (task / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["model"].get_base_model().classifier.modules_to_save["default"].out_features == 2
     # Light and dark are easily told apart with an adapter; for the head alone, these few steps suffice on some random encoders only,
     # and which one a seed gives differs between releases of transformers.
     assert all(row["test"] > 0.9 for method, row in rows.items() if method != "head only")

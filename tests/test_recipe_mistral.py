@@ -277,6 +277,9 @@ def test_all_stages_and_a_second_run_trains_nothing(
     # loaded in the plain way, the saved task answers as the trained one did
     assert json.loads((tmp_path / "tasks" / f"{HELD_OUT}-core" / "metrics.json").read_text()) == record["metrics"]
     table = (tmp_path / "compare" / HELD_OUT / "table.md").read_text()
+    card = (tmp_path / "tasks" / f"{HELD_OUT}-core" / "README.md").read_text()
+    assert f"| test | rougeL | {record['metrics']['rougeL']:.4g} |" in card and "| base model |" in card
+    assert "AutoModelForCausalLM.from_pretrained(" in card and "learning rate of the coefficients" in card
 
     monkeypatch.setattr(recipe.shared.recipe, "fit", lambda *_: pytest.fail("trained again"))
     run(folder, tmp_path)

@@ -169,7 +169,7 @@ def _controls(controls: Mapping[str, Any]) -> list[str]:
         rows.append((row["method"], score, row["seeds"], *trained, rate))
     header = ["method", f"test {controls.get('score') or 'score'}", "seeds", "trained (adapter)", "trained (head)"]
     said = "Every row was trained anew under one budget, at the learning rate that was best for it on the validation split; mean ± sample "
-    said += "standard deviation over the seeds. “This basis” is this task's method, not this file's very numbers."
+    said += "standard deviation over the seeds. The row in this task's manner is not of this file's very numbers."
     return [f"{controls.get('title') or ''}", table([*header, "adapter bytes", "learning rate"], rows), said]
 
 

@@ -139,9 +139,7 @@ class Recipe:
             trainer.add_callback(SubspaceCardCallback())
             result = check_converged(folder, fit(trainer, last_checkpoint(checkpoints)))
             tested = self.test(knobs, model, task)
-            for split, numbers in tested["metrics"].items():
-                # the score is one of the others, under their names
-                note_metrics(model, split, {name: each for name, each in numbers.items() if name != "score"})
+            _note_tests(model, tested["metrics"])
             _on_main(save_finished, model, folder, chosen, result | {key: tested[key] for key in ("test", "metrics")})
             _on_main(shutil.rmtree, checkpoints)
         print(f"The task is in {folder}.")
@@ -162,7 +160,7 @@ class Recipe:
         _on_main(print, "\n".join(lines))
 
     def compare(self, knobs: Any, task: Task, known: Mapping[str, Any]) -> None:
-        """Every method under one budget → results.json, table.md and curves.png."""
+        """Every method under one budget → results.json, table.md and curves.png, and a table in the trained task's card."""
         rows = self.methods(knobs, known, control=knobs.coefficients != "none")
         # a basis that does not fit the model is refused here, before the first run
         rows[-1].apply(self.make_model(knobs, task, 0), self.head)
@@ -188,6 +186,14 @@ class Recipe:
         score = f"validation {task.validation_name}"
         _on_main(lambda: publish(results, folder, title=title, settings=chosen, score=score))
         _on_main(put_beside_controls, task_folder(knobs), folder, chosen)
+
+
+def _note_tests(model: nn.Module, metrics: Mapping[str, Any]) -> None:
+    """Have the card tell what the recipe's `test` measured: on several splits by their names, or on one."""
+    splits = metrics if all(isinstance(numbers, Mapping) for numbers in metrics.values()) else {"test": metrics}
+    for split, numbers in splits.items():
+        # the score is one of the others, under their names
+        note_metrics(model, split, {name: each for name, each in numbers.items() if name != "score"})
 
 
 def _on_main(do: Callable[..., Any], *given: Any) -> None:
