@@ -45,8 +45,9 @@ def layers(model: nn.Module) -> dict[str, SubspaceLayer]:
 def basis(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("unet")
     for number in range(2):
-        torch.manual_seed(number)
-        lora = get_peft_model(unet(), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+        base = unet()
+        torch.manual_seed(number)  # after the model's own
+        lora = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
         lora.save_pretrained(root / f"lora{number}")
     built = build_basis([str(root / f"lora{number}") for number in range(2)], k=4, progress=False)
     return built.save_pretrained(root / "basis")
