@@ -56,7 +56,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     llama().save_pretrained(root / "base")
     llama(seed=1).save_pretrained(root / "other")
     for number in range(3):
-        model = get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
+        base = llama()
+        torch.manual_seed(number)  # after the model's own
+        model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
         model.save_pretrained(root / f"lora{number}")
     build_basis([str(root / f"lora{number}") for number in range(3)], k=6, progress=False).save_pretrained(
         root / "basis"
@@ -266,7 +268,7 @@ def test_the_trainer_trains_as_qlora_does(folders, tmp_path, kind, bf16):
     trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
     checkpoint = tmp_path / "out" / "checkpoint-8"
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 4096
     again = PeftModel.from_pretrained(
