@@ -25,7 +25,7 @@ SCRIPT = """
 import fs from "node:fs";
 import {getLlama, LlamaLogLevel} from "node-llama-cpp";
 const {model: path, lora, prompts, length} = JSON.parse(fs.readFileSync(process.argv[2], "utf8"));
-const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
+const llama = await getLlama({gpu: false, build: "never", maxThreads: 1, logLevel: LlamaLogLevel.error});
 const model = await llama.loadModel({modelPath: path});
 const context = await model.createContext({contextSize: 256, flashAttention: false, ...(lora ? {lora} : {})});
 const found = [];
