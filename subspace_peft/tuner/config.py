@@ -11,13 +11,12 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from .._untrusted import is_name, read_json
+from .._untrusted import read_json
 from .._version import __version__
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.resolve import note_location, require_same
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
-from .coefficients import KINDS
-from .config_check import check_values, unknown_keys
+from .config_check import check_choices, check_values, unknown_keys
 from .registration import SUBSPACE
 
 GENERATED = ("random", "base-weights")
@@ -172,7 +171,7 @@ class SubspaceConfig(PeftConfig):
                 setattr(self, name, set(value))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        self._check_choices()
+        check_choices(self)
         if self.id2label is not None:
             # JSON makes texts of the indices
             self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
@@ -184,35 +183,6 @@ class SubspaceConfig(PeftConfig):
         self._file_modules: frozenset[str] | None = None
         self._place: Any = None
         self._recorded = False
-
-    def _check_choices(self) -> None:
-        for name, choices in (("coefficients", KINDS), ("mean_gain", ("none", "fixed", "trainable"))):
-            if getattr(self, name) not in choices:
-                raise SubspaceError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}.")
-        if self.coefficients == "none" and self.mean_gain != "trainable":
-            raise SubspaceError(
-                "coefficients='none' trains only the mean core's gain, so it needs mean_gain='trainable'."
-            )
-        if self.coefficients == "none" and self.start not in ("zero", "mean"):
-            raise SubspaceError(
-                f"start={self.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source; start at "
-                "'zero' or 'mean'."
-            )
-        if self.target_parameters:
-            raise SubspaceError(
-                f"target_parameters={self.target_parameters!r} is not supported: a basis has two sides, which such a stack of weights "
-                "shares among experts. Name layers in target_modules; LoRA can adapt parameters."
-            )
-        if self.bias not in ("none", "all", "subspace_only"):
-            raise SubspaceError(f"bias={self.bias!r}: choose one of none, all, subspace_only.")
-        if not (self.basis is None or isinstance(self.basis, (str, Path, SubspaceBasis))):
-            raise SubspaceError(
-                f"basis={type(self.basis).__name__}: give a SubspaceBasis, the folder of one, or a Hub id."
-            )
-        if not (self.basis is None or isinstance(self.basis, SubspaceBasis) or is_name(str(self.basis))):
-            raise SubspaceError(
-                f"basis={str(self.basis)[:80]!r}: that can be no place. Give the folder of a basis, or a Hub id."
-            )
 
     # -- the basis --------------------------------------------------------------------------------------------------
 

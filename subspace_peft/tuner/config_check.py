@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
+from ..basis import SubspaceBasis
 from ..basis.entries import MOST_FEATURES, shape_problem
 from ..errors import SubspaceError
+from .coefficients import KINDS
 
 if TYPE_CHECKING:
     from .config import SubspaceConfig
@@ -27,6 +29,35 @@ def check_values(config: SubspaceConfig) -> None:
             shown = f"a {type(value).__name__}" if isinstance(value, (Mapping, list, set, tuple)) else _short(value)
             # of one entry of a dict
             raise SubspaceError(f"{name}{wanted}." if wanted.startswith("[") else f"{name}={shown}: {wanted}.")
+
+
+def check_choices(config: SubspaceConfig) -> None:
+    """Raise `SubspaceError` naming the first choice of `config` that there is not, or that does not go with another."""
+    for name, choices in (("coefficients", KINDS), ("mean_gain", ("none", "fixed", "trainable"))):
+        if getattr(config, name) not in choices:
+            raise SubspaceError(f"{name}={getattr(config, name)!r}: choose one of {', '.join(choices)}.")
+    if config.coefficients == "none" and config.mean_gain != "trainable":
+        raise SubspaceError("coefficients='none' trains only the mean core's gain, so it needs mean_gain='trainable'.")
+    if config.coefficients == "none" and config.start not in ("zero", "mean"):
+        raise SubspaceError(
+            f"start={config.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source; start at "
+            "'zero' or 'mean'."
+        )
+    if config.target_parameters:
+        raise SubspaceError(
+            f"target_parameters={config.target_parameters!r} is not supported: a basis has two sides, which such a stack of weights "
+            "shares among experts. Name layers in target_modules; LoRA can adapt parameters."
+        )
+    if config.bias not in ("none", "all", "subspace_only"):
+        raise SubspaceError(f"bias={config.bias!r}: choose one of none, all, subspace_only.")
+    if not (config.basis is None or isinstance(config.basis, (str, Path, SubspaceBasis))):
+        raise SubspaceError(
+            f"basis={type(config.basis).__name__}: give a SubspaceBasis, the folder of one, or a Hub id."
+        )
+    if not (config.basis is None or isinstance(config.basis, SubspaceBasis) or is_name(str(config.basis))):
+        raise SubspaceError(
+            f"basis={str(config.basis)[:80]!r}: that can be no place. Give the folder of a basis, or a Hub id."
+        )
 
 
 def unknown_keys(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
