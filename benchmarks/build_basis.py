@@ -167,19 +167,25 @@ def spent(wall: float, cpu: float, start: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    make_fleet(root, max(args.adapters), args.layers)
+def measure(root: Path, args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """Results per number of adapters and way; an interrupted run of the same settings goes on from `--out`."""
     results: dict[str, Any] = {}
+    if args.out.is_file() and (found := json.loads(args.out.read_text()))["settings"] == json.loads(
+        json.dumps(settings)
+    ):
+        results = found["results"]
+    make_fleet(root, max(args.adapters), args.layers)
     jobs = [(n, title) for n in args.adapters for title in (*WHOLE, *ONE_FACTOR)]
     for n, title in tqdm(jobs, desc="measuring", unit="run", delay=2):
-        if title.endswith("exact throughout") and n > args.exact_up_to:
+        if title in results.get(str(n), {}) or (title.endswith("exact throughout") and n > args.exact_up_to):
             continue
         command = [sys.executable, __file__, "--child", title, "--root", str(root), "--adapters", str(n)]
         command += ["--k", str(args.k), "--max-memory", args.max_memory]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        own = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=own)
         results.setdefault(str(n), {})[title] = json.loads(done.stdout.splitlines()[-1])
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"settings": settings, "results": results}))
     return results
 
 
@@ -229,9 +235,9 @@ def main() -> None:
         print(json.dumps(child(args.child, folders, args.k, args.max_memory)))
         return
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as root:
-        results = measure(Path(root), args)
     settings = {key: value for key, value in vars(args).items() if key not in ("out", "child", "root")}
+    with tempfile.TemporaryDirectory() as root:
+        results = measure(Path(root), args, settings)
     write(args.out, {"settings": settings, "results": results}, table(results, args.layers, args.k))
 
 
