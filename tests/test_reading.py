@@ -84,6 +84,15 @@ def test_a_group_is_held_whole_and_read_once(fleets, counted):
                 assert torch.equal(mine, sources[i].read(key))
 
 
+@pytest.mark.parametrize("columns", [0, 1 << 20], ids=["streamed", "exact"])
+def test_a_build_reads_every_byte_twice(fleets, counted, monkeypatch, columns):
+    monkeypatch.setattr("subspace_peft.build.memory_plan.EXACT_COLUMNS", columns)
+    build_basis(fleets[bert], k=2, progress=False)
+    files = [Path(folder) / "adapter_model.safetensors" for folder in fleets[bert]]
+    stored = sum(tensor.numel() * tensor.element_size() for file in files for tensor in load_file(file).values())
+    assert counted.total == sum(file.stat().st_size for file in files) + stored
+
+
 def reader_size(sources, modules):
     probe = Reader(sources, held=0)
     return sum(probe.size(module) for module in modules)

@@ -216,8 +216,7 @@ def test_too_little_memory_is_refused_with_what_suffices(tmp_path):
     build_basis(folders, k=4, max_memory=enough, progress=False)
 
 
-@pytest.mark.parametrize("limit", [120, 250])
-def test_a_build_stays_under_its_bound(tmp_path, limit):
+def test_a_build_stays_under_its_bound(tmp_path):
     """200 adapters × 8 modules × 1024, r = 16: 105 MB of half precision, 210 MB as a stack in float32, 420 MB in float64."""
     draw = torch.Generator().manual_seed(0)
     folders = []
@@ -240,13 +239,13 @@ def test_a_build_stays_under_its_bound(tmp_path, limit):
         a = torch.randn(300, 64, dtype=torch.float64)  # what the libraries load at their first use is no part of it
         torch.linalg.svd(a), torch.linalg.qr(a), torch.linalg.eigh(a.T @ a), a.float().T @ a.float()
         before = peak("VmRSS")
-        build_basis({folders!r}, k=16, max_memory="{limit}MB", progress=False)
+        build_basis({folders!r}, k=16, max_memory="120MB", progress=False)
         print((peak("VmHWM") - before) / 1e6)
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of a process is read from /proc")
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
-    assert 20 < float(done.stdout) < limit
+    assert 20 < float(done.stdout) < 120
 
 
 # -- sources of every kind --------------------------------------------------------------------------------------------
