@@ -349,3 +349,9 @@ def test_transformers_own_loading_finds_the_basis(basis_folder, tmp_path, self_c
         done = fresh(NATIVE.format(load=load), SUBSPACE_PEFT_CACHE=str(tmp_path / "empty-cache"))
         assert done.returncode == 0, done.stderr
         assert float(done.stdout) == pytest.approx(expected, abs=1e-9)
+
+
+def test_json_that_is_no_peft_configuration_is_refused_in_pefts_own_words(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"foo": "bar"}')
+    with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
+        SubspaceConfig.from_pretrained(tmp_path)

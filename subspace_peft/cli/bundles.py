@@ -122,9 +122,10 @@ def compress(args: Namespace) -> int:
             print(f"{each.location}: left out: {each.refused}")
             continue
         rank = f" in a residual of rank {each.residual_rank}" if each.residual_rank else ""
+        alone = ", the projection alone" if each.residual_rank else ""
         print(
-            f"{each.name}: kept {each.total.kept:.4f}, residual {each.total.residual:.4f}{rank}, lost {each.total.lost:.4f}: "
-            f"{each.verdict} without a residual"
+            f"{each.name}: kept {each.total.kept:.4f}, residual {each.total.residual:.4f}{rank}, lost {each.total.lost:.4f} "
+            f"({each.verdict}{alone})"
         )
         for module, share in each.modules.items():
             print(f"  {share.kept:.4f}  {share.residual:.4f}  {share.lost:.4f}  {module}")

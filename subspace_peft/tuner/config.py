@@ -337,6 +337,7 @@ class SubspaceConfig(PeftConfig):
         touched.
 
         Raises:
+            TypeError: as PEFT's, of JSON that is no PEFT configuration.
             BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers.
             BasisNotFoundError, BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
         """
@@ -348,6 +349,9 @@ class SubspaceConfig(PeftConfig):
         except BadFileError:
             raise
         except (SubspaceError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+            if isinstance(error, TypeError) and "missing required keys" in str(error):
+                # no PEFT configuration at all: said as PEFT says it for every method
+                raise
             raise BadFileError(
                 f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}). Fetch or save the "
                 "task again."
