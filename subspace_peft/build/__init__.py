@@ -4,7 +4,7 @@ from .build import build_basis
 from .factors import Factors
 from .plan import BuildPlan, plan_build
 from .references import expand, expand_or_raise
-from .rerun import rebuild_basis
+from .rerun import rebuild_basis, sources_on_record
 from .sources import Source, is_one_source, open_source
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "open_source",
     "plan_build",
     "rebuild_basis",
+    "sources_on_record",
 ]

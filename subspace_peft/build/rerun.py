@@ -54,12 +54,7 @@ def rebuild_basis(
         )  # fmt: skip
         new.info["build"] = build
         return new
-    found, problems = [], []
-    for entry in old.info.get("sources") or []:
-        try:
-            found.append(_same_source(entry, build, base_model, token))
-        except SourceError as error:
-            problems.append(str(error))
+    found, problems = sources_on_record(old, base_model=base_model, token=token)
     if problems or not found:
         lines = "\n  ".join(problems) or "no source is on record"
         raise SourceError(f"{old.location}: {len(problems)} of its sources are not what they were:\n  {lines}")
@@ -71,6 +66,19 @@ def rebuild_basis(
     new.info["skipped"] = old.info.get("skipped", [])
     new.info["build"] = build
     return new
+
+
+def sources_on_record(
+    basis: SubspaceBasis, *, base_model: nn.Module | None = None, token: str | bool | None = None
+) -> tuple[list[Source], list[str]]:
+    """The sources that a basis's config names and that are still what they were, and for each of the others the reason."""
+    found, problems = [], []
+    for entry in basis.info.get("sources") or []:
+        try:
+            found.append(_same_source(entry, basis.info.get("build") or {}, base_model, token))
+        except SourceError as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def _same_source(

@@ -89,6 +89,27 @@ def parser() -> argparse.ArgumentParser:
     analyze.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
     analyze.set_defaults(run=verbs.analyze)
 
+    report = add(
+        "report", help="say what a basis is worth for a fleet",
+        description="Hold a basis against a fleet, from weights alone: spectra beside noise of the same strength, what it keeps of adapters it "
+        "has seen and has not, a k, and a verdict. Writes report.html, report.json and the figures.",
+    )  # fmt: skip
+    report.add_argument("basis", help="folder or Hub id")
+    report.add_argument(
+        "--fleet", nargs="+", metavar="ADAPTER", help="as for build; default: the basis's own sources, where they still are"
+    )  # fmt: skip
+    report.add_argument("--out", default="basis-report", metavar="FOLDER", help="default: %(default)s")
+    report.add_argument(
+        "--sample", type=int, default=64, metavar="N", help="measure at most so many adapters (default: %(default)s)"
+    )
+    report.add_argument(
+        "--modules", type=int, metavar="N", help="measure so many modules (default: all, 16 where ranks are many)"
+    )
+    report.add_argument("--seed", type=int, default=0, help="of the sample, the folds and the noise")
+    report.add_argument("--base-model", help="model id or folder, to convert adapters that are no LoRA")
+    report.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
+    report.set_defaults(run=verbs.report)
+
     project = add(
         "project", help="turn a LoRA into coefficients",
         description="Project a LoRA on a basis and say how much of it the basis keeps.",
@@ -169,9 +190,9 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (build, look, check, analyze, project, export, compress, cache, demo, copy):
+    for verb in (build, look, check, analyze, report, project, export, compress, cache, demo, copy):
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
-    for verb in (build, analyze, project, export, compress, demo):
+    for verb in (build, analyze, report, project, export, compress, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 from argparse import Namespace
@@ -169,6 +170,26 @@ def analyze(args: Namespace) -> int:
         print(f"  outlier: {entry['name']}: {entry['reason']}")
     for entry in found.skipped:
         print(f"  cannot be used: {entry['reason']}")
+    return 0
+
+
+def report(args: Namespace) -> int:
+    from ..report import report_basis
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SubspaceError("A report's figures need matplotlib: pip install subspace-peft[report].")
+    found = report_basis(
+        args.basis, args.fleet, sample=args.sample, modules=args.modules, seed=args.seed, allow_bin=args.allow_bin,
+        base_model=_base_model(args), progress=not args.quiet,
+    )  # fmt: skip
+    page = found.save(args.out)
+    if args.json:
+        return _json({"page": str(page), **found.to_dict()})
+    for line in found.verdict:
+        print(line)
+    if found.skipped:
+        print(f"{len(found.skipped)} adapters were not used; the page says why.")
+    print(page)
     return 0
 
 

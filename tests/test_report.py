@@ -1,0 +1,328 @@
+"""The report of a basis: what it measures against dense algebra, its verdict on fleets whose answer is known, its page in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from subspace_peft import SubspaceBasis, build_basis
+from subspace_peft.build.factors import Factors
+from subspace_peft.cli import main
+from subspace_peft.errors import SourceError, SubspaceError
+from subspace_peft.report import null_basis, report_basis
+from subspace_peft.report.fleet_energy import measure_module
+from subspace_peft.report.verdict import useful_k, verdict
+
+from .conftest import bert
+from .test_build import deltas, fleet
+from .test_fleet import broken
+from .test_streaming import saved_fleet, shared_fleet
+
+pytest.importorskip("matplotlib")
+
+
+def factors(states, module="a.q"):
+    return [Factors(state[f"{module}.lora_B.weight"], state[f"{module}.lora_A.weight"]) for state in states]
+
+
+def kin(n=10, out=40, inner=30, r=2, shared=3, noise=0.05, seed=0):
+    """Sources in a common subspace of `shared` directions per side, almost."""
+    draw = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(out, shared, generator=draw, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(inner, shared, generator=draw, dtype=torch.float64))[0]
+    states = []
+    for _ in range(n):
+        B = left @ torch.randn(shared, r, generator=draw, dtype=torch.float64)
+        A = torch.randn(r, shared, generator=draw, dtype=torch.float64) @ right.T
+        B = B + noise * torch.randn(out, r, generator=draw, dtype=torch.float64) / out**0.5
+        A = A + noise * torch.randn(r, inner, generator=draw, dtype=torch.float64) / inner**0.5
+        states.append({"a.q.lora_B.weight": B, "a.q.lora_A.weight": A})
+    return states
+
+
+# -- identities ----------------------------------------------------------------------------------------------------------
+
+
+def dense_bases(updates, weights, k):
+    """U and V of a truncated HOSVD, from matrices of size out × in."""
+    out = sum(w * w * d @ d.T for w, d in zip(weights, updates, strict=True))
+    inner = sum(w * w * d.T @ d for w, d in zip(weights, updates, strict=True))
+    return tuple(torch.linalg.eigh(moment)[1].flip(1)[:, :k] for moment in (out, inner))
+
+
+@pytest.mark.parametrize("folds", [[0, 1, 2, 3], [0, 0, 1, 1], [0, 1, 1, 2]])
+def test_everything_measured_is_what_dense_algebra_gives(folds):
+    states = fleet(n=4)
+    dense = deltas(states)
+    votes = [1.0, 0.5, 0.5, 1.0]
+    weights = [v**0.5 / float(d.norm()) for v, d in zip(votes, dense, strict=True)]
+    found = measure_module(factors(states), votes, folds, [0.1, 0.2, 0.3, 0.4], (5, 3), seed=0)
+    assert (found.shape, found.kept) == ((20, 16), [0.1, 0.2, 0.3, 0.4])
+    total = sum(w * w * float(d.square().sum()) for w, d in zip(weights, dense, strict=True))
+    moment = sum(w * w * d @ d.T for w, d in zip(weights, dense, strict=True))
+    expected = torch.linalg.eigvalsh(moment).flip(0)[: len(found.spectrum_out)] / total
+    torch.testing.assert_close(torch.tensor(found.spectrum_out, dtype=torch.float64), expected)
+    assert found.ks == [1, 2, 4, 8, 12]
+
+    def share(update, rest, a, b):
+        U, V = dense_bases([dense[i] for i in rest], [weights[i] for i in rest], max(a, b))
+        return float((U[:, :a].T @ update @ V[:, :b]).square().sum() / update.square().sum())
+
+    for k, seen, unseen, chance in zip(found.ks, found.seen, found.unseen, found.random, strict=True):
+        assert chance == pytest.approx(k * k / 320)
+        assert seen == pytest.approx(sum(share(d, range(4), k, k) for d in dense) / 4)
+        if k <= 3 * min(sum(f != fold for f in folds) for fold in folds):
+            rests = [[j for j in range(4) if folds[j] != folds[i]] for i in range(4)]
+            assert unseen == pytest.approx(sum(share(d, rest, k, k) for d, rest in zip(dense, rests, strict=True)) / 4)
+            assert found.unseen_here[0] == pytest.approx(share(dense[0], rests[0], 5, 3))
+    for i, value in enumerate(found.mean_only):
+        mean = sum(dense[j] / dense[j].norm() for j in range(4) if folds[j] != folds[i])
+        cosine = float((dense[i] * mean).sum() / dense[i].norm() / mean.norm())
+        assert value == pytest.approx(cosine**2)
+
+
+def test_the_null_has_the_strengths_and_nothing_in_common():
+    states = kin(n=8)
+    found = measure_module(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)
+    again = measure_module(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)
+    assert found == again
+    # energies are shares: both add up to one, the fleet's in three directions
+    assert sum(found.spectrum_out) == pytest.approx(1) and sum(found.null_out) == pytest.approx(1)
+    assert sum(found.spectrum_out[:3]) > 0.98 and sum(found.null_out[:3]) < 0.5
+    # of directions above the null there are those shared ones that carry enough
+    assert 1 <= found.above_out <= 3 and 1 <= found.above_in <= 3
+    noise = null_basis(states, seed=1, k=3, alternations=0, progress=False)
+    spectrum = noise["a.q"].spectrum_out
+    assert found.null_out[0] == pytest.approx(float(spectrum[0]), rel=0.3)
+
+
+def test_one_fold_leaves_nothing_out():
+    found = measure_module(factors(fleet(n=2)), [0.5, 0.5], [0, 0], [1.0, 1.0], (2, 2), seed=0)
+    assert found.unseen_here == [None, None] and found.mean_only == [None, None]
+    assert all(math.isnan(value) for value in found.unseen)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "expected"),
+    [([0.3, 0.4, 0.44], 4), ([0.3, 0.31, 0.6], 1), ([0.02, 0.5, 0.6], None), ([math.nan] * 3, None)],
+)
+def test_the_useful_k(unseen, expected):
+    assert useful_k([1, 2, 4], unseen, [0.01, 0.02, 0.03]) == expected
+
+
+# -- through the public face ---------------------------------------------------------------------------------------------
+
+
+def test_a_fleet_that_shares_is_told_from_one_that_does_not():
+    shares, strangers = kin(), fleet(n=10, out=40, inner=30, r=2, modules=("a.q",))
+    good = report_basis(build_basis(shares, k=3, progress=False), shares, progress=False)
+    bad = report_basis(build_basis(strangers, k=3, progress=False), strangers, progress=False)
+    assert good.numbers["unseen"] > 0.9 > 0.1 > bad.numbers["unseen"]
+    assert good.numbers["k_for_new_tasks"] == 4 and good.numbers["kept"] > 0.9
+    assert bad.numbers["k_for_new_tasks"] is None or bad.numbers["k_for_new_tasks"] <= 2
+    assert "natural choice" in good.verdict[1] and "does not tell where a new task will go" in bad.verdict[1]
+    assert good.numbers["null_kept"] < 0.6 and "because they are few" not in good.verdict[0]
+    assert all(entry["in_basis"] for entry in good.sources)
+    assert good.numbers["kept_of_new"] is None
+
+
+def test_few_adapters_fit_into_anything():
+    states = fleet(n=2, out=40, inner=30, r=2, modules=("a.q",))
+    found = report_basis(build_basis(states, k=4, progress=False), states, progress=False)
+    assert found.numbers["kept"] == pytest.approx(1) and found.numbers["null_kept"] == pytest.approx(1)
+    assert "because they are few, not because they are alike" in found.verdict[0]
+
+
+def test_adapters_that_are_new_to_the_basis_are_counted_apart():
+    states = kin()
+    found = report_basis(build_basis(states[:6], k=3, progress=False), states, progress=False)
+    assert [entry["in_basis"] for entry in found.sources] == [True] * 6 + [False] * 4
+    assert 0.9 < found.numbers["kept_of_new"] <= found.numbers["kept"] + 0.05
+
+
+def test_numbers_of_the_bytes():
+    states = kin()
+    found = report_basis(build_basis(states, k=3, progress=False), states, progress=False)
+    # float64 sources
+    assert found.numbers["bytes_per_lora"] == 8 * 2 * (40 + 30) and found.numbers["bytes_per_task"] == 4 * 9
+    stored = 4 * 3 * (40 + 30)
+    assert found.numbers["bytes_of_basis"] == stored
+    assert found.numbers["break_even"] == math.ceil(stored / (1120 - 36))
+    large = report_basis(build_basis(states, k=20, progress=False), states, progress=False)
+    assert large.numbers["bytes_per_task"] == 1600
+    assert large.numbers["break_even"] is None and "never pays" in large.verdict[0]
+
+
+def test_seed_groups_are_left_out_together(tmp_path):
+    states = fleet(n=4, out=40, inner=30, r=2, modules=("a.q",))
+    for state in states[:2]:
+        state["a.q.lora_A.weight"] = states[0]["a.q.lora_A.weight"]
+    found = report_basis(build_basis(states, k=2, progress=False), states, progress=False)
+    assert found.numbers["in_seed_groups"] == 2 and "2 of 4 adapters began" in " ".join(found.verdict)
+    assert found.how["folds"] == 3
+
+
+def test_large_fleets_are_sampled_and_folded(tmp_path):
+    folders = saved_fleet(tmp_path, shared_fleet(n=40), modules=[f"m.{i}" for i in range(5)])
+    basis = build_basis(folders, k=6, progress=False)
+    found = report_basis(basis, folders, sample=20, modules=3, progress=False)
+    assert found.how == {"modules": [3, 5], "sources": [20, 40], "folds": 4, "left_out": "in folds", "seed": 0}
+    assert list(found.modules) == ["m.0", "m.2", "m.4"]
+    whole = report_basis(basis, folders, progress=False)
+    assert whole.how["sources"] == [40, 40]
+    # fewer adapters tell less of a new one, in expectation
+    assert found.numbers["unseen"] < whole.numbers["unseen"] + 0.02
+    assert report_basis(basis, folders, sample=20, modules=3, progress=False) == found
+
+
+def test_the_sources_on_record_are_found_and_missing_ones_named(tmp_path):
+    folders = saved_fleet(tmp_path / "loras", shared_fleet(n=6))
+    build_basis(folders, k=4, progress=False).save_pretrained(tmp_path / "basis")
+    found = report_basis(tmp_path / "basis", progress=False)
+    assert [entry["in_basis"] for entry in found.sources] == [True] * 6 and not found.skipped
+    shutil.rmtree(folders[0])
+    fewer = report_basis(tmp_path / "basis", progress=False)
+    assert len(fewer.sources) == 5 and "lora-0" in fewer.skipped[0]["reason"]
+    shutil.rmtree(tmp_path / "loras")
+    none = report_basis(tmp_path / "basis", progress=False)
+    assert not none.sources and len(none.skipped) == 6
+    basis = SubspaceBasis.from_pretrained(tmp_path / "basis")
+    assert none.numbers["kept"] == basis.info["measured"]["energy_kept"]
+    assert none.numbers["unseen"] == basis.info["measured"]["energy_left_out"]
+    assert "Pass the fleet with --fleet" in none.verdict[0] and not any("pays" in line for line in none.verdict)
+    page = none.save(tmp_path / "report").read_text()
+    assert "no adapter was read" in page and "<img" not in page
+
+
+def test_what_cannot_be_reported(fleets, bases, tmp_path):
+    with pytest.raises(SubspaceError, match="none of the adapters'"):
+        report_basis(bases[bert], fleet(), progress=False)
+    with pytest.raises(SubspaceError, match="at least 2 adapters"):
+        report_basis(bases[bert], fleets[bert], sample=1, progress=False)
+    with pytest.raises(SourceError):
+        report_basis(bases[bert], [str(broken(fleets[bert][0], tmp_path, "nan"))], progress=False)
+    (tmp_path / "file").write_text("here")
+    found = report_basis(bases[bert], fleets[bert], progress=False)
+    with pytest.raises(SubspaceError, match="is a file"):
+        found.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize("builder", ["random", "eigenlora"])
+def test_any_basis_can_be_reported(builder):
+    states = kin()
+    basis = build_basis(states, k=3, builder=builder, progress=False)
+    found = report_basis(basis, states, progress=False)
+    if builder == "random":
+        # it has no sources of its own, so all adapters are new to it
+        assert found.numbers["kept"] is None and found.numbers["kept_of_new"] < 0.05
+        assert "left out" in found.verdict[0]
+    else:
+        assert found.numbers["kept"] > 0.5
+
+
+def test_every_sentence_of_the_verdict():
+    base = {
+        "kept": 0.6, "kept_of_new": None, "null_kept": 0.2, "unseen": 0.2, "random": 0.001, "mean_only": 0.15, "k_for_share": 40,
+        "above": (0, 0), "k_for_new_tasks": None, "bytes_per_lora": 10, "bytes_per_task": 1, "bytes_of_basis": 5, "break_even": 1,
+        "sources": 3, "in_seed_groups": 0,
+    }  # fmt: skip
+    words = " ".join(verdict(base))
+    assert "lose a part" in words and "90 % take k=40" in words and "fleet's mean, which alone keeps 15 %" in words
+    assert "No direction stands out" in words
+    assert "no longer themselves" in " ".join(verdict({**base, "kept": 0.3}))
+    assert "too few sources" in " ".join(verdict({**base, "unseen": None}))
+    assert "does not tell" in " ".join(verdict({**base, "unseen": 0.002}))
+
+
+# -- files and the command line ------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """Everything that a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.images = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.images += tag == "img"
+        self.found += [value for key, value in attrs if key in ("src", "href") and not value.startswith("data:")]
+
+
+@pytest.fixture
+def reported(tmp_path, capsys):
+    """A report by the command line, of adapters whose names would break a careless page."""
+    folders = saved_fleet(tmp_path / "loras", shared_fleet(n=6))
+    renamed = tmp_path / "loras" / "x<script>document.title=1<"
+    shutil.move(folders[0], renamed)
+    listed = [str(renamed), *folders[1:]]
+    assert main(["build", *listed, "--out", str(tmp_path / "basis"), "-k", "4", "--quiet"]) == 0
+    capsys.readouterr()
+    assert (
+        main(["report", str(tmp_path / "basis"), "--fleet", *listed, "--out", str(tmp_path / "report"), "--quiet"])
+        == 0
+    )
+    return tmp_path / "report", capsys.readouterr().out
+
+
+def test_the_command_writes_page_numbers_and_figures(reported, tmp_path, capsys):
+    folder, said = reported
+    assert said.rstrip().endswith("report.html") and "The basis keeps" in said and "Energy is no score" in said
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapters.png", "energy.png", "modules.png", "report.html", "report.json", "spectrum.png",
+    ]  # fmt: skip
+    page = (folder / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.found == [] and links.images == 4
+    assert "<script" not in page and "x&lt;script&gt;" in page
+    facts = json.loads((folder / "report.json").read_text())
+    assert facts["numbers"]["kept"] == pytest.approx(float(re.search(r"keeps ([\d.]+) %", said)[1]) / 100, rel=0.01)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    again = ["report", str(tmp_path / "basis"), "--out", str(folder), "--quiet", "--json"]
+    assert main(again) == 0
+    assert json.loads(capsys.readouterr().out)["numbers"] == facts["numbers"]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_without_matplotlib_the_remedy_is_said_first(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["report", str(tmp_path / "nothing")]) == 1
+    assert "pip install subspace-peft[report]" in capsys.readouterr().err
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_shows_the_page(reported, tmp_path):
+    folder, _ = reported
+    switches = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}", "--window-size=1000,3000",
+    ]  # fmt: skip
+    url = (folder / "report.html").as_uri()
+    dumped = subprocess.run(
+        [BROWSER, *switches, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True
+    )
+    text = re.sub(r"<[^>]+>", " ", dumped.stdout)
+    assert "Basis report" in text and "energy the basis keeps of adapters it was built from" in text
+    shot = tmp_path / "page.png"
+    subprocess.run([BROWSER, *switches, f"--screenshot={shot}", url], capture_output=True, timeout=120, check=True)
+    from PIL import Image
+
+    picture = Image.open(shot).convert("RGB")
+    assert picture.size == (1000, 3000)
+    # figures are there and drawn: their blue and orange, and text in black, in the upper and the lower half
+    for top in (0, 1500):
+        colours = {colour for _, colour in picture.crop((0, top, 1000, top + 1500)).getcolors(1 << 20)}
+        assert len(colours) > 50
+    assert (31, 95, 168) in {colour for _, colour in picture.getcolors(1 << 20)}
+    assert (194, 87, 26) in {colour for _, colour in picture.getcolors(1 << 20)}
