@@ -243,3 +243,36 @@ def test_paths_are_no_repositories(place, bases):
     for push_to in (bases[bert].push_to_hub, randomise(model).push_to_hub):
         with pytest.raises(SubspaceError, match="no repository id"):
             push_to(place)
+
+
+def test_folders_are_pushed_from_the_command_line(hub, push, basis_folder, tmp_path):
+    task = str(tmp_path / "task")
+    calls = [
+        [task, "me/task"], [str(basis_folder), "org/basis"], [task, "me/task", "--branch", "tries", "--message", "Try"],
+        [task, "me/task"], [str(tmp_path), "me/nothing"], [task, "./here"],
+    ]  # fmt: skip
+    run = f"""
+    import contextlib, io
+    from subspace_peft.cli import main
+    model.save_pretrained({task!r})
+    print(model(inputs()).logits.double().sum().item())
+    for call in {calls!r}:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            status = main(["push", *call])
+        if status:
+            print(status, said.getvalue().strip().splitlines()[-1], sep="|")
+    """
+    lines = client(hub, tmp_path / "one", push, run, HF_TOKEN=TOKEN).splitlines()
+    total, refused, basis, first, second, nothing, here = lines
+    sha = hub.repos["org/basis"].names["main"]
+    assert refused.startswith("1|") and "push_basis_to=" in refused
+    assert basis == f"org/basis@{sha} (basis)"
+    assert hub.repos["me/task"].names["tries"] and first.endswith("(task)") and second.endswith("(task)")
+    assert "neither a basis, a task nor a bundle" in nothing and "no repository id" in here
+    config = json.loads(hub.files("me/task")["adapter_config.json"])
+    assert (config["basis"], config["basis_revision"]) == ("org/basis", sha)
+    assert hub.files("me/task")["adapter_model.safetensors"] == Path(task, "adapter_model.safetensors").read_bytes()
+    assert "me/task" in hub.files("me/task")["README.md"].decode()
+    # the folder itself stays as it was saved
+    assert json.loads(Path(task, "adapter_config.json").read_text())["basis"] == str(basis_folder)
+    assert client(hub, tmp_path / "three", LOAD.format(more={})).split() == [total, "org/basis", sha]

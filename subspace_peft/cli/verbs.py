@@ -236,6 +236,31 @@ def export_lora(args: Namespace) -> int:
     return 0
 
 
+def push(args: Namespace) -> int:
+    from ..basis import SubspaceBasis
+    from ..basis.files import CONFIG_FILE
+    from ..bundle import push_bundle
+    from ..bundle.layout import BUNDLE_FILE
+    from ..tuner.push import push_saved_task
+
+    folder = Path(args.folder).expanduser()
+    common = {"private": args.private or None, "commit_message": args.message, "create_pr": args.create_pr}
+    dependent = {**common, "push_basis_to": args.push_basis_to, "force": args.force, "revision": args.branch}
+    if (folder / CONFIG_FILE).is_file():
+        kind = "basis"
+        commit = SubspaceBasis.from_pretrained(folder).push_to_hub(args.repo_id, branch=args.branch, **common)
+    elif (folder / BUNDLE_FILE).is_file():
+        kind, commit = "bundle", push_bundle(folder, args.repo_id, **dependent)
+    elif (folder / "adapter_config.json").is_file():
+        kind, commit = "task", push_saved_task(folder, args.repo_id, **dependent)
+    else:
+        raise SubspaceError(f"{folder}: neither a basis, a task nor a bundle is in there.")
+    if args.json:
+        return _json({"kind": kind, "repo_id": args.repo_id, "revision": commit})
+    print(f"{args.repo_id}@{commit} ({kind})")
+    return 0
+
+
 def cache(args: Namespace) -> int:
     from ..basis import cache as kept
 

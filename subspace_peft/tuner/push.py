@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +18,9 @@ from ..basis.push import check_repo_id, fetch_readme, upload
 from ..basis.resolve import read_notes
 from ..cards import Place, add_tags
 from ..errors import SubspaceError
+from .card import write_section
 from .config import SubspaceConfig
+from .task_files import WEIGHTS_FILE
 
 
 def push_task(
@@ -72,6 +75,43 @@ def push_task(
         if tags and (folder / "README.md").is_file():
             add_tags(folder / "README.md", tags)
         return upload(api, repo_id, folder, revision, commit_message or "Upload task", create_pr=create_pr)
+
+
+def push_saved_task(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload the folder of a saved task in one commit, its basis pinned first in what is uploaded; no model is loaded. Arguments, result
+    and errors are those of `push_task`; also `BadFileError` where the folder is damaged.
+    """
+    from huggingface_hub import HfApi
+
+    check_repo_id(repo_id)
+    folder = Path(folder).expanduser()
+    config = SubspaceConfig.from_pretrained(str(folder))
+    if not isinstance(config, SubspaceConfig) or not (folder / WEIGHTS_FILE).is_file():
+        raise SubspaceError(f"{folder}: no saved subspace task is in there.")
+    pin(config, folder.name, push_basis_to=push_basis_to, force=force, private=private, token=token)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        for name in (WEIGHTS_FILE, "README.md"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, copy / name)
+        fetch_readme(repo_id, copy, revision, token)
+        config.save_pretrained(str(copy))
+        config._place = Place(repo_id, None, revision)
+        write_section(copy, config)
+        return upload(api, repo_id, copy, revision, commit_message or "Upload task", create_pr=create_pr)
 
 
 @contextlib.contextmanager
