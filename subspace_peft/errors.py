@@ -19,5 +19,9 @@ class BadFileError(SubspaceError):
     """A file is truncated, malformed, of a wrong dtype or holds non-finite numbers."""
 
 
+class NoConfigurationError(BadFileError, TypeError):
+    """A JSON file makes no configuration. A `TypeError` too, which is what PEFT raises for it."""
+
+
 class SourceError(SubspaceError):
     """One or more source adapters cannot be used."""

@@ -355,3 +355,5 @@ def test_json_that_is_no_peft_configuration_is_refused_in_pefts_own_words(tmp_pa
     (tmp_path / "adapter_config.json").write_text('{"foo": "bar"}')
     with pytest.raises(TypeError, match=r"missing required keys: \{'peft_type'\}"):
         SubspaceConfig.from_pretrained(tmp_path)
+    with pytest.raises(BadFileError):
+        SubspaceConfig.from_pretrained(tmp_path)

@@ -15,7 +15,7 @@ from .._untrusted import read_json
 from .._version import __version__
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.resolve import note_location, require_same
-from ..errors import BadFileError, BasisNotFoundError, SubspaceError
+from ..errors import BadFileError, BasisNotFoundError, NoConfigurationError, SubspaceError
 from .config_check import check_choices, check_values, unknown_keys
 from .registration import SUBSPACE
 
@@ -337,8 +337,8 @@ class SubspaceConfig(PeftConfig):
         touched.
 
         Raises:
-            TypeError: as PEFT's, of JSON that is no PEFT configuration.
-            BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers.
+            BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers. Of JSON that is no configuration it is a
+                TypeError as well, as with PEFT's other methods.
             BasisNotFoundError, BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
         """
         from .task_files import check_task, locate_task
@@ -349,10 +349,9 @@ class SubspaceConfig(PeftConfig):
         except BadFileError:
             raise
         except (SubspaceError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
-            if isinstance(error, TypeError) and "missing required keys" in str(error):
-                # no PEFT configuration at all: said as PEFT says it for every method
-                raise
-            raise BadFileError(
+            # PEFT's own methods raise a TypeError for JSON that is no configuration
+            kind = NoConfigurationError if isinstance(error, TypeError) else BadFileError
+            raise kind(
                 f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}). Fetch or save the "
                 "task again."
             ) from error
