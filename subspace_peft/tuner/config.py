@@ -170,7 +170,7 @@ class SubspaceConfig(PeftConfig):
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+            raise SubspaceError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         check_choices(self)
         if self.id2label is not None:
             # JSON makes texts of the indices
