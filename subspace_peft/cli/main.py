@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import bundles, verbs
+from . import building, bundles, verbs
 from .bundles import DTYPES, add_bundle
 
 
@@ -23,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
     build = add(
         "build",
         help="build a basis from LoRA adapters",
-        description="Build a basis from LoRA adapters. Interrupted, the same command goes on from the modules kept in FOLDER.partial.",
+        description="Build a basis from LoRA adapters. Interrupted, the same command goes on from the modules kept in FOLDER.partial. "
+        "Started by `accelerate launch -m subspace_peft build …`, processes and machines divide the work.",
     )
     build.add_argument(
         "sources", nargs="*", metavar="ADAPTER",
@@ -63,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-memory", default="2GB", metavar="SIZE",
         help="what building may take beside the interpreter (default: %(default)s); the basis is the same whatever it is",
     )  # fmt: skip
-    build.set_defaults(run=verbs.build)
+    build.set_defaults(run=building.build)
 
     look = add(
         "inspect", help="say what a basis or a task is", description="Say what a basis or a task is; verify it."
@@ -191,9 +194,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted; nothing half-written is left behind{again}", file=sys.stderr)
         return 130
     except Exception as error:
-        from ..errors import SubspaceError
+        from ..errors import ProcessError, SubspaceError
 
         if not isinstance(error, (SubspaceError, OSError)):
             raise
-        print(f"subspace-peft {arguments.verb}: {error}", file=sys.stderr)
+        # of several processes that a launcher started, the one that failed speaks for itself, and the first of the others for the rest
+        rank = int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
+        if not (rank and isinstance(error, ProcessError)):
+            who = "" if rank is None else f", process {rank} of {os.environ['WORLD_SIZE']} on {platform.node()}"
+            print(f"subspace-peft {arguments.verb}{who}: {error}", file=sys.stderr)
         return 1
