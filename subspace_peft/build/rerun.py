@@ -67,7 +67,7 @@ def _rebuild(
             directions=build.get("directions", 0), seed=build.get("seed", 0), progress=progress,
         )  # fmt: skip
         new.info["build"] = build
-        return new
+        return new.to_precision(old.precision or "float32")
     found, problems = [], []
     for entry in old.info.get("sources") or []:
         try:
@@ -84,7 +84,7 @@ def _rebuild(
     )  # fmt: skip
     new.info["skipped"] = old.info.get("skipped", [])
     new.info["build"] = build
-    return new
+    return new.to_precision(old.precision or "float32")
 
 
 def _same_source(

@@ -26,7 +26,7 @@ def build(args: Namespace) -> int:
             return _plan(args) if team.main else 0
         said, basis = _rebuilt(args, unfinished) if args.from_config else ("", _built(args, unfinished))
         if team.main:
-            basis.save_pretrained(out)
+            basis.to_precision(args.precision or basis.precision or "float32").save_pretrained(out)
         # not before it is written
         team.exchange()
         if unfinished is not None and team.index == team.neighbours[0]:

@@ -59,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
     build.add_argument("--seed", type=int, default=0)
+    build.add_argument(
+        "--precision", choices=["float32", "bfloat16", "float16", "int8"],
+        help="what U and V are stored as (default: float32); the basis says what of the energy that loses",
+    )  # fmt: skip
     build.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
     build.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
     build.add_argument("--partial", action="store_true", help="allow modules that only some sources adapt")

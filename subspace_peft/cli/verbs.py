@@ -28,6 +28,12 @@ def inspect(args: Namespace) -> int:
     )
     if "energy_kept" in facts:
         print(f"energy kept {facts['energy_kept']:.4f}; a random basis of equal size {facts['energy_random']:.4f}")
+    if facts["precision"]:
+        lost = facts["precision"]
+        print(
+            f"stored as {lost['stored']}, which loses {lost['energy_lost']:.2g} of that energy (at most {lost['energy_lost_at_most']:.2g} of "
+            "any update's)"
+        )
     if "energy_left_out" in facts:
         print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
     for source in facts["sources"]:
