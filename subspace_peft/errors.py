@@ -25,3 +25,7 @@ class NoConfigurationError(BadFileError, TypeError):
 
 class SourceError(SubspaceError):
     """One or more source adapters cannot be used."""
+
+
+class ProcessError(SubspaceError):
+    """Another of the processes that work together has failed or gone; the message names it."""

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import BasisMismatchError, SubspaceError
 from .module import ModuleBasis
+from .precision import PRECISIONS, StoredModules, reduced, summary
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:
@@ -77,6 +78,9 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         return self  # immutable: a deep copy of a model shares it
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.precision is not None:
+            stored = {name: dict(self.stored(name)) for name in self}
+            return _rebuild_stored, (self.precision, stored, self.info, self.location, self.revision)
         return _rebuild, (dict(self.items()), self.info, self.location, self.revision)
 
     def __repr__(self) -> str:
@@ -94,6 +98,15 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     def base_model(self) -> str | None:
         """Name or path of the base model that the sources were trained on."""
         return self.info.get("base_model_name_or_path")
+
+    @property
+    def precision(self) -> str | None:
+        """What U and V are stored as, where that is not the dtype in which they are given; see `to_precision`."""
+        return getattr(self._modules, "precision", None)
+
+    def stored(self, name: str) -> Mapping[str, torch.Tensor]:
+        """A module's tensors as they are in the file, by name; its digest is theirs."""
+        return self[name].tensors() if self.precision is None else self._modules.stored(name)
 
     def shapes(self) -> dict[str, dict[str, int]]:
         """Per module ``{"out", "in", "k_out", "k_in", "directions"}``, without reading tensors where a file knows."""
@@ -160,7 +173,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         modules = {name: module.truncate(k_out, k_in) for name, module in self.items()}
         info = {**self.info, "truncated_from": self.fingerprint, "k": [k_out, k_in]}
         # what was measured of the larger basis (energies) is not true of this one
-        info.pop("measured", None)
+        for key in ("measured", "precision"):
+            info.pop(key, None)
         return SubspaceBasis(modules, info)
 
     def to(self, dtype: torch.dtype) -> SubspaceBasis:
@@ -169,7 +183,37 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             name: ModuleBasis(**{key: value.to(dtype) for key, value in module.tensors().items()})
             for name, module in self.items()
         }
-        return SubspaceBasis(modules, {**self.info, "cast_from": self.fingerprint})
+        info = {key: value for key, value in self.info.items() if key != "precision"}
+        return SubspaceBasis(modules, {**info, "cast_from": self.fingerprint})
+
+    def to_precision(self, precision: str) -> SubspaceBasis:
+        """The same basis, stored in fewer bytes: what `save_pretrained` then writes, half or a quarter of U and V.
+
+        Modules are given in float32 as before, made from what is stored when they are asked for, with U and V orthonormal (the
+        nearest such matrices, see `restored`); the fingerprint is of the stored bytes, so tasks of this basis are other than the
+        float32 one's. ``info["precision"]`` says what is lost: ``energy_lost``, the mean over modules of the share of the energy
+        of the fleet's cores that the rounded directions do not keep, ``energy_lost_at_most``, the same of anything in the basis, of the
+        worst module, and ``orthonormality``, how far the stored numbers are from it. What is measured of the sources stays the float32 basis's.
+
+        Args:
+            precision: ``float32``, ``bfloat16``, ``float16``, or ``int8`` with one scale per direction.
+
+        Raises:
+            SubspaceError: there is no such precision; the basis has a lower one already; rounding leaves too little of a module.
+        """
+        if precision not in PRECISIONS:
+            raise SubspaceError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+        if precision == (self.precision or "float32"):
+            return self
+        if self.precision is not None:
+            raise SubspaceError(
+                f"This basis is stored as {self.precision} already, and {precision} would round it twice. Take the float32 basis it was made "
+                f"from, {self.info.get('precision', {}).get('of')}."
+            )
+        made = {name: reduced(module, precision, name) for name, module in self.items()}
+        modules = StoredModules(precision, {name: stored for name, (stored, _) in made.items()})
+        said = summary(precision, self.fingerprint, {name: lost for name, (_, lost) in made.items()})
+        return SubspaceBasis(modules, {**self.info, "precision": said}, digests=modules.digests())
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -277,6 +321,13 @@ def module_shape(module: ModuleBasis) -> dict[str, int]:
 
 def _rebuild(modules: dict[str, ModuleBasis], info: dict[str, Any], location: str | None, revision: str | None) -> Any:
     return SubspaceBasis(modules, info, location=location, revision=revision)
+
+
+def _rebuild_stored(
+    precision: str, modules: dict[str, Any], info: dict[str, Any], location: str | None, revision: str | None
+) -> Any:
+    stored = StoredModules(precision, modules)
+    return SubspaceBasis(stored, info, location=location, revision=revision, digests=stored.digests())
 
 
 # Bases alive in this process, by fingerprint: a second task on the same basis finds it without a path.

@@ -41,6 +41,8 @@ def facts_of(basis: SubspaceBasis, place: Place) -> BasisFacts:
         task_type=task_type,
         energy_kept=measured.get("energy_kept"),
         energy_random=measured.get("energy_random"),
+        precision=basis.precision,
+        energy_lost=(info.get("precision") or {}).get("energy_lost"),
         sources=(*map(_source, sources), *skipped),
         version=__version__,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._untrusted import MOST_DIRECTIONS, is_name, is_whole
+from .._untrusted import MOST_DIRECTIONS, is_finite, is_name, is_whole
+from .precision import PRECISIONS
 
 # tokens of an embedding, channels × pixels of a kernel: far above both
 MOST_FEATURES = 1 << 32
@@ -34,13 +35,20 @@ def shape_problem(name: Any, shape: Any) -> str | None:
 
 def info_problem(info: Mapping[str, Any]) -> str | None:
     """What is wrong with what a basis's config says beside its modules, or None."""
-    kinds = {"builder": str, "build": dict, "measured": dict, "sources": list, "skipped": list}
+    kinds = {"builder": str, "build": dict, "measured": dict, "sources": list, "skipped": list, "precision": dict}
     for key, kind in kinds.items():
         if info.get(key) is not None and not isinstance(info[key], kind):
             return f"{key} is a {type(info[key]).__name__}, not a {kind.__name__}"
     for key in ("sources", "skipped"):
         if not all(isinstance(entry, dict) for entry in info.get(key) or []):
             return f"{key} lists something that is no object"
+    if info.get("precision") is not None:
+        stored, numbers = info["precision"].get("stored"), ("energy_lost", "energy_lost_at_most", "orthonormality")
+        if not isinstance(stored, str) or stored not in PRECISIONS or stored == "float32":
+            return f"precision is stored={_short(stored)}, which is none"
+        for key in numbers:
+            if not is_finite(info["precision"].get(key)):
+                return f"precision has {key}={_short(info['precision'].get(key))}, which is no number"
     base = info.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         return f"base_model_name_or_path is a {type(base).__name__}, not a name"

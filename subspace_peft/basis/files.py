@@ -17,23 +17,25 @@ from .._version import __version__
 from ..cards import Place, put_card
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
 from . import cache
-from .basis import SubspaceBasis, combine_digests, module_shape
+from .basis import SubspaceBasis, combine_digests
 from .card import card_of, place_of
 from .entries import info_problem, shape_problem
 from .module import TENSOR_NAMES, ModuleBasis
+from .precision import KINDS, PRECISIONS, SCALES, restored, stored_digest
 from .reference import looks_like_path, split_revision
 
 CONFIG_FILE = "basis_config.json"
 TENSORS_FILE = "basis.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # 2: with a precision, which earlier readers do not know
 
 
 class LazyModules(Mapping[str, ModuleBasis]):
     """Modules of a basis file, read and verified one at a time."""
 
-    def __init__(self, file: Path, modules: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, file: Path, modules: dict[str, dict[str, Any]], precision: str | None = None) -> None:
         self.file = file
         self.modules = modules
+        self.precision = precision
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.modules)
@@ -48,29 +50,36 @@ class LazyModules(Mapping[str, ModuleBasis]):
         return {name: dict(entry["shape"]) for name, entry in self.modules.items()}
 
     def __getitem__(self, name: str) -> ModuleBasis:
-        entry = self.modules[name]
+        return self._read(name)[1]
+
+    def stored(self, name: str) -> Mapping[str, torch.Tensor]:
+        return self._read(name)[0]
+
+    def _read(self, name: str) -> tuple[dict[str, torch.Tensor], ModuleBasis]:
+        """A module's tensors as they are in the file, and what they stand for; verified."""
+        names = TENSOR_NAMES if self.precision is None else (*TENSOR_NAMES, *SCALES.values())
         try:
             with safe_open(self.file, framework="pt", device="cpu") as tensors:
                 keys = set(tensors.keys())
-                present = {key: tensors.get_tensor(f"{name}.{key}") for key in TENSOR_NAMES if f"{name}.{key}" in keys}
+                present = {key: tensors.get_tensor(f"{name}.{key}") for key in names if f"{name}.{key}" in keys}
         except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
             raise BadFileError(
                 f"{self.file}: cannot be read ({error}). The file is damaged or incomplete: fetch or build it again."
             ) from error
         if not {"U", "V"} <= present.keys():
             raise BadFileError(f"{self.file}: module {name!r} has no U and V. The file is damaged: build it again.")
-        module = ModuleBasis(**present)
         try:
+            module = ModuleBasis(**present) if self.precision is None else restored(present, self.precision, name)
             module.check(name)
         except SubspaceError as error:
             raise BadFileError(f"{self.file}: {error}") from None
-        digest = module.digest()
-        if digest != entry["sha256"]:
+        digest, said = stored_digest(present), self.modules[name]["sha256"]
+        if digest != said:
             raise BadFileError(
-                f"{self.file}: module {name!r} has sha256 {digest}, but {CONFIG_FILE} says {entry['sha256']}. The file "
+                f"{self.file}: module {name!r} has sha256 {digest}, but {CONFIG_FILE} says {said}. The file "
                 "was altered or damaged after it was written: fetch or build it again."
             )
-        return module
+        return present, module
 
 
 def write_basis(basis: SubspaceBasis, folder: Path, place: Place | None = None) -> Path:
@@ -82,12 +91,13 @@ def write_basis(basis: SubspaceBasis, folder: Path, place: Place | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, Any] = {}
-    for name, module in basis.items():
-        for key, value in module.tensors().items():
+    shapes = basis.shapes()
+    for name in basis:
+        for key, value in basis.stored(name).items():
             tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
-        entries[name] = {"shape": module_shape(module), "sha256": basis.digests[name]}
+        entries[name] = {"shape": shapes[name], "sha256": basis.digests[name]}
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[0] if basis.precision is None else FORMAT_VERSIONS[1],
         "subspace_peft_version": __version__,
         "fingerprint": basis.fingerprint,
         **{key: value for key, value in basis.info.items() if key not in ("format_version", "modules", "fingerprint")},
@@ -172,9 +182,10 @@ def read_folder(folder: Path, *, location: str, revision: str | None) -> Subspac
         raise BadFileError(
             f"{config_file}: not a basis's config ({type(error).__name__}: {error}). Fetch or build it again."
         ) from error
-    if version != FORMAT_VERSION:
+    # True counts as 1
+    if isinstance(version, bool) or version not in FORMAT_VERSIONS:
         raise BadFileError(
-            f"{config_file}: format version {str(version)[:40]}, and this subspace_peft {__version__} reads {FORMAT_VERSION}. "
+            f"{config_file}: format version {str(version)[:40]}, and this subspace_peft {__version__} reads {FORMAT_VERSIONS[0]} and {FORMAT_VERSIONS[1]}. "
             "Upgrade with `pip install -U subspace-peft`."
         )
     info = {key: value for key, value in config.items() if key not in ("modules", "fingerprint", "format_version")}
@@ -187,10 +198,15 @@ def read_folder(folder: Path, *, location: str, revision: str | None) -> Subspac
             f"{config_file}: its modules' hashes do not add up to its fingerprint {str(config.get('fingerprint'))[:64]}. The "
             "file was altered: fetch or build it again."
         )
-    check_header(tensors_file, modules)
-    return SubspaceBasis(
-        LazyModules(tensors_file, modules), info, location=location, revision=revision, digests=digests
-    )
+    precision = (info.get("precision") or {}).get("stored")
+    if (version == FORMAT_VERSIONS[1]) != (precision is not None):
+        raise BadFileError(
+            f"{config_file}: format version {version} {'without' if precision is None else 'with'} a precision. The file was altered: "
+            "fetch or build it again."
+        )
+    check_header(tensors_file, modules, precision)
+    lazy = LazyModules(tensors_file, modules, precision)
+    return SubspaceBasis(lazy, info, location=location, revision=revision, digests=digests)
 
 
 def _modules_problem(modules: Any) -> str | None:
@@ -205,7 +221,7 @@ def _modules_problem(modules: Any) -> str | None:
     return None
 
 
-def check_header(file: Path, modules: dict[str, dict[str, Any]]) -> None:
+def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str | None = None) -> None:
     """Hold the tensors file's header against the config before anything is allocated."""
     if file.exists() and not file.is_file():
         raise BadFileError(f"{file}: it is no regular file. Fetch or build the basis again.")
@@ -213,10 +229,10 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]]) -> None:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             keys = set(tensors.keys())
             for name, entry in modules.items():
-                for key, size in _expected(entry["shape"]).items():
+                for key, size in _expected(entry["shape"], precision).items():
                     present = f"{name}.{key}" in keys
                     found = tensors.get_slice(f"{name}.{key}").get_shape() if present else None
-                    if found is None and key not in ("U", "V", "G"):
+                    if found is None and key not in ("U", "V", "G", *SCALES.values()):
                         continue
                     # None stands for any length, of a list of cores or of a spectrum
                     fits = found is not None and len(found) == len(size)
@@ -225,6 +241,12 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]]) -> None:
                             f"{file}: module {name!r} has {key} of shape {found}, but {CONFIG_FILE} says {size}. The "
                             "two files do not belong together: fetch or build the basis again."
                         )
+                    kind = _kind(key, precision)
+                    if kind is not None and tensors.get_slice(f"{name}.{key}").get_dtype() != kind:
+                        raise BadFileError(
+                            f"{file}: module {name!r} has {key} of another dtype than {kind}, and {CONFIG_FILE} says {precision}. The two files "
+                            "do not belong together: fetch or build the basis again."
+                        )
     except (SafetensorError, OSError) as error:
         raise BadFileError(
             f"{file}: cannot be read ({error}). The file is missing, truncated or no safetensors file: fetch or build "
@@ -232,10 +254,19 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]]) -> None:
         ) from error
 
 
-def _expected(shape: dict[str, int]) -> dict[str, list[int | None]]:
+def _expected(shape: dict[str, int], precision: str | None) -> dict[str, list[int | None]]:
     core = [shape["k_out"], shape["k_in"]]
     expected: dict[str, list[int | None]] = {
         "U": [shape["out"], shape["k_out"]], "V": [shape["k_in"], shape["in"]], "M": [*core], "core_rms": [*core],
         "cores": [None, *core], "spectrum_out": [None], "spectrum_in": [None],
     }  # fmt: skip
+    if precision == "int8":
+        expected |= {SCALES["U"]: [shape["k_out"]], SCALES["V"]: [shape["k_in"]]}
     return expected | ({"G": [shape["directions"], *core]} if shape.get("directions") else {})
+
+
+def _kind(key: str, precision: str | None) -> str | None:
+    """The dtype, in safetensors' word, that a tensor has to have; None where any float will do."""
+    if precision is None or key not in (*SCALES, *SCALES.values()):
+        return None
+    return "F32" if key in SCALES.values() else KINDS[PRECISIONS[precision]]

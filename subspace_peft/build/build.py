@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from .fleet import Fleet, facts, gather
 from .generic import build_generic
 from .held_out import left_out_energy, wanted
 from .hosvd import Pair, exact, factor_pca, hosvd
-from .memory_plan import Plan, parse_size
+from .memory_plan import Plan, cost, parse_size
+from .processes import Team, together
 from .reading import Reader
 from .resume import WorkFolder
+from .shares import collect, divide
 from .statistics import certificate, module_basis
 from .streaming import ModuleStack, compress
 
@@ -89,58 +91,92 @@ def build_basis(
     Small stacks of updates are decomposed exactly, in float64; large ones by block power iteration, products in float32. What that
     can have missed is bounded: ``basis.info["measured"]["certificates"]`` holds per module the energy kept beside the bound.
 
+    In a script that `accelerate launch` (or torchrun) started as several processes, all of them have to call this, with the same
+    arguments. They divide the reading of files and the modules among them, and each returns the whole basis, with the bytes that
+    one process with as many threads would have given it. `max_memory` is each process's own. Disks need not be shared.
+
     Returns:
         A basis in memory, float32, every tensor's sign fixed: same bytes from same inputs on one platform.
 
     Raises:
         SourceError: bad sources; lists all of them.
         SubspaceError: arguments that clash; too little memory, with the least that suffices.
+        ProcessError: another process of the build has failed or gone; names it.
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
-    _check_arguments(k, k_in, builder, weights, directions)
-    memory = parse_size(max_memory)
-    arguments = {
-        "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
-        "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
-    }  # fmt: skip
-    if builder in ("random", "base-weights"):
-        return build_generic(
-            builder, sources=sources, like=like, base_model=base_model, target_modules=target_modules,
-            k=k, k_in=k_in, directions=directions, seed=seed, token=token, progress=progress, arguments=arguments,
-            allow_bin=allow_bin, skip_bad=skip_bad,
+    with together() as team:
+        _check_arguments(k, k_in, builder, weights, directions)
+        arguments = {
+            "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
+            "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
+        }  # fmt: skip
+        if builder in ("random", "base-weights"):
+            return build_generic(
+                builder, sources=sources, like=like, base_model=base_model, target_modules=target_modules,
+                k=k, k_in=k_in, directions=directions, seed=seed, token=token, progress=progress and team.main,
+                arguments=arguments, allow_bin=allow_bin, skip_bad=skip_bad,
+            )  # fmt: skip
+        if sources is None:
+            raise SubspaceError(f"The builder {builder!r} needs source adapters; pass their folders or Hub ids.")
+        memory = parse_size(max_memory)
+        fleet = gather(
+            sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model,
+            team=team,
         )  # fmt: skip
-    if sources is None:
-        raise SubspaceError(f"The builder {builder!r} needs source adapters; pass their folders or Hub ids.")
-    fleet = gather(
-        sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
-    )  # fmt: skip
+        found = _build_modules(
+            fleet, team, memory, arguments, leave_one_out=leave_one_out, work_folder=work_folder, progress=progress
+        )
+        modules = {name: module for name, (module, _) in found.items()}
+        info = _info(fleet, builder, arguments, modules, {name: known for name, (_, known) in found.items()})
+        return SubspaceBasis(modules, info)
+
+
+def _build_modules(
+    fleet: Fleet,
+    team: Team,
+    memory: int,
+    arguments: Mapping[str, Any],
+    *,
+    leave_one_out: bool | None,
+    work_folder: str | Path | None,
+    progress: bool,
+) -> dict[str, tuple[ModuleBasis, dict[str, Any]]]:
+    """All modules' bases and what is known of them, each built by one process of the team."""
+    builder, k, k_in = (arguments[key] for key in ("builder", "k", "k_in"))
+    keep_cores = arguments["keep_cores"]
     if keep_cores is None:
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
     held_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
-    plan = Plan(fleet, builder, k, k_in, weights, memory)
+    plan = Plan(fleet, builder, k, k_in, arguments["weights"], memory)
     kept = None
     if work_folder is not None:
         made_with = {**arguments, "keep_cores": keep_cores, "leave_one_out": held_out}
         kept = WorkFolder(Path(work_folder), fleet.sources, made_with)
+        team.marker = kept.folder / f"failed-{team.run}" if team.count > 1 else None
     # what an interrupted build finished is not read again
     done = {name: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None}
+    mine, owners = divide(team, {name: cost(plan.module(name)) for name in fleet.modules}, done)
     reader = Reader(fleet.sources, plan.held)
     bar = tqdm(
-        total=len(fleet.modules), desc="building", unit="module", delay=2, initial=len(done), disable=not progress
-    )
+        total=len(fleet.modules), desc="building", unit="module", delay=2, initial=len(fleet.modules) - len(mine),
+        disable=not (progress and team.main),
+    )  # fmt: skip
     with bar:
-        for group in reader.groups([name for name in fleet.modules if name not in done]):
+        for group in reader.groups(mine):
+            if team.stopped():
+                break
             reader.hold(group)
             for name in group:
+                if team.stopped():
+                    break
                 done[name] = _build_module(
-                    plan, reader, name, k, k_in, alternations, directions=directions, keep_cores=keep_cores,
-                    held_out=held_out,
+                    plan, reader, name, k, k_in, arguments["alternations"], directions=arguments["directions"],
+                    keep_cores=keep_cores, held_out=held_out,
                 )  # fmt: skip
                 if kept is not None:
                     kept.put(name, *done[name])
                 bar.update()
-    modules = {name: done[name][0] for name in fleet.modules}
-    return SubspaceBasis(modules, _info(fleet, builder, arguments, modules, {n: done[n][1] for n in fleet.modules}))
+    return collect(team, owners, done)
 
 
 def _build_module(

@@ -15,8 +15,10 @@ from tqdm import tqdm
 from ..basis.reference import same_model
 from ..errors import SourceError
 from .duplicates import drawn, duplicates
+from .processes import ALONE, Team
 from .reading import scan
 from .references import expand
+from .scanned import share_scans, skim
 from .seed_groups import seed_groups
 from .sources import IN_MEMORY, Source, open_source
 
@@ -74,8 +76,12 @@ def gather(
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
     keep_duplicates: bool = False,
+    team: Team = ALONE,
 ) -> Fleet:
     """Open every source and check it against the others.
+
+    The processes of one machine divide the reading of the files among them; each machine reads all of them once, so that files of
+    machines that share no disk are held against one another by their sha256.
 
     Args:
         references: what `expand` takes, one or a list of them.
@@ -83,26 +89,39 @@ def gather(
         partial: allow modules that only some of the sources adapt.
         allow_bin, base_model: as in `open_source`.
         keep_duplicates: leave it to the caller to look at them.
+        team: the processes that do this together; each returns the same.
 
     Raises:
         SourceError: no usable source, or bad ones; lists them all.
     """
-    opened: list[Source] = []
-    sketches: dict[int, torch.Tensor] = {}
+    found_open: dict[int, Source] = {}
+    measured: dict[int, torch.Tensor] = {}
+    reasons: dict[int, str] = {}
     listed, bad = expand(references, token=token)
     count = len(listed) + len(bad)
-    bar = tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not progress)
+    neighbours = team.neighbours
+    bar = tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not (progress and team.main))
     for number, reference in enumerate(bar, 1):
         try:
             source = open_source(reference, token=token, allow_bin=allow_bin, base_model=base_model)
             if source.location == IN_MEMORY:
                 source.location = f"{IN_MEMORY}, number {number}"
-            sketches[id(source)] = _measure(source)
-            opened.append(source)
+            if team.index == neighbours[number % len(neighbours)]:
+                measured[number] = _measure(source)
+            else:
+                skim(source)
+            found_open[number] = source
         except SourceError as error:
-            name = reference if isinstance(reference, (str, Path)) else type(reference).__name__
-            bad.append({"name": str(name), "location": str(name), "reason": str(error)})
+            reasons[number] = str(error)
     drawn.cache_clear()
+    if team.count > 1:
+        share_scans(team, [_named(reference) for reference in listed], found_open, measured, reasons)
+    for number in sorted(reasons):
+        found_open.pop(number, None)
+        name = _named(listed[number - 1])
+        bad.append({"name": name, "location": name, "reason": reasons[number]})
+    opened = [found_open[number] for number in sorted(found_open)]
+    sketches = {id(source): measured[number] for number, source in found_open.items()}
     _unify_modules(opened)
     found = _misfits(opened, partial)
     if not keep_duplicates:
@@ -124,6 +143,10 @@ def gather(
     _unify_names(opened)
     modules = list(dict.fromkeys(module for source in opened for module in source.keys))
     return Fleet(opened, modules, seed_groups(opened, modules), bad)
+
+
+def _named(reference: Any) -> str:
+    return str(reference) if isinstance(reference, (str, Path)) else type(reference).__name__
 
 
 def _measure(source: Source) -> torch.Tensor:

@@ -124,3 +124,9 @@ class Plan:
             leading=self.k,
             width=min(width_of(self.k, columns), columns, max(out, inner)),
         )  # fmt: skip
+
+
+def cost(task: Module) -> float:
+    """How the work grows: (out + in)·ranks·min(ranks, dimension), streamed (out + in)·ranks·width."""
+    ranks = sum(task.ranks)
+    return float(sum(d * ranks * (min(d, ranks) if task.exact else task.width) for d in task.shape))

@@ -11,7 +11,7 @@ from torch import nn
 
 from .fleet import gather
 from .hosvd import exact, hosvd
-from .memory_plan import Module, Plan, parse_size
+from .memory_plan import Module, Plan, cost, parse_size
 from .streaming import ModuleStack, compress
 
 TIMED_SOURCES = 16
@@ -104,7 +104,7 @@ def _seconds(plan: Plan, tasks: dict[str, Module], k: int | float, k_in: int | N
     """Of each kind, exact and streamed, one module of a few sources is built and timed; the rest follows from how the work grows."""
     total = 0.0
     for exactly in (True, False):
-        costs = {name: _cost(task) for name, task in tasks.items() if task.exact == exactly}
+        costs = {name: cost(task) for name, task in tasks.items() if task.exact == exactly}
         if not costs:
             continue
         name = min(costs, key=costs.__getitem__)
@@ -119,7 +119,7 @@ def _seconds(plan: Plan, tasks: dict[str, Module], k: int | float, k_in: int | N
             stack = ModuleStack(pairs.__getitem__, some.ranks, some.shape, some.scales, some.weights, some.energy)
             began = time.perf_counter()
             hosvd(compress(stack, some.width, leading=some.leading), plan.k, k_in, alternations)
-        total += (time.perf_counter() - began) * sum(costs.values()) / _cost(some)
+        total += (time.perf_counter() - began) * sum(costs.values()) / cost(some)
     return total
 
 
@@ -128,9 +128,3 @@ def _first(task: Module, count: int) -> Module:
     lists = ("members", "ranks", "norms", "votes", "scales", "weights", "weighted")
     cut = {name: getattr(task, name)[:count] for name in lists}
     return replace(task, **cut, energy=sum(energies[:count]))
-
-
-def _cost(task: Module) -> float:
-    """How the work grows: (out + in)·ranks·min(ranks, dimension), streamed (out + in)·ranks·width."""
-    ranks = sum(task.ranks)
-    return float(sum(d * ranks * (min(d, ranks) if task.exact else task.width) for d in task.shape))

@@ -10,6 +10,7 @@ from torch import nn
 from ..basis import SubspaceBasis
 from ..errors import SourceError, SubspaceError
 from .build import build_basis
+from .processes import together
 from .sources import IN_MEMORY, Source, open_source
 
 ARGUMENTS = ("k", "k_in", "weights", "alternations", "directions", "seed", "keep_cores", "partial")
@@ -38,6 +39,19 @@ def rebuild_basis(
         SourceError: sources that are gone, that are others than they were, or that only ever were in memory; lists all of them.
         SubspaceError: the config does not say how the basis was built.
     """
+    # what one process cannot find has to reach the others before they wait for it
+    with together():
+        return _rebuild(basis, base_model, max_memory, work_folder, token, progress)
+
+
+def _rebuild(
+    basis: SubspaceBasis | str | Path,
+    base_model: nn.Module | None,
+    max_memory: int | str,
+    work_folder: str | Path | None,
+    token: str | bool | None,
+    progress: bool,
+) -> SubspaceBasis:
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
     build, builder = old.info.get("build"), old.info.get("builder")
     if not isinstance(build, dict) or not builder:
@@ -53,7 +67,7 @@ def rebuild_basis(
             directions=build.get("directions", 0), seed=build.get("seed", 0), progress=progress,
         )  # fmt: skip
         new.info["build"] = build
-        return new
+        return new.to_precision(old.precision or "float32")
     found, problems = sources_on_record(old, base_model=base_model, token=token)
     if problems or not found:
         lines = "\n  ".join(problems) or "no source is on record"
@@ -65,7 +79,7 @@ def rebuild_basis(
     )  # fmt: skip
     new.info["skipped"] = old.info.get("skipped", [])
     new.info["build"] = build
-    return new
+    return new.to_precision(old.precision or "float32")
 
 
 def sources_on_record(

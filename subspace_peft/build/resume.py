@@ -80,12 +80,11 @@ class WorkFolder:
 
 def forget(folder: Path) -> None:
     """Remove what builds have kept in `folder`, and the folder itself if nothing else lies in it."""
-    if not folder.is_dir():
-        return
-    for entry in folder.iterdir():
-        if entry.is_dir() and OURS.fullmatch(entry.name):
-            shutil.rmtree(entry, ignore_errors=True)
+    # several processes may do so at once
     with contextlib.suppress(OSError):
+        for entry in list(folder.iterdir()):
+            if entry.is_dir() and OURS.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True)
         folder.rmdir()
 
 

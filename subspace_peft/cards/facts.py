@@ -97,6 +97,8 @@ class BasisFacts:
     task_type: str | None = None
     energy_kept: float | None = None
     energy_random: float | None = None
+    precision: str | None = None
+    energy_lost: float | None = None
     sources: tuple[SourceFacts, ...] = ()
     version: str | None = None
 

@@ -48,6 +48,7 @@ def basis_card(facts: BasisFacts) -> Card:
         "\n".join(
             [f"- fingerprint: `{facts.fingerprint}`"]
             + ([f"- builder: `{facts.builder}`"] if facts.builder else [])
+            + ([_precision(facts)] if facts.precision else [])
             + ([f"- saved by subspace_peft {facts.version}"] if facts.version else [])
         ),
         section("Use", _basis_snippet(facts), REMEDY),
@@ -65,6 +66,11 @@ def basis_card(facts: BasisFacts) -> Card:
         parts.append(section("Left out", table(["source", "why"], rows)))
     front = front_matter("basis", facts.base)
     return Card(facts.place.name, "\n\n".join(parts), front)
+
+
+def _precision(facts: BasisFacts) -> str:
+    lost = "" if facts.energy_lost is None else f", which loses {facts.energy_lost:.2g} of the energy below"
+    return f"- stored as `{facts.precision}`{lost}; given in float32"
 
 
 def _basis_snippet(facts: BasisFacts) -> str:

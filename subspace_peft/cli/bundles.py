@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
-from .verbs import _json, _number
+from .verbs import number, print_json
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
@@ -100,7 +100,7 @@ def extract(args: Namespace) -> int:
         revision=args.revision, progress=not args.quiet,
     )  # fmt: skip
     if args.json:
-        return _json({folder.name: str(folder) for folder in folders})
+        return print_json({folder.name: str(folder) for folder in folders})
     for folder in folders:
         print(folder)
     return 0
@@ -112,11 +112,11 @@ def compress(args: Namespace) -> int:
     from ..bundle import compress_fleet
 
     report = compress_fleet(
-        args.loras, args.basis, args.out, min_energy=_number(args.min_energy), residual=args.residual, skip_bad=args.skip_bad,
+        args.loras, args.basis, args.out, min_energy=number(args.min_energy), residual=args.residual, skip_bad=args.skip_bad,
         check_base_model=not args.no_base_check, dtype=getattr(torch, args.dtype), progress=not args.quiet,
     )  # fmt: skip
     if args.json:
-        return _json(report.to_dict())
+        return print_json(report.to_dict())
     for each in report.adapters:
         if each.refused or each.total is None:
             print(f"{each.location}: left out: {each.refused}")
@@ -153,7 +153,7 @@ def _list(found: Any, args: Namespace, wrong: dict[str, str] | None = None) -> i
 
     if args.json:
         tasks = {name: {**asdict(found[name]), "problem": (wrong or {}).get(name)} for name in found}
-        _json(
+        print_json(
             {"location": found.location, "revision": found.revision, "fingerprint": found.fingerprint, "tasks": tasks}
         )
         return 1 if wrong else 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import sys
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import bundles, verbs
+from . import building, bundles, verbs
 from .bundles import DTYPES, add_bundle
 
 
@@ -23,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
     build = add(
         "build",
         help="build a basis from LoRA adapters",
-        description="Build a basis from LoRA adapters. Interrupted, the same command goes on from the modules kept in FOLDER.partial.",
+        description="Build a basis from LoRA adapters. Interrupted, the same command goes on from the modules kept in FOLDER.partial. "
+        "Started by `accelerate launch -m subspace_peft build …`, processes and machines divide the work.",
     )
     build.add_argument(
         "sources", nargs="*", metavar="ADAPTER",
@@ -56,6 +59,10 @@ def parser() -> argparse.ArgumentParser:
     )
     build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
     build.add_argument("--seed", type=int, default=0)
+    build.add_argument(
+        "--precision", choices=["float32", "bfloat16", "float16", "int8"],
+        help="what U and V are stored as (default: float32); the basis says what of the energy that loses",
+    )  # fmt: skip
     build.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
     build.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
     build.add_argument("--partial", action="store_true", help="allow modules that only some sources adapt")
@@ -63,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-memory", default="2GB", metavar="SIZE",
         help="what building may take beside the interpreter (default: %(default)s); the basis is the same whatever it is",
     )  # fmt: skip
-    build.set_defaults(run=verbs.build)
+    build.set_defaults(run=building.build)
 
     look = add(
         "inspect", help="say what a basis or a task is", description="Say what a basis or a task is; verify it."
@@ -228,9 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted; nothing half-written is left behind{again}", file=sys.stderr)
         return 130
     except Exception as error:
-        from ..errors import SubspaceError
+        from ..errors import ProcessError, SubspaceError
 
         if not isinstance(error, (SubspaceError, OSError)):
             raise
-        print(f"subspace-peft {arguments.verb}: {error}", file=sys.stderr)
+        # of several processes that a launcher started, the one that failed speaks for itself, and the first of the others for the rest
+        rank = int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
+        if not (rank and isinstance(error, ProcessError)):
+            who = "" if rank is None else f", process {rank} of {os.environ['WORLD_SIZE']} on {platform.node()}"
+            print(f"subspace-peft {arguments.verb}{who}: {error}", file=sys.stderr)
         return 1

@@ -7,101 +7,9 @@ import importlib.util
 import json
 import math
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
-
-
-def build(args: Namespace) -> int:
-    from ..basis import SubspaceBasis
-    from ..build import build_basis
-    from ..build.resume import forget
-
-    if args.out is None and not args.dry_run:
-        raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
-    base = _base_model(args)
-    if args.dry_run:
-        return _plan(args, base)
-    out = Path(args.out).expanduser()
-    unfinished = out.with_name(f"{out.name}.partial") if out.name else None
-    if args.from_config:
-        return _rebuild(args, base, out, unfinished)
-    basis = build_basis(
-        args.sources or None,
-        k=_number(args.k),
-        k_in=args.k_in,
-        builder=args.builder,
-        like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
-        weights=args.weights,
-        alternations=args.alternations,
-        directions=args.directions,
-        leave_one_out=args.leave_one_out,
-        base_model=base,
-        target_modules=args.target_modules,
-        seed=args.seed,
-        skip_bad=args.skip_bad,
-        partial=args.partial,
-        allow_bin=args.allow_bin,
-        max_memory=args.max_memory,
-        work_folder=unfinished,
-        progress=not args.quiet,
-    )
-    basis.save_pretrained(out)
-    if unfinished is not None:
-        forget(unfinished)
-    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
-
-
-def _rebuild(args: Namespace, base: Any, out: Path, unfinished: Path | None) -> int:
-    from ..basis import SubspaceBasis
-    from ..build import rebuild_basis
-    from ..build.resume import forget
-
-    if args.sources:
-        raise SubspaceError("--from-config takes the sources on record; leave the others out.")
-    old = SubspaceBasis.from_pretrained(args.from_config)
-    new = rebuild_basis(
-        old, base_model=base, max_memory=args.max_memory, work_folder=unfinished, progress=not args.quiet
-    )  # fmt: skip
-    new.save_pretrained(out)
-    if unfinished is not None:
-        forget(unfinished)
-    if not args.json:
-        other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
-        print(f"built again; the fingerprint {'is the one on record' if new == old else other}")
-    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
-
-
-def _plan(args: Namespace, base: Any) -> int:
-    from ..build import plan_build
-
-    if args.builder in ("random", "base-weights"):
-        raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
-    plan = plan_build(
-        args.sources, k=_number(args.k), k_in=args.k_in, alternations=args.alternations, partial=args.partial,
-        allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base, progress=not args.quiet,
-    )  # fmt: skip
-    refused = bool(plan.skipped) and not args.skip_bad
-    if args.json:
-        _json(plan.to_dict())
-        return int(refused)
-    for entry in plan.sources:
-        print(
-            f"  {entry['name']}: {entry['location']}, ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, "
-            f"seed group {entry['seed_group']}"
-        )
-    for entry in plan.skipped:
-        print(f"  {'would be refused' if refused else 'would be left out'}: {entry['reason']}")
-    for name, size in plan.modules.items():
-        print(
-            f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k {size['k_out']}, {size['k_in']}"
-        )
-    print(
-        f"{len(plan.sources)} sources of {plan.base_model}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes to read, "
-        f"{plan.bytes_of_basis:,} bytes of basis, about {plan.memory:,} bytes of memory and {plan.seconds:.1f} seconds"
-    )
-    return int(refused)
 
 
 def inspect(args: Namespace) -> int:
@@ -109,7 +17,7 @@ def inspect(args: Namespace) -> int:
 
     facts = inspect_path(args.path, verify=not args.no_verify)
     if args.json:
-        return _json(facts)
+        return print_json(facts)
     if facts["kind"] == "task":
         hidden = {"update_norms"}
         _table({key: value for key, value in facts.items() if key not in hidden})
@@ -121,6 +29,12 @@ def inspect(args: Namespace) -> int:
     )
     if "energy_kept" in facts:
         print(f"energy kept {facts['energy_kept']:.4f}; a random basis of equal size {facts['energy_random']:.4f}")
+    if facts["precision"]:
+        lost = facts["precision"]
+        print(
+            f"stored as {lost['stored']}, which loses {lost['energy_lost']:.2g} of that energy (at most {lost['energy_lost_at_most']:.2g} of "
+            "any update's)"
+        )
     if "energy_left_out" in facts:
         print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
     for source in facts["sources"]:
@@ -137,7 +51,7 @@ def validate(args: Namespace) -> int:
 
     facts = validate_basis(args.basis)
     if args.json:
-        _json(facts)
+        print_json(facts)
         return int(bool(facts["problems"]))
     for problem in facts["problems"]:
         print(f"  {problem}")
@@ -153,10 +67,10 @@ def analyze(args: Namespace) -> int:
     from ..report import analyze_fleet
 
     found = analyze_fleet(
-        args.sources, basis=args.basis, allow_bin=args.allow_bin, base_model=_base_model(args), progress=not args.quiet
+        args.sources, basis=args.basis, allow_bin=args.allow_bin, base_model=base_model(args), progress=not args.quiet
     )
     if args.json:
-        return _json(found.to_dict())
+        return print_json(found.to_dict())
     for entry in found.sources:
         line = f"  {entry['name']}: ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, seed group {entry['seed_group']}"
         if "nearest" in entry:
@@ -180,7 +94,7 @@ def report(args: Namespace) -> int:
         raise SubspaceError("A report's figures need matplotlib: pip install subspace-peft[report].")
     found = report_basis(
         args.basis, args.fleet, sample=args.sample, modules=args.modules, seed=args.seed, allow_bin=args.allow_bin,
-        base_model=_base_model(args), progress=not args.quiet,
+        base_model=base_model(args), progress=not args.quiet,
     )  # fmt: skip
     page = found.save(args.out)
     if args.json:
@@ -193,7 +107,7 @@ def report(args: Namespace) -> int:
     return 0
 
 
-def _base_model(args: Namespace) -> Any:
+def base_model(args: Namespace) -> Any:
     if not args.base_model:
         return None
     from transformers import AutoModel
@@ -209,7 +123,7 @@ def project(args: Namespace) -> int:
     if args.out:
         facts["out"] = str(projection.save_pretrained(args.out))
     if args.json:
-        return _json(facts)
+        return print_json(facts)
     for name, share in projection.energy.items():
         print(f"  {share:.4f}  {name}")
     print(
@@ -222,13 +136,13 @@ def project(args: Namespace) -> int:
 def export_lora(args: Namespace) -> int:
     from ..convert import export_lora as export
 
-    pad = args.pad_to if args.pad_to in (None, "vllm") else _number(args.pad_to)
+    pad = args.pad_to if args.pad_to in (None, "vllm") else number(args.pad_to)
     result = export(
         args.task, args.out, basis=args.basis, rank=args.rank, pad_to=pad,
         modules_to_save=False if args.no_modules_to_save else None,
     )  # fmt: skip
     if args.json:
-        return _json(result.to_dict())
+        return print_json(result.to_dict())
     print(
         f"{result.folder}: LoRA r={result.rank} for {result.modules} modules, {result.bytes:,} bytes, "
         f"{result.energy_kept:.6f} of the update's energy"
@@ -281,7 +195,7 @@ def cache(args: Namespace) -> int:
             kept.remove(entry)
         facts.append(fact)
     if args.json:
-        _json(facts)
+        print_json(facts)
     elif not facts:
         print("The cache is empty.")
     else:
@@ -298,7 +212,7 @@ def demo(args: Namespace) -> int:
     from ..demo import run_demo
 
     results = run_demo(args.out, seed=args.seed, quick=args.quick, progress=not args.quiet)
-    return _json(results) if args.json else 0
+    return print_json(results) if args.json else 0
 
 
 def copy(args: Namespace) -> int:
@@ -307,12 +221,12 @@ def copy(args: Namespace) -> int:
     if args.recipe is None:
         known = list_recipes()
         if args.json:
-            return _json(known)
+            return print_json(known)
         _table(known)
         return 0
     file = copy_recipe(args.recipe, args.out, force=args.force)
     if args.json:
-        return _json({"file": str(file)})
+        return print_json({"file": str(file)})
     print(file)
     return 0
 
@@ -324,7 +238,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _number(text: str) -> int | float:
+def number(text: str) -> int | float:
     try:
         return int(text)
     except ValueError:
@@ -334,7 +248,7 @@ def _number(text: str) -> int | float:
         raise SubspaceError(f"{text!r} is no number.") from None
 
 
-def _json(facts: dict[str, Any]) -> int:
+def print_json(facts: dict[str, Any]) -> int:
     print(json.dumps(facts, indent=2, default=str))
     return 0
 

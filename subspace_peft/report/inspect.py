@@ -60,6 +60,7 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
         "k": basis.describe_k(),
         "frozen_numbers": sum(s["k_out"] * s["out"] + s["k_in"] * s["in"] for s in shapes.values()),
         "core_numbers_per_task": sum(s["k_out"] * s["k_in"] for s in shapes.values()),
+        "precision": basis.info.get("precision"),
         "bytes": None if basis.file is None else basis.file.stat().st_size,
         "sources": basis.info.get("sources", []),
         "skipped": basis.info.get("skipped", []),

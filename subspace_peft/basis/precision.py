@@ -1,0 +1,198 @@
+"""Bases stored in fewer bits: what is written, what comes back, and what that loses of the energy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import BadFileError, SubspaceError
+from .module import FLOAT_DTYPES, ModuleBasis, tensor_bytes
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+# largest entry of |UᵀU − 1| that stored directions may have; int8 of a direction with one entry far above the others comes close
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.int8: 1e-1}
+SIDES = ("U", "V")
+SCALES = {"U": "U_scale", "V": "V_scale"}
+KINDS = {**FLOAT_DTYPES, torch.int8: "I8"}  # in safetensors' words
+STEPS = 127
+
+
+class StoredModules(Mapping[str, ModuleBasis]):
+    """Modules held as they are stored, each made into float32 when it is asked for."""
+
+    def __init__(self, precision: str, modules: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self.precision, self.modules = precision, modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.modules
+
+    def __getitem__(self, name: str) -> ModuleBasis:
+        return restored(self.modules[name], self.precision, name)
+
+    def shapes(self) -> dict[str, dict[str, int]]:
+        return {
+            name: {
+                "out": each["U"].shape[0], "in": each["V"].shape[1], "k_out": each["U"].shape[1], "k_in": each["V"].shape[0],
+                "directions": len(each["G"]) if "G" in each else 0,
+            }
+            for name, each in self.modules.items()
+        }  # fmt: skip
+
+    def stored(self, name: str) -> Mapping[str, torch.Tensor]:
+        return self.modules[name]
+
+    def digests(self) -> dict[str, str]:
+        return {name: stored_digest(tensors) for name, tensors in self.modules.items()}
+
+
+def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """A module's tensors as they are stored, and what that loses.
+
+    U and V are rounded: to the dtype, or to int8 with one float32 scale per direction (its largest entry becomes 127). All that is of a
+    core's size stays float32; M, G and the sources' cores are turned to the directions that come back, so that they stay the
+    least-squares optimum there.
+
+    Returns:
+        The tensors by their names in the file, and ``orthonormality``: the largest entry of |UᵀU − 1| and |VVᵀ − 1| as stored,
+        ``energy_lost``: share of the energy of cores of RMS `core_rms` (of equal entries where there is none) that the stored directions
+        do not keep, and ``energy_lost_at_most``: the same of whatever lies in the basis.
+
+    Raises:
+        SubspaceError: rounding leaves too little of the directions; names the module.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    for side in SIDES:
+        directions = getattr(module, side).float()
+        if precision == "int8":
+            stored[side], stored[SCALES[side]] = _to_int8(directions, dim=0 if side == "U" else 1)
+        else:
+            stored[side] = directions.to(PRECISIONS[precision])
+    new, off = {}, 0.0
+    for side in SIDES:
+        new[side], error = _orthonormal(stored, side)
+        off = max(off, error)
+    if not off <= TOLERANCE[PRECISIONS[precision]]:
+        raise SubspaceError(
+            f"Module {name!r}: stored as {precision} its directions would be off orthonormal by {off:.2g} (at most "
+            f"{TOLERANCE[PRECISIONS[precision]]:g}): a few of their entries are far larger than the others. Choose bfloat16 or float32."
+        )
+    # cosines between the old and the new directions
+    left = new["U"].T.double() @ module.U.double()
+    right = module.V.double() @ new["V"].T.double()
+    rms = torch.ones(module.k_out, module.k_in) if module.core_rms is None else module.core_rms
+    energy = rms.double().square()
+    kept = left.square().sum(0) @ energy @ right.square().sum(1)
+    worst = [float(torch.linalg.svdvals(each)[-1]) ** 2 for each in (left, right)]
+    for key in ("M", "G", "cores"):
+        if (value := getattr(module, key)) is not None:
+            turned = left @ value.double() @ right
+            if key == "G":
+                norms = turned.flatten(1).norm(dim=1)[:, None, None]
+                turned = turned / norms.clamp_min(1e-300)
+            stored[key] = turned.float().contiguous()
+    for key in ("core_rms", "spectrum_out", "spectrum_in"):
+        if (value := getattr(module, key)) is not None:
+            stored[key] = value.float()
+    return stored, {
+        "orthonormality": off,
+        "energy_lost": max(0.0, 1 - float(kept / energy.sum().clamp_min(1e-300))),
+        "energy_lost_at_most": max(0.0, 1 - worst[0] * worst[1]),
+    }
+
+
+def restored(stored: Mapping[str, torch.Tensor], precision: str, name: str) -> ModuleBasis:
+    """The module that stored tensors stand for, float32, U and V made orthonormal again.
+
+    ``U (UᵀU)^(−1/2)`` is the orthonormal matrix nearest to U (Löwdin 1950; Higham 1986, polar decomposition): unlike QR it favours
+    no direction over another. It is made in float64 from the stored bytes, so it is the same every time on one platform.
+
+    Raises:
+        BadFileError: dtypes or scales that this precision does not have, or directions that it does not explain; names the module.
+    """
+    problem = stored_problem(stored, precision)
+    if problem is not None:
+        raise BadFileError(f"module {name!r}: {problem}. The file is damaged: fetch or build it again.")
+    sides = {}
+    for side in SIDES:
+        sides[side], off = _orthonormal(stored, side)
+        if not off <= TOLERANCE[PRECISIONS[precision]]:
+            raise BadFileError(
+                f"module {name!r}: {side} is not orthonormal: its Gram matrix is off by {off:.2g} (at most "
+                f"{TOLERANCE[PRECISIONS[precision]]:g} as {precision}). The file is damaged: fetch or build it again."
+            )
+    others = {key: value for key, value in stored.items() if key not in (*SIDES, *SCALES.values())}
+    return ModuleBasis(**sides, **others)
+
+
+def stored_problem(stored: Mapping[str, torch.Tensor], precision: str) -> str | None:
+    """What is wrong with the dtypes, shapes and scales of a module's stored tensors, or None."""
+    for side in SIDES:
+        value, scale = stored[side], stored.get(SCALES[side])
+        if value.dtype != PRECISIONS[precision]:
+            return f"{side} has dtype {value.dtype}, and the config says {precision}"
+        if value.dim() != 2:
+            return f"{side} has shape {tuple(value.shape)}"
+        if precision != "int8":
+            if not torch.isfinite(value).all():
+                return f"{side} holds NaN or infinite values"
+            continue
+        count = value.shape[1 if side == "U" else 0]
+        if scale is None:
+            return f"{side} is int8 and has no {SCALES[side]}"
+        if scale.dtype != torch.float32 or tuple(scale.shape) != (count,):
+            return f"{SCALES[side]} is {scale.dtype} of shape {tuple(scale.shape)}, not float32 of ({count},)"
+        if not (torch.isfinite(scale) & (scale > 0)).all():
+            return f"{SCALES[side]} holds values that are no positive numbers"
+    return None
+
+
+def stored_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 (hex) of a module as it is stored: `ModuleBasis.digest` of these tensors, int8 among them."""
+    total = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        total.update(f"{key}:{KINDS[value.dtype]}:{list(value.shape)};".encode())
+        total.update(tensor_bytes(value))
+    return total.hexdigest()
+
+
+def _to_int8(directions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = directions.abs().amax(dim).clamp_min(1e-30) / STEPS
+    steps = directions / scale.unsqueeze(dim)
+    return steps.round().clamp(-STEPS, STEPS).to(torch.int8), scale
+
+
+def _orthonormal(stored: Mapping[str, torch.Tensor], side: str) -> tuple[torch.Tensor, float]:
+    """Float32 directions from stored ones, and how far these were from orthonormal (infinite where they span too little)."""
+    columns = stored[side].double()
+    scale = stored.get(SCALES[side])
+    if scale is not None:
+        columns = columns * (scale.double() if side == "U" else scale.double()[:, None])
+    columns = columns if side == "U" else columns.T
+    gram = columns.T @ columns
+    off = float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
+    values, vectors = torch.linalg.eigh(gram) if off < 1 else (gram.new_zeros(1), gram)
+    if float(values[0]) <= 0:
+        return columns.float(), float("inf")
+    made = (columns @ (vectors * values.rsqrt()) @ vectors.T).float()
+    return (made if side == "U" else made.T).contiguous(), off
+
+
+def summary(precision: str, fingerprint: str, lost: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What a basis's ``info["precision"]`` holds: energies as means over modules, the others as their worst."""
+    each = list(lost.values())
+    return {
+        "stored": precision,
+        "of": fingerprint,
+        "energy_lost": sum(one["energy_lost"] for one in each) / len(each),
+        "energy_lost_at_most": max(one["energy_lost_at_most"] for one in each),
+        "orthonormality": max(one["orthonormality"] for one in each),
+    }

@@ -1,0 +1,109 @@
+"""``subspace-peft build``: also in several processes, of which the first writes and prints."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import SubspaceError
+from .verbs import base_model, inspect, number, print_json
+
+if TYPE_CHECKING:
+    from ..basis import SubspaceBasis
+
+
+def build(args: Namespace) -> int:
+    from ..build.processes import together
+    from ..build.resume import forget
+
+    if args.out is None and not args.dry_run:
+        raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
+    out = None if args.dry_run else Path(args.out).expanduser()
+    unfinished = out.with_name(f"{out.name}.partial") if out is not None and out.name else None
+    with together() as team:
+        if out is None:
+            return _plan(args) if team.main else 0
+        said, basis = _rebuilt(args, unfinished) if args.from_config else ("", _built(args, unfinished))
+        if team.main:
+            basis.to_precision(args.precision or basis.precision or "float32").save_pretrained(out)
+        # not before it is written
+        team.exchange()
+        if unfinished is not None and team.index == team.neighbours[0]:
+            forget(unfinished)
+    if not team.main:
+        return 0
+    if said and not args.json:
+        print(said)
+    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
+
+
+def _built(args: Namespace, unfinished: Path | None) -> SubspaceBasis:
+    from ..basis import SubspaceBasis
+    from ..build import build_basis
+
+    return build_basis(
+        args.sources or None,
+        k=number(args.k),
+        k_in=args.k_in,
+        builder=args.builder,
+        like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
+        weights=args.weights,
+        alternations=args.alternations,
+        directions=args.directions,
+        leave_one_out=args.leave_one_out,
+        base_model=base_model(args),
+        target_modules=args.target_modules,
+        seed=args.seed,
+        skip_bad=args.skip_bad,
+        partial=args.partial,
+        allow_bin=args.allow_bin,
+        max_memory=args.max_memory,
+        work_folder=unfinished,
+        progress=not args.quiet,
+    )
+
+
+def _rebuilt(args: Namespace, unfinished: Path | None) -> tuple[str, SubspaceBasis]:
+    from ..basis import SubspaceBasis
+    from ..build import rebuild_basis
+
+    if args.sources:
+        raise SubspaceError("--from-config takes the sources on record; leave the others out.")
+    old = SubspaceBasis.from_pretrained(args.from_config)
+    new = rebuild_basis(
+        old, base_model=base_model(args), max_memory=args.max_memory, work_folder=unfinished, progress=not args.quiet
+    )  # fmt: skip
+    other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
+    return f"built again; the fingerprint {'is the one on record' if new == old else other}", new
+
+
+def _plan(args: Namespace) -> int:
+    from ..build import plan_build
+
+    if args.builder in ("random", "base-weights"):
+        raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
+    plan = plan_build(
+        args.sources, k=number(args.k), k_in=args.k_in, alternations=args.alternations, partial=args.partial,
+        allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base_model(args), progress=not args.quiet,
+    )  # fmt: skip
+    refused = bool(plan.skipped) and not args.skip_bad
+    if args.json:
+        print_json(plan.to_dict())
+        return int(refused)
+    for entry in plan.sources:
+        print(
+            f"  {entry['name']}: {entry['location']}, ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, "
+            f"seed group {entry['seed_group']}"
+        )
+    for entry in plan.skipped:
+        print(f"  {'would be refused' if refused else 'would be left out'}: {entry['reason']}")
+    for name, size in plan.modules.items():
+        print(
+            f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k {size['k_out']}, {size['k_in']}"
+        )
+    print(
+        f"{len(plan.sources)} sources of {plan.base_model}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes to read, "
+        f"{plan.bytes_of_basis:,} bytes of basis, about {plan.memory:,} bytes of memory and {plan.seconds:.1f} seconds"
+    )
+    return int(refused)
