@@ -6,6 +6,7 @@ from .plan import BuildPlan, plan_build
 from .references import expand, expand_or_raise
 from .rerun import rebuild_basis
 from .sources import Source, is_one_source, open_source
+from .update import update_basis
 
 __all__ = [
     "BuildPlan",
@@ -18,4 +19,5 @@ __all__ = [
     "open_source",
     "plan_build",
     "rebuild_basis",
+    "update_basis",
 ]

@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from ..basis import SubspaceBasis
+from .._untrusted import is_sha256
+from ..basis import SubspaceBasis, resolve_basis
 from ..errors import SourceError, SubspaceError
 from .build import build_basis
 from .sources import IN_MEMORY, Source, open_source
+from .update import update_basis
 
+UPDATE_ARGUMENTS = ("add", "add_in", "k", "k_in", "max_drift", "weights", "alternations", "partial")
 ARGUMENTS = ("k", "k_in", "weights", "alternations", "directions", "seed", "keep_cores", "partial")
 
 
@@ -26,7 +29,7 @@ def rebuild_basis(
 ) -> SubspaceBasis:
     """Repeat a build: the same sources, held against their hashes on record, with the same arguments.
 
-    On the platform and with the versions of the first build, the fingerprint is the same; compare the two. Sources that are paths are
+    Of an updated basis the last update is repeated, on the version before it. On the platform and with the versions of the first build, the fingerprint is the same; compare the two. Sources that are paths are
     looked for as they were given, relative ones from the working directory. Those that were left out stay out.
 
     Args:
@@ -54,8 +57,21 @@ def rebuild_basis(
         )  # fmt: skip
         new.info["build"] = build
         return new
+    update = old.info.get("update")
+    if update is None and (old.info.get("version") or 1) != 1:
+        raise SubspaceError(
+            f"{old.location}: version {old.info['version']} was not made from sources alone. Build the version before it again (its "
+            "lineage has the fingerprint), and do to it what was done."
+        )
+    if update is not None:
+        lineage = old.info.get("lineage") or [{}]
+        if not isinstance(update.get("arguments"), dict) or not is_sha256(lineage[-1].get("fingerprint")):
+            raise SubspaceError(f"{old.location}: its basis_config.json has no record of how it was updated.")
+        build = {**build, "allow_bin": update["arguments"].get("allow_bin")}
     found, problems = [], []
     for entry in old.info.get("sources") or []:
+        if update is not None and entry.get("version") != old.info["version"]:
+            continue
         try:
             found.append(_same_source(entry, build, base_model, token))
         except SourceError as error:
@@ -63,6 +79,10 @@ def rebuild_basis(
     if problems or not found:
         lines = "\n  ".join(problems) or "no source is on record"
         raise SourceError(f"{old.location}: {len(problems)} of its sources are not what they were:\n  {lines}")
+    if update is not None:
+        new = _update_again(old, found, base_model=base_model, max_memory=max_memory, token=token, progress=progress)
+        new.info["skipped"] = old.info.get("skipped", [])
+        return new
     given = {key: build[key] for key in ARGUMENTS if key in build}
     new = build_basis(
         found, builder=builder, base_model=base_model, max_memory=max_memory, work_folder=work_folder, token=token,
@@ -71,6 +91,21 @@ def rebuild_basis(
     new.info["skipped"] = old.info.get("skipped", [])
     new.info["build"] = build
     return new
+
+
+def _update_again(old: SubspaceBasis, sources: list[Source], **how: Any) -> SubspaceBasis:
+    arguments, parent = old.info["update"]["arguments"], old.info["lineage"][-1]
+    if arguments.get("tasks"):
+        raise SubspaceError(
+            f"{old.location}: it was fitted to the cores of {arguments['tasks']} tasks as well, which it does not record. Call `update_basis` "
+            "with them again."
+        )
+    before = resolve_basis(
+        parent.get("location"), revision=parent.get("revision"), fingerprint=parent["fingerprint"], token=how["token"]
+    )
+    return update_basis(
+        before, sources, **{key: arguments[key] for key in UPDATE_ARGUMENTS if key in arguments}, **how
+    )
 
 
 def _same_source(

@@ -124,7 +124,7 @@ def inspect(args: Namespace) -> int:
         print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
     for source in facts["sources"]:
         print(
-            f"  {source['name']}: ranks {source['ranks']}, energy kept {source['energy_kept']:.4f}, seed group {source['seed_group']}"
+            f"  {source['name']}: ranks {source['ranks']}, energy kept {_share(source['energy_kept'])}, seed group {source['seed_group']}"
         )
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
@@ -276,6 +276,10 @@ def run(args: Namespace) -> int:
 
     run_script(args.script)
     return 0
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def _number(text: str) -> int | float:
