@@ -14,7 +14,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
-    from .build import build_basis
+    from .build import build_basis, update_basis
     from .bundle import (
         Bundle,
         add_tasks,
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
         extract_task,
         extract_tasks,
         load_task,
+        migrate_bundle,
         open_bundle,
         push_bundle,
     )
-    from .convert import export_lora, project_lora
+    from .convert import export_lora, migrate_task, project_lora
     from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap, load_adapter, save_adapter
     from .tuner.trainer_card import SubspaceCardCallback, write_card
 
@@ -34,6 +35,7 @@ _PLACES = {
     "ModuleBasis": "basis",
     "SubspaceBasis": "basis",
     "build_basis": "build",
+    "update_basis": "build",
     "Bundle": "bundle",
     "add_tasks": "bundle",
     "bundle_tasks": "bundle",
@@ -41,9 +43,11 @@ _PLACES = {
     "extract_task": "bundle",
     "extract_tasks": "bundle",
     "load_task": "bundle",
+    "migrate_bundle": "bundle",
     "open_bundle": "bundle",
     "push_bundle": "bundle",
     "export_lora": "convert",
+    "migrate_task": "convert",
     "project_lora": "convert",
     "SubspaceCardCallback": "tuner.trainer_card",
     "SubspaceConfig": "tuner",
@@ -74,10 +78,13 @@ __all__ = [
     "hotswap",
     "load_adapter",
     "load_task",
+    "migrate_bundle",
+    "migrate_task",
     "open_bundle",
     "project_lora",
     "push_bundle",
     "save_adapter",
+    "update_basis",
     "write_card",
 ]
 

@@ -35,11 +35,14 @@ def shape_problem(name: Any, shape: Any) -> str | None:
 
 def info_problem(info: Mapping[str, Any]) -> str | None:
     """What is wrong with what a basis's config says beside its modules, or None."""
-    kinds = {"builder": str, "build": dict, "measured": dict, "sources": list, "skipped": list, "precision": dict}
+    kinds = {
+        "builder": str, "build": dict, "measured": dict, "sources": list, "skipped": list, "precision": dict, "version": int,
+        "lineage": list, "update": dict, "columns": dict,
+    }  # fmt: skip
     for key, kind in kinds.items():
         if info.get(key) is not None and not isinstance(info[key], kind):
             return f"{key} is a {type(info[key]).__name__}, not a {kind.__name__}"
-    for key in ("sources", "skipped"):
+    for key in ("sources", "skipped", "lineage"):
         if not all(isinstance(entry, dict) for entry in info.get(key) or []):
             return f"{key} lists something that is no object"
     if info.get("precision") is not None:

@@ -6,6 +6,7 @@ from .plan import BuildPlan, plan_build
 from .references import expand, expand_or_raise
 from .rerun import rebuild_basis, sources_on_record
 from .sources import Source, is_one_source, open_source
+from .update import update_basis
 
 __all__ = [
     "BuildPlan",
@@ -19,4 +20,5 @@ __all__ = [
     "plan_build",
     "rebuild_basis",
     "sources_on_record",
+    "update_basis",
 ]

@@ -12,13 +12,14 @@ from tqdm import tqdm
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
 from .factors import Factors
-from .fleet import Fleet, facts, gather
+from .fleet import Fleet, gather
 from .generic import build_generic
 from .held_out import left_out_energy, wanted
 from .hosvd import Pair, exact, factor_pca, hosvd
 from .memory_plan import Plan, cost, parse_size
 from .processes import Team, together
 from .reading import Reader
+from .record import source_entry
 from .resume import WorkFolder
 from .shares import collect, divide
 from .statistics import certificate, module_basis
@@ -274,19 +275,8 @@ def _info(
     energies: dict[str, list[float | None]] = {name: each["energies"] for name, each in found.items()}
     entries = []
     for i, source in enumerate(fleet.sources):
-        norms = source.norms
-        total = sum(norm**2 for norm in norms.values())
-        shares = [energies[name][i] for name in norms if name in energies]
-        kept = sum((s or 0.0) * norms[name] ** 2 for s, name in zip(shares, norms, strict=True)) / total
-        entries.append(
-            {
-                "name": source.name, "location": source.location, "revision": source.revision,
-                "sha256": source.sha256, "base_model": source.base_model, "license": source.license,
-                "task_type": source.task_type, "ranks": source.ranks,
-                "modules": len(norms), "norm": total**0.5, "seed_group": fleet.groups[i], "energy_kept": kept,
-                **facts(source),
-            }
-        )  # fmt: skip
+        kept = {name: energies[name][i] for name in source.norms if name in energies}
+        entries.append(source_entry(source, kept, fleet.groups[i]))
     per_module = {
         name: sum(known) / len(known)
         for name, shares in energies.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ def gather(
     base_model: nn.Module | None = None,
     keep_duplicates: bool = False,
     team: Team = ALONE,
+    judge: Callable[[Source], str | None] | None = None,
+    taken: Iterable[str] = (),
 ) -> Fleet:
     """Open every source and check it against the others.
 
@@ -90,6 +92,8 @@ def gather(
         allow_bin, base_model: as in `open_source`.
         keep_duplicates: leave it to the caller to look at them.
         team: the processes that do this together; each returns the same.
+        judge: source → a further reason to leave it out, or None.
+        taken: names that sources may not have.
 
     Raises:
         SourceError: no usable source, or bad ones; lists them all.
@@ -127,6 +131,11 @@ def gather(
     if not keep_duplicates:
         fitting = [source for source in opened if all(source is not misfit for misfit, _ in found)]
         found += _repeats(fitting, [sketches[id(source)] for source in fitting])
+    if judge is not None:
+        fitting = [source for source in opened if all(source is not misfit for misfit, _ in found)]
+        found += [
+            (source, f"{source.location}: {reason}") for source in fitting if (reason := judge(source)) is not None
+        ]
     for source, reason in found:
         opened.remove(source)
         bad.append({"name": source.name, "location": source.location, "reason": reason})
@@ -140,7 +149,7 @@ def gather(
         raise SourceError(
             "There is no source adapter to build from." + "".join(f"\n  {entry['reason']}" for entry in bad)
         )
-    _unify_names(opened)
+    _unify_names(opened, taken)
     modules = list(dict.fromkeys(module for source in opened for module in source.keys))
     return Fleet(opened, modules, seed_groups(opened, modules), bad)
 
@@ -219,9 +228,9 @@ def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
     return found
 
 
-def _unify_names(sources: list[Source]) -> None:
-    """Unique source names."""
-    taken = set(RESERVED)
+def _unify_names(sources: list[Source], others: Iterable[str]) -> None:
+    """Unique source names, none of them of `others`."""
+    taken = {*RESERVED, *others}
     given = {source.name for source in sources}
     for source in sources:
         name, number = source.name, 1

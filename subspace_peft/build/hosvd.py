@@ -118,16 +118,29 @@ def hosvd(compressed: Compressed, k: int | float, k_in: int | None, alternations
     else:
         a, b = min(k, widths[0]), min(k_in or k, widths[1])
     u, v = torch.eye(widths[0], a, dtype=torch.float64), torch.eye(widths[1], b, dtype=torch.float64)
+    u, v = alternate(compressed, u, v, alternations)
+    # Q comes out of products in float32 where it is not exact
+    U, V = (fix_signs(torch.linalg.qr(side.Q @ turn)[0]).float() for side, turn in ((out, u), (inner, v)))
+    return pair_of(compressed, U, V)
+
+
+def alternate(
+    compressed: Compressed, u: torch.Tensor, v: torch.Tensor, most: int, fixed: tuple[int, int] = (0, 0)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most `most` rounds of JD-Full's alternations from u and v on, whose leading `fixed` columns stay as they are."""
     kept = _kept(compressed, u, v)
-    for _ in range(alternations):
-        u = _turned(compressed, u, v, output=True)
-        v = _turned(compressed, u, v, output=False)
+    for _ in range(most):
+        u = turned(compressed, u, v, output=True, fixed=fixed[0])
+        v = turned(compressed, u, v, output=False, fixed=fixed[1])
         before, kept = kept, _kept(compressed, u, v)
         if kept - before < RISE:
             break
-    # Q comes out of products in float32 where it is not exact
-    U, V = (fix_signs(torch.linalg.qr(side.Q @ turn)[0]).float() for side, turn in ((out, u), (inner, v)))
-    u, v = out.Q.T @ U.double(), inner.Q.T @ V.double()
+    return u, v
+
+
+def pair_of(compressed: Compressed, U: torch.Tensor, V: torch.Tensor) -> Pair:
+    """The pair of U (out, k_out) and Vᵀ (in, k_in), seen within the subspaces."""
+    u, v = compressed.out.Q.T @ U.double(), compressed.inner.Q.T @ V.double()
     return Pair(U.contiguous(), V.T.contiguous(), u, v, _kept(compressed, u, v))
 
 
@@ -188,17 +201,26 @@ def _side(stack: torch.Tensor) -> Side:
     return Side(P[:, :alive], values, lambda k: min(1.0, float(values[:k].sum())))
 
 
-def _turned(compressed: Compressed, u: torch.Tensor, v: torch.Tensor, *, output: bool) -> torch.Tensor:
-    """The best u for this v, or the best v for this u."""
+def turned(
+    compressed: Compressed, u: torch.Tensor | None, v: torch.Tensor | None, *, output: bool, fixed: int = 0
+) -> torch.Tensor:
+    """The best u for this v, or the best v for this u, of as many columns; the leading `fixed` ones stay."""
     old = u if output else v
+    assert old is not None
     moment = torch.zeros(len(old), len(old), dtype=torch.float64)
     for _, cores in compressed.cores(compressed.weights, *((None, v) if output else (u, None))):
         flat = cores.transpose(0, 1).flatten(1) if output else cores.flatten(0, 1).T
         moment += flat @ flat.T
+    free = old.shape[1] - fixed
+    if not free:
+        return old
+    moment = moment[fixed:, fixed:]
     values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
     # seen through the other side's few directions, the fleet may span fewer than asked for: then keep what there is
-    enough = int((values > NULL * values[-1]).sum()) >= old.shape[1]
-    return vectors.flip(1)[:, : old.shape[1]] if enough else old
+    if int((values > NULL * values[-1]).sum()) < free:
+        return old
+    best = vectors.flip(1)[:, :free]
+    return torch.block_diag(old[:fixed, :fixed], best) if fixed else best
 
 
 def _kept(compressed: Compressed, u: torch.Tensor, v: torch.Tensor) -> float:

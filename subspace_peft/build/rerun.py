@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from ..basis import SubspaceBasis
+from .._untrusted import is_sha256
+from ..basis import SubspaceBasis, resolve_basis
 from ..errors import SourceError, SubspaceError
 from .build import build_basis
 from .processes import together
 from .sources import IN_MEMORY, Source, open_source
+from .update import update_basis
 
+UPDATE_ARGUMENTS = ("add", "add_in", "k", "k_in", "max_drift", "weights", "alternations", "partial")
 ARGUMENTS = ("k", "k_in", "weights", "alternations", "directions", "seed", "keep_cores", "partial")
 
 
@@ -27,7 +30,7 @@ def rebuild_basis(
 ) -> SubspaceBasis:
     """Repeat a build: the same sources, held against their hashes on record, with the same arguments.
 
-    On the platform and with the versions of the first build, the fingerprint is the same; compare the two. Sources that are paths are
+    Of an updated basis the last update is repeated, on the version before it. On the platform and with the versions of the first build, the fingerprint is the same; compare the two. Sources that are paths are
     looked for as they were given, relative ones from the working directory. Those that were left out stay out.
 
     Args:
@@ -68,10 +71,28 @@ def _rebuild(
         )  # fmt: skip
         new.info["build"] = build
         return new.to_precision(old.precision or "float32")
-    found, problems = sources_on_record(old, base_model=base_model, token=token)
+    update = old.info.get("update")
+    if update is None and (old.info.get("version") or 1) != 1:
+        raise SubspaceError(
+            f"{old.location}: version {old.info['version']} was not made from sources alone. Build the version before it again (its "
+            "lineage has the fingerprint), and do to it what was done."
+        )
+    if update is not None:
+        lineage = old.info.get("lineage") or [{}]
+        if not isinstance(update.get("arguments"), dict) or not is_sha256(lineage[-1].get("fingerprint")):
+            raise SubspaceError(f"{old.location}: its basis_config.json has no record of how it was updated.")
+        build = {**build, "allow_bin": update["arguments"].get("allow_bin")}
+    found, problems = sources_on_record(
+        old, base_model=base_model, token=token, version=None if update is None else old.info["version"],
+        allow_bin=bool(build.get("allow_bin")),
+    )  # fmt: skip
     if problems or not found:
         lines = "\n  ".join(problems) or "no source is on record"
         raise SourceError(f"{old.location}: {len(problems)} of its sources are not what they were:\n  {lines}")
+    if update is not None:
+        new = _update_again(old, found, base_model=base_model, max_memory=max_memory, token=token, progress=progress)
+        new.info["skipped"] = old.info.get("skipped", [])
+        return new
     given = {key: build[key] for key in ARGUMENTS if key in build}
     new = build_basis(
         found, builder=builder, base_model=base_model, max_memory=max_memory, work_folder=work_folder, token=token,
@@ -83,16 +104,41 @@ def _rebuild(
 
 
 def sources_on_record(
-    basis: SubspaceBasis, *, base_model: nn.Module | None = None, token: str | bool | None = None
+    basis: SubspaceBasis,
+    *,
+    base_model: nn.Module | None = None,
+    token: str | bool | None = None,
+    version: int | None = None,
+    allow_bin: bool | None = None,
 ) -> tuple[list[Source], list[str]]:
-    """The sources that a basis's config names and that are still what they were, and for each of the others the reason."""
+    """The sources that a basis's config names (of one version alone, where it has several) and that are still what they were, and for each
+    of the others the reason. `allow_bin` by default as when it was built.
+    """
     found, problems = [], []
+    pickled = bool((basis.info.get("build") or {}).get("allow_bin")) if allow_bin is None else allow_bin
     for entry in basis.info.get("sources") or []:
+        if version is not None and entry.get("version") != version:
+            continue
         try:
-            found.append(_same_source(entry, basis.info.get("build") or {}, base_model, token))
+            found.append(_same_source(entry, {"allow_bin": pickled}, base_model, token))
         except SourceError as error:
             problems.append(str(error))
     return found, problems
+
+
+def _update_again(old: SubspaceBasis, sources: list[Source], **how: Any) -> SubspaceBasis:
+    arguments, parent = old.info["update"]["arguments"], old.info["lineage"][-1]
+    if arguments.get("tasks"):
+        raise SubspaceError(
+            f"{old.location}: it was fitted to the cores of {arguments['tasks']} tasks as well, which it does not record. Call `update_basis` "
+            "with them again."
+        )
+    before = resolve_basis(
+        parent.get("location"), revision=parent.get("revision"), fingerprint=parent["fingerprint"], token=how["token"]
+    )
+    return update_basis(
+        before, sources, **{key: arguments[key] for key in UPDATE_ARGUMENTS if key in arguments}, **how
+    )
 
 
 def _same_source(

@@ -21,6 +21,9 @@ PIECE = (
     1 << 22
 )  # numbers in a piece of the stack: the same whatever the memory, so that sums are added up in one order
 NULL = 1e-10  # eigenvalues below this share of the largest are float32's rounding, not directions
+NULL_BESIDE = (
+    1e-8  # beside given directions, of all energy: those are rounded to float32, and leave 1e-14 of what they span
+)
 OVERSAMPLED = (2, 8)  # subspaces are at least and at most so many times as wide as the directions asked for
 SETTLED = 2e-4  # power iteration stops when the energy of the leading directions rises by a smaller share of itself
 MOST_PASSES = 8
@@ -124,7 +127,13 @@ class ModuleStack:
         return Piece(members, B.view(out, n * r), A.view(n * r, inner), over_B, over_A)
 
 
-def compress(stack: ModuleStack, width: int, leading: int, bound: bool = True) -> Compressed:
+def compress(
+    stack: ModuleStack,
+    width: int,
+    leading: int,
+    bound: bool = True,
+    fixed: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Compressed:
     """Subspaces of both sides by block power iteration with Rayleigh–Ritz, and bounds on what they missed.
 
     Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) on both second moments at once, from one
@@ -135,10 +144,16 @@ def compress(stack: ModuleStack, width: int, leading: int, bound: bool = True) -
         width: of the subspaces; cut to what the sides and the stack have.
         leading: how many directions have to have settled.
         bound: whether to probe for what was missed, in two more passes.
+        fixed: orthonormal columns (out, a) and (in, b) float64 that the subspaces begin with; what is sought lies beside them.
     """
     out, inner = stack.shape
     draw = torch.Generator().manual_seed(0)
-    Q = [torch.randn(d, min(width, d, stack.rows), generator=draw, dtype=torch.float32).double() for d in (out, inner)]
+    given = fixed or (torch.empty(out, 0, dtype=torch.float64), torch.empty(inner, 0, dtype=torch.float64))
+    Q = [
+        torch.randn(len(f), min(width, len(f) - f.shape[1], stack.rows), generator=draw, dtype=torch.float32).double()
+        for f in given
+    ]
+    Q = [_beside(f, q) for f, q in zip(given, Q, strict=True)]
     means = _means(stack) if stack.raw else None
     traces = (stack.energy, stack.energy) if means is None else _centred_energies(stack, means)
     before, held, passes = 0.0, 0.0, 0
@@ -153,18 +168,36 @@ def compress(stack: ModuleStack, width: int, leading: int, bound: bool = True) -
             held = min(float(torch.linalg.eigvalsh(h)[-leading:].sum()) / t for h, t in zip(H, traces, strict=True))
             if held - before < SETTLED * held or number == MOST_PASSES:
                 break
-        Q = [_orthonormal(z) for z in Z]
+        Q = [_beside(f, z[:, f.shape[1] :], orthonormal=True) for f, z in zip(given, Z, strict=True)]
     sides, turns = [], []
     probes = _probe(stack, Q, means) if bound else (None, None)
-    for q, z, h, trace, probe in zip(Q, Z, H, traces, probes, strict=True):
-        values, turn = torch.linalg.eigh(h)
-        values, turn = values.flip(0), turn.flip(1)
-        alive = int((values > NULL * values[0]).sum())
+    for f, q, z, h, trace, probe in zip(given, Q, Z, H, traces, probes, strict=True):
+        values, turn, alive = _ritz(h, f.shape[1])
         sides.append(Side(q @ turn[:, :alive], values[:alive] / trace, _reach(q, z, h, trace, probe)))
         turns.append(turn[:, :alive].float())
     parts = [(members, turns[0].T @ left, right @ turns[1]) for members, left, right in parts]
-    whole = all(width >= min(d, stack.rows) for d in (out, inner))
+    whole = all(width >= min(len(f) - f.shape[1], stack.rows) for f in given)
     return Compressed(sides[0], sides[1], parts, stack.scales, stack.weights, stack.energy, whole, passes)
+
+
+def _beside(fixed: torch.Tensor, columns: torch.Tensor, orthonormal: bool = False) -> torch.Tensor:
+    """`fixed` and, behind it, the columns less their part in its span."""
+    if not fixed.shape[1]:
+        return _orthonormal(columns) if orthonormal else columns
+    for _ in range(2):
+        columns = columns - fixed @ (fixed.T @ columns)
+    return torch.cat([fixed, _orthonormal(columns) if orthonormal else columns], 1)
+
+
+def _ritz(H: torch.Tensor, fixed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What the columns hold, the turn that makes them Ritz vectors behind the `fixed` ones, and how many of them hold anything."""
+    values, turn = torch.linalg.eigh(H[fixed:, fixed:])
+    values, turn = values.flip(0), turn.flip(1)
+    if not fixed:
+        return values, turn, int((values > NULL * values[0]).sum())
+    alive = int((values > NULL_BESIDE * H.trace()).sum())
+    eye = torch.eye(fixed, dtype=torch.float64)
+    return torch.cat([H.diagonal()[:fixed], values]), torch.block_diag(eye, turn), fixed + alive
 
 
 def _apply(

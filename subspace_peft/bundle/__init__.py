@@ -3,6 +3,7 @@
 from .bundle import Bundle, BundledTask, open_bundle
 from .compress import FleetReport, compress_fleet
 from .load import extract_task, extract_tasks, load_task
+from .migrate import migrate_bundle
 from .push import push_bundle
 from .write import add_tasks, bundle_tasks
 
@@ -16,6 +17,7 @@ __all__ = [
     "extract_task",
     "extract_tasks",
     "load_task",
+    "migrate_bundle",
     "open_bundle",
     "push_bundle",
 ]

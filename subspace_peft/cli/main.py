@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from .._version import __version__
 from . import building, bundles, verbs
 from .bundles import DTYPES, add_bundle
+from .versions import add_migrate, add_update
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
         help="what building may take beside the interpreter (default: %(default)s); the basis is the same whatever it is",
     )  # fmt: skip
     build.set_defaults(run=building.build)
+
+    update, migrate = add_update(add), add_migrate(add)
 
     look = add(
         "inspect", help="say what a basis or a task is", description="Say what a basis or a task is; verify it."
@@ -213,9 +216,24 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (build, look, check, analyze, report, project, export, compress, push, cache, demo, copy):
+    for verb in (
+        build,
+        update,
+        migrate,
+        look,
+        check,
+        analyze,
+        report,
+        project,
+        export,
+        compress,
+        push,
+        cache,
+        demo,
+        copy,
+    ):
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
-    for verb in (build, analyze, report, project, export, compress, demo):
+    for verb in (build, update, migrate, analyze, report, project, export, compress, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
@@ -39,7 +40,7 @@ def inspect(args: Namespace) -> int:
         print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
     for source in facts["sources"]:
         print(
-            f"  {source['name']}: ranks {source['ranks']}, energy kept {source['energy_kept']:.4f}, seed group {source['seed_group']}"
+            f"  {source['name']}: ranks {source['ranks']}, energy kept {_share(source['energy_kept'])}, seed group {source['seed_group']}"
         )
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
@@ -98,7 +99,7 @@ def report(args: Namespace) -> int:
     )  # fmt: skip
     page = found.save(args.out)
     if args.json:
-        return _json({"page": str(page), **found.to_dict()})
+        return print_json({"page": str(page), **found.to_dict()})
     for line in found.verdict:
         print(line)
     if found.skipped:
@@ -170,7 +171,7 @@ def push(args: Namespace) -> int:
     else:
         raise SubspaceError(f"{folder}: neither a basis, a task nor a bundle is in there.")
     if args.json:
-        return _json({"kind": kind, "repo_id": args.repo_id, "revision": commit})
+        return print_json({"kind": kind, "repo_id": args.repo_id, "revision": commit})
     print(f"{args.repo_id}@{commit} ({kind})")
     return 0
 
@@ -236,6 +237,10 @@ def run(args: Namespace) -> int:
 
     run_script(args.script)
     return 0
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def number(text: str) -> int | float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
@@ -120,15 +121,20 @@ def forget_others(folder: Path, config: SubspaceConfig) -> None:
 
 def coefficients_digest(file: Path) -> str | None:
     """sha256 of a task's coefficients; None where they cannot be read."""
-    digest = hashlib.sha256()
     try:
         with safe_open(file, framework="pt") as tensors:
-            for key in sorted(filter(COEFFICIENT_KEY.match, tensors.keys())):
-                value = tensors.get_tensor(key)
-                digest.update(f"{key}:{value.dtype}:{list(value.shape)};".encode())
-                digest.update(tensor_bytes(value))
+            return digest_of({key: tensors.get_tensor(key) for key in filter(COEFFICIENT_KEY.match, tensors.keys())})
     except (SafetensorError, OSError):
         return None
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 of the coefficients among a task's tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(filter(COEFFICIENT_KEY.match, tensors)):
+        value = tensors[key]
+        digest.update(f"{key}:{value.dtype}:{list(value.shape)};".encode())
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()
 
 

@@ -53,6 +53,13 @@ def read_task(
     """
     if isinstance(task, Task):
         return task
+    return assemble(*read_tensors(task, adapter_name=adapter_name, basis=basis, **hub))
+
+
+def read_tensors(
+    task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
+) -> tuple[SubspaceConfig, dict[str, torch.Tensor]]:
+    """A task's configuration, and its tensors as they are saved: by their keys in its file. Arguments and errors as in `read_task`."""
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
 
@@ -75,10 +82,11 @@ def read_task(
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
         tensors = load_file(weights_of(task, config))
-    return _assemble(config, tensors)
+    return config, tensors
 
 
-def _assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Task:
+def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Task:
+    """The task that a configuration and its tensors, as `read_tensors` gives them, are."""
     coefficients: dict[str, dict[str, torch.Tensor]] = {}
     own: dict[str, dict[str, torch.Tensor]] = {}
     extras = {}

@@ -1,0 +1,202 @@
+"""`subspace-peft update` and `subspace-peft migrate`: a basis's next version, and its tasks."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import SubspaceError
+from .verbs import base_model, number, print_json
+
+
+def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
+    """The verb `update`."""
+    verb = add(
+        "update", help="grow a basis by what new adapters need, and carry its tasks over",
+        description="A new version of a basis for further LoRA adapters. Old directions stay bit for bit, so tasks lose nothing; -k fits all "
+        "directions anew instead.",
+    )  # fmt: skip
+    verb.add_argument("basis", help="folder or Hub id of the basis")
+    verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
+    verb.add_argument(
+        "--add", default="8", help="most new directions per side, or a share of the new adapters' energy to keep (default: %(default)s)"
+    )  # fmt: skip
+    verb.add_argument("--add-in", type=int, help="on the input side, where they differ")
+    verb.add_argument("-k", "--k", type=int, help="fit so many directions anew; tasks drift")
+    verb.add_argument("--k-in", type=int, help="on the input side, where they differ")
+    verb.add_argument("--weights", default="equal", choices=["equal", "norm"], help="how sources count")
+    verb.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
+    verb.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
+    verb.add_argument("--partial", action="store_true", help="allow modules that only some of the new sources adapt")
+    verb.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
+    verb.add_argument("--base-model", help="model id or folder, to convert adapters that are no LoRA")
+    verb.add_argument("--max-memory", default="2GB", metavar="SIZE", help="as for build (default: %(default)s)")
+    verb.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="tasks and bundles on the basis to carry over"
+    )
+    verb.add_argument("--tasks-out", metavar="FOLDER", help="where to write them, each under its own name")
+    _add_drift(verb)
+    verb.set_defaults(run=update)
+    return verb
+
+
+def add_migrate(add: Callable[..., ArgumentParser]) -> ArgumentParser:
+    """The verb `migrate`."""
+    verb = add(
+        "migrate", help="carry tasks over to another version of their basis",
+        description="Carry tasks and bundles over to another basis, and say how much of their updates' norm that changes.",
+    )  # fmt: skip
+    verb.add_argument("tasks", nargs="+", metavar="TASK", help="folder or Hub id of a task, or a bundle's folder")
+    verb.add_argument("--basis", required=True, help="folder or Hub id of the basis to carry them to")
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write them, each under its own name")
+    verb.add_argument("--old-basis", help="where their own basis is, if not where they say")
+    _add_drift(verb)
+    verb.set_defaults(run=migrate)
+    return verb
+
+
+def _add_drift(verb: ArgumentParser) -> None:
+    verb.add_argument(
+        "--max-drift", type=float, metavar="SHARE",
+        help="refuse where more than this share of an update's norm changes in a module (default: rounding only)",
+    )  # fmt: skip
+
+
+def update(args: Namespace) -> int:
+    """Update a basis; first see what that does to all the tasks, then write."""
+    from ..basis import SubspaceBasis
+    from ..build import update_basis
+    from ..convert.migrate import MAX_DRIFT
+
+    if bool(args.tasks) != bool(args.tasks_out):
+        raise SubspaceError("Give both, --tasks and --tasks-out: which tasks to carry over, and where to.")
+    old = SubspaceBasis.from_pretrained(args.basis)
+    bound = MAX_DRIFT if args.max_drift is None else args.max_drift
+    tasks = _Tasks(args.tasks, args.tasks_out, bound, not args.quiet)
+    new = update_basis(
+        old, args.sources, add=number(args.add), add_in=args.add_in, k=args.k, k_in=args.k_in,
+        cores=tasks.cores() if args.k is not None else (), weights=args.weights, alternations=args.alternations,
+        max_drift=args.max_drift if args.k is not None else None, skip_bad=args.skip_bad, partial=args.partial,
+        allow_bin=args.allow_bin, base_model=base_model(args), max_memory=args.max_memory, progress=not args.quiet,
+    )  # fmt: skip
+    tasks.try_out(new)
+    new.save_pretrained(args.out)
+    facts = {
+        "out": str(Path(args.out).resolve()), "fingerprint": new.fingerprint, "version": new.info["version"], "k": new.describe_k(),
+        "from": old.fingerprint, "skipped": new.info["skipped"], **new.info["update"], "tasks": tasks.write(new),
+    }  # fmt: skip
+    if args.json:
+        return print_json(facts)
+    for name, each in facts["modules"].items():
+        more, less = each["added"]
+        print(
+            f"  {name}: {more:+d} output and {less:+d} input directions; of the new adapters' energy {each['kept_before']:.4f} was kept, now "
+            f"{each['kept']:.4f}"
+        )
+    for entry in facts["skipped"]:
+        print(f"  left out: {entry['reason']}")
+    print(f"{facts['out']}: version {facts['version']} of the basis, {facts['k']}, fingerprint {facts['fingerprint']}")
+    return _say(facts["tasks"])
+
+
+def migrate(args: Namespace) -> int:
+    """Carry tasks over; all of them or none."""
+    from ..basis import SubspaceBasis
+    from ..convert.migrate import MAX_DRIFT
+
+    bound = MAX_DRIFT if args.max_drift is None else args.max_drift
+    tasks = _Tasks(args.tasks, args.out, bound, not args.quiet, args.old_basis)
+    new = SubspaceBasis.from_pretrained(args.basis)
+    tasks.try_out(new)
+    facts = tasks.write(new)
+    return print_json({"fingerprint": new.fingerprint, "tasks": facts}) if args.json else _say(facts)
+
+
+def _say(tasks: list[dict[str, Any]]) -> int:
+    for each in tasks:
+        worst = max(each["drift_per_module"], key=each["drift_per_module"].__getitem__)
+        converted = f", {each['converted_from']} coefficients became core" if each.get("converted_from") else ""
+        print(
+            f"  {each['out']}: drift {each['drift']:.1e}, at most {each['drift_per_module'][worst]:.1e} ({worst}){converted}"
+        )
+    return 0
+
+
+class _Tasks:
+    """Tasks and bundles on their way to another basis: tried first, written when all of them can be."""
+
+    def __init__(
+        self, references: list[str], out: str | None, max_drift: float, progress: bool, old_basis: str | None = None
+    ) -> None:
+        from ..basis.reference import split_revision
+        from ..bundle.layout import BUNDLE_FILE
+
+        self.out, self.max_drift, self.progress, self.old_basis = Path(out or "."), max_drift, progress, old_basis
+        self.bundles: dict[str, str] = {}
+        self.tasks: dict[str, tuple[str, dict[str, str]]] = {}
+        self.done: dict[str, Any] = {}
+        for reference in references:
+            folder = Path(reference).expanduser()
+            repo, revision = (str(folder), None) if folder.is_dir() else split_revision(reference)
+            name = Path(folder.resolve() if folder.is_dir() else repo).name
+            if name in self.tasks or name in self.bundles:
+                raise SubspaceError(
+                    f"Two of the tasks are called {name!r}, and would be written to one folder. Carry them over apart."
+                )
+            if folder.is_dir() and (self.out / name).resolve() == folder.resolve():
+                raise SubspaceError(
+                    f"{reference} would be written over itself. Give another folder for the new tasks."
+                )
+            if (folder / BUNDLE_FILE).is_file():
+                self.bundles[name] = str(folder)
+            else:
+                self.tasks[name] = (repo, {} if revision is None else {"revision": revision})
+
+    def cores(self) -> list[dict[str, Any]]:
+        """The cores of all tasks, in units of ΔW."""
+        from ..bundle import open_bundle
+        from ..convert import read_task
+
+        found = [read_task(repo, basis=self.old_basis, **hub).cores for repo, hub in self.tasks.values()]
+        for folder in self.bundles.values():
+            bundle = open_bundle(folder)
+            found += [bundle.read(name).cores for name in bundle]
+        return found
+
+    def try_out(self, basis: Any) -> None:
+        """Carry the tasks over, in memory; raises before anything is written."""
+        from ..bundle.migrate import bundle_drifts
+        from ..convert import migrate_task
+
+        for folder in self.bundles.values():
+            bundle_drifts(folder, basis, max_drift=self.max_drift, old_basis=self.old_basis, progress=self.progress)
+        for name, (repo, hub) in self.tasks.items():
+            self.done[name] = migrate_task(repo, basis, max_drift=self.max_drift, old_basis=self.old_basis, **hub)
+
+    def write(self, basis: Any) -> list[dict[str, Any]]:
+        """Write all of them; what `--json` says of each."""
+        from ..bundle import migrate_bundle
+
+        facts = []
+        for name, found in self.done.items():
+            facts.append({"out": str(found.save_pretrained(self.out / name)), **found.to_dict()})
+        for name, folder in self.bundles.items():
+            _, drifts = migrate_bundle(
+                folder, basis, self.out / name, max_drift=self.max_drift, old_basis=self.old_basis, progress=self.progress
+            )  # fmt: skip
+            worst: dict[str, float] = {}
+            for each in drifts.values():
+                for module, drift in each.items():
+                    worst[module] = max(drift, worst.get(module, 0.0))
+            facts.append(
+                {
+                    "out": str(self.out / name),
+                    "tasks": len(drifts),
+                    "drift": max(worst.values()),
+                    "drift_per_module": worst,
+                }
+            )
+        return facts

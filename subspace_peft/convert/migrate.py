@@ -1,0 +1,286 @@
+"""A task from one basis to another, such as a basis's next version: closed form, what is lost measured on the numbers that are written."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from .._atomic import write_all_aside
+from .._version import __version__
+from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.basis import module_shape, names_of
+from ..basis.transfer import Transfer
+from ..errors import BasisMismatchError, SubspaceError
+from ..tuner import SubspaceConfig
+from ..tuner.base_check import PROBED_SIDE
+from ..tuner.card import MEASURED, digest_of, write_section
+from ..tuner.saved import Task, assemble, read_tensors
+from ..tuner.task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, expected_shapes, scale_of, used_part
+
+MAX_DRIFT = 1e-5
+ALIKE = 1e-5  # relative difference up to which two cores are one, but for float32's rounding
+
+Coefficients = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Migration:
+    """A task on another basis.
+
+    Attributes:
+        config: its configuration there.
+        tensors: what its file holds.
+        drift: module → ``‖ΔW_old − ΔW_new‖_F / ‖ΔW_old‖_F``, mean update and all; of the numbers as they are stored.
+        total_drift: the same over all modules together.
+        converted: the kind of coefficients that the task had, where the new basis could not hold it; else None.
+    """
+
+    config: SubspaceConfig
+    tensors: dict[str, torch.Tensor]
+    drift: dict[str, float]
+    total_drift: float
+    converted: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the tensors."""
+        return {
+            "fingerprint": self.config.basis_fingerprint, "coefficients": self.config.coefficients, "converted_from": self.converted,
+            "drift": self.total_drift, "drift_per_module": self.drift,
+        }  # fmt: skip
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the task as a folder that `PeftModel.from_pretrained` loads. Returns it.
+
+        Raises:
+            SubspaceError: the new basis lives in memory only and would not be found again; or `folder` is a file.
+            OSError: the disk refuses; an earlier folder stays as it was.
+        """
+        folder, basis = Path(folder), self.config.resolve()
+        if basis is None or basis.location is None:
+            raise SubspaceError(
+                "The task refers to its new basis, which has to be stored: `basis.save_pretrained(folder)` first."
+            )
+        if folder.is_file():
+            raise SubspaceError(f"{folder} is a file; a task is saved into a folder.")
+        config = copy.copy(self.config)
+        config.basis, config.basis_revision = basis.location, basis.revision
+        text = json.dumps({**config.to_dict(), "subspace_version": __version__}, indent=2, sort_keys=True) + "\n"
+        write_all_aside(
+            {
+                folder / WEIGHTS_FILE: lambda path: save_file(self.tensors, path, metadata={"format": "pt"}),
+                folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
+            }
+        )
+        write_section(folder, config)
+        return folder
+
+
+def migrate_task(
+    task: Any,
+    basis: SubspaceBasis | str | Path,
+    *,
+    max_drift: float = MAX_DRIFT,
+    adapter_name: str | None = None,
+    old_basis: SubspaceBasis | str | None = None,
+    token: str | bool | None = None,
+    **hub: Any,
+) -> Migration:
+    """Carry a task over to another basis: ``C' = (U'ᵀ U) C (V V'ᵀ)``, and the trained numbers such that ``s'·C(θ') + g·M'`` is that.
+
+    Onto a basis grown by `update_basis` or filled up by `complete_basis` it is exact for all kinds: the new basis begins with the old
+    directions, so numbers are padded with zeros, and multiplied by s/s' where the number of directions changes the scale. A task that was told
+    its `k` keeps it there, and its numbers stay as they are. Onto another basis: `core`, `factor` and `none` are projected;
+    `directions` where the basis has the old direction tensors' projections; otherwise, and always with `diagonal`, the task becomes one with `core`
+    coefficients, as it does where the new mean core is not the old one's projection (the mean update then becomes part of the core).
+
+    Args:
+        task: folder or Hub id of a saved task (also one that carries its own basis), or a live PeftModel.
+        basis: the basis to carry it to, its folder or its Hub id.
+        max_drift: refuse where a module's ΔW changes by more than this share of its norm; the default admits rounding only.
+        adapter_name: which adapter of a live model; default the active one.
+        old_basis: where the task's own basis is, if not where its config says.
+        token: as in huggingface_hub, as `hub` is.
+
+    Raises:
+        BasisMismatchError: the new basis lacks a module of the task, or has it in another shape.
+        SubspaceError: more drift than `max_drift`, naming the module; and what `read_task` raises.
+    """
+    if not max_drift >= 0:
+        raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")
+    hub = {**hub, **({} if token is None else {"token": token})}
+    config, tensors = read_tensors(task, adapter_name=adapter_name, basis=old_basis, **hub)
+    tensors = {key: value.detach().cpu() for key, value in tensors.items()}
+    old = assemble(config, tensors)
+    new = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
+    what = str(task) if isinstance(task, (str, Path)) else "the model's task"
+    moves = moves_of(old, new, what)
+    coefficients: dict[str, Coefficients] = {name: {} for name in old.cores}
+    for key, value in tensors.items():
+        if found := COEFFICIENT_KEY.match(key):
+            coefficients[found["module"]][found["name"]] = value
+    moved_to = moved_config(config, new, moves)
+    used = used_moves(moved_to, moves)
+    shapes = {name: module_shape(move.new) for name, move in moves.items()}
+    made = {
+        name: _same_kind(config, moved_to, name, each, used[name], shapes[name]) for name, each in coefficients.items()
+    }
+    converted = None
+    if any(each is None for each in made.values()):
+        converted = config.coefficients
+        moved_to.coefficients, moved_to.mean_gain = "core", "none"
+        for name, core in old.cores.items():
+            made[name] = {"weight": used[name].core(core) / scale_of(moved_to, name, shapes[name])}
+    written = {
+        f"base_model.model.{name}.subspace_coef.{part}": value.float().contiguous()
+        for name, each in made.items()
+        for part, value in (each or {}).items()
+    }
+    others = {
+        key: value.contiguous()
+        for key, value in tensors.items()
+        if not COEFFICIENT_KEY.match(key) and not BASIS_KEY.match(key)
+    }
+    drift, total = drifts_of(old, assemble(moved_to, written), used, what, max_drift)
+    moved_to.card = _card(config, tensors, written, total)
+    return Migration(moved_to, {**others, **written}, drift, total, converted)
+
+
+def moves_of(old: Task, new: SubspaceBasis, what: str) -> dict[str, Transfer]:
+    """Per module of a task the way from what it uses to the whole of the new basis's.
+
+    Raises:
+        BasisMismatchError: the new basis lacks a module, or has it in another shape.
+    """
+    absent = [name for name in old.cores if new.find(name) is None]
+    if absent:
+        raise BasisMismatchError(
+            f"{what}: {len(absent)} of its modules are not in the new basis, such as {names_of(absent, 3)}; it has {names_of(new, 3)}. "
+            "Carry it to a version of its own basis."
+        )
+    return {name: Transfer(old.modules[name], new[str(new.find(name))], name) for name in old.cores}
+
+
+def moved_config(config: SubspaceConfig, new: SubspaceBasis, moves: Mapping[str, Transfer]) -> SubspaceConfig:
+    """The task's configuration on the new basis."""
+    moved = copy.deepcopy(config)
+    moved.basis, moved.basis_revision, moved._given = new, None, False
+    moved.basis_modules = moved.save_basis = moved.bundle = None
+    moved._plan = moved._place = moved._file_modules = None
+    moved.adopt(new)
+    if not all(move.leading for move in moves.values()):
+        # the leading k of other directions would be another choice than the one that was made
+        moved.k, moved.rank_pattern = None, {}
+    if not all(_probed_alike(move) for move in moves.values()):
+        moved.base_probe = None
+    return moved
+
+
+def used_moves(moved: SubspaceConfig, moves: Mapping[str, Transfer]) -> dict[str, Transfer]:
+    """Per module the way to the part of the new basis that the task uses."""
+    return {name: Transfer(move.old, used_part(moved, name, move.new), name) for name, move in moves.items()}
+
+
+def drifts_of(
+    old: Task, now: Task, moves: Mapping[str, Transfer], what: str, max_drift: float
+) -> tuple[dict[str, float], float]:
+    """Per module, and over all, how much of ΔW's norm has changed. Raises `SubspaceError` above `max_drift` in a module."""
+    drift, lost, total = {}, 0.0, 0.0
+    for name, core in old.cores.items():
+        drift[name] = moves[name].drift(core, now.cores[name])
+        square = float(core.square().sum())
+        lost, total = lost + drift[name] ** 2 * square if square else lost, total + square
+    worst = max(drift, key=drift.__getitem__)
+    if drift[worst] > max_drift:
+        raise SubspaceError(
+            f"{what}: on the new basis module {worst!r} would change by {drift[worst]:.3g} of its update's norm, more than "
+            f"max_drift={max_drift:g}. Grow the basis with `update_basis(…, add=…)`, which loses nothing, give it a larger k, or allow more "
+            "with max_drift= (--max-drift)."
+        )
+    return drift, (lost / total) ** 0.5 if total else 0.0
+
+
+def _probed_alike(move: Transfer) -> bool:
+    sides = ((move.old.k_out, move.new.k_out), (move.old.k_in, move.new.k_in))
+    return move.leading and all(old == new or old >= PROBED_SIDE for old, new in sides)
+
+
+def _same_kind(
+    config: SubspaceConfig,
+    moved: SubspaceConfig,
+    name: str,
+    numbers: Coefficients,
+    move: Transfer,
+    shape: Mapping[str, int],
+) -> Coefficients | None:
+    """The trained numbers of the same kind in the new basis of the given sizes, float64; None where it cannot hold them."""
+    ratio = _old_scale(config, name, move.old) / scale_of(moved, name, shape)
+    old, new = move.old, move.new
+    if config.mean_gain != "none" and not (
+        old.M is not None and new.M is not None and _alike(move.core(old.M), new.M.double())
+    ):
+        return None
+    gain = {"gain": numbers["gain"].double()} if "gain" in numbers else {}
+    if config.coefficients == "none":
+        return gain
+    sizes = expected_shapes(moved, name, shape)
+    if config.coefficients == "core":
+        return {"weight": move.core(numbers["weight"]) * ratio, **gain}
+    if config.coefficients == "factor":
+        return {**_factors(numbers, move, sizes["down"][0], ratio), **gain}
+    if config.coefficients == "diagonal":
+        k = min(old.k_out, old.k_in)
+        core = torch.zeros(old.k_out, old.k_in, dtype=torch.float64)
+        core[:k, :k] = torch.diag(numbers["weight"].double())
+        core = move.core(core) * ratio
+        found = core.diagonal().clone()
+        core.diagonal().zero_()
+        return {"weight": found, **gain} if float(core.norm()) <= ALIKE * float(found.norm()) else None
+    if old.G is None or new.G is None or len(new.G) < len(old.G):
+        return None
+    images, targets = move.core(old.G), new.G[: len(old.G)].double()
+    along = (images * targets).sum((1, 2))
+    if not _alike(images, along[:, None, None] * targets):
+        return None
+    weight = torch.zeros(len(new.G), dtype=torch.float64)
+    weight[: len(old.G)] = numbers["weight"].double() * along * ratio
+    return {"weight": weight, **gain}
+
+
+def _factors(numbers: Coefficients, move: Transfer, r: int, ratio: float) -> Coefficients:
+    up, down = move.left @ numbers["up"].double(), numbers["down"].double() @ move.right
+    up = up * ratio
+    have = up.shape[1]
+    if r < have:
+        P, S, Th = torch.linalg.svd(up @ down, full_matrices=False)
+        return {"up": P[:, :r] * S[:r], "down": Th[:r]}
+    # where r is more than the old basis had directions: rows for the new ones, which `up` leaves at zero, as at the start of training
+    rows = torch.eye(down.shape[1], dtype=torch.float64).flip(0)[: r - have]
+    return {"up": torch.nn.functional.pad(up, (0, r - have)), "down": torch.cat([down, rows])}
+
+
+def _old_scale(config: SubspaceConfig, name: str, used: ModuleBasis) -> float:
+    basis = config._basis
+    return scale_of(config, name, module_shape(used) if basis is None else basis.shapes()[str(basis.find(name))])
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return float((one - other).norm()) <= ALIKE * max(float(one.norm()), 1e-300)
+
+
+def _card(
+    config: SubspaceConfig, read: dict[str, torch.Tensor], written: dict[str, torch.Tensor], drift: float
+) -> dict[str, Any] | None:
+    """What the card says: scores of these numbers stay where the task's function does."""
+    card = dict(config.card or {})
+    if drift > MAX_DRIFT or ("of" in card and card["of"] != digest_of(read)):
+        card = {key: value for key, value in card.items() if key not in (*MEASURED, "of")}
+    elif "of" in card:
+        card["of"] = digest_of(written)
+    return card or None
