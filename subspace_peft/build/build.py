@@ -6,11 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
+from .budget import above_null, check_budget, largest, spread
+from .complete import check_filling, complete_built
 from .factors import Factors
 from .fleet import Fleet, gather
 from .generic import build_generic
@@ -31,14 +34,16 @@ CORES_KEPT_UP_TO = 64
 def build_basis(
     sources: Iterable[Any] | None = None,
     *,
-    k: int | float = 32,
+    k: int | float | None = None,
     k_in: int | None = None,
+    budget: int | None = None,
     builder: str = "adapters",
     weights: str = "equal",
     alternations: int = 10,
     directions: int = 0,
     keep_cores: bool | None = None,
     leave_one_out: bool | None = None,
+    complete: str | None = None,
     like: SubspaceBasis | None = None,
     base_model: nn.Module | None = None,
     target_modules: str | Sequence[str] | None = None,
@@ -58,8 +63,11 @@ def build_basis(
             (``org/name@revision:folder``), patterns (``loras/*``), text files of such references (``fleet.txt``), Hub collections
             (``collection:owner/slug``), state dicts, ``(state_dict, config)`` pairs or live PeftModels. Rank, scaling and target
             modules are read from each. Not needed by the last two builders.
-        k: directions per side, or a share of energy in (0, 1) that every module has to keep.
+        k: directions per side, or a share of energy in (0, 1) that every module has to keep; default 32.
         k_in: directions on the input side where they differ from `k`.
+        budget: instead of `k`, what a task may train in all, Σ k_out·k_in over modules: spread over modules and sides to where the fleet
+            holds most above its strength-matched null, see `budget.spread`. What holds no more than the null is not bought, so less may
+            be spent. Takes about three times as long (`adapters` only).
         builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations (JD-Full,
             arXiv 2407.00066). ``eigenlora``: PCA of the raw factors (arXiv 2502.04700), for comparison. ``random``:
             zero-mean Gaussian, orthonormalised, the control. ``base-weights``: top singular vectors of the base model's
@@ -72,6 +80,8 @@ def build_basis(
         keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
         leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per shared-seed group,
             of the modules that are decomposed exactly; default: for fleets of 2 to 8 groups.
+        complete: where the fleet spans fewer than `k` directions, fill up with ``random`` or ``base-weights`` ones, see `complete_basis`; None:
+            the basis is smaller then, and nothing is made up.
         like: a basis whose modules and sizes the `random` builder takes over.
         base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The other builders
             need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is left as it was.
@@ -98,7 +108,16 @@ def build_basis(
         SubspaceError: arguments that clash; too little memory, with the least that suffices.
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
+    _check_budget(budget, k, k_in, builder, complete)
+    k = 32 if k is None else k
     _check_arguments(k, k_in, builder, weights, directions)
+    if complete is not None:
+        check_filling(complete, base_model)
+        if isinstance(k, float) or builder not in ("adapters", "eigenlora"):
+            raise SubspaceError(
+                f"complete={complete!r}: a fleet's basis is filled up to a number of directions. Give k as a number, and the builder "
+                "`adapters` or `eigenlora`."
+            )
     memory = parse_size(max_memory)
     arguments = {
         "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
@@ -118,6 +137,10 @@ def build_basis(
     if keep_cores is None:
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
     held_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
+    if budget is not None:
+        check_budget(budget, len(fleet.modules))
+        k = largest(budget, len(fleet.modules))
+        arguments = {**arguments, "k": None, "budget": budget}
     plan = Plan(fleet, builder, k, k_in, weights, memory)
     kept = None
     if work_folder is not None:
@@ -126,6 +149,11 @@ def build_basis(
     # what an interrupted build finished is not read again
     done = {name: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None}
     reader = Reader(fleet.sources, plan.held)
+    sizes: dict[str, tuple[int | float, int | None]] = dict.fromkeys(fleet.modules, (k, k_in))
+    tables: dict[str, torch.Tensor] = {}
+    if budget is not None:
+        tables = _tables(plan, reader, int(k), kept, progress)
+        sizes.update(spread(tables, budget))
     bar = tqdm(
         total=len(fleet.modules), desc="building", unit="module", delay=2, initial=len(done), disable=not progress
     )
@@ -134,14 +162,41 @@ def build_basis(
             reader.hold(group)
             for name in group:
                 done[name] = _build_module(
-                    plan, reader, name, k, k_in, alternations, directions=directions, keep_cores=keep_cores,
+                    plan, reader, name, *sizes[name], alternations, directions=directions, keep_cores=keep_cores,
                     held_out=held_out,
                 )  # fmt: skip
                 if kept is not None:
                     kept.put(name, *done[name])
                 bar.update()
     modules = {name: done[name][0] for name in fleet.modules}
-    return SubspaceBasis(modules, _info(fleet, builder, arguments, modules, {n: done[n][1] for n in fleet.modules}))
+    basis = SubspaceBasis(modules, _info(fleet, builder, arguments, modules, {n: done[n][1] for n in fleet.modules}))
+    if budget is not None:
+        basis.info["measured"]["budget"] = _spent(modules, tables)
+    if complete is None:
+        return basis
+    basis.info["build"] = {**arguments, "complete": complete}
+    return complete_built(basis, (int(k), k_in or int(k)), complete, base_model, seed, progress)
+
+
+def _tables(plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, progress: bool) -> dict[str, torch.Tensor]:
+    """Module → what its leading directions hold above its null; those that an interrupted build measured are taken from there."""
+    names = plan.fleet.modules
+    done = {name: found for name in names if kept is not None and (found := kept.get_table(name)) is not None}
+    bar = tqdm(total=len(names), desc="spreading", unit="module", delay=2, initial=len(done), disable=not progress)
+    with bar:
+        for group in reader.groups([name for name in names if name not in done]):
+            reader.hold(group)
+            for name in group:
+                done[name] = above_null(plan, reader, name, most)
+                if kept is not None:
+                    kept.put_table(name, done[name])
+                bar.update()
+    return {name: done[name] for name in names}
+
+
+def _spent(modules: dict[str, ModuleBasis], tables: dict[str, torch.Tensor]) -> dict[str, Any]:
+    above = {name: float(tables[name][m.k_out - 1, m.k_in - 1]) for name, m in modules.items()}
+    return {"spent": sum(m.k_out * m.k_in for m in modules.values()), "energy_above_null_per_module": above}
 
 
 def _build_module(
@@ -201,6 +256,23 @@ def _build_module(
     return module, {
         "energies": energies, "left_out": left_out, "certificate": certificate(pair, compressed, both=not raw),
     }  # fmt: skip
+
+
+def _check_budget(
+    budget: int | None, k: int | float | None, k_in: int | None, builder: str, complete: str | None
+) -> None:
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise SubspaceError(f"budget={budget!r}: give how many numbers a task may train in all, such as 24576.")
+    if k is not None or k_in is not None or complete is not None:
+        raise SubspaceError(
+            "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
+        )
+    if builder != "adapters":
+        raise SubspaceError(
+            f"A budget is spread by what a fleet's updates hold: for the builder `adapters`, not {builder!r}."
+        )
 
 
 def _check_arguments(k: int | float, k_in: int | None, builder: str, weights: str, directions: int) -> None:

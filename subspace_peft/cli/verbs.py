@@ -28,14 +28,16 @@ def build(args: Namespace) -> int:
         return _rebuild(args, base, out, unfinished)
     basis = build_basis(
         args.sources or None,
-        k=_number(args.k),
+        k=None if args.k is None else _number(args.k),
         k_in=args.k_in,
+        budget=args.budget,
         builder=args.builder,
         like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
         weights=args.weights,
         alternations=args.alternations,
         directions=args.directions,
         leave_one_out=args.leave_one_out,
+        complete=args.complete,
         base_model=base,
         target_modules=args.target_modules,
         seed=args.seed,
@@ -78,8 +80,8 @@ def _plan(args: Namespace, base: Any) -> int:
     if args.builder in ("random", "base-weights"):
         raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
     plan = plan_build(
-        args.sources, k=_number(args.k), k_in=args.k_in, alternations=args.alternations, partial=args.partial,
-        allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base, progress=not args.quiet,
+        args.sources, k=None if args.k is None else _number(args.k), k_in=args.k_in, budget=args.budget, alternations=args.alternations, complete=args.complete,
+        partial=args.partial, allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base, progress=not args.quiet,
     )  # fmt: skip
     refused = bool(plan.skipped) and not args.skip_bad
     if args.json:
