@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-import subspace_peft.build.build as build_module
+import subspace_peft.build.budget as budget_module
 import subspace_peft.build.memory_plan as memory_plan
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis
 from subspace_peft.build import plan_build, rebuild_basis
@@ -172,7 +172,7 @@ def test_a_task_trains_no_more_than_the_budget(fleets):
 def test_an_interrupted_build_goes_on_from_its_tables_and_modules(tmp_path, monkeypatch):
     sources, arguments = shared({"a": (3, 3), "b": (5, 4), "c": (2, 2)}), {"budget": 50, "progress": False}
     whole = build_basis(sources, **arguments)
-    original, calls = build_module.above_null, []
+    original, calls = budget_module.above_null, []
 
     def measured(plan, reader, name, most):
         calls.append(name)
@@ -180,7 +180,7 @@ def test_an_interrupted_build_goes_on_from_its_tables_and_modules(tmp_path, monk
             raise KeyboardInterrupt
         return original(plan, reader, name, most)
 
-    monkeypatch.setattr(build_module, "above_null", measured)
+    monkeypatch.setattr(budget_module, "above_null", measured)
     with pytest.raises(KeyboardInterrupt):
         build_basis(sources, **arguments, work_folder=tmp_path)
     assert build_basis(sources, **arguments, work_folder=tmp_path).fingerprint == whole.fingerprint

@@ -78,7 +78,12 @@ def test_the_old_directions_stay_and_the_new_ones_lie_beside_them(numerics, give
             assert torch.allclose(stored.double(), now.U.double().T @ update @ now.V.double().T, atol=1e-5)
     if given.get("add") == 100:
         # 9 ranks of new adapters: all of them fit in
-        assert new.info["measured"]["energy_kept"] == pytest.approx(1, abs=1e-6)
+        assert all(each["kept"] == pytest.approx(1, abs=1e-6) for each in new.info["update"]["modules"].values())
+    for name in NAMES:
+        both = [old.info["measured"]["energy_kept_per_module"][name]] * 4 + [
+            new.info["update"]["modules"][name]["kept"]
+        ] * 3
+        assert new.info["measured"]["energy_kept_per_module"][name] == pytest.approx(sum(both) / 7, abs=1e-6)
 
 
 def kept_with_one_less(module, updates) -> float:
@@ -140,6 +145,7 @@ def test_refitting_keeps_the_size_and_reports_and_bounds_the_drift(numerics):
     with pytest.raises(SubspaceError, match=r"would lose .* larger k, or grow"):
         update_basis(old, small(3, seed=5), k=8, k_in=7, max_drift=bound, progress=False)
     with_all = update_basis(old, small(3, seed=5), k=15, max_drift=1e-5, progress=False)
+    assert "measured" not in with_all.info
     assert with_all.info["sources"][0]["energy_kept"] == pytest.approx(old.info["sources"][0]["energy_kept"], abs=1e-5)
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from ..basis import ModuleBasis
 from ..errors import SubspaceError
 from .factors import Factors
 from .hosvd import Compressed, exact
 from .memory_plan import Plan
 from .null import generator_for, null_update, strengths_of
 from .reading import Reader
+from .resume import WorkFolder
 from .streaming import ModuleStack, compress
 
 MOST_OF_EVEN = 4  # no side of a module gets more directions than so many times what an even spread would give
@@ -36,6 +40,40 @@ def check_budget(budget: int, modules: int) -> None:
         raise SubspaceError(
             f"budget={budget}: {modules} modules take at least a number each. Give {modules} or more; {modules * 256} are k=16 everywhere."
         )
+
+
+def check_asked(
+    budget: int | None, k: int | float | None, k_in: int | None, builder: str, complete: str | None
+) -> None:
+    """Raise `SubspaceError` where a budget is no number, or clashes with the other arguments of `build_basis`."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise SubspaceError(f"budget={budget!r}: give how many numbers a task may train in all, such as 24576.")
+    if k is not None or k_in is not None or complete is not None:
+        raise SubspaceError(
+            "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
+        )
+    if builder != "adapters":
+        raise SubspaceError(
+            f"A budget is spread by what a fleet's updates hold: for the builder `adapters`, not {builder!r}."
+        )
+
+
+def measure(plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, progress: bool) -> dict[str, torch.Tensor]:
+    """Module → what its leading directions hold above its null; those that an interrupted build measured are taken from there."""
+    names = plan.fleet.modules
+    done = {name: found for name in names if kept is not None and (found := kept.get_table(name)) is not None}
+    bar = tqdm(total=len(names), desc="spreading", unit="module", delay=2, initial=len(done), disable=not progress)
+    with bar:
+        for group in reader.groups([name for name in names if name not in done]):
+            reader.hold(group)
+            for name in group:
+                done[name] = above_null(plan, reader, name, most)
+                if kept is not None:
+                    kept.put_table(name, done[name])
+                bar.update()
+    return {name: done[name] for name in names}
 
 
 def above_null(plan: Plan, reader: Reader, name: str, most: int) -> torch.Tensor:
@@ -149,3 +187,9 @@ def _steepest(
     i, j = divmod(best, slopes.shape[1])
     slope = float(slopes[i, j])
     return (slope, (a + i, b + j)) if slope > 0 else None
+
+
+def what_was_spent(modules: dict[str, ModuleBasis], tables: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a basis records of its budget: what was ``spent``, and per module the energy above the null, in units of Σ ‖w ΔW‖²."""
+    above = {name: float(tables[name][m.k_out - 1, m.k_in - 1]) for name, m in modules.items()}
+    return {"spent": sum(m.k_out * m.k_in for m in modules.values()), "energy_above_null_per_module": above}

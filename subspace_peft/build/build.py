@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
-from .budget import above_null, check_budget, largest, spread
+from .budget import check_asked, check_budget, largest, measure, spread, what_was_spent
 from .complete import check_filling, complete_built
 from .factors import Factors
 from .fleet import Fleet, gather
@@ -67,7 +67,7 @@ def build_basis(
         k_in: directions on the input side where they differ from `k`.
         budget: instead of `k`, what a task may train in all, Σ k_out·k_in over modules: spread over modules and sides to where the fleet
             holds most above its strength-matched null, see `budget.spread`. What holds no more than the null is not bought, so less may
-            be spent. Takes about three times as long (`adapters` only).
+            be spent. Takes three to five times as long (`adapters` only).
         builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations (JD-Full,
             arXiv 2407.00066). ``eigenlora``: PCA of the raw factors (arXiv 2502.04700), for comparison. ``random``:
             zero-mean Gaussian, orthonormalised, the control. ``base-weights``: top singular vectors of the base model's
@@ -108,7 +108,7 @@ def build_basis(
         SubspaceError: arguments that clash; too little memory, with the least that suffices.
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
-    _check_budget(budget, k, k_in, builder, complete)
+    check_asked(budget, k, k_in, builder, complete)
     k = 32 if k is None else k
     _check_arguments(k, k_in, builder, weights, directions)
     if complete is not None:
@@ -152,7 +152,7 @@ def build_basis(
     sizes: dict[str, tuple[int | float, int | None]] = dict.fromkeys(fleet.modules, (k, k_in))
     tables: dict[str, torch.Tensor] = {}
     if budget is not None:
-        tables = _tables(plan, reader, int(k), kept, progress)
+        tables = measure(plan, reader, int(k), kept, progress)
         sizes.update(spread(tables, budget))
     bar = tqdm(
         total=len(fleet.modules), desc="building", unit="module", delay=2, initial=len(done), disable=not progress
@@ -171,32 +171,11 @@ def build_basis(
     modules = {name: done[name][0] for name in fleet.modules}
     basis = SubspaceBasis(modules, _info(fleet, builder, arguments, modules, {n: done[n][1] for n in fleet.modules}))
     if budget is not None:
-        basis.info["measured"]["budget"] = _spent(modules, tables)
+        basis.info["measured"]["budget"] = what_was_spent(modules, tables)
     if complete is None:
         return basis
     basis.info["build"] = {**arguments, "complete": complete}
     return complete_built(basis, (int(k), k_in or int(k)), complete, base_model, seed, progress)
-
-
-def _tables(plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, progress: bool) -> dict[str, torch.Tensor]:
-    """Module → what its leading directions hold above its null; those that an interrupted build measured are taken from there."""
-    names = plan.fleet.modules
-    done = {name: found for name in names if kept is not None and (found := kept.get_table(name)) is not None}
-    bar = tqdm(total=len(names), desc="spreading", unit="module", delay=2, initial=len(done), disable=not progress)
-    with bar:
-        for group in reader.groups([name for name in names if name not in done]):
-            reader.hold(group)
-            for name in group:
-                done[name] = above_null(plan, reader, name, most)
-                if kept is not None:
-                    kept.put_table(name, done[name])
-                bar.update()
-    return {name: done[name] for name in names}
-
-
-def _spent(modules: dict[str, ModuleBasis], tables: dict[str, torch.Tensor]) -> dict[str, Any]:
-    above = {name: float(tables[name][m.k_out - 1, m.k_in - 1]) for name, m in modules.items()}
-    return {"spent": sum(m.k_out * m.k_in for m in modules.values()), "energy_above_null_per_module": above}
 
 
 def _build_module(
@@ -256,23 +235,6 @@ def _build_module(
     return module, {
         "energies": energies, "left_out": left_out, "certificate": certificate(pair, compressed, both=not raw),
     }  # fmt: skip
-
-
-def _check_budget(
-    budget: int | None, k: int | float | None, k_in: int | None, builder: str, complete: str | None
-) -> None:
-    if budget is None:
-        return
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise SubspaceError(f"budget={budget!r}: give how many numbers a task may train in all, such as 24576.")
-    if k is not None or k_in is not None or complete is not None:
-        raise SubspaceError(
-            "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
-        )
-    if builder != "adapters":
-        raise SubspaceError(
-            f"A budget is spread by what a fleet's updates hold: for the builder `adapters`, not {builder!r}."
-        )
 
 
 def _check_arguments(k: int | float, k_in: int | None, builder: str, weights: str, directions: int) -> None:
