@@ -14,7 +14,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
-    from .build import build_basis, update_basis
+    from .build import build_basis, complete_basis, update_basis
     from .bundle import (
         Bundle,
         add_tasks,
@@ -35,6 +35,7 @@ _PLACES = {
     "ModuleBasis": "basis",
     "SubspaceBasis": "basis",
     "build_basis": "build",
+    "complete_basis": "build",
     "update_basis": "build",
     "Bundle": "bundle",
     "add_tasks": "bundle",
@@ -71,6 +72,7 @@ __all__ = [
     "add_tasks",
     "build_basis",
     "bundle_tasks",
+    "complete_basis",
     "compress_fleet",
     "export_lora",
     "extract_task",

@@ -14,7 +14,7 @@ import subspace_peft.build.memory_plan as memory_plan
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, migrate_task, update_basis
 from subspace_peft.basis.transfer import Transfer
 from subspace_peft.build import rebuild_basis
-from subspace_peft.errors import BasisMismatchError, SourceError, SubspaceError
+from subspace_peft.errors import BadFileError, BasisMismatchError, SourceError, SubspaceError
 from subspace_peft.report import validate_basis
 
 from .conftest import bert, gpt2, inputs, randomise, train_lora
@@ -78,7 +78,12 @@ def test_the_old_directions_stay_and_the_new_ones_lie_beside_them(numerics, give
             assert torch.allclose(stored.double(), now.U.double().T @ update @ now.V.double().T, atol=1e-5)
     if given.get("add") == 100:
         # 9 ranks of new adapters: all of them fit in
-        assert new.info["measured"]["energy_kept"] == pytest.approx(1, abs=1e-6)
+        assert all(each["kept"] == pytest.approx(1, abs=1e-6) for each in new.info["update"]["modules"].values())
+    for name in NAMES:
+        both = [old.info["measured"]["energy_kept_per_module"][name]] * 4 + [
+            new.info["update"]["modules"][name]["kept"]
+        ] * 3
+        assert new.info["measured"]["energy_kept_per_module"][name] == pytest.approx(sum(both) / 7, abs=1e-6)
 
 
 def kept_with_one_less(module, updates) -> float:
@@ -140,6 +145,7 @@ def test_refitting_keeps_the_size_and_reports_and_bounds_the_drift(numerics):
     with pytest.raises(SubspaceError, match=r"would lose .* larger k, or grow"):
         update_basis(old, small(3, seed=5), k=8, k_in=7, max_drift=bound, progress=False)
     with_all = update_basis(old, small(3, seed=5), k=15, max_drift=1e-5, progress=False)
+    assert "measured" not in with_all.info
     assert with_all.info["sources"][0]["energy_kept"] == pytest.approx(old.info["sources"][0]["energy_kept"], abs=1e-5)
 
 
@@ -386,3 +392,79 @@ def test_tasks_that_cannot_be_carried_are_refused(bases, grown, tmp_path):
     with pytest.raises(SubspaceError, match="has to be stored"):
         migrate_task(folder, memory).save_pretrained(tmp_path / "new-task")
     assert not (tmp_path / "new-task").exists()
+
+
+def test_embeddings_and_their_tasks_grow_too(tmp_path):
+    from peft import LoraConfig
+
+    def lora(name: str, seed: int) -> str:
+        model = get_peft_model(bert(), LoraConfig(r=4, target_modules=["word_embeddings", "query"]))
+        draw = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+        model.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    old = build_basis([lora("one", 1), lora("two", 2)], k=5, progress=False)
+    old.save_pretrained(tmp_path / "v1")
+    new = update_basis(old, [lora("three", 3)], progress=False)
+    new.save_pretrained(tmp_path / "v2")
+    folder, before = saved(bert, tmp_path / "old", old.location)
+    migrate_task(folder, new).save_pretrained(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert list(config["weight_shapes"].values()) == [[100, 32]]
+    assert torch.allclose(logits(PeftModel.from_pretrained(bert(), tmp_path / "new")), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version", "two"),
+        ("lineage", {"fingerprint": "a"}),
+        ("lineage", ["a"]),
+        ("columns", ["adapters"]),
+        ("update", "once"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(basis_folder, key, value):
+    file = basis_folder / "basis_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(BadFileError, match=key):
+        SubspaceBasis.from_pretrained(basis_folder)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"columns": {"a.q": {"out": [["adapters", 10**9]], "in": "all"}}},
+        {"columns": {"a.q": [], "a.v": {"out": [["adapters"]], "in": [[1, 6]]}}},
+        {"measured": {"energy_kept_per_module": {"a.q": "much", "a.v": None}}},
+    ],
+)
+def test_what_does_not_add_up_in_a_record_counts_for_nothing(changed):
+    old = build_basis(small(), k=6, progress=False)
+    odd = SubspaceBasis(dict(old.items()), {**old.info, **changed})
+    new = update_basis(odd, small(1, seed=5), add=2, progress=False)
+    assert new.info["columns"]["a.q"]["out"] == [["adapters", 6], ["version 2", 2]]
+    assert 0 < new.info["measured"]["energy_kept"] <= 1
+
+
+def test_a_basis_whose_cores_and_sources_differ_is_refused():
+    old = build_basis(small(), k=6, progress=False)
+    odd = SubspaceBasis(dict(old.items()), {**old.info, "sources": old.info["sources"][:2]})
+    with pytest.raises(SubspaceError, match="holds 4 sources' cores, and its config lists 2"):
+        update_basis(odd, small(1, seed=5), progress=False)
+
+
+def test_an_update_whose_record_or_first_version_is_gone_is_not_built_again(fleets, bases, tmp_path):
+    source = str(train_lora(bert, tmp_path / "new", 77))
+    new = update_basis(bases[bert], [source], add=3, progress=False)
+    for change in ({"update": {}}, {"lineage": [{"fingerprint": "short"}]}):
+        odd = SubspaceBasis(dict(new.items()), {**new.info, **change})
+        with pytest.raises(SubspaceError, match="no record of how it was updated"):
+            rebuild_basis(odd, progress=False)
+    core = {name: torch.eye(6, dtype=torch.float64) for name in bases[bert]}
+    fitted = update_basis(bases[bert], [source], k=5, cores=[core], progress=False)
+    with pytest.raises(SubspaceError, match="cores of 1 tasks as well"):
+        rebuild_basis(fitted, progress=False)

@@ -1,6 +1,7 @@
 """How a basis comes to be: reading source adapters, and the builders."""
 
 from .build import build_basis
+from .complete import complete_basis
 from .factors import Factors
 from .plan import BuildPlan, plan_build
 from .references import expand, expand_or_raise
@@ -13,6 +14,7 @@ __all__ = [
     "Factors",
     "Source",
     "build_basis",
+    "complete_basis",
     "expand",
     "expand_or_raise",
     "is_one_source",

@@ -6,11 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
+from .budget import check_asked, check_budget, largest, measure, spread, what_was_spent
+from .complete import check_filling, complete_built
 from .factors import Factors
 from .fleet import Fleet, gather
 from .generic import build_generic
@@ -33,14 +36,16 @@ CORES_KEPT_UP_TO = 64
 def build_basis(
     sources: Iterable[Any] | None = None,
     *,
-    k: int | float = 32,
+    k: int | float | None = None,
     k_in: int | None = None,
+    budget: int | None = None,
     builder: str = "adapters",
     weights: str = "equal",
     alternations: int = 10,
     directions: int = 0,
     keep_cores: bool | None = None,
     leave_one_out: bool | None = None,
+    complete: str | None = None,
     like: SubspaceBasis | None = None,
     base_model: nn.Module | None = None,
     target_modules: str | Sequence[str] | None = None,
@@ -60,8 +65,11 @@ def build_basis(
             (``org/name@revision:folder``), patterns (``loras/*``), text files of such references (``fleet.txt``), Hub collections
             (``collection:owner/slug``), state dicts, ``(state_dict, config)`` pairs or live PeftModels. Rank, scaling and target
             modules are read from each. Not needed by the last two builders.
-        k: directions per side, or a share of energy in (0, 1) that every module has to keep.
+        k: directions per side, or a share of energy in (0, 1) that every module has to keep; default 32.
         k_in: directions on the input side where they differ from `k`.
+        budget: instead of `k`, what a task may train in all, Σ k_out·k_in over modules: spread over modules and sides to where the fleet
+            holds most above its strength-matched null, see `budget.spread`. What holds no more than the null is not bought, so less may
+            be spent. Takes three to five times as long (`adapters` only).
         builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations (JD-Full,
             arXiv 2407.00066). ``eigenlora``: PCA of the raw factors (arXiv 2502.04700), for comparison. ``random``:
             zero-mean Gaussian, orthonormalised, the control. ``base-weights``: top singular vectors of the base model's
@@ -74,6 +82,8 @@ def build_basis(
         keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
         leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per shared-seed group,
             of the modules that are decomposed exactly; default: for fleets of 2 to 8 groups.
+        complete: where the fleet spans fewer than `k` directions, fill up with ``random`` or ``base-weights`` ones, see `complete_basis`; None:
+            the basis is smaller then, and nothing is made up.
         like: a basis whose modules and sizes the `random` builder takes over.
         base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The other builders
             need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is left as it was.
@@ -106,7 +116,16 @@ def build_basis(
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
     with together() as team:
+        check_asked(budget, k, k_in, builder, complete)
+        k = 32 if k is None else k
         _check_arguments(k, k_in, builder, weights, directions)
+        if complete is not None:
+            check_filling(complete, base_model)
+            if isinstance(k, float) or builder not in ("adapters", "eigenlora"):
+                raise SubspaceError(
+                    f"complete={complete!r}: a fleet's basis is filled up to a number of directions. Give k as a number, and the builder "
+                    "`adapters` or `eigenlora`."
+                )
         arguments = {
             "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
             "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
@@ -124,12 +143,20 @@ def build_basis(
             sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model,
             team=team,
         )  # fmt: skip
-        found = _build_modules(
-            fleet, team, memory, arguments, leave_one_out=leave_one_out, work_folder=work_folder, progress=progress
+        if budget is not None:
+            arguments = {**arguments, "k": None, "budget": budget}
+        found, tables = _build_modules(
+            fleet, team, memory, arguments, k, leave_one_out=leave_one_out, work_folder=work_folder, progress=progress
         )
         modules = {name: module for name, (module, _) in found.items()}
         info = _info(fleet, builder, arguments, modules, {name: known for name, (_, known) in found.items()})
-        return SubspaceBasis(modules, info)
+        if budget is not None:
+            info["measured"]["budget"] = what_was_spent(modules, tables)
+        basis = SubspaceBasis(modules, info)
+        if complete is None:
+            return basis
+        basis.info["build"] = {**arguments, "complete": complete}
+        return complete_built(basis, (int(k), k_in or int(k)), complete, base_model, seed, progress and team.main)
 
 
 def _build_modules(
@@ -137,17 +164,21 @@ def _build_modules(
     team: Team,
     memory: int,
     arguments: Mapping[str, Any],
+    k: int | float,
     *,
     leave_one_out: bool | None,
     work_folder: str | Path | None,
     progress: bool,
-) -> dict[str, tuple[ModuleBasis, dict[str, Any]]]:
-    """All modules' bases and what is known of them, each built by one process of the team."""
-    builder, k, k_in = (arguments[key] for key in ("builder", "k", "k_in"))
+) -> tuple[dict[str, tuple[ModuleBasis, dict[str, Any]]], dict[str, torch.Tensor]]:
+    """All modules' bases and what is known of them, each built by one process of the team; with a budget also what it was spread by."""
+    builder, k_in, budget = arguments["builder"], arguments["k_in"], arguments.get("budget")
     keep_cores = arguments["keep_cores"]
     if keep_cores is None:
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
     held_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
+    if budget is not None:
+        check_budget(budget, len(fleet.modules))
+        k = largest(budget, len(fleet.modules))
     plan = Plan(fleet, builder, k, k_in, arguments["weights"], memory)
     kept = None
     if work_folder is not None:
@@ -158,6 +189,11 @@ def _build_modules(
     done = {name: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None}
     mine, owners = divide(team, {name: cost(plan.module(name)) for name in fleet.modules}, done)
     reader = Reader(fleet.sources, plan.held)
+    sizes: dict[str, tuple[int | float, int | None]] = dict.fromkeys(fleet.modules, (k, k_in))
+    tables: dict[str, torch.Tensor] = {}
+    if budget is not None:
+        tables = measure(plan, reader, int(k), kept, team, progress)
+        sizes.update(spread(tables, budget))
     bar = tqdm(
         total=len(fleet.modules), desc="building", unit="module", delay=2, initial=len(fleet.modules) - len(mine),
         disable=not (progress and team.main),
@@ -171,13 +207,13 @@ def _build_modules(
                 if team.stopped():
                     break
                 done[name] = _build_module(
-                    plan, reader, name, k, k_in, arguments["alternations"], directions=arguments["directions"],
+                    plan, reader, name, *sizes[name], arguments["alternations"], directions=arguments["directions"],
                     keep_cores=keep_cores, held_out=held_out,
                 )  # fmt: skip
                 if kept is not None:
                     kept.put(name, *done[name])
                 bar.update()
-    return collect(team, owners, done)
+    return collect(team, owners, done), tables
 
 
 def _build_module(

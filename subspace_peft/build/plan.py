@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import SubspaceError
+from .budget import check_budget, even, largest
 from .fleet import gather
 from .hosvd import exact, hosvd
 from .memory_plan import Module, Plan, cost, parse_size
@@ -48,9 +50,11 @@ class BuildPlan:
 def plan_build(
     sources: Iterable[Any],
     *,
-    k: int | float = 32,
+    k: int | float | None = None,
     k_in: int | None = None,
+    budget: int | None = None,
     alternations: int = 10,
+    complete: str | None = None,
     partial: bool = False,
     allow_bin: bool = False,
     max_memory: int | str = "2GB",
@@ -60,7 +64,8 @@ def plan_build(
 ) -> BuildPlan:
     """Read and check a fleet as `build_basis` would, and say what building its basis takes. Arguments as there.
 
-    What comes from the Hub is fetched. Where `k` is a share of energy, sizes are those of the largest basis it could ask for.
+    What comes from the Hub is fetched. Where `k` is a share of energy, sizes are those of the largest basis it could ask for; with a
+    `budget`, which only building can spread, those of an even spread.
 
     Raises:
         SourceError: no source is usable.
@@ -70,12 +75,22 @@ def plan_build(
     fleet = gather(
         sources, skip_bad=True, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
     )  # fmt: skip
-    plan = Plan(fleet, "adapters", k, k_in, "equal", memory)
+    if budget is not None:
+        if k is not None or k_in is not None or complete is not None:
+            raise SubspaceError(
+                "A budget decides every module's sizes: leave k, k_in and complete out, or the budget."
+            )
+        check_budget(budget, len(fleet.modules))
+        k = even(budget, len(fleet.modules))
+    k = 32 if k is None else k
+    most = k if budget is None else largest(budget, len(fleet.modules))
+    plan = Plan(fleet, "adapters", most, k_in, "equal", memory)
     tasks = {name: plan.module(name) for name in fleet.modules}
     modules = {}
     for name, task in tasks.items():
         (out, inner), ranks = task.shape, sum(task.ranks)
-        a, b = (min(ranks if isinstance(k, float) else size, ranks, d) for size, d in ((k, out), (k_in or k, inner)))
+        most = max(ranks, k, k_in or 0) if complete else ranks
+        a, b = (min(ranks if isinstance(k, float) else size, most, d) for size, d in ((k, out), (k_in or k, inner)))
         modules[name] = {"out": out, "in": inner, "sources": len(task.members), "ranks": ranks, "k_out": a, "k_in": b}
     numbers = sum(m["k_out"] * m["out"] + m["k_in"] * m["in"] for m in modules.values())
     numbers += len(fleet.sources) * sum(m["k_out"] * m["k_in"] for m in modules.values())
@@ -96,7 +111,8 @@ def plan_build(
         bytes_to_read=sum(entry["bytes"] for entry in entries),
         bytes_of_basis=4 * numbers,
         memory=min(memory, plan.needed + plan.keep + sum(entry["bytes"] for entry in entries)),
-        seconds=_seconds(plan, tasks, k, k_in, alternations),
+        # a budget is spread by what the fleet and its null hold, each of which costs about as much as building
+        seconds=_seconds(plan, tasks, k, k_in, alternations) * (1 if budget is None else 3),
     )
 
 

@@ -16,7 +16,18 @@ from .sources import IN_MEMORY, Source, open_source
 from .update import update_basis
 
 UPDATE_ARGUMENTS = ("add", "add_in", "k", "k_in", "max_drift", "weights", "alternations", "partial")
-ARGUMENTS = ("k", "k_in", "weights", "alternations", "directions", "seed", "keep_cores", "partial")
+ARGUMENTS = (
+    "k",
+    "k_in",
+    "weights",
+    "alternations",
+    "directions",
+    "seed",
+    "keep_cores",
+    "partial",
+    "complete",
+    "budget",
+)
 
 
 def rebuild_basis(

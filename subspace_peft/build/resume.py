@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from .._atomic import write_aside
 from .._version import __version__
 from ..basis import ModuleBasis
-from ..basis.module import TENSOR_NAMES
+from ..basis.module import TENSOR_NAMES, tensor_sha256
 from ..errors import SubspaceError
 from .sources import Source
 
 OURS = re.compile(r"[0-9a-f]{24}")
 FACTS = "facts"
+TABLE = "table"
 
 
 class WorkFolder:
@@ -74,8 +75,24 @@ class WorkFolder:
                 "room, and the same call goes on from them.",
             ) from error
 
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+    def get_table(self, name: str) -> torch.Tensor | None:
+        """What was measured of a module before any was built; None where nothing was, or where its file is damaged."""
+        try:
+            with safe_open(self._file(name, "table"), framework="pt", device="cpu") as file:
+                value = file.get_tensor(TABLE)
+                facts = json.loads(file.metadata()[FACTS])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        return value if [name, tensor_sha256(value)] == [facts["module"], facts["sha256"]] else None
+
+    def put_table(self, name: str, value: torch.Tensor) -> None:
+        """Keep what was measured of a module. Raises `OSError` where the disk refuses."""
+        text = json.dumps({"module": name, "sha256": tensor_sha256(value)})
+        tensors = {TABLE: value.contiguous()}
+        write_aside(self._file(name, "table"), lambda path: save_file(tensors, path, metadata={FACTS: text}))
+
+    def _file(self, name: str, ending: str = "safetensors") -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.{ending}"
 
 
 def forget(folder: Path) -> None:

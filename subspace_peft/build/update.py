@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .._untrusted import is_whole
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.lineage import next_version
 from ..basis.reference import same_model
-from ..basis.transfer import Transfer
 from ..errors import SubspaceError
-from .beside import exact_beside, frame, grow, refit
-from .factors import Factors
-from .fleet import Fleet, gather
-from .hosvd import Compressed, Pair
+from .fleet import gather
 from .memory_plan import GUESSED_K, Plan, parse_size
 from .reading import Reader
-from .record import source_entry
 from .sources import Source
-from .streaming import ModuleStack, compress
+from .update_module import OldModule, update_module
+from .update_record import after_refit, record, votes_of
 
 WEIGHTS = ("equal", "norm")
 
@@ -115,13 +108,13 @@ def update_basis(
             reader.hold(group)
             for name in group:
                 key = by_name[name]
-                held = _Old(
+                held = OldModule(
                     key,
                     _checked(key, old[key], len(known)),
-                    _votes(known),
+                    votes_of(known),
                     [each[key] for each in protected if key in each],
                 )
-                modules[key], facts[key] = _update_module(
+                modules[key], facts[key] = update_module(
                     plan, reader, name, held, add, add_in, wanted, alternations
                 )  # fmt: skip
                 bar.update()
@@ -141,148 +134,10 @@ def update_basis(
         "alternations": alternations, "partial": partial, "allow_bin": allow_bin,
     }  # fmt: skip
     everything = {key: modules.get(key) or untouched[key] for key in old}
-    info = _info(old, fleet, names, arguments, everything, facts, drifts if k is not None else {})
+    info = record(old, fleet, names, arguments, everything, facts, drifts if k is not None else {})
     if k is not None:
-        info["sources"][: len(known)] = [_after(entry, i, squares) for i, entry in enumerate(known)]
+        info["sources"][: len(known)] = [after_refit(entry, i, squares) for i, entry in enumerate(known)]
     return SubspaceBasis(everything, info)
-
-
-@dataclass(frozen=True, eq=False)
-class _Old:
-    """A module of the old basis: its tensors, the votes of its sources, and the tasks' cores that count as well."""
-
-    name: str
-    module: ModuleBasis
-    votes: list[float]
-    tasks: list[torch.Tensor]
-
-
-def _update_module(
-    plan: Plan,
-    reader: Reader,
-    name: str,
-    old: _Old,
-    add: int | float,
-    add_in: int | None,
-    k: tuple[int, int] | None,
-    alternations: int,
-) -> tuple[ModuleBasis, dict[str, Any]]:
-    task, fixed = plan.module(name), frame(old.module)
-    pair: Pair | None = None
-    width = task.width
-    while pair is None:
-        if task.exact:
-            pairs = [reader.pair(i, name) for i in task.members]
-            updates = [
-                Factors(B.double() * scale, A.double()) for (B, A), scale in zip(pairs, task.scales, strict=True)
-            ]
-            compressed = exact_beside(updates, task.weights, fixed)
-        else:
-            stack = ModuleStack(
-                lambda place: reader.pair(task.members[place], name),
-                task.ranks, task.shape, task.scales, task.weights, task.energy, keep=plan.keep,
-            )  # fmt: skip
-            compressed = compress(stack, width, leading=task.leading, bound=False, fixed=fixed)
-        if k is None:
-            pair = grow(compressed, old.module, add, add_in, alternations)
-        else:
-            pair = refit(_joined(compressed, old), k, alternations)
-        # a share of energy takes as many directions as it takes
-        width *= 2
-    a, b = old.module.k_out, old.module.k_in
-    kept, kept_before = 0.0, 0.0
-    found = torch.zeros(len(plan.fleet.sources), pair.U.shape[1], pair.V.shape[0], dtype=torch.float64)
-    shares: list[float | None] = [None] * len(plan.fleet.sources)
-    for places, cores in compressed.cores(compressed.scales, pair.u, pair.v):
-        for place, core in zip(places, cores, strict=True):
-            i, square = task.members[place], float(core.square().sum())
-            found[i], shares[i] = core, min(1.0, square / task.norms[place] ** 2)
-            kept += task.weights[place] ** 2 * square
-    for _, cores in compressed.cores(
-        compressed.weights,
-        torch.eye(compressed.out.Q.shape[1], a, dtype=torch.float64),
-        torch.eye(compressed.inner.Q.shape[1], b, dtype=torch.float64),
-    ):
-        kept_before += float(cores.square().sum())
-    votes = torch.zeros(len(plan.fleet.sources), dtype=torch.float64)
-    votes[task.members] = torch.tensor(task.votes, dtype=torch.float64)
-    module, drift = _joined_module(old, pair, found, votes)
-    squares = [
-        (float(was.double().square().sum()), float(now.double().square().sum()))
-        for was, now in _stored(old.module, module)
-    ]
-    return module, {
-        "added": [pair.U.shape[1] - a, pair.V.shape[0] - b],
-        "kept_before": min(1.0, kept_before / compressed.total), "kept": min(1.0, kept / compressed.total),
-        "numerics": "streamed" if compressed.passes else "exact", "drift": drift, "shares": shares, "squares": squares,
-    }  # fmt: skip
-
-
-def _joined(compressed: Compressed, old: _Old) -> Compressed:
-    """The new updates and what the old basis holds, its sources' stored cores and its tasks', all of norm 1."""
-    cores = [core.double() for core in old.tasks]
-    weights = [1.0 / max(float(core.norm()), 1e-300) for core in cores]
-    if old.module.cores is not None:
-        for core, vote in zip(old.module.cores.double(), old.votes, strict=True):
-            if (size := float(core.norm())) > 0:
-                cores.append(core)
-                weights.append(vote**0.5 / size)
-    if not cores:
-        raise SubspaceError(
-            f"Module {old.name!r}: with k= the directions are fitted anew, and nothing says what the old basis's tasks need: it does not keep "
-            "its sources' cores. Pass the tasks' cores with cores= (--tasks), or grow with add=, which loses nothing."
-        )
-    parts, places = list(compressed.parts), len(compressed.scales)
-    room = [side.Q.shape[1] for side in (compressed.out, compressed.inner)]
-    left = torch.zeros(len(cores), room[0], old.module.k_in, dtype=torch.float64)
-    left[:, : old.module.k_out] = torch.stack(cores)
-    right = torch.eye(old.module.k_in, room[1], dtype=torch.float64).expand(len(cores), -1, -1)
-    parts.append((list(range(places, places + len(cores))), left, right))
-    total = compressed.total + sum(w * w * float(core.square().sum()) for w, core in zip(weights, cores, strict=True))
-    return replace(
-        compressed, parts=parts, total=total, scales=[*compressed.scales, *[1.0] * len(cores)],
-        weights=[*compressed.weights, *weights],
-    )  # fmt: skip
-
-
-def _stored(old: ModuleBasis, new: ModuleBasis) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The old sources' cores, before and after."""
-    return [] if old.cores is None or new.cores is None else list(zip(old.cores, new.cores, strict=False))
-
-
-def _joined_module(old: _Old, pair: Pair, found: torch.Tensor, votes: torch.Tensor) -> tuple[ModuleBasis, float]:
-    """The new module, and the most that a stored source's or a task's core loses of its norm."""
-    module = old.module
-    dtype = module.U.dtype
-    bare = ModuleBasis(U=pair.U.to(dtype).contiguous(), V=pair.V.to(dtype).contiguous())
-    move = Transfer(module, bare, old.name)
-    stored = None if module.cores is None else move.core(module.cores)
-    rms = None
-    if module.core_rms is not None and (move.leading or stored is not None):
-        weight = torch.tensor(old.votes, dtype=torch.float64)
-        if stored is not None:
-            alive = module.cores.flatten(1).any(1) if module.cores is not None else torch.ones(0)
-            weight = weight * alive
-            square = torch.einsum("n,noi->oi", weight, stored.square())
-        else:
-            square = move.core(module.core_rms.double().square()) * weight.sum()
-        square = square + torch.einsum("n,noi->oi", votes, found.square())
-        rms = (square / (weight.sum() + votes.sum())).sqrt()
-    G = None if module.G is None else move.core(module.G)
-    if G is not None and not move.leading:
-        norms = G.flatten(1).norm(dim=1)[:, None, None]
-        G = torch.where(norms > 1e-6, G / norms.clamp_min(1e-6), torch.zeros_like(G))
-    parts = {
-        "M": None if module.M is None else move.core(module.M),
-        "G": G,
-        "core_rms": rms,
-        "cores": None if stored is None else torch.cat([stored, found]),
-    }
-    kept = [] if module.cores is None else [core for core in module.cores.double() if core.any()]
-    drift = max((move.drift(core, move.core(core)) for core in [*kept, *old.tasks]), default=0.0)
-    tensors = {key: None if value is None else value.to(dtype).contiguous() for key, value in parts.items()}
-    new = replace(bare, **tensors, spectrum_out=module.spectrum_out, spectrum_in=module.spectrum_in)
-    return new, drift
 
 
 def _checked(name: str, module: ModuleBasis, sources: int) -> ModuleBasis:
@@ -299,26 +154,6 @@ def _with_absent(module: ModuleBasis, count: int) -> ModuleBasis:
     if module.cores is None:
         return module
     return replace(module, cores=torch.cat([module.cores, module.cores.new_zeros(count, module.k_out, module.k_in)]))
-
-
-def _after(entry: dict[str, Any], number: int, squares: list[list[tuple[float, float]]]) -> dict[str, Any]:
-    """An old source's entry when its directions were fitted anew: what is kept of its stored cores, and None where there are none."""
-    pairs = [each[number] for each in squares if each]
-    before = sum(was for was, _ in pairs)
-    share = sum(now for _, now in pairs) / before if before else None
-    kept = entry.get("energy_kept")
-    return {**entry, "energy_kept": None if share is None or kept is None else kept * min(1.0, share)}
-
-
-def _votes(entries: list[dict[str, Any]]) -> list[float]:
-    groups = [_group(entry, -1 - number) for number, entry in enumerate(entries)]
-    sizes = Counter(groups)
-    return [1.0 / sizes[group] for group in groups]
-
-
-def _group(entry: dict[str, Any], otherwise: int) -> int:
-    group = entry.get("seed_group")
-    return group if is_whole(group, least=0) else otherwise
 
 
 def _misfit(source: Source, basis: SubspaceBasis) -> str | None:
@@ -379,40 +214,3 @@ def _check(
         )
     if max_drift is not None and not max_drift >= 0:
         raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")
-
-
-def _info(
-    old: SubspaceBasis,
-    fleet: Fleet,
-    names: Mapping[str, str],
-    arguments: dict[str, Any],
-    modules: Mapping[str, ModuleBasis],
-    facts: dict[str, dict[str, Any]],
-    drifts: dict[str, float],
-) -> dict[str, Any]:
-    by_name = {name: key for key, name in names.items()}
-    info = next_version(old, modules, refitted=() if arguments["k"] is None else facts)
-    known = old.info.get("sources") or []
-    first = 1 + max((_group(entry, -1) for entry in known), default=-1)
-    entries = []
-    for i, source in enumerate(fleet.sources):
-        kept = {name: (facts[by_name[name]]["shares"][i] if by_name[name] in facts else None) for name in source.norms}
-        entry = source_entry(source, kept, first + fleet.groups[i])
-        entries.append({**entry, "version": info["version"]})
-    per_module = {}
-    for key, each in facts.items():
-        seen = [share for share in each.pop("shares") if share is not None]
-        per_module[key] = sum(seen) / len(seen)
-    random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, m in modules.items()}
-    return {
-        **info,
-        "sources": [*known, *entries],
-        "skipped": [*(old.info.get("skipped") or []), *fleet.skipped],
-        "update": {"arguments": arguments, "modules": facts, **({"drift": drifts} if drifts else {})},
-        "measured": {
-            "energy_kept": sum(per_module.values()) / len(per_module),
-            "energy_random": sum(random.values()) / len(random),
-            "energy_kept_per_module": per_module,
-            "energy_random_per_module": random,
-        },
-    }  # fmt: skip

@@ -44,14 +44,16 @@ def _built(args: Namespace, unfinished: Path | None) -> SubspaceBasis:
 
     return build_basis(
         args.sources or None,
-        k=number(args.k),
+        k=None if args.k is None else number(args.k),
         k_in=args.k_in,
+        budget=args.budget,
         builder=args.builder,
         like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
         weights=args.weights,
         alternations=args.alternations,
         directions=args.directions,
         leave_one_out=args.leave_one_out,
+        complete=args.complete,
         base_model=base_model(args),
         target_modules=args.target_modules,
         seed=args.seed,
@@ -84,8 +86,8 @@ def _plan(args: Namespace) -> int:
     if args.builder in ("random", "base-weights"):
         raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
     plan = plan_build(
-        args.sources, k=number(args.k), k_in=args.k_in, alternations=args.alternations, partial=args.partial,
-        allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base_model(args), progress=not args.quiet,
+        args.sources, k=None if args.k is None else number(args.k), k_in=args.k_in, budget=args.budget,
+        alternations=args.alternations, complete=args.complete, partial=args.partial, allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base_model(args), progress=not args.quiet,
     )  # fmt: skip
     refused = bool(plan.skipped) and not args.skip_bad
     if args.json:

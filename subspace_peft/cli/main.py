@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from .._version import __version__
 from . import building, bundles, verbs
 from .bundles import DTYPES, add_bundle
-from .versions import add_migrate, add_update
+from .versions import add_complete, add_migrate, add_update
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--from-config", metavar="BASIS", help="build a basis again: its own sources, held against their hashes, and its arguments"
     )  # fmt: skip
-    build.add_argument("-k", "--k", default="32", help="directions per side, or a share of energy to keep (0.9)")
+    build.add_argument("-k", "--k", help="directions per side, or a share of energy to keep (0.9); default: 32")
+    build.add_argument(
+        "--budget", type=int, metavar="NUMBERS", help="instead of -k, what a task may train in all: spread to where the fleet holds most above chance"
+    )  # fmt: skip
     build.add_argument("--k-in", type=int, help="directions on the input side, where they differ")
     build.add_argument(
         "--builder", default="adapters", choices=["adapters", "eigenlora", "random", "base-weights"],
@@ -53,10 +56,13 @@ def parser() -> argparse.ArgumentParser:
         "--leave-one-out", action=argparse.BooleanOptionalAction,
         help="measure what a basis built without a source keeps of it (default: for 2 to 8 sources)",
     )  # fmt: skip
+    build.add_argument(
+        "--complete", choices=["random", "base-weights"], help="fill up to k where the fleet spans fewer directions (default: leave it at those)"
+    )  # fmt: skip
     build.add_argument("--like", metavar="BASIS", help="a basis whose modules and sizes `random` takes over")
     build.add_argument(
         "--base-model",
-        help="model id or folder: for `random` and `base-weights`, and to convert adapters that are no LoRA",
+        help="model id or folder: for `random` and `base-weights`, --complete base-weights, and to convert adapters that are no LoRA",
     )
     build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
     build.add_argument("--seed", type=int, default=0)
@@ -73,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     build.set_defaults(run=building.build)
 
-    update, migrate = add_update(add), add_migrate(add)
+    update, migrate, complete = add_update(add), add_migrate(add), add_complete(add)
 
     look = add(
         "inspect", help="say what a basis or a task is", description="Say what a basis or a task is; verify it."
@@ -216,24 +222,12 @@ def parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=verbs.run)
 
-    for verb in (
-        build,
-        update,
-        migrate,
-        look,
-        check,
-        analyze,
-        report,
-        project,
-        export,
-        compress,
-        push,
-        cache,
-        demo,
-        copy,
-    ):
+    every = (
+        build, update, migrate, complete, look, check, analyze, report, project, export, compress, push, cache, demo, copy,
+    )  # fmt: skip
+    for verb in every:
         verb.add_argument("--json", action="store_true", help="print the result as JSON")
-    for verb in (build, update, migrate, analyze, report, project, export, compress, demo):
+    for verb in (build, update, migrate, complete, analyze, report, project, export, compress, demo):
         verb.add_argument("--quiet", action="store_true", help="no progress bars")
     return top
 

@@ -1,4 +1,4 @@
-"""`subspace-peft update` and `subspace-peft migrate`: a basis's next version, and its tasks."""
+"""`subspace-peft update`, `complete` and `migrate`: a basis's next version, and its tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
-from .verbs import base_model, number, print_json
+from .verbs import base_model, inspect, number, print_json
 
 
 def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
@@ -58,6 +58,25 @@ def add_migrate(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     return verb
 
 
+def add_complete(add: Callable[..., ArgumentParser]) -> ArgumentParser:
+    """The verb `complete`."""
+    verb = add(
+        "complete", help="fill a basis up to more directions",
+        description="Fill a basis up to k directions with random ones or the base weights' singular vectors. Those it has stay bit for bit.",
+    )  # fmt: skip
+    verb.add_argument("basis", help="folder or Hub id of the basis")
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
+    verb.add_argument("-k", "--k", type=int, required=True, help="directions per side")
+    verb.add_argument("--k-in", type=int, help="directions on the input side, where they differ")
+    verb.add_argument(
+        "--with", dest="filling", default="random", choices=["random", "base-weights"], help="(default: %(default)s)"
+    )
+    verb.add_argument("--base-model", help="model id or folder, for base-weights")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.set_defaults(run=complete)
+    return verb
+
+
 def _add_drift(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--max-drift", type=float, metavar="SHARE",
@@ -100,6 +119,17 @@ def update(args: Namespace) -> int:
         print(f"  left out: {entry['reason']}")
     print(f"{facts['out']}: version {facts['version']} of the basis, {facts['k']}, fingerprint {facts['fingerprint']}")
     return _say(facts["tasks"])
+
+
+def complete(args: Namespace) -> int:
+    """Fill a basis up."""
+    from ..build import complete_basis
+
+    new = complete_basis(
+        args.basis, args.k, k_in=args.k_in, with_=args.filling, base_model=base_model(args), seed=args.seed, progress=not args.quiet
+    )  # fmt: skip
+    new.save_pretrained(args.out)
+    return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
 
 
 def migrate(args: Namespace) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from ..basis import SubspaceBasis
 from ..build import build_basis, expand_or_raise, open_source
+from ..build.null import null_update
 
 
 def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> SubspaceBasis:
@@ -31,13 +32,8 @@ def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> Subspa
             update = source.factors(name)
             _, S, _ = update.canonical()
             out, inner = update.shape
-            P = _directions(out, len(S), generator)
-            T = _directions(inner, len(S), generator)
-            state[f"{name}.lora_B.weight"] = P * S
-            state[f"{name}.lora_A.weight"] = T.T.contiguous()
+            null = null_update(out, inner, S, generator)
+            state[f"{name}.lora_B.weight"] = null.B
+            state[f"{name}.lora_A.weight"] = null.A
         fleet.append(state)
     return build_basis(fleet, **build)
-
-
-def _directions(d: int, r: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(d, r, generator=generator, dtype=torch.float64))[0].contiguous()

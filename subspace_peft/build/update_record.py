@@ -1,0 +1,85 @@
+"""What an updated basis records: its sources, old and new, what was measured, and where it came from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from .._untrusted import is_finite, is_whole
+from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.lineage import next_version
+from .fleet import Fleet
+from .record import source_entry
+
+
+def record(
+    old: SubspaceBasis,
+    fleet: Fleet,
+    names: Mapping[str, str],
+    arguments: dict[str, Any],
+    modules: Mapping[str, ModuleBasis],
+    facts: dict[str, dict[str, Any]],
+    drifts: dict[str, float],
+) -> dict[str, Any]:
+    by_name = {name: key for key, name in names.items()}
+    info = next_version(old, modules, refitted=() if arguments["k"] is None else facts)
+    known = old.info.get("sources") or []
+    first = 1 + max((_group(entry, -1) for entry in known), default=-1)
+    entries = []
+    for i, source in enumerate(fleet.sources):
+        kept = {name: (facts[by_name[name]]["shares"][i] if by_name[name] in facts else None) for name in source.norms}
+        entry = source_entry(source, kept, first + fleet.groups[i])
+        entries.append({**entry, "version": info["version"]})
+    shares = {key: [share for share in each.pop("shares") if share is not None] for key, each in facts.items()}
+    return {
+        **info,
+        "sources": [*known, *entries],
+        "skipped": [*(old.info.get("skipped") or []), *fleet.skipped],
+        "update": {"arguments": arguments, "modules": facts, **({"drift": drifts} if drifts else {})},
+        # where all was fitted anew, what is kept of old sources is known as far as their stored cores go, not per module
+        **({} if arguments["k"] is not None else {"measured": _measured(old, shares, modules)}),
+    }
+
+
+def _measured(
+    old: SubspaceBasis, shares: Mapping[str, list[float]], modules: Mapping[str, ModuleBasis]
+) -> dict[str, Any]:
+    """The energy kept of old and new sources together: of the old ones what the old basis kept, which is less or the same."""
+    measured = old.info.get("measured")
+    before = measured.get("energy_kept_per_module") if isinstance(measured, Mapping) else None
+    count = len(old.info.get("sources") or [])
+    per_module = {}
+    for name in modules:
+        known = before.get(name) if isinstance(before, Mapping) else None
+        old_sum, old_count = (float(known) * count, count) if is_finite(known) else (0.0, 0)
+        new = shares.get(name, [])
+        if old_count + len(new):
+            per_module[name] = (old_sum + sum(new)) / (old_count + len(new))
+    random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, m in modules.items()}
+    return {
+        "energy_kept": sum(per_module.values()) / len(per_module),
+        "energy_random": sum(random.values()) / len(random),
+        "energy_kept_per_module": per_module,
+        "energy_random_per_module": random,
+    }
+
+
+def after_refit(entry: dict[str, Any], number: int, squares: list[list[tuple[float, float]]]) -> dict[str, Any]:
+    """An old source's entry when its directions were fitted anew: what is kept of its stored cores, and None where there are none."""
+    pairs = [each[number] for each in squares if each]
+    before = sum(was for was, _ in pairs)
+    share = sum(now for _, now in pairs) / before if before else None
+    kept = entry.get("energy_kept")
+    return {**entry, "energy_kept": None if share is None or kept is None else kept * min(1.0, share)}
+
+
+def votes_of(entries: list[dict[str, Any]]) -> list[float]:
+    groups = [_group(entry, -1 - number) for number, entry in enumerate(entries)]
+    sizes = Counter(groups)
+    return [1.0 / sizes[group] for group in groups]
+
+
+def _group(entry: dict[str, Any], otherwise: int) -> int:
+    group = entry.get("seed_group")
+    return group if is_whole(group, least=0) else otherwise
