@@ -152,6 +152,14 @@ def test_streamed_modules_too(fleets, tmp_path, monkeypatch):
     assert one["fingerprint"] == other["fingerprint"] == alone.fingerprint
 
 
+def test_a_budget_is_measured_by_both_and_spread_alike(fleets, tmp_path):
+    one, other = two("budget", tmp_path, fleets[bert])
+    alone = build_basis(fleets[bert], budget=60, progress=False)
+    assert len({tuple(sorted(shape.items())) for shape in alone.shapes().values()}) > 1
+    assert one["fingerprint"] == other["fingerprint"] == alone.fingerprint
+    assert [len(list((tmp_path / f"work{rank}").glob("*/*.table"))) for rank in range(2)] == [2, 2]
+
+
 def machines(fleets, out: Path) -> list[str]:
     for rank in range(2):
         for source in fleets[bert]:
