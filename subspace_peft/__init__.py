@@ -14,7 +14,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
-    from .build import build_basis
+    from .build import build_basis, build_clusters
     from .bundle import (
         Bundle,
         add_tasks,
@@ -34,6 +34,7 @@ _PLACES = {
     "ModuleBasis": "basis",
     "SubspaceBasis": "basis",
     "build_basis": "build",
+    "build_clusters": "build",
     "Bundle": "bundle",
     "add_tasks": "bundle",
     "bundle_tasks": "bundle",
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "add_tasks",
     "build_basis",
+    "build_clusters",
     "bundle_tasks",
     "compress_fleet",
     "export_lora",

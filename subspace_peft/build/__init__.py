@@ -1,6 +1,7 @@
 """How a basis comes to be: reading source adapters, and the builders."""
 
 from .build import build_basis
+from .clusters import Clusters, build_clusters
 from .factors import Factors
 from .plan import BuildPlan, plan_build
 from .references import expand, expand_or_raise
@@ -9,9 +10,11 @@ from .sources import Source, is_one_source, open_source
 
 __all__ = [
     "BuildPlan",
+    "Clusters",
     "Factors",
     "Source",
     "build_basis",
+    "build_clusters",
     "expand",
     "expand_or_raise",
     "is_one_source",
