@@ -18,6 +18,7 @@ from .partition import Sample, Step, compared, partition
 from .processes import together
 
 MOST = 6
+IN_VAIN = 2  # `auto` gives up when that many finer partitions in a row are not worth it
 FILE = "clusters.json"
 
 
@@ -89,16 +90,16 @@ def build_clusters(
 
     Each source goes to the basis that keeps most of it, the mean over modules of the share of ‖ΔW‖²; the bases are built again of the
     sources they got, until no source moves (as k-means does, with subspaces for centres: Bradley and Mangasarian 2000). Starts are
-    without chance. Of several processes the first does this, all build the bases. It happens on up to 16 modules, evenly spread, as many as a third of `max_memory` holds.
+    without chance. Of several processes the first does this, all build the bases. It happens on up to 8 modules, evenly spread, as many as a third of `max_memory` holds.
 
-    ``auto`` takes a finer partition only where it keeps more of sources that were left out (with their shared-seed group, in up to 8
+    ``auto`` takes a finer partition only where it keeps more of sources that were left out (with their shared-seed group, in up to 5
     folds, each held against the best basis) than the coarser one does with as many stored numbers, bases and one core per source together, by
     more than two standard errors of the paired differences. A single basis of n·k directions holds all that n of k do, but its cores
     are n² times as large: what clusters save are cores, so they pay with many sources that have little in common.
 
     Args:
         sources: as in `build_basis`.
-        clusters: how many at most (some may turn out empty), or ``auto``: 1 to 6.
+        clusters: how many at most (some may turn out empty), or ``auto``: 1 to 6, as long as one of the next two numbers is worth it.
         k: directions per side of every basis.
         alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress, more: as in `build_basis`.
 
@@ -153,6 +154,8 @@ def _divided(fleet: Fleet, clusters: int | str, k: int, memory: int, alternation
         steps.append(asdict(step))
         if step.taken or clusters != "auto":
             parts = finer
+        elif number >= len(parts) + IN_VAIN:
+            break
     single_k = sample.equal_k(1, sample.numbers(len(parts), k))
     single = sample.kept(sample.fit(range(count), single_k), range(count))
     entries: list[dict[str, Any]] = [{} for _ in range(count)]

@@ -15,9 +15,9 @@ from .memory_plan import EXACT_COLUMNS
 from .reading import Reader
 from .streaming import ModuleStack, compress, width_of
 
-MODULES = 16  # compared at most, evenly spread over the model
-ROUNDS = 20
-FOLDS = 8
+MODULES = 8  # compared at most, evenly spread over the model
+ROUNDS = 10
+FOLDS = 5
 SIGNIFICANT = 2.0  # standard errors by which a finer partition has to keep more of sources that were left out
 
 
@@ -80,8 +80,12 @@ class Sample:
             place = torch.tensor(members)
             for stack in ([P * S for P, S, _ in canonical], [T * S for _, S, T in canonical]):
                 X = torch.cat(stack, 1)
-                squares = torch.stack([part.square().sum(1) for part in (X.T @ X).split(ranks, 1)], 1)
-                inner = torch.stack([part.sum(0) for part in squares.split(ranks, 0)])
+                owner = torch.arange(len(members)).repeat_interleave(torch.tensor(ranks))
+                # a source at a time: all products at once would be a table of all ranks squared
+                rows = [(each.T @ X).square().sum(0, dtype=torch.float64) for each in stack]
+                inner = torch.zeros(len(members), len(members), dtype=torch.float64).index_add_(
+                    1, owner, torch.stack(rows)
+                )
                 norms = inner.diagonal().sqrt().clamp_min(1e-300)
                 total[place[:, None], place] += inner / norms / norms[:, None]
                 count[place[:, None], place] += 1
@@ -136,35 +140,40 @@ def partition(sample: Sample, clusters: int, k: int) -> list[list[int]]:
     """The sources in at most `clusters` parts, each source with the basis of k directions that keeps most of it.
 
     Two starts without chance, sources far from one another as centres and average linkage, both by `Sample.alike`; then bases are
-    built of the parts and sources go where most is kept, until none moves. The better one's parts, the largest first.
+    built of the parts and sources go where most is kept, of the better start's until none moves. The largest part first.
     """
     count = len(sample.fleet.sources)
     if clusters == 1:
         return [list(range(count))]
     alike = sample.alike()
-    best: tuple[float, list[int]] = (-1.0, [])
-    for start in (_far_apart(alike, clusters), _linked(alike, clusters)):
-        owner = start
-        for _ in range(ROUNDS):
-            parts = _parts(owner)
-            shares = torch.tensor([sample.kept(sample.fit(part, k), range(count)) for part in parts])
-            held, moved = shares.max(0)
-            # who is kept equally well elsewhere stays
-            own = torch.empty(count, dtype=torch.int64)
-            for number, part in enumerate(parts):
-                own[part] = number
-            stay = shares.gather(0, own[None])[0] >= held - 1e-9
-            after = torch.where(stay, own, moved).tolist()
-            if float(held.sum()) > best[0] + 1e-9:
-                best = (float(held.sum()), after)
-            if after == own.tolist():
-                break
-            owner = after
-    return sorted(_parts(best[1]), key=lambda part: (-len(part), part))
+    starts = [_moved(sample, start, k) for start in (_far_apart(alike, clusters), _linked(alike, clusters))]
+    held, before, owner = max(starts, key=lambda each: each[0])
+    for _ in range(ROUNDS):
+        if owner == before:
+            break
+        risen, before, after = _moved(sample, owner, k)
+        # what is kept of some can fall by more than rises of those that moved: then it was better before
+        if risen <= held + 1e-9:
+            break
+        held, owner = risen, after
+    return sorted(_parts(owner), key=lambda part: (-len(part), part))
+
+
+def _moved(sample: Sample, owner: list[int], k: int) -> tuple[float, list[int], list[int]]:
+    """The energy kept of all sources by the best of the parts' bases each, the parts' numbers, and where the sources go."""
+    count, parts = len(owner), _parts(owner)
+    shares = torch.tensor([sample.kept(sample.fit(part, k), range(count)) for part in parts])
+    best, moved = shares.max(0)
+    own = torch.empty(count, dtype=torch.int64)
+    for number, part in enumerate(parts):
+        own[part] = number
+    # who is kept equally well elsewhere stays
+    stay = shares.gather(0, own[None])[0] >= best - 1e-9
+    return float(best.sum()), own.tolist(), torch.where(stay, own, moved).tolist()
 
 
 def left_out(sample: Sample, parts: Sequence[Sequence[int]], k: int) -> torch.Tensor:
-    """Per source the share that the best basis keeps which was built without it and its shared-seed group, in up to 8 folds."""
+    """Per source the share that the best basis keeps which was built without it and its shared-seed group, in up to 5 folds."""
     groups = sample.fleet.groups
     # a part's groups go round the folds, so that every fold takes about as much of every part
     fold, turn = {}, 0
