@@ -8,7 +8,14 @@ weight and noise of each adapter's own. Every measurement is a process of its ow
 above what the process held after its imports. `build_basis` works on the whole fleet, both factors of every module, statistics and all. The others get
 one factor, the first q_proj's lora_B, in memory from the start, and find its leading centred directions, as EigenLoRAx asks for (the covariance
 and `torch.linalg.eig` of its released way, written anew here). Seconds for all 32 layers are extrapolated and say so. Files are asked out of the page
-cache before they are read, which a file system may ignore. Writes JSON and a Markdown table to benchmarks/results/.
+cache before they are read, which a file system may ignore.
+
+Two packages of the index, vlora-dev and lorashare, compress the same whole fleet up to a size that they can take, each with the most
+components that need no more numbers than our U, V and cores (peers/fleet_compressors.py, in a virtual environment of their own which sees this one's torch).
+
+The floor is the larger of two: reading the bytes once, and the products with B and A that the build makes (its passes, at its subspaces' width, and
+the two of its probe) at the fastest rate that a large float32 product reaches here, in one thread. Writes JSON and a Markdown table to
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -26,12 +33,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.fleet_compressors import VERSIONS, environment
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timing import write
 from tqdm.auto import tqdm
 
 from subspace_peft import build_basis
+from subspace_peft.build.streaming import PROBE_PASSES, PROBES, width_of
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}
 ALL_LAYERS = 32
@@ -106,12 +115,20 @@ def incremental_pca(rows: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(IncrementalPCA(k, batch_size=32 * RANK).fit(rows.numpy()).components_).float().T
 
 
+def peft_incremental_pca(rows: torch.Tensor, k: int) -> torch.Tensor:
+    from peft.utils.incremental_pca import IncrementalPCA
+
+    return IncrementalPCA(k, batch_size=32 * RANK).fit(rows).components_.float().T
+
+
 ONE_FACTOR: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "torch.linalg.svd of the stack": svd,
     "covariance and torch.linalg.eig (EigenLoRAx's way)": covariance_eig,
     "scikit-learn IncrementalPCA": incremental_pca,
+    "PEFT's IncrementalPCA": peft_incremental_pca,
 }
-WHOLE = ("reading the bytes", "build_basis", "build_basis, exact throughout")
+PEERS = tuple(f"{name} {version}" for name, version in VERSIONS.items())
+WHOLE = ("reading the bytes", "build_basis", "build_basis, exact throughout", *PEERS)
 
 
 def status(name: str) -> int:
@@ -134,6 +151,7 @@ def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any
     if title in ONE_FACTOR:
         rows = stack(folders)
         incremental_pca(torch.randn(64, 64), 2)
+        peft_incremental_pca(torch.randn(64, 64), 2)
         start, wall, cpu = status("VmRSS"), time.perf_counter(), time.process_time()
         found = ONE_FACTOR[title](rows, k)
         facts = spent(wall, cpu, start)
@@ -157,7 +175,38 @@ def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any
     basis = build_basis([str(folder) for folder in folders], k=k, max_memory=memory, progress=False)
     facts = spent(wall, cpu, start)
     found = basis.info["measured"]
-    return {**facts, "energy_kept": found["energy_kept"], "certificates": found["certificates"]}
+    return {
+        **facts, "energy_kept": found["energy_kept"], "certificates": found["certificates"],
+        "products": products(found["certificates"], len(folders), k), "numbers": numbers(len(folders), len(basis) // len(SHAPES), k),
+    }  # fmt: skip
+
+
+def products(certificates: dict[str, Any], count: int, k: int) -> float:
+    """Floating-point operations of the products with B and A: per pass and side both ways, ``4 · rows · width · d``, and those of the probe."""
+    rows, total = count * RANK, 0.0
+    for name, facts in certificates.items():
+        sides = SHAPES[name.rsplit(".", 1)[-1]]
+        width = min(width_of(k, rows), rows)
+        total += (
+            4.0 * rows * sum(sides) * (facts["passes"] * width + (PROBE_PASSES * PROBES if facts["passes"] else 0))
+        )
+    return total
+
+
+def numbers(count: int, layers: int, k: int) -> int:
+    """How many numbers U, V and the cores of all adapters are."""
+    return layers * sum(k * (out + inner) + count * k * k for out, inner in SHAPES.values())
+
+
+def peak() -> float:
+    """Floating-point operations a second of a large float32 product in one thread, the fastest of ten, by CPU time."""
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    times = []
+    for _ in range(10):
+        began = time.process_time()
+        left @ right
+        times.append(time.process_time() - began)
+    return 2 * 2048**3 / min(times)
 
 
 def spent(wall: float, cpu: float, start: int) -> dict[str, float]:
@@ -175,15 +224,29 @@ def measure(root: Path, args: argparse.Namespace, settings: dict[str, Any]) -> d
     ):
         results = found["results"]
     make_fleet(root, max(args.adapters), args.layers)
+    python = environment(args.environment or root / "environment") if args.peers_up_to else None
     jobs = [(n, title) for n in args.adapters for title in (*WHOLE, *ONE_FACTOR)]
     for n, title in tqdm(jobs, desc="measuring", unit="run", delay=2):
-        if title in results.get(str(n), {}) or (title.endswith("exact throughout") and n > args.exact_up_to):
+        most = args.exact_up_to if title.endswith("exact throughout") else args.peers_up_to if title in PEERS else n
+        if title in results.get(str(n), {}) or n > most:
             continue
         command = [sys.executable, __file__, "--child", title, "--root", str(root), "--adapters", str(n)]
         command += ["--k", str(args.k), "--max-memory", args.max_memory]
+        if title in PEERS:
+            command = [
+                str(python),
+                str(Path(__file__).parent / "peers" / "fleet_compressors.py"),
+                title.split()[0],
+                str(root),
+                str(n),
+            ]
+            command += [str(numbers(n, args.layers, args.k))]
         own = {**os.environ, "OMP_NUM_THREADS": "1"}
+        fastest = peak() if title == "build_basis" else 0.0
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=own)
-        results.setdefault(str(n), {})[title] = json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(done.stdout.splitlines()[-1])
+        # measured beside it: a shared machine is not equally fast at all times
+        results.setdefault(str(n), {})[title] = {**found, "peak": fastest} if fastest else found
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"settings": settings, "results": results}))
     return results
@@ -199,6 +262,12 @@ def table(results: dict[str, Any], layers: int, k: int) -> str:
     ]
     for n, rows in results.items():
         best = rows["torch.linalg.svd of the stack"]["share"]
+        own = rows["build_basis"]
+        floor = own["products"] / own["peak"]
+        lines.append(
+            f"| {n} | products with B and A, {own['products'] / 1e9:,.0f} GFLOP at {own['peak'] / 1e9:.0f} GFLOP/s | {layers} layers | {floor:.3g} | | | | "
+            f"{ALL_LAYERS / layers * floor:,.0f} |"
+        )
         for title, row in rows.items():
             # a factor of q_proj's size is 4,096 wide; v_proj's lora_B of 1,024 counts as a quarter, in favour of those whose cost grows faster
             times = ALL_LAYERS / layers if title in WHOLE else ALL_LAYERS * 3.25
@@ -208,7 +277,11 @@ def table(results: dict[str, Any], layers: int, k: int) -> str:
                 worst = min(
                     held / most for facts in row["certificates"].values() for held, most in (facts["out"], facts["in"])
                 )
-                energy = f"{worst:.4%}; kept by both sides {row['energy_kept']:.4f}"
+                energy = f"{worst:.4%}; kept by both sides {row['energy_kept']:.4f}, in {row['numbers']:,} numbers"
+            elif "kept" in row:
+                energy = (
+                    f"kept {row['kept']:.4f} of ΔW with {row['components']} components, in {row['numbers']:,} numbers"
+                )
             else:
                 energy = ""
             what = f"{layers} layers" if title in WHOLE else "one factor"
@@ -216,7 +289,25 @@ def table(results: dict[str, Any], layers: int, k: int) -> str:
                 f"| {n} | {title} | {what} | {row['cpu_seconds']:.3g} | {row['wall_seconds']:.3g} | {row['peak_bytes'] / 1e6:,.0f} | {energy} | "
                 f"{times * row['cpu_seconds']:,.0f} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *verdicts(results)]) + "\n"
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """What was aimed at, beside what came out."""
+    lines = [
+        "| adapters | CPU over the larger floor (aim: at most 2) | covariance and eig over build_basis, both factors of all layers (aim: at least 50) | CPU per adapter and layer, ms | peak memory, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for n, rows in results.items():
+        own = rows["build_basis"]
+        floor = max(own["products"] / own["peak"], rows["reading the bytes"]["cpu_seconds"])
+        layers = len(own["certificates"]) / len(SHAPES)
+        slow = 3.25 * layers * rows["covariance and torch.linalg.eig (EigenLoRAx's way)"]["cpu_seconds"]
+        each = 1000 * own["cpu_seconds"] / int(n) / layers
+        lines.append(
+            f"| {n} | {own['cpu_seconds'] / floor:.1f} | {slow / own['cpu_seconds']:.0f} | {each:.1f} | {own['peak_bytes'] / 1e6:,.0f} |"
+        )
+    return lines
 
 
 def main() -> None:
@@ -226,6 +317,12 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--max-memory", default="2GB")
     parser.add_argument("--exact-up-to", type=int, default=50, help="adapters for which all is also built exactly")
+    parser.add_argument(
+        "--peers-up-to", type=int, default=50, help="adapters that other packages are given too; 0 for none"
+    )
+    parser.add_argument(
+        "--environment", type=Path, help="where their virtual environment is kept (default: made anew)"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "build_basis.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
@@ -235,7 +332,7 @@ def main() -> None:
         print(json.dumps(child(args.child, folders, args.k, args.max_memory)))
         return
     torch.set_num_threads(1)
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "child", "root")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "child", "root", "environment")}
     with tempfile.TemporaryDirectory() as root:
         results = measure(Path(root), args, settings)
     write(args.out, {"settings": settings, "results": results}, table(results, args.layers, args.k))

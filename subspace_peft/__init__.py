@@ -14,7 +14,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
-    from .build import build_basis, complete_basis, update_basis
+    from .build import build_basis, build_clusters, complete_basis, update_basis
     from .bundle import (
         Bundle,
         add_tasks,
@@ -37,6 +37,7 @@ _PLACES = {
     "build_basis": "build",
     "complete_basis": "build",
     "update_basis": "build",
+    "build_clusters": "build",
     "Bundle": "bundle",
     "add_tasks": "bundle",
     "bundle_tasks": "bundle",
@@ -71,6 +72,7 @@ __all__ = [
     "__version__",
     "add_tasks",
     "build_basis",
+    "build_clusters",
     "bundle_tasks",
     "complete_basis",
     "compress_fleet",

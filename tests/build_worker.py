@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from subspace_peft import build_basis
+from subspace_peft import build_basis, build_clusters
 from subspace_peft.build import build as building
 from subspace_peft.build import fleet, memory_plan, rebuild_basis
 
@@ -79,6 +79,9 @@ def run(scenario: str, out: Path, sources: list[str]) -> dict[str, Any]:
         # without a common folder the first hears of it when its share is done
         given["work_folder"] = None if scenario == "fails" else out / "work"
         fail(None if scenario == "killed" else OSError(28, "No space left on device"), 0, pause=1.0)
+    if scenario == "clusters":
+        found = build_clusters(sources, 2, k=4, progress=False)
+        return {"fingerprints": [basis.fingerprint for basis in found.bases], "facts": found.to_dict(), "built": built}
     began = time.perf_counter()
     try:
         basis = rebuild_basis(sources[0], progress=False) if scenario == "rebuilt" else build_basis(sources, **given)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from subspace_peft import build_basis
+from subspace_peft import build_basis, build_clusters
 from subspace_peft.build import memory_plan
 from subspace_peft.build.processes import Team, disagreeing, packed, together, unpacked
 from subspace_peft.build.shares import collect, divide
@@ -187,6 +187,14 @@ def test_finished_modules_on_own_disks_are_gone_on_from(fleets, tmp_path):
 def test_a_basis_is_built_again_in_two_processes(bases, fleets, tmp_path):
     one, other = two("rebuilt", tmp_path, [str(bases[bert].location)])
     assert one["fingerprint"] == other["fingerprint"] == bases[bert].fingerprint
+
+
+def test_clusters_in_two_processes(fleets, tmp_path):
+    one, other = two("clusters", tmp_path, fleets[bert])
+    alone = build_clusters(fleets[bert], 2, k=4, progress=False)
+    assert one["fingerprints"] == other["fingerprints"] == [basis.fingerprint for basis in alone.bases]
+    assert one["facts"] == other["facts"] == alone.to_dict()
+    assert len(one["built"]) == len(other["built"]) == 4
 
 
 # -- failing as one --------------------------------------------------------------------------------------------------------

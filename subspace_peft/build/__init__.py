@@ -1,6 +1,7 @@
 """How a basis comes to be: reading source adapters, and the builders."""
 
 from .build import build_basis
+from .clusters import Clusters, build_clusters
 from .complete import complete_basis
 from .factors import Factors
 from .plan import BuildPlan, plan_build
@@ -11,9 +12,11 @@ from .update import update_basis
 
 __all__ = [
     "BuildPlan",
+    "Clusters",
     "Factors",
     "Source",
     "build_basis",
+    "build_clusters",
     "complete_basis",
     "expand",
     "expand_or_raise",

@@ -155,6 +155,8 @@ def gather(
 
 
 def _named(reference: Any) -> str:
+    if isinstance(reference, Source):
+        return reference.location
     return str(reference) if isinstance(reference, (str, Path)) else type(reference).__name__
 
 

@@ -11,6 +11,7 @@ from .verbs import base_model, inspect, number, print_json
 
 if TYPE_CHECKING:
     from ..basis import SubspaceBasis
+    from ..build import Clusters
 
 
 def build(args: Namespace) -> int:
@@ -21,11 +22,20 @@ def build(args: Namespace) -> int:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
     out = None if args.dry_run else Path(args.out).expanduser()
     unfinished = out.with_name(f"{out.name}.partial") if out is not None and out.name else None
+    clusters: Clusters | None = None
     with together() as team:
         if out is None:
             return _plan(args) if team.main else 0
-        said, basis = _rebuilt(args, unfinished) if args.from_config else ("", _built(args, unfinished))
-        if team.main:
+        said = ""
+        if args.clusters:
+            clusters = _clustered(args, unfinished)
+        elif args.from_config:
+            said, basis = _rebuilt(args, unfinished)
+        else:
+            basis = _built(args, unfinished)
+        if team.main and clusters is not None:
+            clusters.save_pretrained(out)
+        elif team.main:
             basis.to_precision(args.precision or basis.precision or "float32").save_pretrained(out)
         # not before it is written
         team.exchange()
@@ -33,6 +43,8 @@ def build(args: Namespace) -> int:
             forget(unfinished)
     if not team.main:
         return 0
+    if clusters is not None:
+        return _say(clusters, args, out)
     if said and not args.json:
         print(said)
     return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
@@ -64,6 +76,53 @@ def _built(args: Namespace, unfinished: Path | None) -> SubspaceBasis:
         work_folder=unfinished,
         progress=not args.quiet,
     )
+
+
+def _clustered(args: Namespace, unfinished: Path | None) -> Clusters:
+    from ..build import build_clusters
+
+    odd = [name for name in ("from_config", "like", "k_in", "target_modules") if getattr(args, name)]
+    odd += [name for name, usual in (("builder", "adapters"), ("weights", "equal")) if getattr(args, name) != usual]
+    if odd:
+        raise SubspaceError(f"--clusters does not go with --{odd[0].replace('_', '-')}.")
+    found = build_clusters(
+        args.sources,
+        args.clusters if args.clusters == "auto" else number(args.clusters),
+        k=number(args.k),
+        alternations=args.alternations,
+        directions=args.directions,
+        leave_one_out=args.leave_one_out,
+        base_model=base_model(args),
+        seed=args.seed,
+        skip_bad=args.skip_bad,
+        partial=args.partial,
+        allow_bin=args.allow_bin,
+        max_memory=args.max_memory,
+        work_folder=unfinished,
+        progress=not args.quiet,
+    )
+    return found.to_precision(args.precision or "float32")
+
+
+def _say(clusters: Clusters, args: Namespace, out: Path) -> int:
+    facts = clusters.to_dict()
+    if args.json:
+        return print_json(facts)
+    for step in facts["steps"]:
+        print(
+            f"  {step['clusters']} clusters (k={step['k']}) keep {step['left_out']:.4f} of sources left out, {step['against']} of equal size "
+            f"(k={step['against_k']}) {step['against_left_out']:.4f}: gain {step['gain']:.4f} ± {step['standard_error']:.4f}"
+        )
+    for source in facts["sources"]:
+        print(
+            f"  {source['name']}: cluster {source['cluster']}, energy kept {source['energy_kept']:.4f} (by one basis of equal size "
+            f"{source['energy_kept_single']:.4f})"
+        )
+    print(
+        f"{out}: {len(facts['clusters'])} bases, k={facts['k']}, energy kept {facts['energy_kept']:.4f}; one basis of as many numbers, "
+        f"k={facts['single_k']}, {facts['energy_kept_single']:.4f}"
+    )
+    return 0
 
 
 def _rebuilt(args: Namespace, unfinished: Path | None) -> tuple[str, SubspaceBasis]:

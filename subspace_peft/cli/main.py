@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--target-modules", nargs="+", metavar="NAME", help="its modules")
     build.add_argument("--seed", type=int, default=0)
     build.add_argument(
+        "--clusters", metavar="N",
+        help="several bases, FOLDER/cluster-0 …, of the parts of the fleet that they keep most of: a number, or 'auto' for as many as pay",
+    )  # fmt: skip
+    build.add_argument(
         "--precision", choices=["float32", "bfloat16", "float16", "int8"],
         help="what U and V are stored as (default: float32); the basis says what of the energy that loses",
     )  # fmt: skip
