@@ -31,7 +31,8 @@ BASE = BaseFacts(reference="org/base", auto_class="AutoModelForCausalLM")
 REFERENCE = BasisReference(fingerprint="f" * 64, reference="org/basis")
 BASIS = BasisFacts(
     place=Place("org/basis"), fingerprint="f" * 64, modules=12, k="k=16", frozen=24576, core=3072, builder="adapters", base=BASE,
-    task_type="CAUSAL_LM", energy_kept=0.93, energy_random=0.0017, version="9.9",
+    task_type="CAUSAL_LM", energy_kept=0.93, energy_random=0.0017, energy_left_out=0.0561, version="9.9",
+    per_module={"a.q": {"kept": 0.95, "left_out": 0.06, "random": 0.0017}, "a.v": {"kept": 0.91, "random": 0.0017}},
     sources=(
         SourceFacts(name="one", location="org/one", revision="a" * 40, sha256="b" * 64, ranks=(8,), norm=1.23456,
                     energy_kept=0.95, license="apache-2.0"),

@@ -41,11 +41,18 @@ def facts_of(basis: SubspaceBasis, place: Place) -> BasisFacts:
         task_type=task_type,
         energy_kept=measured.get("energy_kept"),
         energy_random=measured.get("energy_random"),
+        energy_left_out=measured.get("energy_left_out"),
+        per_module=_per_module(measured),
         precision=basis.precision,
         energy_lost=(info.get("precision") or {}).get("energy_lost"),
         sources=(*map(_source, sources), *skipped),
         version=__version__,
     )
+
+
+def _per_module(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    kinds = {key: measured.get(f"energy_{key}_per_module") or {} for key in ("kept", "left_out", "random")}
+    return {name: {key: each[name] for key, each in kinds.items() if name in each} for name in kinds["kept"]}
 
 
 def _source(entry: Mapping[str, Any]) -> SourceFacts:

@@ -27,9 +27,9 @@ from .resume import WorkFolder
 from .shares import collect, divide
 from .statistics import certificate, module_basis
 from .streaming import ModuleStack, compress
+from .votes import read_weights, weighted
 
 BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
-WEIGHTS = ("equal", "norm")
 CORES_KEPT_UP_TO = 64
 
 
@@ -40,7 +40,7 @@ def build_basis(
     k_in: int | None = None,
     budget: int | None = None,
     builder: str = "adapters",
-    weights: str = "equal",
+    weights: str | Path | Mapping[str, float] = "equal",
     alternations: int = 10,
     directions: int = 0,
     keep_cores: bool | None = None,
@@ -74,8 +74,9 @@ def build_basis(
             arXiv 2407.00066). ``eigenlora``: PCA of the raw factors (arXiv 2502.04700), for comparison. ``random``:
             zero-mean Gaussian, orthonormalised, the control. ``base-weights``: top singular vectors of the base model's
             weights (LoRA-XS, arXiv 2405.17604), the other control.
-        weights: ``equal``: every source's ΔW counts as of norm 1 in every module. ``norm``: as large as it is. Either
-            way the members of a shared-seed group share one vote.
+        weights: ``equal``: every source's ΔW counts as of norm 1 in every module. ``norm``: as large as it is. A mapping, or a JSON
+            file of one, from source (its name or place) to a number: as often as that, of norm 1; others once. In each case the
+            members of a shared-seed group share one vote.
         alternations: at most this many rounds after the HOSVD (`adapters` only).
         directions: how many direction tensors G to keep for the `directions` coefficients: the leading principal
             axes of the sources' cores, or random orthonormal ones where there is no fleet.
@@ -118,7 +119,8 @@ def build_basis(
     with together() as team:
         check_asked(budget, k, k_in, builder, complete)
         k = 32 if k is None else k
-        _check_arguments(k, k_in, builder, weights, directions)
+        _check_arguments(k, k_in, builder, directions)
+        kind, votes = read_weights(weights)
         if complete is not None:
             check_filling(complete, base_model)
             if isinstance(k, float) or builder not in ("adapters", "eigenlora"):
@@ -127,7 +129,7 @@ def build_basis(
                     "`adapters` or `eigenlora`."
                 )
         arguments = {
-            "k": k, "k_in": k_in, "builder": builder, "weights": weights, "alternations": alternations,
+            "k": k, "k_in": k_in, "builder": builder, "weights": votes or kind, "alternations": alternations,
             "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
         }  # fmt: skip
         if builder in ("random", "base-weights"):
@@ -143,6 +145,8 @@ def build_basis(
             sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model,
             team=team,
         )  # fmt: skip
+        if votes:
+            fleet = weighted(fleet, votes)
         if budget is not None:
             arguments = {**arguments, "k": None, "budget": budget}
         found, tables = _build_modules(
@@ -179,7 +183,8 @@ def _build_modules(
     if budget is not None:
         check_budget(budget, len(fleet.modules))
         k = largest(budget, len(fleet.modules))
-    plan = Plan(fleet, builder, k, k_in, arguments["weights"], memory)
+    weights = arguments["weights"]
+    plan = Plan(fleet, builder, k, k_in, weights if isinstance(weights, str) else "equal", memory)
     kept = None
     if work_folder is not None:
         made_with = {**arguments, "keep_cores": keep_cores, "leave_one_out": held_out}
@@ -275,11 +280,9 @@ def _build_module(
     }  # fmt: skip
 
 
-def _check_arguments(k: int | float, k_in: int | None, builder: str, weights: str, directions: int) -> None:
+def _check_arguments(k: int | float, k_in: int | None, builder: str, directions: int) -> None:
     if builder not in BUILDERS:
         raise SubspaceError(f"There is no builder {builder!r}; choose one of {', '.join(BUILDERS)}.")
-    if weights not in WEIGHTS:
-        raise SubspaceError(f"There is no weighting {weights!r}; choose one of {', '.join(WEIGHTS)}.")
     if isinstance(k, bool) or (isinstance(k, float) and not 0 < k < 1) or (isinstance(k, int) and k < 1):
         raise SubspaceError(f"k={k!r}: give a number of directions (1, 2, …) or a share of energy to keep (0.5).")
     if isinstance(k, float) and (builder != "adapters" or k_in is not None):

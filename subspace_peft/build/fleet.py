@@ -34,22 +34,25 @@ class Fleet:
         modules: the target modules, sorted by their place in the first source that has them.
         groups: per source the number of its shared-seed group.
         skipped: ``{"name", "location", "reason"}`` of each source left out.
+        weights: per source how much its vote counts; None where all count alike.
     """
 
     sources: list[Source]
     modules: list[str]
     groups: list[int]
     skipped: list[dict[str, str]]
+    weights: list[float] | None = None
 
     @property
     def base_model(self) -> str | None:
         return common_base([source.base_model for source in self.sources])
 
     def votes(self, members: Sequence[int]) -> list[float]:
-        """Per member source 1 / (how many members are of its shared-seed group)."""
+        """Per member source its weight / (how many members are of its shared-seed group)."""
         groups = [self.groups[i] for i in members]
         sizes = Counter(groups)
-        return [1.0 / sizes[group] for group in groups]
+        own = [1.0 if self.weights is None else self.weights[i] for i in members]
+        return [weight / sizes[group] for weight, group in zip(own, groups, strict=True)]
 
 
 def facts(source: Source) -> dict[str, Any]:

@@ -84,7 +84,9 @@ class SourceFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BasisFacts:
-    """A basis. `k` says its sizes in words; `frozen` and `core` count its numbers and those of a task with dense cores."""
+    """A basis. `k` says its sizes in words; `frozen` and `core` count its numbers and those of a task with dense cores; `per_module` has per
+    module what is known of the energy ``kept``, ``left_out`` and ``random``.
+    """
 
     place: Place
     fingerprint: str
@@ -97,6 +99,8 @@ class BasisFacts:
     task_type: str | None = None
     energy_kept: float | None = None
     energy_random: float | None = None
+    energy_left_out: float | None = None
+    per_module: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     precision: str | None = None
     energy_lost: float | None = None
     sources: tuple[SourceFacts, ...] = ()

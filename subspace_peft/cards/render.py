@@ -53,11 +53,17 @@ def basis_card(facts: BasisFacts) -> Card:
         ),
         section("Use", _basis_snippet(facts), REMEDY),
     ]
-    energies = {"this basis": facts.energy_kept, "a random basis of equal size (expected)": facts.energy_random}
+    energies = {
+        "this basis": facts.energy_kept,
+        "a basis of the others, of a source left out": facts.energy_left_out,
+        "a random basis of equal size (expected)": facts.energy_random,
+    }
     rows = [(name, f"{value:.4f}") for name, value in energies.items() if value is not None]
     if rows:
         warning = "Energy is not usefulness: compare with a random basis on your own task before relying on it."
-        parts.append(section("Energy kept", table(["", "share of the sources' energy"], rows), warning))
+        parts.append(
+            section("Energy kept", table(["", "share of the sources' energy"], rows), warning, *_by_module(facts))
+        )
     used = [source for source in facts.sources if source.skipped is None]
     if used:
         parts.append(section("Sources", _sources(used)))
@@ -66,6 +72,20 @@ def basis_card(facts: BasisFacts) -> Card:
         parts.append(section("Left out", table(["source", "why"], rows)))
     front = front_matter("basis", facts.base)
     return Card(facts.place.name, "\n\n".join(parts), front)
+
+
+def _by_module(facts: BasisFacts) -> list[str]:
+    """A table that opens on demand: models have hundreds of modules."""
+    if not facts.per_module:
+        return []
+    titles = {"kept": "kept", "left_out": "of a source left out", "random": "random basis"}
+    known = [key for key in titles if any(key in each for each in facts.per_module.values())]
+    rows = [
+        (f"`{name}`", *(f"{each[key]:.4f}" if key in each else "" for key in known))
+        for name, each in facts.per_module.items()
+    ]
+    lines = table(["module", *(titles[key] for key in known)], rows)
+    return [f"<details><summary>By module</summary>\n\n{lines}\n\n</details>"]
 
 
 def _precision(facts: BasisFacts) -> str:

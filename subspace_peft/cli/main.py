@@ -49,7 +49,12 @@ def parser() -> argparse.ArgumentParser:
         "--builder", default="adapters", choices=["adapters", "eigenlora", "random", "base-weights"],
         help="where the basis comes from (default: %(default)s)",
     )  # fmt: skip
-    build.add_argument("--weights", default="equal", choices=["equal", "norm"], help="how sources count")
+    build.add_argument(
+        "--weights",
+        default="equal",
+        metavar="HOW",
+        help="how sources count: equal (default), norm, or a JSON file of numbers by source",
+    )
     build.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
     build.add_argument("--directions", type=int, default=0, metavar="M", help="direction tensors to keep")
     build.add_argument(

@@ -1,0 +1,69 @@
+"""How much each source of a fleet counts, where somebody says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .._untrusted import read_json
+from ..errors import SubspaceError
+from .fleet import Fleet
+
+KINDS = ("equal", "norm")
+
+
+def read_weights(weights: str | Path | Mapping[str, float]) -> tuple[str, dict[str, float]]:
+    """``equal`` or ``norm``, and the votes by source: given as a mapping, or in a file of one JSON object ``{"source": 2.0, …}``.
+
+    Raises:
+        SubspaceError: neither a known word nor a file; a file that holds something else; a vote that is no number above 0.
+    """
+    if isinstance(weights, str) and weights in KINDS:
+        return weights, {}
+    given: Any = weights
+    where = "weights"
+    if not isinstance(weights, Mapping):
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            raise SubspaceError(
+                f"There is no weighting {str(weights)!r}, and no such file; choose one of {', '.join(KINDS)}, or give a JSON file of "
+                'numbers by source: {"org/lora": 2.0}.'
+            )
+        where = str(file)
+        try:
+            given = read_json(file)
+        except (ValueError, OSError) as error:
+            raise SubspaceError(
+                f'{file}: {error}. Give a JSON object of numbers by source, {{"org/lora": 2.0}}.'
+            ) from error
+    if not isinstance(given, Mapping) or not given:
+        raise SubspaceError(f'{where}: give an object of numbers by source, {{"org/lora": 2.0}}.')
+    for name, value in given.items():
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+        if not fine:
+            raise SubspaceError(f"{where}: {name!r} has {json.dumps(value, default=str)}; give a number above 0.")
+    return "equal", {str(name): float(value) for name, value in given.items()}
+
+
+def weighted(fleet: Fleet, votes: Mapping[str, float]) -> Fleet:
+    """The fleet with these votes: by a source's name, its place, or its place with ``@revision``; others count 1.
+
+    Raises:
+        SubspaceError: names that are no source's; lists them.
+    """
+    found, used = [], set()
+    for source in fleet.sources:
+        names = [source.name, source.location, f"{source.location}@{source.revision}"]
+        hits = [name for name in names if name in votes]
+        used.update(hits)
+        found.append(votes[hits[0]] if hits else 1.0)
+    if strangers := [name for name in votes if name not in used]:
+        raise SubspaceError(
+            f"weights: {', '.join(map(repr, strangers[:5]))} {'is' if len(strangers) == 1 else 'are'} no source's name or place. The fleet has "
+            f"{', '.join(repr(source.name) for source in fleet.sources[:5])}{', …' if len(fleet.sources) > 5 else ''}."
+        )
+    return replace(fleet, weights=found)

@@ -1,0 +1,79 @@
+"""Sources that count as much as somebody says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from subspace_peft import SubspaceBasis, build_basis
+from subspace_peft.build import memory_plan, rebuild_basis
+from subspace_peft.build.votes import read_weights
+from subspace_peft.cli import main
+from subspace_peft.errors import SubspaceError
+
+from .test_build import deltas, fleet
+from .test_streaming import saved_fleet, shared_fleet
+
+
+@pytest.mark.parametrize("exactly", [True, False])
+def test_a_vote_is_a_share_of_the_moment(exactly, monkeypatch):
+    if not exactly:
+        monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 0)
+    states = fleet(n=4)
+    votes = [1.0, 5.0, 0.25, 1.0]
+    names = [source["name"] for source in build_basis(states, k=3, progress=False).info["sources"]]
+    given = {names[1]: 5, names[2]: 0.25}
+    found = build_basis(states, k=3, weights=given, alternations=0, progress=False)["a.q"]
+    moment = sum(v * d @ d.T / d.square().sum() for v, d in zip(votes, deltas(states), strict=True))
+    expected = torch.linalg.eigh(moment)[1].flip(1)[:, :3]
+    cosines = torch.linalg.svdvals(expected.T @ found.U.double())
+    torch.testing.assert_close(cosines, torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_equal_votes_change_nothing_and_tiny_ones_leave_out():
+    states = fleet(n=4)
+    plain = build_basis(states, k=3, progress=False)
+    names = [source["name"] for source in plain.info["sources"]]
+    assert build_basis(states, k=3, weights=dict.fromkeys(names, 1.0), progress=False).fingerprint == plain.fingerprint
+    nearly = build_basis(states, k=3, weights={names[3]: 1e-12}, alternations=0, progress=False)
+    without = build_basis(states[:3], k=3, alternations=0, progress=False)
+    for name in without:
+        cosines = torch.linalg.svdvals(without[name].U.double().T @ nearly[name].U.double())
+        torch.testing.assert_close(cosines, torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_a_file_of_votes_on_the_command_line_is_recorded_and_repeated(tmp_path, capsys):
+    folders = saved_fleet(tmp_path / "loras", shared_fleet(n=5))
+    file = tmp_path / "votes.json"
+    file.write_text(json.dumps({folders[0]: 3, "lora-2": 0.5}))
+    out = tmp_path / "basis"
+    assert main(["build", *folders, "--out", str(out), "-k", "4", "--weights", str(file), "--quiet"]) == 0
+    basis = SubspaceBasis.from_pretrained(out)
+    assert basis.info["build"]["weights"] == {folders[0]: 3.0, "lora-2": 0.5}
+    assert basis != build_basis(folders, k=4, progress=False)
+    assert rebuild_basis(basis, progress=False) == basis
+    file.write_text(json.dumps({"lora-2": 0.5, "lora-9": 2}))
+    assert main(["build", *folders, "--out", str(out), "-k", "4", "--weights", str(file), "--quiet"]) == 1
+    assert "'lora-9' is no source's name or place" in capsys.readouterr().err
+    assert SubspaceBasis.from_pretrained(out) == basis
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("frobenius", "no such file"), ({}, "numbers by source"), ({"a": 0}, "above 0"), ({"a": -1}, "above 0"), ({"a": True}, "above 0"),
+        ({"a": float("nan")}, "above 0"), ({"a": "2"}, "above 0"), ({"a": None}, "above 0"),
+    ],
+)  # fmt: skip
+def test_votes_that_are_none(given, said):
+    with pytest.raises(SubspaceError, match=said):
+        read_weights(given)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "{", '"equal"', "\x00"])
+def test_files_that_hold_no_votes(tmp_path, text):
+    (tmp_path / "votes.json").write_text(text)
+    with pytest.raises(SubspaceError, match=r"votes\.json"):
+        read_weights(tmp_path / "votes.json")
