@@ -19,7 +19,7 @@ from .fleet import Fleet, gather
 from .generic import build_generic
 from .held_out import left_out_energy, wanted
 from .hosvd import Pair, exact, factor_pca, hosvd
-from .memory_plan import Plan, cost, parse_size
+from .memory_plan import CORES_KEPT_UP_TO, Plan, cost, parse_size
 from .processes import Team, together
 from .reading import Reader
 from .record import source_entry
@@ -30,7 +30,6 @@ from .streaming import ModuleStack, compress
 from .votes import read_weights, weighted
 
 BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
-CORES_KEPT_UP_TO = 64
 
 
 def build_basis(
@@ -184,7 +183,8 @@ def _build_modules(
         check_budget(budget, len(fleet.modules))
         k = largest(budget, len(fleet.modules))
     weights = arguments["weights"]
-    plan = Plan(fleet, builder, k, k_in, weights if isinstance(weights, str) else "equal", memory)
+    cores = (len(fleet.sources) if keep_cores else 0) + arguments["directions"]
+    plan = Plan(fleet, builder, k, k_in, weights if isinstance(weights, str) else "equal", memory, cores)
     kept = None
     if work_folder is not None:
         made_with = {**arguments, "keep_cores": keep_cores, "leave_one_out": held_out}

@@ -11,6 +11,7 @@ from .streaming import width_of, working_memory
 
 EXACT_COLUMNS = 512  # of the stack, all sources' ranks: up to there an exact SVD costs about what power iteration does
 EXACT_NUMBERS = 1 << 23  # in the stack
+CORES_KEPT_UP_TO = 64  # sources: what `keep_cores` is where nobody says
 GUESSED_K = 32  # where k is a share of energy
 PER_TENSOR = 700  # bytes of names, places, norms and sketches for every tensor of every source, while building
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -68,6 +69,7 @@ class Plan:
         fleet: the sources.
         builder, k, k_in, weights: as in `build_basis`.
         memory: bytes that all of it may take.
+        cores: how many cores are stored per module: the sources' own, and directions.
 
     Attributes:
         needed: bytes that it takes at least.
@@ -79,7 +81,7 @@ class Plan:
     """
 
     def __init__(
-        self, fleet: Fleet, builder: str, k: int | float, k_in: int | None, weights: str, memory: int
+        self, fleet: Fleet, builder: str, k: int | float, k_in: int | None, weights: str, memory: int, cores: int = 0
     ) -> None:
         self.fleet, self.builder, self.weights = fleet, builder, weights
         self.k = max(k, k_in or 0) if isinstance(k, int) else GUESSED_K
@@ -88,10 +90,12 @@ class Plan:
         for module in fleet.modules:
             task = self.module(module)
             # float32, once as built and once as it is written
-            fixed += 2 * 4 * self.k * sum(task.shape)
+            fixed += 2 * 4 * (self.k * sum(task.shape) + cores * self.k**2)
+            # the sources' cores in float64, and as what principal directions are found from
+            work = task.work + (3 * 8 * len(task.members) * self.k**2 if cores else 0)
             factors = max(factors, 4 * sum(task.ranks) * sum(task.shape))
-            if task.work > most:
-                most, name = task.work, module
+            if work > most:
+                most, name = work, module
         self.needed = fixed + most
         if self.needed > memory:
             enough = -(-self.needed * 11 // 10**7)

@@ -13,7 +13,7 @@ from ..errors import SubspaceError
 from .budget import check_budget, even, largest
 from .fleet import gather
 from .hosvd import exact, hosvd
-from .memory_plan import Module, Plan, cost, parse_size
+from .memory_plan import CORES_KEPT_UP_TO, Module, Plan, cost, parse_size
 from .streaming import ModuleStack, compress
 
 TIMED_SOURCES = 16
@@ -84,7 +84,8 @@ def plan_build(
         k = even(budget, len(fleet.modules))
     k = 32 if k is None else k
     most = k if budget is None else largest(budget, len(fleet.modules))
-    plan = Plan(fleet, "adapters", most, k_in, "equal", memory)
+    cores = len(fleet.sources) if len(fleet.sources) <= CORES_KEPT_UP_TO else 0
+    plan = Plan(fleet, "adapters", most, k_in, "equal", memory, cores)
     tasks = {name: plan.module(name) for name in fleet.modules}
     modules = {}
     for name, task in tasks.items():
@@ -93,7 +94,7 @@ def plan_build(
         a, b = (min(ranks if isinstance(k, float) else size, most, d) for size, d in ((k, out), (k_in or k, inner)))
         modules[name] = {"out": out, "in": inner, "sources": len(task.members), "ranks": ranks, "k_out": a, "k_in": b}
     numbers = sum(m["k_out"] * m["out"] + m["k_in"] * m["in"] for m in modules.values())
-    numbers += len(fleet.sources) * sum(m["k_out"] * m["k_in"] for m in modules.values())
+    numbers += cores * sum(m["k_out"] * m["k_in"] for m in modules.values())
     entries = [
         {
             "name": source.name, "location": source.location, "revision": source.revision, "sha256": source.sha256,
