@@ -144,6 +144,7 @@ def test_a_script_divides_modules_and_files_and_goes_on(fleets, tmp_path, whole)
     assert one["accelerate's"] == other["accelerate's"] == 2
 
 
+@pytest.mark.slow
 def test_streamed_modules_too(fleets, tmp_path, monkeypatch):
     one, other = two("streamed", tmp_path, fleets[bert])
     monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 8)
@@ -176,6 +177,7 @@ def test_machines_without_a_common_disk(fleets, tmp_path):
     assert one["fingerprint"] == other["fingerprint"] == alone.fingerprint
 
 
+@pytest.mark.slow
 def test_finished_modules_on_own_disks_are_gone_on_from(fleets, tmp_path):
     one, other = two("own disks", tmp_path, fleets[bert])
     for each, rank in ((one, 0), (other, 1)):
@@ -184,11 +186,13 @@ def test_finished_modules_on_own_disks_are_gone_on_from(fleets, tmp_path):
         assert len(list((tmp_path / f"work{rank}").glob("*/*.safetensors"))) == 2
 
 
+@pytest.mark.slow
 def test_a_basis_is_built_again_in_two_processes(bases, fleets, tmp_path):
     one, other = two("rebuilt", tmp_path, [str(bases[bert].location)])
     assert one["fingerprint"] == other["fingerprint"] == bases[bert].fingerprint
 
 
+@pytest.mark.slow
 def test_clusters_in_two_processes(fleets, tmp_path):
     one, other = two("clusters", tmp_path, fleets[bert])
     alone = build_clusters(fleets[bert], 2, k=4, progress=False)
@@ -211,6 +215,7 @@ def test_another_file_under_the_same_name_on_another_machine_is_refused(fleets, 
         )
 
 
+@pytest.mark.slow
 def test_lists_that_differ_are_refused(fleets, tmp_path):
     for each in two("other list", tmp_path, fleets[bert]):
         assert each["error"] == "SourceError"
@@ -247,6 +252,7 @@ def test_a_process_that_is_killed_does_not_hang_the_other(fleets, tmp_path, whol
     assert contents(tmp_path / "resumed") == whole
 
 
+@pytest.mark.slow
 def test_on_the_command_line_the_one_that_fails_speaks(fleets, tmp_path):
     out = tmp_path / "out"
     out.write_text("a file")
