@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,11 +19,10 @@ from ..basis import SubspaceBasis
 from ..build.fleet import Fleet, gather
 from ..build.rerun import sources_on_record
 from ..errors import SubspaceError
+from .draws import draw_folds, draw_sample
 from .fleet_energy import ModuleFindings, measure_module
 from .verdict import useful_k, verdict
 
-GROUPS_ONE_BY_ONE = 12  # so many shared-seed groups are left out one at a time, more in FOLDS parts
-FOLDS = 4
 SAMPLE = 64
 MANY_COLUMNS = 256  # ranks in all, from which only MODULES of the modules are measured unless all are asked for
 MODULES = 16
@@ -141,8 +139,8 @@ def _measured(
             f"{basis.location or 'The basis'}: its modules ({next(iter(basis))!r}, …) are none of the adapters' ({fleet.modules[0]!r}, "
             "…). They belong to different base models."
         )
-    drawn = _sample(fleet.groups, sample, seed)
-    folds = _folds([fleet.groups[i] for i in drawn], seed)
+    drawn = draw_sample(fleet.groups, sample, seed)
+    folds = draw_folds([fleet.groups[i] for i in drawn], seed)
     chosen = list(places)
     columns = max(
         sum(fleet.sources[i].shape(name)[2] for i in drawn if name in fleet.sources[i].keys) for name in places
@@ -278,30 +276,6 @@ def _basis_facts(basis: SubspaceBasis) -> dict[str, Any]:
         "bytes": 4 * frozen if basis.file is None else basis.file.stat().st_size,
         "bytes_per_task": 4 * sum(s["k_out"] * s["k_in"] for s in shapes),
     }
-
-
-def _sample(groups: Sequence[int], limit: int, seed: int) -> list[int]:
-    """Places of at most `limit` sources: whole groups as long as they fit, in random order."""
-    if len(groups) <= limit:
-        return list(range(len(groups)))
-    order = list(dict.fromkeys(groups))
-    random.Random(seed).shuffle(order)
-    chosen: list[int] = []
-    for group in order:
-        members = [i for i, other in enumerate(groups) if other == group]
-        if len(chosen) + len(members) <= limit:
-            chosen += members
-    # one group alone may be larger than the sample
-    return sorted(chosen or range(limit))
-
-
-def _folds(groups: Sequence[int], seed: int) -> list[int]:
-    """Per source its fold: shared-seed groups stay together."""
-    order = list(dict.fromkeys(groups))
-    if len(order) <= GROUPS_ONE_BY_ONE:
-        return [order.index(group) for group in groups]
-    random.Random(seed).shuffle(order)
-    return [order.index(group) % FOLDS for group in groups]
 
 
 def _at(ks: Sequence[int], values: Sequence[float], k: int) -> float:
