@@ -1,0 +1,234 @@
+"""Which experiments there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from subspace_peft import build_basis
+from subspace_peft.compare.methods import Method
+
+from . import tasks
+from .bases import (
+    from_activation_metric,
+    hybrid,
+    input_roots,
+    one_sided,
+    preconditioned,
+    scaled_inputs,
+)
+from .bench import Bench, Experiment, K
+from .fleet import noise_like, others
+from .rows import head_only, inside, lora, mean_only, vera
+from .training import Budget, make_model
+
+WIDE = 28  # 4 · 28² = 3,136 numbers, beside 3,072 of LoRA r=1 and of VeRA r=384
+FEW = ("movies", "reviews", "newsgroups", "noun-kinds")  # for all but the main table; two of each kind
+IMAGE_TASKS = ("tops", "footwear", "garments", "digits-low", "digits-high", "scans-low")
+MAIN = Budget()
+ORDER = (
+    "movies", "noun-kinds", "reviews", "newsgroups", "tweets", "reuters", "products", "speech-parts", "editorials",
+    "election", "moods", "mail",
+)  # fmt: skip
+
+
+def main_rows(bench: Bench, name: str) -> list[Method]:
+    return [
+        head_only(),
+        lora(8),
+        inside("fleet", bench.basis(name)),
+        inside("random", bench.control("random", name)),
+        lora(1),
+        vera(384),
+    ]
+
+
+def more_rows(bench: Bench, name: str) -> list[Method]:
+    """The rest of the main table, apart so that an interrupted run has the first rows of all tasks."""
+    fleet, base = bench.basis(name), bench.control("base-weights", name)
+    return [
+        inside("base weights", base),
+        inside("hybrid", hybrid(fleet, base, K)),
+        inside("eigenlora", bench.basis(name, builder="eigenlora")),
+        mean_only(fleet),
+    ]
+
+
+def sized_rows(k: int) -> Callable[[Bench, str], list[Method]]:
+    def rows(bench: Bench, name: str) -> list[Method]:
+        return [inside("fleet", bench.basis(name, k=k)), inside("random", bench.control("random", name, k))]
+
+    return rows
+
+
+def short_rows(bench: Bench, name: str) -> list[Method]:
+    return [
+        head_only(),
+        lora(8),
+        lora(1),
+        inside("fleet", bench.basis(name)),
+        inside("random", bench.control("random", name)),
+    ]
+
+
+def control_rows(bench: Bench, name: str) -> list[Method]:
+    """Fleets that hold nothing about the task, and fleets of one kind, of five adapters each."""
+    members = others(name, tasks.names("text"))
+    kin, strangers = (tasks.SENTIMENT, tasks.TOPIC) if name in tasks.SENTIMENT else (tasks.TOPIC, tasks.SENTIMENT)
+    noise = build_basis(
+        noise_like([bench.source(other) for other in members]), k=K, progress=False, leave_one_out=False
+    )
+    return [
+        inside("noise fleet", noise),
+        inside("one shared seed", bench.basis(name, seed=7)),
+        inside("kin only", bench.basis(name, fleet=kin)),
+        inside("strangers only", bench.basis(name, fleet=strangers[:5])),
+        inside("image fleet", bench.basis(name, fleet=tasks.IMAGES[:7])),
+    ]
+
+
+def image_rows(bench: Bench, name: str) -> list[Method]:
+    fleet, base = bench.basis(name), bench.control("base-weights", name)
+    return [
+        head_only(),
+        lora(8),
+        inside("fleet", fleet),
+        inside("random", bench.control("random", name)),
+        lora(1),
+        vera(384),
+        inside("base weights", base),
+        inside("hybrid", hybrid(fleet, base, K)),
+        mean_only(fleet),
+    ]
+
+
+def precondition_rows(bench: Bench, name: str) -> list[Method]:
+    fleet = bench.basis(name)
+    return [
+        inside("entries", preconditioned(fleet, "rms"), coefficients="directions"),
+        inside("entries, ridge 0.5", preconditioned(fleet, "rms", 0.5), coefficients="directions"),
+        inside("sides", preconditioned(fleet, "sides")),
+    ]
+
+
+def mean_rows(bench: Bench, name: str) -> list[Method]:
+    fleet = bench.basis(name)
+    return [
+        inside("mean fixed", fleet, mean_gain="fixed"),
+        inside("mean gain trained", fleet, mean_gain="trainable"),
+        inside("start at mean", fleet, start="mean"),
+    ]
+
+
+def builder_rows(bench: Bench, name: str) -> list[Method]:
+    return [
+        inside("plain HOSVD", bench.basis(name, alternations=0)),
+        inside("weights by norm", bench.basis(name, weights="norm")),
+    ]
+
+
+def side_rows(bench: Bench, name: str) -> list[Method]:
+    fleet, random = bench.basis(name), bench.control("random", name)
+    return [
+        inside("U fleet, V random", one_sided(fleet, random)),
+        inside("U random, V fleet", one_sided(random, fleet)),
+        inside("8 out, 32 in", bench.basis(name, k=8, k_in=32)),
+        inside("32 out, 8 in", bench.basis(name, k=32, k_in=8)),
+    ]
+
+
+def kind_rows(bench: Bench, name: str) -> list[Method]:
+    """About 1,024 numbers in each kind; directions are at most as many as sources."""
+    return [
+        inside("factor r=8, k=16", bench.basis(name), coefficients="factor", r=8),
+        inside("factor r=2, k=64", bench.basis(name, k=64), coefficients="factor", r=2),
+        inside("diagonal k=80", bench.basis(name, k=80), coefficients="diagonal"),
+        inside("directions (11)", bench.basis(name, directions=11), coefficients="directions"),
+    ]
+
+
+def metric_rows(bench: Bench, name: str) -> list[Method]:
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    train = bench.task(name).splits["train"]
+    model = make_model(bench.top(name), 2, 0)
+    known = input_roots(model, [(train.hidden[i : i + 50], train.lengths[i : i + 50]) for i in range(0, 300, 50)])
+    roots = {module: each["root"] for module, each in known.items()}
+    sources: list[Any] = []
+    for other in others(name, tasks.names("text")):
+        folder = bench.source(other)
+        config = LoraConfig.from_pretrained(str(folder))
+        config.modules_to_save = None
+        sources.append((scaled_inputs(load_file(folder / "adapter_model.safetensors"), roots), config))
+    built = build_basis(sources, k=K, progress=False, leave_one_out=False)
+    fleet = bench.basis(name)
+    axes = bench.control("random", name)
+    from subspace_peft.basis import ModuleBasis
+
+    from .bases import each_module
+
+    principal = each_module(
+        fleet, lambda module, one: ModuleBasis(U=one.U, V=known[module]["axes"][:K].contiguous()), "activation axes"
+    )
+    return [
+        inside("metric, V back by Σ^½", from_activation_metric(built, roots, "forward")),
+        inside("metric, V back by Σ^-½", from_activation_metric(built, roots, "inverse")),
+        inside("U fleet, V activation axes", principal),
+        inside("U random, V activation axes", one_sided(axes, principal)),
+    ]
+
+
+def hybrid_rows(bench: Bench, name: str) -> list[Method]:
+    fleet, base, random = bench.basis(name), bench.control("base-weights", name), bench.control("random", name)
+    return [
+        inside("half random", hybrid(fleet, random, K)),
+        inside("quarter base weights", hybrid(fleet, base, K, 0.75)),
+        inside("three quarters base weights", hybrid(fleet, base, K, 0.25)),
+    ]
+
+
+def start_rows(bench: Bench, name: str) -> list[Method]:
+    """Start at a source's projection: the one whose gradient at the start points most towards it is chosen by one batch's loss."""
+    from .starts import nearest_source
+
+    fleet = bench.basis(name)
+    return [inside("start at nearest source", fleet, start=nearest_source(bench, name, fleet))]
+
+
+def _over(names: Sequence[str]) -> list[str]:
+    return list(names)
+
+
+def experiments() -> dict[str, list[Experiment]]:
+    """Group → experiments, in the order in which they are run."""
+    few = list(FEW)
+    small, large = Budget(examples=100), Budget(examples=1000, steps=200, checks=(20, 50, 100, 150))
+
+    def ablation(letter: str, rows: Callable[[Bench, str], list[Method]], names: Sequence[str] = few) -> Experiment:
+        return Experiment(f"ablation-{letter}", list(names), MAIN, rows)
+
+    return {
+        "main": [Experiment("main", list(ORDER), MAIN, main_rows)],
+        "more": [Experiment("main-more", list(ORDER), MAIN, more_rows)],
+        "examples": [
+            Experiment("examples-100", few, small, short_rows),
+            Experiment("examples-1000", few, large, short_rows),
+        ],
+        "sizes": [
+            Experiment(f"size-{WIDE}", few, MAIN, sized_rows(WIDE)),
+            Experiment("size-8", few, MAIN, sized_rows(8)),
+        ],
+        "controls": [Experiment("controls", few, MAIN, control_rows)],
+        "images": [Experiment("images", list(IMAGE_TASKS), MAIN, image_rows)],
+        "ablations": [
+            ablation("a-precondition", precondition_rows),
+            ablation("e-sides", side_rows),
+            ablation("b-mean", mean_rows),
+            ablation("i-metric", metric_rows),
+            ablation("c-builder", builder_rows),
+            ablation("h-kinds", kind_rows),
+            ablation("d-hybrid", hybrid_rows),
+            ablation("f-start", start_rows),
+        ],
+    }
