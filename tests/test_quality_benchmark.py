@@ -228,6 +228,31 @@ def test_noise_has_the_singular_values_and_not_the_directions(bench):
     assert config.r == 8
 
 
+def test_sources_that_start_at_their_inputs_axes(bench, monkeypatch):
+    monkeypatch.setattr(fleet_module, "SOURCE_RATE", 0.0)
+    from safetensors.torch import load_file
+
+    state = load_file(bench.source("one", "axes") / "adapter_model.safetensors")
+    axes = input_roots(make_model(top_of(), 2, 0), fleet_module.some_inputs(toy("one")))
+    for key in (key for key in state if "lora_A" in key):
+        module = next(module for module in axes if f".{module}." in key)
+        assert torch.allclose(state[key] / state[key].norm(dim=1, keepdim=True), axes[module]["axes"][:8], atol=1e-5)
+
+
+def test_the_nearest_source_is_one_of_the_basiss(bench, monkeypatch):
+    from benchmarks.quality import starts
+
+    monkeypatch.setattr(starts, "FIT", 20)
+    monkeypatch.setattr(starts, "HELD", 12)
+    basis = bench.basis("one", k=4)
+    losses = []
+    original = starts.ridge_loss
+    monkeypatch.setattr(starts, "ridge_loss", lambda *given: losses.append(original(*given)) or losses[-1])
+    chosen = starts.nearest_source(bench, "one", basis)
+    names = [each["name"] for each in basis.info["sources"]]
+    assert len(losses) == 2 and losses[0] != losses[1] and chosen == names[losses.index(min(losses))]
+
+
 # -- bases --------------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +314,24 @@ def test_roots_are_those_of_the_inputs_second_moment(bench):
     state = {"base_model.model.layer.0.query.lora_A.weight": torch.randn(2, D)}
     scaled = scaled_inputs(state, {"layer.0.query": root})
     assert torch.allclose(next(iter(scaled.values())), (next(iter(state.values())).double() @ root).float())
+
+
+def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
+    from benchmarks.quality import experiments as listed
+    from benchmarks.quality import starts
+
+    for name, value in (("SENTIMENT", NAMES), ("TOPIC", NAMES), ("IMAGES", NAMES)):
+        monkeypatch.setattr(bench_module.tasks, name, value)
+    monkeypatch.setattr(starts, "FIT", 20)
+    monkeypatch.setattr(starts, "HELD", 12)
+    for group in listed.experiments().values():
+        for experiment in group:
+            rows = experiment.rows(bench, "one")
+            assert len({row.name for row in rows}) == len(rows)
+            for row in rows:
+                if row.adapter is not None:
+                    model = get_peft_model(make_model(top_of(), 2, 0), row.adapter())
+                    assert torch.isfinite(outputs_of(model, toy("one").splits["test"])).all()
 
 
 # -- caching ------------------------------------------------------------------------------------------------------------

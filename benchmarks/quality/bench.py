@@ -40,12 +40,14 @@ class Bench:
         until: `time.time()` at which no further run begins.
         seeds: report seeds.
         source_budget: of the fleet's training.
+        fleet: its tasks; all of the held-out task's kind without it.
     """
 
     folder: Path
     until: float = float("inf")
     seeds: Sequence[int] = SEEDS
     source_budget: Budget | None = None
+    fleet: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self._tasks: dict[str, tasks.Task] = {}
@@ -66,23 +68,27 @@ class Bench:
     def top(self, name: str) -> dict[str, Any]:
         return tasks.top_layers(tasks.kind_of(name), self.folder)
 
-    def source(self, name: str, seed: int | None = None) -> Path:
+    def members(self, kind: str) -> Sequence[str]:
+        """The tasks whose adapters are the fleet of a kind of task."""
+        return self.fleet or tasks.names(kind)
+
+    def source(self, name: str, start: int | str | None = None) -> Path:
         given = {} if self.source_budget is None else {"budget": self.source_budget}
-        return source(name, self.folder, seed=seed, **given)
+        return source(name, self.folder, start=start, **given)
 
     def basis(
-        self, held_out: str, *, fleet: Sequence[str] | None = None, seed: int | None = None, **build: Any
+        self, held_out: str, *, fleet: Sequence[str] | None = None, start: int | str | None = None, **build: Any
     ) -> SubspaceBasis:
         """The basis of all other tasks' adapters, of the held-out task's kind unless `fleet` says otherwise.
 
         Raises `SubspaceError` where the held-out task's own adapter got into it.
         """
-        members = others(held_out, fleet or tasks.names(tasks.kind_of(held_out)))
-        key = (held_out, tuple(members), seed, json.dumps(build, sort_keys=True))
+        members = others(held_out, fleet or self.members(tasks.kind_of(held_out)))
+        key = (held_out, tuple(members), start, json.dumps(build, sort_keys=True))
         if key not in self._bases:
-            folders = [str(self.source(name, seed)) for name in members]
+            folders = [str(self.source(name, start)) for name in members]
             built = build_basis(folders, **{"k": K, "leave_one_out": False, "progress": False, **build})
-            self._bases[key] = require_left_out(built, self.source(held_out, seed))
+            self._bases[key] = require_left_out(built, self.source(held_out, start))
         return self._bases[key]
 
     def control(self, builder: str, held_out: str, k: int = K, seed: int = 0) -> SubspaceBasis:

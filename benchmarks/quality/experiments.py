@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from peft import LoraConfig
+from safetensors.torch import load_file
+
 from subspace_peft import build_basis
+from subspace_peft.basis import ModuleBasis
 from subspace_peft.compare.methods import Method
 
 from . import tasks
 from .bases import (
+    each_module,
     from_activation_metric,
     hybrid,
     input_roots,
@@ -18,8 +23,9 @@ from .bases import (
     scaled_inputs,
 )
 from .bench import Bench, Experiment, K
-from .fleet import noise_like, others
+from .fleet import noise_like, others, some_inputs
 from .rows import head_only, inside, lora, mean_only, vera
+from .starts import nearest_source
 from .training import Budget, make_model
 
 WIDE = 28  # 4 · 28² = 3,136 numbers, beside 3,072 of LoRA r=1 and of VeRA r=384
@@ -80,7 +86,7 @@ def control_rows(bench: Bench, name: str) -> list[Method]:
     )
     return [
         inside("noise fleet", noise),
-        inside("one shared seed", bench.basis(name, seed=7)),
+        inside("one shared seed", bench.basis(name, start=7)),
         inside("kin only", bench.basis(name, fleet=kin)),
         inside("strangers only", bench.basis(name, fleet=strangers[:5])),
         inside("image fleet", bench.basis(name, fleet=tasks.IMAGES[:7])),
@@ -148,12 +154,7 @@ def kind_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def metric_rows(bench: Bench, name: str) -> list[Method]:
-    from peft import LoraConfig
-    from safetensors.torch import load_file
-
-    train = bench.task(name).splits["train"]
-    model = make_model(bench.top(name), 2, 0)
-    known = input_roots(model, [(train.hidden[i : i + 50], train.lengths[i : i + 50]) for i in range(0, 300, 50)])
+    known = input_roots(make_model(bench.top(name), 2, 0), some_inputs(bench.task(name)))
     roots = {module: each["root"] for module, each in known.items()}
     sources: list[Any] = []
     for other in others(name, tasks.names("text")):
@@ -163,11 +164,7 @@ def metric_rows(bench: Bench, name: str) -> list[Method]:
         sources.append((scaled_inputs(load_file(folder / "adapter_model.safetensors"), roots), config))
     built = build_basis(sources, k=K, progress=False, leave_one_out=False)
     fleet = bench.basis(name)
-    axes = bench.control("random", name)
-    from subspace_peft.basis import ModuleBasis
-
-    from .bases import each_module
-
+    random = bench.control("random", name)
     principal = each_module(
         fleet, lambda module, one: ModuleBasis(U=one.U, V=known[module]["axes"][:K].contiguous()), "activation axes"
     )
@@ -175,7 +172,7 @@ def metric_rows(bench: Bench, name: str) -> list[Method]:
         inside("metric, V back by Σ^½", from_activation_metric(built, roots, "forward")),
         inside("metric, V back by Σ^-½", from_activation_metric(built, roots, "inverse")),
         inside("U fleet, V activation axes", principal),
-        inside("U random, V activation axes", one_sided(axes, principal)),
+        inside("U random, V activation axes", one_sided(random, principal)),
     ]
 
 
@@ -189,15 +186,12 @@ def hybrid_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def start_rows(bench: Bench, name: str) -> list[Method]:
-    """Start at a source's projection: the one whose gradient at the start points most towards it is chosen by one batch's loss."""
-    from .starts import nearest_source
-
     fleet = bench.basis(name)
     return [inside("start at nearest source", fleet, start=nearest_source(bench, name, fleet))]
 
 
-def _over(names: Sequence[str]) -> list[str]:
-    return list(names)
+def source_rows(bench: Bench, name: str) -> list[Method]:
+    return [inside("sources started at input axes", bench.basis(name, start="axes"))]
 
 
 def experiments() -> dict[str, list[Experiment]]:
@@ -216,7 +210,7 @@ def experiments() -> dict[str, list[Experiment]]:
             Experiment("examples-1000", few, large, short_rows),
         ],
         "sizes": [
-            Experiment(f"size-{WIDE}", few, MAIN, sized_rows(WIDE)),
+            Experiment(f"size-{WIDE}", list(ORDER), MAIN, sized_rows(WIDE)),
             Experiment("size-8", few, MAIN, sized_rows(8)),
         ],
         "controls": [Experiment("controls", few, MAIN, control_rows)],
@@ -230,5 +224,6 @@ def experiments() -> dict[str, list[Experiment]]:
             ablation("h-kinds", kind_rows),
             ablation("d-hybrid", hybrid_rows),
             ablation("f-start", start_rows),
+            ablation("j-sources", source_rows),
         ],
     }

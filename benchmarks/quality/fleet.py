@@ -14,7 +14,8 @@ from subspace_peft import SubspaceBasis
 from subspace_peft.errors import SubspaceError
 from subspace_peft.offline.models import put
 
-from .tasks import load, top_layers
+from .bases import input_roots
+from .tasks import Task, kind_of, load, top_layers
 from .training import Budget, make_model, score, train
 
 TARGETS = ["query", "value"]
@@ -23,25 +24,29 @@ SOURCE_RATE = 2e-3
 SOURCE_BUDGET = Budget(examples=1000, steps=180)
 
 
-def source(name: str, folder: Path, *, seed: int | None = None, budget: Budget = SOURCE_BUDGET) -> Path:
+def source(name: str, folder: Path, *, start: int | str | None = None, budget: Budget = SOURCE_BUDGET) -> Path:
     """The folder of the LoRA r=8 of task `name`, trained now if it is not there.
 
     Args:
         name: a task.
         folder: the benchmark's cache.
-        seed: of the LoRA's random start; each task's own without it.
+        start: the seed of the LoRA's random start, each task's own without it; or ``"axes"``: A starts at the leading principal axes
+            of the task's own inputs (as EVA does, arXiv 2410.07170), rows of the norm that PEFT's own start has.
         budget: of its training.
     """
-    kind = "own" if seed is None else f"shared{seed}"
+    kind = {None: "own", "axes": "axes"}.get(start, f"shared{start}")  # type: ignore[arg-type]
     home = folder / "sources" / f"{kind}-{budget.examples}-{budget.steps}" / name
     if home.is_dir():
         return home
     task = load(name, folder)
     # a name's hash is another number for every task, whatever their order
-    start = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) if seed is None else seed
-    model = make_model(top_layers(_kind(name), folder), task.outputs, 0)
-    torch.manual_seed(start)
+    own = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    model = make_model(top_layers(kind_of(name), folder), task.outputs, 0)
+    axes = input_roots(model, some_inputs(task)) if start == "axes" else None
+    torch.manual_seed(start if isinstance(start, int) else own)
     wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD))
+    if axes is not None:
+        start_at(wrapped, {module: each["axes"] for module, each in axes.items()})
     train(wrapped, task, budget, SOURCE_RATE, 100, curve=False)
     print(f"source {name} ({kind}): test {score(wrapped, task, 'test'):.3f}", flush=True)
     aside = home.with_name(f".{name}.partial")
@@ -50,10 +55,19 @@ def source(name: str, folder: Path, *, seed: int | None = None, budget: Budget =
     return home
 
 
-def _kind(name: str) -> str:
-    from .tasks import kind_of
+def some_inputs(task: Task, count: int = 300) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states and lengths of the task's first training examples, fifty at a time."""
+    split = task.splits["train"]
+    return [(split.hidden[i : i + 50], split.lengths[i : i + 50]) for i in range(0, min(count, len(split)), 50)]
 
-    return kind_of(name)
+
+@torch.no_grad()
+def start_at(model: torch.nn.Module, axes: Mapping[str, torch.Tensor]) -> None:
+    """Set every LoRA's A (r, in) to the leading rows of its module's `axes` (in, in), at the norm that A's rows have."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            module = next(module for module in axes if f".{module}." in name)
+            parameter.copy_(axes[module][: len(parameter)] * parameter.norm(dim=1).mean())
 
 
 def others(held_out: str, fleet: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.quality.bench import Bench, OutOfTime, perform  # noqa: E402
-from benchmarks.quality.experiments import experiments  # noqa: E402
+from benchmarks.quality.experiments import ORDER, experiments  # noqa: E402
 from benchmarks.quality.training import Budget  # noqa: E402
 from benchmarks.timing import machine  # noqa: E402
 from subspace_peft._atomic import write_text_aside  # noqa: E402
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     groups = experiments()
     parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(groups)}; all without any")
     parser.add_argument(
-        "--quick", action="store_true", help="three held-out tasks, two seeds, a fleet trained for 60 steps"
+        "--quick", action="store_true", help="three held-out tasks, two seeds, six tasks' adapters of 60 steps"
     )
     parser.add_argument("--only", nargs="*", help="experiments of the groups, by name")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = given.groups or (["main"] if given.quick else list(groups))
     bench = Bench(given.cache, began + 60 * given.minutes)
     if given.quick:
-        bench = replace(bench, seeds=(1, 2), source_budget=Budget(examples=1000, steps=60))
+        bench = replace(bench, seeds=(1, 2), source_budget=Budget(examples=1000, steps=60), fleet=ORDER[:6])
     try:
         for group in chosen:
             for experiment in groups[group]:
