@@ -417,6 +417,7 @@ def test_tables_say_what_the_results_say(results):
     assert "| mail | 81.0 | 82.0 | – | 70.0 |" in text
     assert "| fleet − LoRA r=8 | +1.0 [+1.0, +1.0] * | 2 / 0 / 0 | 2 |" in text
     assert "| (b) mean fixed | -10.0 [-10.0, -10.0] * | 0 / 0 / 1 | 1 |" in text
+    assert "| LoRA r=8 | 0.001 | 0.001 | 0.001 | 2 |" in text and "### Main table: 2 text tasks" in text
     assert "at an edge after widening: 1 of 8" in text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,19 @@ def reached_table(rows: Rows, order: Sequence[str]) -> list[str]:
     ]
 
 
+def rates_table(found: Mapping[str, Rows]) -> list[str]:
+    """Per row of the main table, and per size, the rates that were best on the validation split."""
+    lines = ["| row | median best rate | smallest | largest | tasks |", "|---|---|---|---|---|"]
+    listed = [(m, found["main"][m]) for m in MAIN_ORDER if m in found["main"]]
+    listed += [
+        (f"{m}, k = {k}", found[f"size-{k}"][m]) for k in (8, 28) if f"size-{k}" in found for m in ("fleet", "random")
+    ]
+    for name, tasks in listed:
+        rates = sorted(row["rate"] for row in tasks.values())
+        lines.append(f"| {name} | {statistics.median_low(rates):g} | {rates[0]:g} | {rates[-1]:g} | {len(rates)} |")
+    return lines
+
+
 def edges(found: Mapping[str, Rows]) -> list[str]:
     """Which rows' best rate is still the smallest or largest that was tried."""
     listed = [
@@ -130,7 +144,12 @@ def edges(found: Mapping[str, Rows]) -> list[str]:
 def render(found: Mapping[str, Rows]) -> str:
     """All tables as Markdown. Raises `KeyError` without the experiment ``main``."""
     main = found["main"]
-    out = ["### Main table: 12 text tasks, 300 training examples", "", *score_table(main, MAIN_ORDER), ""]
+    out = [
+        f"### Main table: {len(main['head only'] if 'head only' in main else main['fleet'])} text tasks, 300 training examples",
+        "",
+        *score_table(main, MAIN_ORDER),
+        "",
+    ]
     out += ["### Paired differences on the text tasks", "", *DIFFERENCES]
     against = [
         "head only",
@@ -197,6 +216,7 @@ def render(found: Mapping[str, Rows]) -> str:
             letter = name.removeprefix("ablation-").split("-")[0]
             out += differences((f"({letter}) {a}", rows, a, main, "fleet") for a in rows)
         out.append("")
+    out += ["### Learning rates chosen on validation", "", *rates_table(found), ""]
     return "\n".join([*out, "\\* the interval leaves out zero.", "", *edges(found)]) + "\n"
 
 
