@@ -21,7 +21,7 @@ from benchmarks.quality.bases import (
     preconditioned,
     scaled_inputs,
 )
-from benchmarks.quality.bench import Bench, Experiment, OutOfTime, perform
+from benchmarks.quality.bench import Bench, Experiment, OutOfTime, perform, usual_rate
 from benchmarks.quality.encoder import BERT_NAMES, VIT_NAMES, Head, Top, block_state
 from benchmarks.quality.fleet import noise_like, others, require_left_out
 from benchmarks.quality.paired import difference, mean_score
@@ -324,6 +324,12 @@ def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
         monkeypatch.setattr(bench_module.tasks, name, value)
     monkeypatch.setattr(starts, "FIT", 20)
     monkeypatch.setattr(starts, "HELD", 12)
+    sweeps = [
+        {"method": m, "sweep": [[1e-3, 0.5]]}
+        for m in ("head only", "LoRA r=8", "LoRA r=1", "VeRA r=384", "fleet", "random")
+    ]
+    (bench.folder / "main.json").write_text(json.dumps({"experiment": "main", "tasks": {"three": sweeps}}))
+    bench.results = bench.folder
     for group in listed.experiments().values():
         for experiment in group:
             rows = experiment.rows(bench, "one")
@@ -368,6 +374,21 @@ def test_an_interrupted_experiment_keeps_what_is_done_and_goes_on(bench, tmp_pat
         "head only",
         "VeRA r=4",
     ]
+
+
+def test_the_usual_rate_comes_from_the_other_tasks_only(tmp_path):
+    def body(sweep: list) -> list[dict]:
+        return [{"method": "fleet", "sweep": sweep}]
+
+    tasks = {
+        "a": body([[0.1, 0.9], [0.2, 0.1], [0.3, 0.1]]),
+        "b": body([[0.1, 0.3], [0.2, 0.5], [0.4, 0.9]]),
+        "c": body([[0.1, None], [0.2, 0.6]]),
+    }
+    (tmp_path / "main.json").write_text(json.dumps({"experiment": "main", "tasks": tasks}))
+    assert usual_rate(tmp_path, "fleet", "a") == 0.2 and usual_rate(tmp_path, "fleet", "b") == 0.1
+    with pytest.raises(SubspaceError, match="no sweep of 'hybrid'"):
+        usual_rate(tmp_path, "hybrid", "a")
 
 
 def test_texts_of_one_document_are_in_one_split():

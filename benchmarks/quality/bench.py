@@ -17,6 +17,7 @@ from subspace_peft._atomic import write_text_aside
 from subspace_peft.compare.cells import Cells, plain
 from subspace_peft.compare.methods import Method
 from subspace_peft.compare.sweep import compare
+from subspace_peft.errors import SubspaceError
 
 from . import tasks
 from .encoder import Head
@@ -41,6 +42,7 @@ class Bench:
         seeds: report seeds.
         source_budget: of the fleet's training.
         fleet: its tasks; all of the held-out task's kind without it.
+        results: where finished experiments' results are.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class Bench:
     seeds: Sequence[int] = SEEDS
     source_budget: Budget | None = None
     fleet: Sequence[str] | None = None
+    results: Path | None = None
 
     def __post_init__(self) -> None:
         self._tasks: dict[str, tasks.Task] = {}
@@ -166,6 +169,34 @@ def perform(bench: Bench, experiment: Experiment, results: Path) -> None:
         print(
             f"{time.strftime('%H:%M:%S')} {experiment.name} {name} ({time.time() - began:.0f} s): {best}", flush=True
         )
+
+
+def usual_rate(folder: Path, method: str, held_out: str) -> float:
+    """The rate that a user would take who does not sweep: the best on average over the other tasks' validation splits, of those
+    that were tried on all of them; the smaller of equals.
+
+    Args:
+        folder: with the results of ``main``, and ``main-more`` where it is there.
+
+    Raises:
+        SubspaceError: no other task's sweep is there.
+    """
+    sweeps = []
+    for file in (folder / "main.json", folder / "main-more.json"):
+        listed = json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.is_file() else {}
+        sweeps += [
+            dict(row["sweep"])
+            for task, rows in listed.items()
+            if task != held_out
+            for row in rows
+            if row["method"] == method
+        ]
+    if not sweeps:
+        raise SubspaceError(
+            f"{folder} has no sweep of {method!r} on a task other than {held_out!r}: run the group `main` first."
+        )
+    common = sorted(set.intersection(*(set(sweep) for sweep in sweeps)))
+    return max(common, key=lambda rate: sum(sweep[rate] or 0.0 for sweep in sweeps))
 
 
 def compact(row: Mapping[str, Any]) -> dict[str, Any]:

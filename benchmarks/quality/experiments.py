@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig
@@ -22,7 +23,7 @@ from .bases import (
     preconditioned,
     scaled_inputs,
 )
-from .bench import Bench, Experiment, K
+from .bench import Bench, Experiment, K, usual_rate
 from .fleet import noise_like, others, some_inputs
 from .rows import head_only, inside, lora, mean_only, vera
 from .starts import nearest_source
@@ -58,6 +59,15 @@ def more_rows(bench: Bench, name: str) -> list[Method]:
         inside("eigenlora", bench.basis(name, builder="eigenlora")),
         mean_only(fleet),
     ]
+
+
+def one_rate_rows(bench: Bench, name: str) -> list[Method]:
+    """The rows of the main table without a sweep of their own: each at the rate that was best on the other tasks."""
+    assert bench.results is not None
+    rows = main_rows(bench, name)
+    if (bench.results / "main-more.json").is_file():
+        rows += [row for row in more_rows(bench, name) if row.name in ("base weights", "hybrid")]
+    return [replace(row, rates=(usual_rate(bench.results, row.name, name),)) for row in rows]
 
 
 def sized_rows(k: int) -> Callable[[Bench, str], list[Method]]:
@@ -205,6 +215,7 @@ def experiments() -> dict[str, list[Experiment]]:
     return {
         "main": [Experiment("main", list(ORDER), MAIN, main_rows)],
         "more": [Experiment("main-more", list(ORDER), MAIN, more_rows)],
+        "one-rate": [Experiment("one-rate", list(ORDER), MAIN, one_rate_rows)],
         "examples": [
             Experiment("examples-100", few, small, short_rows),
             Experiment("examples-1000", few, large, short_rows),

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.time()
     out = given.out or (RESULTS / "quick" if given.quick else RESULTS)
     chosen = given.groups or (["main"] if given.quick else list(groups))
-    bench = Bench(given.cache, began + 60 * given.minutes)
+    bench = Bench(given.cache, began + 60 * given.minutes, results=out)
     if given.quick:
         bench = replace(bench, seeds=(1, 2), source_budget=Budget(examples=1000, steps=60), fleet=ORDER[:6])
     try:

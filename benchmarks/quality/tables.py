@@ -180,6 +180,15 @@ def render(found: Mapping[str, Rows]) -> str:
         *reached_table(main, MAIN_ORDER),
         "",
     ]
+    if "one-rate" in found:
+        rows = found["one-rate"]
+        out += [
+            "### Without a sweep: every row at the rate that was best on the other tasks",
+            "",
+            *score_table(rows, MAIN_ORDER),
+            "",
+        ]
+        out += [*DIFFERENCES, *differences((f"fleet − {b}", rows, "fleet", rows, b) for b in against if b in rows), ""]
     for name, rows in sorted(found.items()):
         if name.startswith("examples-"):
             out += [f"### {name.removeprefix('examples-')} training examples", ""]
