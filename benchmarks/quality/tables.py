@@ -25,6 +25,7 @@ MAIN_ORDER = (
     "head only", "mean only", "LoRA r=8", "LoRA r=1", "VeRA r=384", "fleet", "hybrid", "eigenlora", "base weights", "random",
 )  # fmt: skip
 SENTIMENT = ("movies", "moods", "products", "editorials", "tweets", "reviews")
+SWEPT = ("a", "h")  # ablations whose rows have a sweep of their own, their steps being of another size
 WITHIN = 1.0  # points below LoRA r=8 that count as reaching it
 
 Rows = dict[str, dict[str, dict[str, Any]]]  # method → task → row
@@ -206,13 +207,13 @@ def render(found: Mapping[str, Rows]) -> str:
                 (f"fleet k={k} − {b}", rows, "fleet", main, b) for b in ("fleet", "LoRA r=1", "VeRA r=384", "LoRA r=8")
             )
             out.append("")
-    for name, title in (("controls", "### Negative controls"),):
-        if name in found:
-            out += [title, "", *score_table(found[name], list(found[name])), "", *DIFFERENCES]
-            out += differences(
-                (f"{a} − {b}", found[name], a, main, b) for a in found[name] for b in ("random", "fleet")
-            )
-            out.append("")
+    # rows of one rate are held against rows of one rate
+    usual = found.get("one-rate", main)
+    if "controls" in found:
+        rows = found["controls"]
+        out += ["### Negative controls", "", *score_table(rows, list(rows)), "", *DIFFERENCES]
+        out += differences((f"{a} − {b}", rows, a, usual, b) for a in rows for b in ("random", "fleet"))
+        out.append("")
     if "images" in found:
         rows = found["images"]
         out += ["### Image tasks, 300 training examples", "", *score_table(rows, MAIN_ORDER), "", *DIFFERENCES]
@@ -220,10 +221,14 @@ def render(found: Mapping[str, Rows]) -> str:
         out.append("")
     ablations = {name: rows for name, rows in found.items() if name.startswith("ablation-")}
     if ablations:
-        out += ["### Ablations, each against the default fleet row on the same tasks", "", *DIFFERENCES]
+        out += [
+            "### Ablations, each against the default fleet row on the same tasks (and at the same rate, but for a and h)",
+            "",
+            *DIFFERENCES,
+        ]
         for name, rows in sorted(ablations.items()):
             letter = name.removeprefix("ablation-").split("-")[0]
-            out += differences((f"({letter}) {a}", rows, a, main, "fleet") for a in rows)
+            out += differences((f"({letter}) {a}", rows, a, main if letter in SWEPT else usual, "fleet") for a in rows)
         out.append("")
     out += ["### Learning rates chosen on validation", "", *rates_table(found), ""]
     return "\n".join([*out, "\\* the interval leaves out zero.", "", *edges(found)]) + "\n"
