@@ -148,8 +148,7 @@ def side_rows(bench: Bench, name: str) -> list[Method]:
     return [
         inside("U fleet, V random", one_sided(fleet, random)),
         inside("U random, V fleet", one_sided(random, fleet)),
-        inside("8 out, 32 in", bench.basis(name, k=8, k_in=32)),
-        inside("32 out, 8 in", bench.basis(name, k=32, k_in=8)),
+        *(inside(f"{a} out, {b} in", bench.basis(name, k=a, k_in=b)) for a, b in ((64, 4), (32, 8), (8, 32), (4, 64))),
     ]
 
 
