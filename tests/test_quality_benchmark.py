@@ -408,7 +408,7 @@ def row(method: str, tests: list, validations: list | None = None, at_edge: bool
     ends = validations or tests
     return {
         "method": method, "rate": 1e-3, "at_edge": at_edge, "trained": 10, "head": 2, "tests": tests, "validations": ends,
-        "sweep": [[1e-3, 0.5]], "curves": [[[20, end - 0.1], [60, end]] for end in ends], "seconds": 1.0,
+        "sweep": [[1e-3, 0.5], [4e-3, 0.4]], "curves": [[[20, end - 0.1], [60, end]] for end in ends], "seconds": 1.0,
     }  # fmt: skip
 
 
@@ -438,7 +438,7 @@ def test_tables_say_what_the_results_say(results):
     assert "| mail | 81.0 | 82.0 | – | 70.0 |" in text
     assert "| fleet − LoRA r=8 | +1.0 [+1.0, +1.0] * | 2 / 0 / 0 | 2 |" in text
     assert "| (b) mean fixed | -10.0 [-10.0, -10.0] * | 0 / 0 / 1 | 1 |" in text
-    assert "| LoRA r=8 | 0.001 | 0.001 | 0.001 | 2 |" in text and "### Main table: 2 text tasks" in text
+    assert "| LoRA r=8 | 0.001 | 0.001 | 0.001 | 2 |" in text and "### 2 text tasks, 300" in text
     assert "at an edge after widening: 1 of 8" in text
 
 

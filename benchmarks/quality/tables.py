@@ -130,99 +130,81 @@ def rates_table(found: Mapping[str, Rows]) -> list[str]:
 
 
 def edges(found: Mapping[str, Rows]) -> list[str]:
-    """Which rows' best rate is still the smallest or largest that was tried."""
-    listed = [
-        f"{experiment}/{method}/{task}"
-        for experiment, rows in found.items()
-        for method, tasks in rows.items()
-        for task, row in tasks.items()
-        if row["at_edge"]
-    ]
-    total = sum(len(tasks) for rows in found.values() for tasks in rows.values())
-    return [f"Sweeps whose best rate is still at an edge after widening: {len(listed)} of {total}."]
+    """How many sweeps' best rate is still the smallest or largest that was tried."""
+    every = [row for rows in found.values() for tasks in rows.values() for row in tasks.values()]
+    swept = [row for row in every if len(row["sweep"]) > 1]
+    at_edge = sum(row["at_edge"] for row in swept)
+    return [f"Sweeps whose best rate is still at an edge after widening: {at_edge} of {len(swept)}."]
+
+
+def comparisons(rows: Rows) -> list[str]:
+    """The fleet's row against every other, the others against LoRA r=8 and random, and both kinds of tasks apart."""
+    lines = [*DIFFERENCES]
+    lines += differences((f"fleet − {b}", rows, "fleet", rows, b) for b in MAIN_ORDER if b != "fleet")
+    lines += differences(
+        (f"{a} − LoRA r=8", rows, a, rows, "LoRA r=8") for a in ("LoRA r=1", "VeRA r=384", "hybrid", "random")
+    )
+    lines += differences((f"{a} − random", rows, a, rows, "random") for a in ("hybrid", "eigenlora", "base weights"))
+    every = rows.get("fleet", {})
+    for name, chosen in (("opinion", SENTIMENT), ("other", [task for task in every if task not in SENTIMENT])):
+        pairs = ((f"{name} tasks: fleet − {b}", rows, "fleet", rows, b) for b in ("LoRA r=8", "LoRA r=1", "random"))
+        lines += differences(pairs, chosen)
+    return lines
+
+
+def _section(title: str, rows: Rows, order: Sequence[str], lines: list[str]) -> list[str]:
+    return [f"### {title}", "", *score_table(rows, order), "", *lines, ""]
 
 
 def render(found: Mapping[str, Rows]) -> str:
     """All tables as Markdown. Raises `KeyError` without the experiment ``main``."""
     main = found["main"]
-    out = [
-        f"### Main table: {len(main['head only'] if 'head only' in main else main['fleet'])} text tasks, 300 training examples",
-        "",
-        *score_table(main, MAIN_ORDER),
-        "",
-    ]
-    out += ["### Paired differences on the text tasks", "", *DIFFERENCES]
-    against = [
-        "head only",
-        "mean only",
-        "LoRA r=8",
-        "LoRA r=1",
-        "VeRA r=384",
-        "hybrid",
-        "eigenlora",
-        "base weights",
-        "random",
-    ]
-    out += differences((f"fleet − {b}", main, "fleet", main, b) for b in against)
-    out += differences(
-        (f"{a} − LoRA r=8", main, a, main, "LoRA r=8") for a in ("LoRA r=1", "VeRA r=384", "hybrid", "random")
+    count = len({task for tasks in main.values() for task in tasks})
+    out = _section(
+        f"{count} text tasks, 300 training examples, every row's rate swept on the task",
+        main,
+        MAIN_ORDER,
+        comparisons(main),
     )
-    for name, chosen in (
-        ("sentiment", SENTIMENT),
-        ("other", [task for task in main["fleet"] if task not in SENTIMENT] if "fleet" in main else []),
-    ):
-        out += differences(
-            ((f"{name} tasks: fleet − {b}", main, "fleet", main, b) for b in ("LoRA r=8", "random")), chosen
-        )
     out += [
-        "",
         "### Speed: runs within a point of LoRA r=8's final validation score",
         "",
         *reached_table(main, MAIN_ORDER),
         "",
     ]
+    # rows of one rate are held against rows of one rate
+    usual = found.get("one-rate", main)
     if "one-rate" in found:
-        rows = found["one-rate"]
-        out += [
-            "### Without a sweep: every row at the rate that was best on the other tasks",
-            "",
-            *score_table(rows, MAIN_ORDER),
-            "",
-        ]
-        out += [*DIFFERENCES, *differences((f"fleet − {b}", rows, "fleet", rows, b) for b in against if b in rows), ""]
+        title = "The same without a sweep: every row at the rate that was best on the other tasks"
+        out += _section(title, usual, MAIN_ORDER, comparisons(usual))
     for name, rows in sorted(found.items()):
         if name.startswith("examples-"):
-            out += [f"### {name.removeprefix('examples-')} training examples", ""]
-            out += [*score_table(rows, MAIN_ORDER), "", *DIFFERENCES]
-            out += differences(
-                (f"fleet − {b}", rows, "fleet", rows, b) for b in ("head only", "LoRA r=8", "LoRA r=1", "random")
-            )
-            out.append("")
+            out += _section(f"{name.removeprefix('examples-')} training examples", rows, MAIN_ORDER, comparisons(rows))
     for name, rows in sorted(found.items()):
         if name.startswith("size-"):
             k = name.removeprefix("size-")
-            out += [f"### k = {k}", "", *score_table(rows, MAIN_ORDER), "", *DIFFERENCES]
-            out += differences([(f"fleet k={k} − random k={k}", rows, "fleet", rows, "random")])
-            out += differences(
-                (f"fleet k={k} − {b}", rows, "fleet", main, b) for b in ("fleet", "LoRA r=1", "VeRA r=384", "LoRA r=8")
+            lines = [*DIFFERENCES, *differences([(f"fleet k={k} − random k={k}", rows, "fleet", rows, "random")])]
+            others = ("fleet", "LoRA r=1", "VeRA r=384", "LoRA r=8")
+            lines += differences(
+                (f"fleet k={k} − {b}{' k=16' * (b == 'fleet')}", rows, "fleet", main, b) for b in others
             )
-            out.append("")
-    # rows of one rate are held against rows of one rate
-    usual = found.get("one-rate", main)
+            out += _section(f"k = {k}, rates swept", rows, MAIN_ORDER, lines)
     if "controls" in found:
         rows = found["controls"]
-        out += ["### Negative controls", "", *score_table(rows, list(rows)), "", *DIFFERENCES]
-        out += differences((f"{a} − {b}", rows, a, usual, b) for a in rows for b in ("random", "fleet"))
-        out.append("")
+        lines = differences((f"{a} − {b}", rows, a, usual, b) for a in rows for b in ("random", "fleet"))
+        out += _section("Negative controls, at the fleet row's rate", rows, list(rows), [*DIFFERENCES, *lines])
     if "images" in found:
         rows = found["images"]
-        out += ["### Image tasks, 300 training examples", "", *score_table(rows, MAIN_ORDER), "", *DIFFERENCES]
-        out += differences((f"fleet − {b}", rows, "fleet", rows, b) for b in against)
-        out.append("")
+        out += _section(
+            f"{len(next(iter(rows.values())))} image tasks, 300 training examples, rates swept",
+            rows,
+            MAIN_ORDER,
+            comparisons(rows),
+        )
     ablations = {name: rows for name, rows in found.items() if name.startswith("ablation-")}
     if ablations:
         out += [
-            "### Ablations, each against the default fleet row on the same tasks (and at the same rate, but for a and h)",
+            "### Ablations: each variant minus the fleet row, same tasks, same rate (a and h: rates swept)",
             "",
             *DIFFERENCES,
         ]
