@@ -326,7 +326,17 @@ def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
     monkeypatch.setattr(starts, "HELD", 12)
     sweeps = [
         {"method": m, "sweep": [[1e-3, 0.5]]}
-        for m in ("head only", "LoRA r=8", "LoRA r=1", "VeRA r=384", "fleet", "random")
+        for m in (
+            "head only",
+            "LoRA r=8",
+            "LoRA r=1",
+            "VeRA r=384",
+            "fleet",
+            "random",
+            "hybrid",
+            "eigenlora",
+            "base weights",
+        )
     ]
     (bench.folder / "main.json").write_text(json.dumps({"experiment": "main", "tasks": {"three": sweeps}}))
     bench.results = bench.folder
