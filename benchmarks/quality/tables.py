@@ -146,6 +146,8 @@ def comparisons(rows: Rows) -> list[str]:
     )
     lines += differences((f"{a} − random", rows, a, rows, "random") for a in ("hybrid", "eigenlora", "base weights"))
     every = rows.get("fleet", {})
+    if not any(task in SENTIMENT for task in every):
+        return lines
     for name, chosen in (("opinion", SENTIMENT), ("other", [task for task in every if task not in SENTIMENT])):
         pairs = ((f"{name} tasks: fleet − {b}", rows, "fleet", rows, b) for b in ("LoRA r=8", "LoRA r=1", "random"))
         lines += differences(pairs, chosen)
