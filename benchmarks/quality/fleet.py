@@ -1,0 +1,127 @@
+"""The fleet: one LoRA per task, and which of them a held-out task's basis may see."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from subspace_peft import SubspaceBasis
+from subspace_peft.errors import SubspaceError
+from subspace_peft.offline.models import put
+
+from .bases import input_roots
+from .tasks import Task, kind_of, load, top_layers
+from .training import Budget, make_model, score, train
+
+TARGETS = ["query", "value"]
+HEAD = ["classifier"]
+SOURCE_RATE = 2e-3
+SOURCE_BUDGET = Budget(examples=1000, steps=180)
+
+
+def source(name: str, folder: Path, *, start: int | str | None = None, budget: Budget = SOURCE_BUDGET) -> Path:
+    """The folder of the LoRA r=8 of task `name`, trained now if it is not there.
+
+    Args:
+        name: a task.
+        folder: the benchmark's cache.
+        start: the seed of the LoRA's random start, each task's own without it; or ``"axes"``: A starts at the leading principal axes
+            of the task's own inputs (as EVA does, arXiv 2410.07170), rows of the norm that PEFT's own start has.
+        budget: of its training.
+    """
+    kind = {None: "own", "axes": "axes"}.get(start, f"shared{start}")  # type: ignore[arg-type]
+    home = folder / "sources" / f"{kind}-{budget.examples}-{budget.steps}" / name
+    if home.is_dir():
+        return home
+    task = load(name, folder)
+    # a name's hash is another number for every task, whatever their order
+    own = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    model = make_model(top_layers(kind_of(name), folder), task.outputs, 0)
+    axes = input_roots(model, some_inputs(task)) if start == "axes" else None
+    torch.manual_seed(start if isinstance(start, int) else own)
+    wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD))
+    if axes is not None:
+        start_at(wrapped, {module: each["axes"] for module, each in axes.items()})
+    train(wrapped, task, budget, SOURCE_RATE, 100, curve=False)
+    print(f"source {name} ({kind}): test {score(wrapped, task, 'test'):.3f}", flush=True)
+    aside = home.with_name(f".{name}.partial")
+    wrapped.save_pretrained(aside)
+    put(aside, home)
+    return home
+
+
+def some_inputs(task: Task, count: int = 300) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Hidden states and lengths of the task's first training examples, fifty at a time."""
+    split = task.splits["train"]
+    return [(split.hidden[i : i + 50], split.lengths[i : i + 50]) for i in range(0, min(count, len(split)), 50)]
+
+
+@torch.no_grad()
+def start_at(model: torch.nn.Module, axes: Mapping[str, torch.Tensor]) -> None:
+    """Set every LoRA's A (r, in) to the leading rows of its module's `axes` (in, in), at the norm that A's rows have."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            module = next(module for module in axes if f".{module}." in name)
+            parameter.copy_(axes[module][: len(parameter)] * parameter.norm(dim=1).mean())
+
+
+def others(held_out: str, fleet: Sequence[str]) -> list[str]:
+    """The fleet without the held-out task. Raises `SubspaceError` where nothing is left."""
+    left = [name for name in fleet if name != held_out]
+    if not left:
+        raise SubspaceError(
+            f"Without {held_out!r} the fleet {list(fleet)} is empty: a basis needs other tasks' adapters."
+        )
+    return left
+
+
+def require_left_out(basis: SubspaceBasis, own: Path) -> SubspaceBasis:
+    """`basis` itself, if the adapter in folder `own` is none of its sources: by sha256 of its file and by name.
+
+    Raises:
+        SubspaceError: it is one of them, or the basis does not say what it was built from.
+    """
+    sources: Sequence[Mapping[str, Any]] = basis.info.get("sources") or []
+    if not sources:
+        raise SubspaceError("This basis lists no sources, so nobody can tell whether the held-out task is in it.")
+    digest = hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
+    for each in sources:
+        if each["sha256"] == digest or Path(str(each["location"])).name == own.name:
+            raise SubspaceError(
+                f"The held-out task's own adapter {own} is among the basis's sources ({each['location']}): a score in that "
+                "basis says nothing about new tasks. Build it without that adapter."
+            )
+    return basis
+
+
+def noise_like(adapters: Sequence[Path], seed: int = 0) -> list[tuple[dict[str, torch.Tensor], LoraConfig]]:
+    """For every adapter one of noise: the same singular values of every module's ΔW, directions drawn at random."""
+    from safetensors.torch import load_file
+
+    found = []
+    generator = torch.Generator().manual_seed(seed)
+    for folder in adapters:
+        config = LoraConfig.from_pretrained(str(folder))
+        state = load_file(folder / "adapter_model.safetensors")
+        made = {}
+        for key in state:
+            if key.endswith("lora_A.weight"):
+                other = key.replace("lora_A", "lora_B")
+                made[key], made[other] = _noise(state[key], state[other], generator)
+        config.modules_to_save = None
+        found.append((made, config))
+    return found
+
+
+def _noise(A: torch.Tensor, B: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    _, left = torch.linalg.qr(B.double())
+    _, right = torch.linalg.qr(A.double().T)
+    strengths = torch.linalg.svdvals(left @ right.T)
+    U = torch.linalg.qr(torch.randn(B.shape, generator=generator, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(A.T.shape, generator=generator, dtype=torch.float64))[0]
+    return V.T.float().contiguous(), (U * strengths).float().contiguous()

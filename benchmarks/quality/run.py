@@ -1,0 +1,85 @@
+"""Does a fleet's basis help? Leave-one-task-out on real texts and images; see README.md beside this file.
+
+    python benchmarks/quality/run.py --quick                    # ten minutes: three tasks, a small fleet
+    python benchmarks/quality/run.py                            # everything, a few hours of one core, resumable
+    python benchmarks/quality/run.py main examples --minutes 30 # groups, for so long
+    python benchmarks/quality/tables.py                         # tables and figures from the results
+
+Every run is kept in --cache and never done twice; results are written to benchmarks/results/quality/ task by task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.quality.bench import Bench, OutOfTime, perform  # noqa: E402
+from benchmarks.quality.experiments import ORDER, experiments  # noqa: E402
+from benchmarks.quality.training import Budget  # noqa: E402
+from benchmarks.timing import machine  # noqa: E402
+from subspace_peft._atomic import write_text_aside  # noqa: E402
+from subspace_peft.basis.cache import cache_home  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = experiments()
+    parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(groups)}; all without any")
+    parser.add_argument(
+        "--quick", action="store_true", help="three held-out tasks, two seeds, six tasks' adapters of 60 steps"
+    )
+    parser.add_argument("--only", nargs="*", help="experiments of the groups, by name")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--cache", type=Path, default=cache_home() / "quality", help="hidden states, sources, runs")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.groups if name not in groups]:
+        parser.error(f"there is no group {unknown[0]!r}; there are {', '.join(groups)}")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    began = time.time()
+    out = given.out or (RESULTS / "quick" if given.quick else RESULTS)
+    chosen = given.groups or (["main"] if given.quick else list(groups))
+    bench = Bench(given.cache, began + 60 * given.minutes, results=out)
+    if given.quick:
+        bench = replace(bench, seeds=(1, 2), source_budget=Budget(examples=1000, steps=60), fleet=ORDER[:6])
+    try:
+        for group in chosen:
+            for experiment in groups[group]:
+                if given.only and experiment.name not in given.only:
+                    continue
+                if given.quick:
+                    experiment = replace(
+                        experiment,
+                        held_out=experiment.held_out[:3],
+                        budget=replace(experiment.budget, steps=40, checks=(10, 20)),
+                    )
+                perform(bench, experiment, out)
+    except OutOfTime:
+        print("The time is over. The same command goes on where this one stopped.")
+    log = out / "machine.json"
+    runs = json.loads(log.read_text())["runs"] if log.is_file() else []
+    runs.append(
+        {
+            "groups": chosen,
+            "minutes": round((time.time() - began) / 60, 1),
+            "cpu_minutes": round(time.process_time() / 60, 1),
+        }
+    )
+    write_text_aside(log, json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""One training run: the same loop, budget and head for every row."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .encoder import Top
+from .tasks import Split, Task
+
+HEAD_RATE = 5e-3  # of the classifier, in every row that trains an adapter
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every row gets: training examples, optimiser steps, examples per step, and the steps at which it is validated."""
+
+    examples: int = 300
+    steps: int = 60
+    batch: int = 16
+    checks: tuple[int, ...] = (20, 40)
+
+
+def make_model(top: dict[str, Any], outputs: int, seed: int) -> Top:
+    """The classifier on the top layers, its head drawn by `seed`."""
+    return Top(**top, outputs=outputs, seed=seed, half=True)
+
+
+def pooled(top: dict[str, Any], task: Task) -> Task:
+    """The task with the features that a head on untouched layers sees, one position each."""
+    model = make_model(top, 1, 0)
+    splits = {}
+    for name, split in task.splits.items():
+        features = outputs_of(model.features, split)[:, None]
+        splits[name] = Split(features, torch.ones(len(split), dtype=torch.int64), split.labels)
+    return Task(task.name, splits, task.outputs, task.digest)
+
+
+def trained(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(the adapter's parameters, the head's) that are trained."""
+    adapter, head = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if "classifier" in name else adapter).append(parameter)
+    return adapter, head
+
+
+def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, *, curve: bool) -> dict[str, Any]:
+    """Train on `budget.examples` of the task's training examples, drawn by `seed`: AdamW, warm-up over 6 % of the steps, linear decay.
+
+    Where there is no adapter `rate` is the head's. Returns ``validation``, ``curve`` (pairs of step and validation score, only the
+    last without `curve`) and ``seconds`` of training.
+    """
+    adapter, head = trained(model)
+    groups = (
+        [{"params": adapter, "lr": rate}, {"params": head, "lr": HEAD_RATE}]
+        if adapter
+        else [{"params": head, "lr": rate}]
+    )
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    warm = max(1, round(0.06 * budget.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / warm, (budget.steps - step) / max(1, budget.steps - warm))
+    )
+    data = task.splits["train"]
+    draw = random.Random(f"{seed}/{task.name}")
+    chosen = draw.sample(range(len(data)), min(budget.examples, len(data)))
+    labels = data.labels[chosen]
+    centre, spread = (float(labels.mean()), float(labels.std())) if task.number else (0.0, 1.0)
+    points, seconds = [], 0.0
+    began = time.perf_counter()
+    for step, which in enumerate(_batches(data, chosen, budget, draw), 1):
+        some = data.take(which)
+        outputs = model(some.hidden, some.lengths)
+        if task.number:
+            loss = F.mse_loss(outputs[:, 0], (some.labels - centre) / spread)
+        else:
+            loss = F.cross_entropy(outputs, some.labels)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        if not math.isfinite(float(loss.detach())):
+            break
+        if curve and step in budget.checks:
+            seconds += time.perf_counter() - began
+            points.append((step, score(model, task, "validation")))
+            began = time.perf_counter()
+    seconds += time.perf_counter() - began
+    points.append((step, score(model, task, "validation")))
+    return {"validation": points[-1][1], "curve": points, "seconds": seconds}
+
+
+def _batches(data: Split, chosen: Sequence[int], budget: Budget, draw: random.Random) -> Iterator[torch.Tensor]:
+    """Places of `budget.steps` batches; within windows of four batches the examples are sorted by length, for little padding."""
+    done, queue = 0, []
+    while done < budget.steps:
+        if not queue:
+            order = list(chosen)
+            draw.shuffle(order)
+            window = 4 * budget.batch
+            for start in range(0, len(order), window):
+                part = sorted(order[start : start + window], key=lambda i: int(data.lengths[i]))
+                queue += [part[i : i + budget.batch] for i in range(0, len(part), budget.batch)]
+            queue = [part for part in queue if len(part) == budget.batch] or queue
+            draw.shuffle(queue)
+        yield torch.tensor(queue.pop())
+        done += 1
+
+
+@torch.no_grad()
+def outputs_of(
+    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], split: Split, batch: int = 64
+) -> torch.Tensor:
+    """The model's outputs (n, outputs) in the split's order."""
+    order = split.lengths.argsort(stable=True)
+    found = None
+    for which in order.split(batch):
+        some = split.take(which)
+        out = model(some.hidden, some.lengths)
+        found = out.new_empty(len(split), out.shape[1]) if found is None else found
+        found[which] = out
+    assert found is not None
+    return found
+
+
+def score(model: nn.Module, task: Task, name: str) -> float:
+    """Accuracy, or Spearman's correlation where a number is predicted, on the split `name`; NaN where outputs are not finite."""
+    split = task.splits[name]
+    return measure(outputs_of(model, split), split.labels)
+
+
+def measure(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+    """Accuracy of (n, classes), or Spearman's correlation of (n, 1) with real `labels`."""
+    if not torch.isfinite(outputs).all():
+        return float("nan")
+    if outputs.shape[1] > 1:
+        return float((outputs.argmax(1) == labels).double().mean())
+    ranks = [_ranks(column.double().numpy()) for column in (outputs[:, 0], labels)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, equal values sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts + 1) / 2)[inverse]

@@ -1,0 +1,479 @@
+"""The quality benchmark's own parts: statistics, caching, leaving out, bases, tables. No downloads, models of a few numbers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+
+from benchmarks.quality import bench as bench_module
+from benchmarks.quality import fleet as fleet_module
+from benchmarks.quality import tables
+from benchmarks.quality.bases import (
+    completed,
+    from_activation_metric,
+    hybrid,
+    input_roots,
+    one_sided,
+    preconditioned,
+    scaled_inputs,
+)
+from benchmarks.quality.bench import Bench, Experiment, OutOfTime, perform, usual_rate
+from benchmarks.quality.encoder import BERT_NAMES, VIT_NAMES, Head, Top, block_state
+from benchmarks.quality.fleet import noise_like, others, require_left_out
+from benchmarks.quality.paired import difference, mean_score
+from benchmarks.quality.rows import head_only, inside, lora, vera
+from benchmarks.quality.tasks import Split, Task, split_texts
+from benchmarks.quality.training import Budget, make_model, measure, outputs_of, pooled, score, train
+from subspace_peft import build_basis
+from subspace_peft.errors import SubspaceError
+from subspace_peft.offline.texts import Row, TextTask
+
+D, INNER = 16, 32
+SMALL = Budget(examples=24, steps=4, batch=8, checks=(2,))
+
+
+def blocks(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    from benchmarks.quality.encoder import Block
+
+    torch.manual_seed(0)
+    return [{k: v.detach() for k, v in Block(D, INNER, 2, 1e-5, False).state_dict().items()} for _ in range(count)]
+
+
+def top_of() -> dict:
+    return {"blocks": blocks(), "heads": 2, "eps": 1e-5, "before": False, "final": None}
+
+
+def toy(name: str, outputs: int = 2) -> Task:
+    generator = torch.Generator().manual_seed(len(name))
+    splits = {}
+    for split, n in (("train", 32), ("validation", 20), ("test", 30)):
+        hidden, lengths = torch.randn(n, 6, D, generator=generator), torch.randint(2, 7, (n,), generator=generator)
+        value = hidden[:, 0, 0]
+        splits[split] = Split(hidden, lengths, value if outputs == 1 else (value > 0).long())
+    return Task(name, splits, outputs, name)
+
+
+NAMES = ("one", "three", "seventh")
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    for module in (bench_module.tasks, fleet_module):
+        monkeypatch.setattr(module, "load", lambda name, folder: toy(name))
+        monkeypatch.setattr(module, "top_layers", lambda kind, folder: top_of())
+    monkeypatch.setattr(bench_module.tasks, "kind_of", lambda name: "text")
+    monkeypatch.setattr(bench_module.tasks, "names", lambda kind: NAMES)
+
+
+@pytest.fixture
+def bench(tmp_path, toys):
+    return Bench(tmp_path, source_budget=SMALL, seeds=(1, 2))
+
+
+# -- statistics ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_difference_has_an_interval_of_no_width():
+    found = difference({"a": [0.5, 0.6], "b": [0.7, 0.8]}, {"a": [0.49, 0.59], "b": [0.69, 0.79]})
+    assert found.mean == pytest.approx(1.0) and found.low == pytest.approx(1.0) and found.high == pytest.approx(1.0)
+    assert (found.wins, found.ties, found.losses) == (2, 0, 0) and found.beyond_noise
+
+
+def test_differences_are_antisymmetric_and_count_wins_ties_and_losses():
+    ours = {"a": [0.9, 0.8], "b": [0.5, 0.5], "c": [0.1, 0.3]}
+    theirs = {"a": [0.8, 0.8], "b": [0.502, 0.5], "c": [0.4, 0.4], "elsewhere": [1.0, 1.0]}
+    there, back = difference(ours, theirs), difference(theirs, ours)
+    assert there.mean == pytest.approx(-back.mean) and there.low == pytest.approx(-back.high)
+    assert (there.wins, there.ties, there.losses) == (1, 1, 1) and not there.beyond_noise
+    assert there.low < there.mean < there.high and "elsewhere" not in there.tasks
+
+
+def test_the_interval_has_about_the_spread_of_the_mean_over_tasks():
+    drawn = np.random.default_rng(0)
+    effects = drawn.normal(0, 0.05, size=400)
+    ours = {str(i): [0.5 + e] * 3 for i, e in enumerate(effects)}
+    found = difference(ours, {task: [0.5] * 3 for task in ours})
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * 100 * effects.std() / 400**0.5, rel=0.1)
+
+
+def test_a_diverged_run_counts_as_zero_and_other_seeds_are_refused():
+    assert difference({"a": [None, 0.5]}, {"a": [0.5, 0.5]}).mean == pytest.approx(-25)
+    assert mean_score({"a": [None, 0.5]}, ["a"]) == pytest.approx(25)
+    with pytest.raises(ValueError, match="number of seeds"):
+        difference({"a": [0.1]}, {"a": [0.1, 0.2]})
+    with pytest.raises(ValueError, match="No task in common"):
+        difference({"a": [0.1]}, {"b": [0.1]})
+
+
+def test_measure_is_accuracy_or_spearmans_correlation():
+    from scipy.stats import spearmanr
+
+    a = torch.tensor([[3.0], [1.0], [1.0], [5.0], [2.0]])
+    b = torch.tensor([1.0, 0.0, 2.0, 2.0, 2.0])
+    assert measure(a, b) == pytest.approx(float(spearmanr(a[:, 0], b).statistic))
+    assert measure(torch.zeros(3, 1), torch.tensor([1.0, 2.0, 3.0])) == 0.0
+    assert measure(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])) == 0.5
+    assert np.isnan(measure(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0])))
+
+
+# -- the encoder --------------------------------------------------------------------------------------------------------
+
+
+def test_the_top_layers_compute_what_the_whole_encoder_does():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=D, num_hidden_layers=3, num_attention_heads=2, intermediate_size=INNER
+    )
+    model = BertModel(config, add_pooling_layer=False).eval()
+    ids, mask = torch.randint(0, 50, (3, 7)), torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5])
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states = [block_state(layer, BERT_NAMES) for layer in model.encoder.layer[-2:]]
+        top = Top(states, 1, heads=2, eps=config.layer_norm_eps, before=False, final=None, seed=0)
+        found = top.features(out.hidden_states[-3], mask.sum(1))
+    wanted = (out.last_hidden_state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_the_top_layers_of_a_vit_too():
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=D, num_hidden_layers=3, num_attention_heads=2, intermediate_size=INNER, image_size=8, patch_size=4
+    )
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        out = model(pixel_values=torch.randn(2, 3, 8, 8), output_hidden_states=True)
+        states = [block_state(layer, VIT_NAMES) for layer in model.layers[-2:]]
+        final = (model.layernorm.weight, model.layernorm.bias)
+        top = Top(states, 1, heads=2, eps=config.layer_norm_eps, before=True, final=final, seed=0)
+        found = top.features(out.hidden_states[-3], torch.full((2,), 5))
+    assert torch.allclose(found, out.last_hidden_state.mean(1), atol=1e-5)
+
+
+def test_a_head_on_pooled_features_is_the_untouched_model_with_that_head():
+    task, model = toy("one"), make_model(top_of(), 2, 5)
+    kept = pooled(top_of(), task)
+    head = Head(D, 2, 5)
+    assert torch.allclose(outputs_of(head, kept.splits["test"]), outputs_of(model, task.splits["test"]), atol=1e-5)
+
+
+def test_half_precision_is_near_full_precision():
+    task = toy("one")
+    full, half = Top(**top_of(), outputs=2, seed=0), make_model(top_of(), 2, 0)
+    a, b = (outputs_of(model.features, task.splits["test"]) for model in (full, half))
+    assert (a - b).norm() < 0.02 * a.norm() and not torch.equal(a, b)
+
+
+def test_training_is_a_function_of_its_seed_and_learns():
+    task = toy("one")
+
+    def once(seed: int) -> tuple[float, list]:
+        torch.manual_seed(seed)
+        model = get_peft_model(make_model(top_of(), 2, seed), lora(2).adapter())
+        result = train(model, task, Budget(examples=32, steps=100, batch=8, checks=(20,)), 2e-2, seed, curve=True)
+        return score(model, task, "train"), result["curve"]
+
+    assert once(1) == once(1)
+    assert once(1)[0] > 0.8 and [step for step, _ in once(1)[1]] == [20, 100]
+
+
+# -- leaving out --------------------------------------------------------------------------------------------------------
+
+
+def test_a_held_out_tasks_own_adapter_is_never_in_its_basis(bench):
+    basis = bench.basis("one", k=4)
+    assert {each["name"] for each in basis.info["sources"]} == {"three", "seventh"}
+    own = bench.source("one")
+    all_of_them = build_basis([str(bench.source(name)) for name in NAMES], k=4, progress=False)
+    with pytest.raises(SubspaceError, match="own adapter"):
+        require_left_out(all_of_them, own)
+    with pytest.raises(SubspaceError, match="lists no sources"):
+        require_left_out(bench.control("random", "one", 4), own)
+
+
+def test_a_copy_of_the_own_adapter_under_another_name_is_noticed(bench, tmp_path):
+    import shutil
+
+    copy = tmp_path / "innocent"
+    shutil.copytree(bench.source("one"), copy)
+    basis = build_basis([str(copy), str(bench.source("three"))], k=4, progress=False)
+    with pytest.raises(SubspaceError, match="own adapter"):
+        require_left_out(basis, bench.source("one"))
+
+
+def test_a_fleet_of_one_leaves_nothing():
+    assert others("a", ["a", "b"]) == ["b"]
+    with pytest.raises(SubspaceError, match="empty"):
+        others("a", ["a"])
+
+
+def test_noise_has_the_singular_values_and_not_the_directions(bench):
+    from safetensors.torch import load_file
+
+    folder = bench.source("one")
+    state, (noise, config) = load_file(folder / "adapter_model.safetensors"), noise_like([folder])[0]
+    for key in (key for key in state if "lora_A" in key):
+        other = key.replace("lora_A", "lora_B")
+        real, made = state[other] @ state[key], noise[other] @ noise[key]
+        assert torch.allclose(torch.linalg.svdvals(real), torch.linalg.svdvals(made), atol=1e-5)
+        assert abs(float((real * made).sum())) < 0.9 * float(real.square().sum())
+    assert config.r == 8
+
+
+def test_sources_that_start_at_their_inputs_axes(bench, monkeypatch):
+    monkeypatch.setattr(fleet_module, "SOURCE_RATE", 0.0)
+    from safetensors.torch import load_file
+
+    state = load_file(bench.source("one", "axes") / "adapter_model.safetensors")
+    axes = input_roots(make_model(top_of(), 2, 0), fleet_module.some_inputs(toy("one")))
+    for key in (key for key in state if "lora_A" in key):
+        module = next(module for module in axes if f".{module}." in key)
+        assert torch.allclose(state[key] / state[key].norm(dim=1, keepdim=True), axes[module]["axes"][:8], atol=1e-5)
+
+
+def test_the_nearest_source_is_one_of_the_basiss(bench, monkeypatch):
+    from benchmarks.quality import starts
+
+    monkeypatch.setattr(starts, "FIT", 20)
+    monkeypatch.setattr(starts, "HELD", 12)
+    basis = bench.basis("one", k=4)
+    losses = []
+    original = starts.ridge_loss
+    monkeypatch.setattr(starts, "ridge_loss", lambda *given: losses.append(original(*given)) or losses[-1])
+    chosen = starts.nearest_source(bench, "one", basis)
+    names = [each["name"] for each in basis.info["sources"]]
+    assert len(losses) == 2 and losses[0] != losses[1] and chosen == names[losses.index(min(losses))]
+
+
+# -- bases --------------------------------------------------------------------------------------------------------------
+
+
+def orthonormal(columns: torch.Tensor) -> bool:
+    return torch.allclose(columns.T @ columns, torch.eye(columns.shape[1]), atol=1e-5)
+
+
+def test_a_hybrid_keeps_the_fleets_leading_half_and_is_orthonormal(bench):
+    fleet, base = bench.basis("one", k=8), bench.control("base-weights", "one", 8)
+    for name, module in hybrid(fleet, base, 8).items():
+        assert torch.equal(module.U[:, :4], fleet[name].U[:, :4]) and torch.equal(module.V[:4], fleet[name].V[:4])
+        assert orthonormal(module.U) and orthonormal(module.V.T) and module.U.shape[1] == 8
+        both = torch.cat([fleet[name].U[:, :4], base[name].U], 1)
+        assert torch.linalg.matrix_rank(torch.cat([both, module.U], 1)) == torch.linalg.matrix_rank(both)
+
+
+def test_completing_needs_enough_directions():
+    first = torch.linalg.qr(torch.randn(6, 2))[0]
+    with pytest.raises(ValueError, match="2 directions, 3 wanted"):
+        completed(first, first.flip(1), 3)
+
+
+def test_sides_are_taken_from_where_they_are_said_to_be(bench):
+    fleet, random = bench.basis("one", k=4), bench.control("random", "one", 4)
+    mixed = one_sided(random, fleet)
+    for name in fleet:
+        assert torch.equal(mixed[name].U, random[name].U) and torch.equal(mixed[name].V, fleet[name].V)
+    assert require_left_out(mixed, bench.source("one")) is mixed
+
+
+def test_preconditioning_moves_entries_in_proportion_to_the_fleets_use(bench):
+    fleet = bench.basis("one", k=4)
+    entries, sides = preconditioned(fleet, "rms"), preconditioned(fleet, "sides")
+    for name, module in fleet.items():
+        total = entries[name].G.sum(0)
+        assert total.square().mean() == pytest.approx(1.0, abs=1e-4)
+        assert torch.allclose(total / total.norm(), module.core_rms / module.core_rms.norm(), atol=1e-5)
+        assert torch.allclose(sides[name].U / sides[name].U.norm(dim=0), module.U, atol=1e-5)
+        assert sides[name].U.norm(dim=0).square().mean() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_activation_metric_of_white_inputs_changes_nothing(bench):
+    fleet = bench.basis("one", k=4)
+    roots = {name: torch.eye(D, dtype=torch.float64) for name in fleet}
+    for back in ("as-is", "inverse", "forward"):
+        for name, module in from_activation_metric(fleet, roots, back).items():
+            assert torch.allclose((module.V @ fleet[name].V.T).abs(), torch.eye(4), atol=1e-5)
+
+
+def test_roots_are_those_of_the_inputs_second_moment(bench):
+    task = toy("one")
+    model = make_model(top_of(), 2, 0)
+    split = task.splits["train"]
+    known = input_roots(model, [(split.hidden, split.lengths)], ridge=0.0)
+    real = split.hidden[torch.arange(6) < split.lengths[:, None]].double()
+    moment = real.T @ real
+    root = known["layer.0.query"]["root"]
+    assert torch.allclose(root @ root, moment / moment.diagonal().mean(), atol=1e-6)
+    state = {"base_model.model.layer.0.query.lora_A.weight": torch.randn(2, D)}
+    scaled = scaled_inputs(state, {"layer.0.query": root})
+    assert torch.allclose(next(iter(scaled.values())), (next(iter(state.values())).double() @ root).float())
+
+
+def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
+    from benchmarks.quality import experiments as listed
+    from benchmarks.quality import starts
+
+    for name, value in (("SENTIMENT", NAMES), ("TOPIC", NAMES), ("IMAGES", NAMES)):
+        monkeypatch.setattr(bench_module.tasks, name, value)
+    monkeypatch.setattr(starts, "FIT", 20)
+    monkeypatch.setattr(starts, "HELD", 12)
+    sweeps = [
+        {"method": m, "sweep": [[1e-3, 0.5]]}
+        for m in (
+            "head only",
+            "LoRA r=8",
+            "LoRA r=1",
+            "VeRA r=384",
+            "fleet",
+            "random",
+            "hybrid",
+            "eigenlora",
+            "base weights",
+        )
+    ]
+    (bench.folder / "main.json").write_text(json.dumps({"experiment": "main", "tasks": {"three": sweeps}}))
+    bench.results = bench.folder
+    for group in listed.experiments().values():
+        for experiment in group:
+            rows = experiment.rows(bench, "one")
+            assert len({row.name for row in rows}) == len(rows)
+            for row in rows:
+                if row.adapter is not None:
+                    model = get_peft_model(make_model(top_of(), 2, 0), row.adapter())
+                    assert torch.isfinite(outputs_of(model, toy("one").splits["test"])).all()
+
+
+# -- caching ------------------------------------------------------------------------------------------------------------
+
+
+def test_finished_runs_are_never_done_twice(bench, monkeypatch):
+    methods = [head_only(), lora(2), inside("random", bench.control("random", "one", 4))]
+    first = bench.compare("one", methods, SMALL)
+    assert all(len(row["tests"]) == 2 and None not in row["tests"] for row in first)
+
+    def never(*_, **__):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module, "train", never)
+        assert bench.compare("one", methods, SMALL) == first
+        # whatever decides a run is in its key
+        with pytest.raises(AssertionError, match="trained again"):
+            bench.compare("one", methods, Budget(examples=24, steps=5, batch=8, checks=(2,)))
+        with pytest.raises(AssertionError, match="trained again"):
+            bench.compare("one", [inside("random", bench.control("random", "one", 4, seed=1))], SMALL)
+
+
+def test_an_interrupted_experiment_keeps_what_is_done_and_goes_on(bench, tmp_path):
+    experiment = Experiment("main", ["one", "three"], SMALL, lambda bench, name: [head_only(), vera(4)])
+    bench.until = 0
+    with pytest.raises(OutOfTime):
+        perform(bench, experiment, tmp_path / "results")
+    assert not (tmp_path / "results" / "main.json").exists()
+    bench.until = float("inf")
+    perform(bench, experiment, tmp_path / "results")
+    body = json.loads((tmp_path / "results" / "main.json").read_text())
+    assert list(body["tasks"]) == ["one", "three"] and [row["method"] for row in body["tasks"]["one"]] == [
+        "head only",
+        "VeRA r=4",
+    ]
+
+
+def test_the_usual_rate_comes_from_the_other_tasks_only(tmp_path):
+    def body(sweep: list) -> list[dict]:
+        return [{"method": "fleet", "sweep": sweep}]
+
+    tasks = {
+        "a": body([[0.1, 0.9], [0.2, 0.1], [0.3, 0.1]]),
+        "b": body([[0.1, 0.3], [0.2, 0.5], [0.4, 0.9]]),
+        "c": body([[0.1, None], [0.2, 0.6]]),
+    }
+    (tmp_path / "main.json").write_text(json.dumps({"experiment": "main", "tasks": tasks}))
+    assert usual_rate(tmp_path, "fleet", "a") == 0.2 and usual_rate(tmp_path, "fleet", "b") == 0.1
+    with pytest.raises(SubspaceError, match="no sweep of 'hybrid'"):
+        usual_rate(tmp_path, "hybrid", "a")
+
+
+def test_texts_of_one_document_are_in_one_split():
+    rows = [Row(f"text number {i} of {i // 5}", str(i % 2), f"document {i // 5}") for i in range(100)]
+    parts = split_texts(TextTask("t", "", rows), {"train": 50, "validation": 15, "test": 20}, 0)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 50, "validation": 15, "test": 20}
+    seen = [{row.document for row in part} for part in parts.values()]
+    assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+    with pytest.raises(SubspaceError, match="too few"):
+        split_texts(TextTask("t", "", rows), {"train": 90, "test": 20}, 0)
+
+
+# -- tables -------------------------------------------------------------------------------------------------------------
+
+
+def row(method: str, tests: list, validations: list | None = None, at_edge: bool = False) -> dict:
+    ends = validations or tests
+    return {
+        "method": method, "rate": 1e-3, "at_edge": at_edge, "trained": 10, "head": 2, "tests": tests, "validations": ends,
+        "sweep": [[1e-3, 0.5], [4e-3, 0.4]], "curves": [[[20, end - 0.1], [60, end]] for end in ends], "seconds": 1.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    def write(name: str, tasks: dict) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps({"experiment": name, "tasks": tasks}))
+
+    main = {
+        task: [
+            row("LoRA r=8", [0.8, 0.82]),
+            row("fleet", [0.81, 0.83]),
+            row("random", [0.7, 0.7], at_edge=task == "mail"),
+        ]
+        for task in ("movies", "mail")
+    }
+    write("main", main)
+    write("main-more", {"movies": [row("hybrid", [0.75, 0.75])]})
+    write("ablation-b-mean", {"movies": [row("mean fixed", [0.71, 0.73])]})
+    (tmp_path / "machine.json").write_text("{}")
+    return tmp_path
+
+
+def test_tables_say_what_the_results_say(results):
+    text = tables.render(tables.read(results))
+    assert "| movies | 81.0 | 82.0 | 75.0 | 70.0 |" in text
+    assert "| mail | 81.0 | 82.0 | – | 70.0 |" in text
+    assert "| fleet − LoRA r=8 | +1.0 [+1.0, +1.0] * | 2 / 0 / 0 | 2 |" in text
+    assert "| (b) mean fixed | -10.0 [-10.0, -10.0] * | 0 / 0 / 1 | 1 |" in text
+    assert "| LoRA r=8 | 0.001 | 0.001 | 0.001 | 2 |" in text and "### 2 text tasks, 300" in text
+    assert "at an edge after widening: 1 of 8" in text
+
+
+def test_the_share_of_runs_near_the_target_per_step(results):
+    main = tables.read(results)["main"]
+    assert tables.reached(main, "fleet") == {20: 0.0, 60: 1.0}
+    assert tables.reached(main, "random") == {20: 0.0, 60: 0.0}
+
+
+def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
+    tables.main(["--results", str(results), "--evidence", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert (
+        text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "fleet − LoRA r=8" in text
+    )
+    assert (results / "tables.md").read_text(encoding="utf-8") in text
+    for name in ("scores.png", "differences.png"):
+        assert (results / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="nowhere"):
+        tables.insert("no markers", "x")
+
+
+def test_the_command_says_what_to_do_without_results(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tables.main(["--results", str(tmp_path)])
+    assert "run.py" in capsys.readouterr().err
