@@ -477,3 +477,46 @@ def test_the_command_says_what_to_do_without_results(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tables.main(["--results", str(tmp_path)])
     assert "run.py" in capsys.readouterr().err
+
+
+# -- energy and scores ---------------------------------------------------------------------------------------------------
+
+
+def test_agreement_is_spearmans_and_knows_chance():
+    from scipy.stats import spearmanr
+
+    from benchmarks.quality.energy import agreement
+    from benchmarks.quality.paired import difference
+
+    draw = np.random.default_rng(3)
+    names = [f"t{i}" for i in range(9)]
+    ours = {name: draw.random(3).tolist() for name in names}
+    found = difference(ours, {name: [0.5] * 3 for name in names})
+    energy = {name: round(float(draw.random()), 1) for name in names}  # with ties
+    value, chance = agreement(energy, found)
+    expected = spearmanr([energy[name] for name in names], [found.tasks[name] for name in names])
+    assert value == pytest.approx(expected.statistic)
+    assert chance == pytest.approx(expected.pvalue, abs=0.05)
+    best, least = agreement(found.tasks, found)
+    assert best == pytest.approx(1) and least < 0.001
+    with pytest.raises(ValueError, match="nothing to correlate"):
+        agreement(dict.fromkeys(names, 0.1), found)
+
+
+def test_the_table_of_energies_is_in_order_and_names_every_task():
+    from benchmarks.quality.tables import energy_section
+
+    def rows(scores):
+        return {task: {"tests": values} for task, values in scores.items()}
+
+    fleet = {"a": [0.9, 0.9], "b": [0.5, 0.5], "c": [0.7, 0.7]}
+    found = {"main": {"fleet": rows(fleet), "random": rows({task: [0.5, 0.5] for task in fleet})}}
+    energy = {
+        "k": 16,
+        "random": 0.0017,
+        "tasks_left_out": {"a": {"unseen": 0.12}, "c": {"unseen": 0.08}, "b": {"unseen": 0.04}},
+    }
+    text = energy_section(energy, found)
+    lines = [line for line in text if line.startswith("| ")]
+    assert lines[1:] == ["| b | 4.0% | +0.0 |", "| c | 8.0% | +20.0 |", "| a | 12.0% | +40.0 |"]
+    assert "+1.00" in text[-2]

@@ -239,6 +239,7 @@ def test_every_sentence_of_the_verdict():
     assert "no longer themselves" in " ".join(verdict({**base, "kept": 0.3}))
     assert "too few sources" in " ".join(verdict({**base, "unseen": None}))
     assert "does not tell" in " ".join(verdict({**base, "unseen": 0.002}))
+    assert "holds little of where new tasks go" in " ".join(verdict({**base, "unseen": 0.03}))
 
 
 # -- files and the command line ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.quality.energy import agreement  # noqa: E402
 from benchmarks.quality.paired import Difference, difference, mean_score  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality"
@@ -158,8 +159,35 @@ def _section(title: str, rows: Rows, order: Sequence[str], lines: list[str]) -> 
     return [f"### {title}", "", *score_table(rows, order), "", *lines, ""]
 
 
-def render(found: Mapping[str, Rows]) -> str:
-    """All tables as Markdown. Raises `KeyError` without the experiment ``main``."""
+def energy_section(energy: Mapping[str, Any], found: Mapping[str, Rows]) -> list[str]:
+    """Left-out energy beside the score differences, tasks from least to most, and how well it ranks them."""
+    kept = {task: entry["unseen"] for task, entry in energy["tasks_left_out"].items()}
+    title = f"Energy that a basis of the other tasks' adapters keeps of a task's own LoRA (k={energy['k']}; random directions {energy['random']:.2%}), and what came of it"
+    columns, lines = [], []
+    for name, words in (("one-rate", "usual rates"), ("main", "swept")):
+        for other in ("LoRA r=8", "random"):
+            if name in found and other in found[name]:
+                rows = found[name]
+                columns.append((f"fleet − {other}, {words}", difference(scores(rows, "fleet"), scores(rows, other))))
+    out = [
+        f"### {title}",
+        "",
+        f"| task | energy kept | {' | '.join(head for head, _ in columns)} |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for task in sorted(kept, key=lambda task: kept[task]):
+        cells = [f"{each.tasks[task]:+.1f}" if task in each.tasks else "–" for _, each in columns]
+        out.append(f"| {task} | {kept[task]:.1%} | {' | '.join(cells)} |")
+    for head, each in columns:
+        value, chance = agreement(kept, each)
+        lines.append(
+            f"- {head}: Spearman's correlation with the energy {value:+.2f}; {chance:.1%} of shufflings are as far from 0."
+        )
+    return [*out, "", *lines, ""]
+
+
+def render(found: Mapping[str, Rows], energy: Mapping[str, Any] | None = None) -> str:
+    """All tables as Markdown; `energy` is what energy.json holds. Raises `KeyError` without the experiment ``main``."""
     main = found["main"]
     count = len({task for tasks in main.values() for task in tasks})
     out = _section(
@@ -191,6 +219,8 @@ def render(found: Mapping[str, Rows]) -> str:
                 (f"fleet k={k} − {b}{' k=16' * (b == 'fleet')}", rows, "fleet", main, b) for b in others
             )
             out += _section(f"k = {k}, rates swept", rows, MAIN_ORDER, lines)
+    if energy is not None:
+        out += energy_section(energy, found)
     if "controls" in found:
         rows = found["controls"]
         lines = differences((f"{a} − {b}", rows, a, usual, b) for a in rows for b in ("random", "fleet"))
@@ -280,7 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = read(given.results)
     if "main" not in found:
         parser.error(f"{given.results} holds no main.json: run `python benchmarks/quality/run.py` first")
-    tables = render(found)
+    measured = given.results / "energy.json"
+    tables = render(found, json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None)
     (given.results / "tables.md").write_text(tables, encoding="utf-8")
     draw(found, given.results)
     if given.evidence.is_file():
