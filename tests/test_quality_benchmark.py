@@ -520,3 +520,69 @@ def test_the_table_of_energies_is_in_order_and_names_every_task():
     lines = [line for line in text if line.startswith("| ")]
     assert lines[1:] == ["| b | 4.0% | +0.0 |", "| c | 8.0% | +20.0 |", "| a | 12.0% | +40.0 |"]
     assert "+1.00" in text[-2]
+
+
+# -- further bases ---------------------------------------------------------------------------------------------------------
+
+
+def dense_fleet(n=5, out=8, inner=6):
+    draw = torch.Generator().manual_seed(0)
+    names = [f"layers.0.attention.{side}" for side in ("query", "value")]
+    return {name: [torch.randn(out, inner, generator=draw, dtype=torch.float64) for _ in range(n)] for name in names}
+
+
+def basis_of(updates, k=3):
+    count = len(next(iter(updates.values())))
+    states: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
+    for name, each in updates.items():
+        for state, update in zip(states, each, strict=True):
+            state[f"{name}.lora_B.weight"] = update
+            state[f"{name}.lora_A.weight"] = torch.eye(update.shape[1], dtype=torch.float64)
+    # identical A's are one shared-seed group, which changes nothing where all are in it
+    return build_basis(states, k=k, alternations=0, progress=False)
+
+
+def same_span(a, b):
+    cosines = torch.linalg.svdvals(a.double() @ b.double().T)
+    torch.testing.assert_close(cosines, torch.ones(len(a), dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_one_v_per_layer_is_that_of_both_modules_together():
+    from benchmarks.quality.bases import shared_inputs
+
+    updates = dense_fleet()
+    basis = basis_of(updates)
+    found = shared_inputs(basis, updates)
+    query, value = found.values()
+    assert torch.equal(query.V, value.V)
+    for name in basis:
+        assert torch.equal(found[name].U, basis[name].U)
+    rows = torch.cat([d / d.norm() for each in updates.values() for d in each])
+    same_span(query.V, torch.linalg.svd(rows)[2][:3])
+
+
+def test_centring_of_updates_without_a_mean_changes_nothing():
+    from benchmarks.quality.bases import centred
+
+    updates = dense_fleet()
+    # each beside its negative: the mean is zero
+    updates = {name: [*each, *(-d for d in each)] for name, each in updates.items()}
+    basis = basis_of({name: each[:5] for name, each in updates.items()})
+    found = centred(basis, updates)
+    for name in basis:
+        same_span(found[name].V, basis[name].V)
+        same_span(found[name].U.T, basis[name].U.T)
+    # a mean that outweighs all else is gone
+    common = torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    shifted = {name: [d + 5 * common for d in each] for name, each in updates.items()}
+    first = centred(basis, shifted)["layers.0.attention.query"]
+    lead = torch.linalg.svd(common)
+    assert float((first.V.double() @ lead[2][0]).norm()) < 1
+    assert (
+        float(
+            (
+                basis_of({n: e[:5] for n, e in shifted.items()})["layers.0.attention.query"].V.double() @ lead[2][0]
+            ).norm()
+        )
+        > 0.99
+    )

@@ -61,6 +61,36 @@ def one_sided(out: SubspaceBasis, inner: SubspaceBasis) -> SubspaceBasis:
     return each_module(owner, change, "two sides of two bases")
 
 
+def shared_inputs(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]]) -> SubspaceBasis:
+    """One V for the query and value of a layer, from both modules' updates together, each of norm 1; every module keeps its U.
+
+    Args:
+        updates: module → the sources' ΔW (out, in), dense: these modules are small.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in basis:
+        layers.setdefault(name.rsplit(".", 1)[0], []).append(name)
+    common = {}
+    for names in layers.values():
+        moment = sum(d.T @ d / d.square().sum() for name in names for d in updates[name])
+        V = torch.linalg.eigh(moment)[1].flip(1)[:, : basis[names[0]].k_in].T.float().contiguous()
+        common.update(dict.fromkeys(names, V))
+    return each_module(basis, lambda name, module: ModuleBasis(U=module.U, V=common[name]), "one V per layer")
+
+
+def centred(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]]) -> SubspaceBasis:
+    """Truncated HOSVD of the updates, each of norm 1, without their mean; sizes are those of `basis`."""
+
+    def change(name: str, module: ModuleBasis) -> ModuleBasis:
+        unit = torch.stack([d / d.norm() for d in updates[name]])
+        rest = unit - unit.mean(0)
+        out, inner = torch.einsum("nij,nkj->ik", rest, rest), torch.einsum("nij,nik->jk", rest, rest)
+        U, V = (torch.linalg.eigh(moment)[1].flip(1) for moment in (out, inner))
+        return ModuleBasis(U=U[:, : module.k_out].float().contiguous(), V=V[:, : module.k_in].T.float().contiguous())
+
+    return each_module(basis, change, "centred")
+
+
 def preconditioned(basis: SubspaceBasis, how: str, ridge: float = 0.0) -> SubspaceBasis:
     """A basis in which a step of the coefficients moves each entry of the core in proportion to the fleet's use of it.
 

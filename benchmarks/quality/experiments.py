@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 
 from subspace_peft import build_basis
 from subspace_peft.basis import ModuleBasis
+from subspace_peft.build import open_source
 from subspace_peft.compare.methods import Method
 
 from . import tasks
 from .bases import (
+    centred,
     each_module,
     from_activation_metric,
     hybrid,
@@ -22,6 +24,7 @@ from .bases import (
     one_sided,
     preconditioned,
     scaled_inputs,
+    shared_inputs,
 )
 from .bench import Bench, Experiment, K, usual_rate
 from .fleet import noise_like, others, some_inputs
@@ -151,6 +154,16 @@ def builder_rows(bench: Bench, name: str) -> list[Method]:
     ]
 
 
+def further_builder_rows(bench: Bench, name: str) -> list[Method]:
+    fleet = bench.basis(name)
+    sources = [open_source(str(bench.source(other))) for other in others(name, tasks.names("text"))]
+    updates = {module: [(f := source.factors(module)).B @ f.A for source in sources] for module in fleet}
+    return [
+        inside("one V per layer", shared_inputs(fleet, updates)),
+        inside("centred", centred(fleet, updates)),
+    ]
+
+
 def side_rows(bench: Bench, name: str) -> list[Method]:
     fleet, random = bench.basis(name), bench.control("random", name)
     return [
@@ -245,6 +258,7 @@ def experiments() -> dict[str, list[Experiment]]:
             Experiment("ablation-j-sources", digging, BRIEF, as_fleet(source_rows)),
             Experiment("ablation-f-start", digging, BRIEF, as_fleet(start_rows)),
             Experiment("ablation-c-builder", digging, BRIEF, as_fleet(builder_rows)),
+            Experiment("ablation-c-builder-more", digging, BRIEF, as_fleet(further_builder_rows)),
             Experiment("ablation-h-kinds", digging, BRIEF, kind_rows),
         ],
     }
