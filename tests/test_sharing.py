@@ -81,6 +81,7 @@ def test_a_basis_and_a_task_are_pushed_pinned_and_loaded_elsewhere(hub, push, tm
     assert client(hub, tmp_path / "three", LOAD.format(more={})).split() == [total, "org/basis", sha]
 
 
+@pytest.mark.slow
 def test_a_task_whose_basis_is_local_is_not_pushed_without_a_word(hub, push, basis_folder, tmp_path):
     says = client(hub, tmp_path / "one", push, 'model.push_to_hub("me/task")', fails=True, HF_TOKEN=TOKEN)
     for word in ("SubspaceError", str(basis_folder), "push_basis_to=", "save_basis = True", "force=True"):
@@ -105,6 +106,7 @@ def test_a_task_whose_basis_is_local_is_not_pushed_without_a_word(hub, push, bas
     assert json.loads(hub.files("me/forced")["adapter_config.json"])["basis"] == str(basis_folder)
 
 
+@pytest.mark.slow
 def test_private_repositories_need_a_token_for_task_and_basis(hub, push, tmp_path):
     client(
         hub,
@@ -120,6 +122,7 @@ def test_private_repositories_need_a_token_for_task_and_basis(hub, push, tmp_pat
     assert client(hub, tmp_path / "two", LOAD.format(more={}), HF_HUB_OFFLINE="1") == loaded
 
 
+@pytest.mark.slow
 def test_a_branch_a_revision_and_an_auto_class(hub, push, tmp_path):
     client(
         hub, tmp_path / "one", "from tests.conftest import bert", f"bert().save_pretrained({str(tmp_path / 'bert')!r})"
@@ -148,6 +151,7 @@ def test_a_branch_a_revision_and_an_auto_class(hub, push, tmp_path):
     assert client(hub, tmp_path / "three", auto).split()[0] == first
 
 
+@pytest.mark.slow
 def test_what_somebody_wrote_in_the_readmes_stays(hub, push, tmp_path):
     again = 'basis.push_to_hub("me/basis"); model.push_to_hub("me/task")'
     client(hub, tmp_path / "one", push, again, HF_TOKEN=TOKEN)
