@@ -230,3 +230,14 @@ def test_bad_sources_and_flags_are_refused(fleets, tmp_path, capsys):
         build_clusters([*fleets[bert], str(tmp_path / "nowhere")], progress=False)
     assert main(["build", *fleets[bert], "--clusters", "2", "--builder", "random", "--out", str(tmp_path / "x")]) == 1
     assert "--clusters does not go with --builder" in capsys.readouterr().err
+    assert main(["build", *fleets[bert], "--clusters", "2", "--budget", "99", "--out", str(tmp_path / "x")]) == 1
+    assert "--clusters does not go with --budget" in capsys.readouterr().err
+
+
+def test_the_command_line_has_the_default_k_and_completes(fleets, tmp_path):
+    out = tmp_path / "bases"
+    flags = ["--clusters", "1", "--complete", "random", "--out", str(out), "--quiet"]
+    assert main(["build", *fleets[bert], *flags]) == 0
+    shapes = SubspaceBasis.from_pretrained(out / "cluster-0").shapes().values()
+    # five LoRAs of rank 4 span 20 of the 32 dimensions
+    assert {(shape["k_out"], shape["k_in"]) for shape in shapes} == {(32, 32)}

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..basis import ModuleBasis
 from ..errors import SubspaceError
@@ -19,7 +18,7 @@ from .null import generator_for, null_update, strengths_of
 from .processes import Team
 from .reading import Reader
 from .resume import WorkFolder
-from .shares import divide
+from .shares import divide, work
 from .streaming import ModuleStack, compress
 
 MOST_OF_EVEN = 4  # no side of a module gets more directions than so many times what an even spread would give
@@ -74,22 +73,13 @@ def measure(
     names = plan.fleet.modules
     done = {name: found for name in names if kept is not None and (found := kept.get_table(name)) is not None}
     mine, owners = divide(team, {name: cost(plan.module(name)) for name in names}, done)
-    bar = tqdm(
-        total=len(names), desc="spreading", unit="module", delay=2, initial=len(names) - len(mine),
-        disable=not (progress and team.main),
-    )  # fmt: skip
-    with bar:
-        for group in reader.groups(mine):
-            if team.stopped():
-                break
-            reader.hold(group)
-            for name in group:
-                done[name] = above_null(plan, reader, name, most)
-                if kept is not None:
-                    kept.put_table(name, done[name])
-                bar.update()
-    # a process that gave up its share early, because of another, has to hear of that first
-    team.exchange()
+
+    def one(name: str) -> None:
+        done[name] = above_null(plan, reader, name, most)
+        if kept is not None:
+            kept.put_table(name, done[name])
+
+    work(team, reader, mine, len(names), "spreading", progress, one)
     own = {name: done[name] for name, owner in owners.items() if owner == team.index}
     told = [tables for _, tables in team.share(None, own)]
     return {name: told[owner][name] for name, owner in owners.items()}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
@@ -24,7 +23,7 @@ from .processes import Team, together
 from .reading import Reader
 from .record import source_entry
 from .resume import WorkFolder
-from .shares import collect, divide
+from .shares import collect, divide, work
 from .statistics import certificate, module_basis
 from .streaming import ModuleStack, compress
 from .votes import read_weights, weighted
@@ -199,25 +198,16 @@ def _build_modules(
     if budget is not None:
         tables = measure(plan, reader, int(k), kept, team, progress)
         sizes.update(spread(tables, budget))
-    bar = tqdm(
-        total=len(fleet.modules), desc="building", unit="module", delay=2, initial=len(fleet.modules) - len(mine),
-        disable=not (progress and team.main),
-    )  # fmt: skip
-    with bar:
-        for group in reader.groups(mine):
-            if team.stopped():
-                break
-            reader.hold(group)
-            for name in group:
-                if team.stopped():
-                    break
-                done[name] = _build_module(
-                    plan, reader, name, *sizes[name], arguments["alternations"], directions=arguments["directions"],
-                    keep_cores=keep_cores, held_out=held_out,
-                )  # fmt: skip
-                if kept is not None:
-                    kept.put(name, *done[name])
-                bar.update()
+
+    def one(name: str) -> None:
+        done[name] = _build_module(
+            plan, reader, name, *sizes[name], arguments["alternations"], directions=arguments["directions"],
+            keep_cores=keep_cores, held_out=held_out,
+        )  # fmt: skip
+        if kept is not None:
+            kept.put(name, *done[name])
+
+    work(team, reader, mine, len(fleet.modules), "building", progress, one)
     return collect(team, owners, done), tables
 
 

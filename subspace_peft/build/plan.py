@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import SubspaceError
-from .budget import check_budget, even, largest
+from .budget import check_asked, check_budget, even, largest
 from .fleet import gather
 from .hosvd import exact, hosvd
 from .memory_plan import CORES_KEPT_UP_TO, Module, Plan, cost, parse_size
@@ -71,15 +70,12 @@ def plan_build(
         SourceError: no source is usable.
         SubspaceError: `max_memory` is too little; a module to which no source contributes.
     """
+    check_asked(budget, k, k_in, "adapters", complete)
     memory = parse_size(max_memory)
     fleet = gather(
         sources, skip_bad=True, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
     )  # fmt: skip
     if budget is not None:
-        if k is not None or k_in is not None or complete is not None:
-            raise SubspaceError(
-                "A budget decides every module's sizes: leave k, k_in and complete out, or the budget."
-            )
         check_budget(budget, len(fleet.modules))
         k = even(budget, len(fleet.modules))
     k = 32 if k is None else k

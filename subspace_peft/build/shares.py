@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+
+from tqdm import tqdm
 
 from ..basis import ModuleBasis
 from .processes import Team, packed, unpacked
+from .reading import Reader
 
 
 def divide(team: Team, costs: Mapping[str, float], done: Collection[str]) -> tuple[list[str], dict[str, int]]:
@@ -22,6 +25,38 @@ def divide(team: Team, costs: Mapping[str, float], done: Collection[str]) -> tup
     return [name for name in costs if dealt.get(name) == team.index], owners | dealt
 
 
+def work(
+    team: Team, reader: Reader, mine: Sequence[str], every: int, title: str, progress: bool, do: Callable[[str], None]
+) -> None:
+    """Do something with each module of this process's share, its factors held as they fit, until a process is known to have failed.
+
+    Args:
+        mine: the share, of `every` modules in all.
+        title: of the progress bar.
+        do: gets the module's name.
+    """
+    bar = tqdm(
+        total=every,
+        desc=title,
+        unit="module",
+        delay=2,
+        initial=every - len(mine),
+        disable=not (progress and team.main),
+    )
+    with bar:
+        for group in reader.groups(list(mine)):
+            if team.stopped():
+                break
+            reader.hold(group)
+            for name in group:
+                if team.stopped():
+                    break
+                do(name)
+                bar.update()
+    # a process that gave up its share early, because of another, has to hear of that first
+    team.exchange()
+
+
 def collect(
     team: Team, owners: Mapping[str, int], own: Mapping[str, tuple[ModuleBasis, dict[str, Any]]]
 ) -> dict[str, tuple[ModuleBasis, dict[str, Any]]]:
@@ -32,8 +67,6 @@ def collect(
     Raises:
         ProcessError: a process has failed.
     """
-    # a process that gave up its share early, because of another, has to hear of that first
-    team.exchange()
     whole = {}
     for name, owner in owners.items():
         if team.count == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SubspaceError
 from .verbs import base_model, inspect, number, print_json
@@ -62,44 +62,33 @@ def _built(args: Namespace, unfinished: Path | None) -> SubspaceBasis:
         builder=args.builder,
         like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
         weights=args.weights,
-        alternations=args.alternations,
-        directions=args.directions,
-        leave_one_out=args.leave_one_out,
-        complete=args.complete,
-        base_model=base_model(args),
         target_modules=args.target_modules,
-        seed=args.seed,
-        skip_bad=args.skip_bad,
-        partial=args.partial,
-        allow_bin=args.allow_bin,
-        max_memory=args.max_memory,
-        work_folder=unfinished,
-        progress=not args.quiet,
+        **_common(args, unfinished),
     )
+
+
+def _common(args: Namespace, unfinished: Path | None) -> dict[str, Any]:
+    """What bases and clusters of them are built with alike."""
+    return {
+        "alternations": args.alternations, "directions": args.directions, "leave_one_out": args.leave_one_out, "complete": args.complete,
+        "base_model": base_model(args), "seed": args.seed, "skip_bad": args.skip_bad, "partial": args.partial, "allow_bin": args.allow_bin,
+        "max_memory": args.max_memory, "work_folder": unfinished, "progress": not args.quiet,
+    }  # fmt: skip
 
 
 def _clustered(args: Namespace, unfinished: Path | None) -> Clusters:
     from ..build import build_clusters
 
-    odd = [name for name in ("from_config", "like", "k_in", "target_modules") if getattr(args, name)]
+    odd = [name for name in ("from_config", "like", "k_in", "target_modules", "budget") if getattr(args, name)]
     odd += [name for name, usual in (("builder", "adapters"), ("weights", "equal")) if getattr(args, name) != usual]
     if odd:
         raise SubspaceError(f"--clusters does not go with --{odd[0].replace('_', '-')}.")
+    given = {} if args.k is None else {"k": number(args.k)}
     found = build_clusters(
         args.sources,
         args.clusters if args.clusters == "auto" else number(args.clusters),
-        k=number(args.k),
-        alternations=args.alternations,
-        directions=args.directions,
-        leave_one_out=args.leave_one_out,
-        base_model=base_model(args),
-        seed=args.seed,
-        skip_bad=args.skip_bad,
-        partial=args.partial,
-        allow_bin=args.allow_bin,
-        max_memory=args.max_memory,
-        work_folder=unfinished,
-        progress=not args.quiet,
+        **given,
+        **_common(args, unfinished),
     )
     return found.to_precision(args.precision or "float32")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._atomic import write_aside
+from .fleet_energy import mean
 
 if TYPE_CHECKING:
     from .fleet_report import FleetReport
@@ -84,8 +85,8 @@ def _energies(plt: Any, report: FleetReport) -> Any:
 def _modules(plt: Any, report: FleetReport) -> Any:
     names = list(report.modules)
     rows = {
-        "kept by the basis": [_mean(module.kept) for module in report.modules.values()],
-        "kept of adapters left out": [_mean(module.unseen_here) for module in report.modules.values()],
+        "kept by the basis": [mean(module.kept) for module in report.modules.values()],
+        "kept of adapters left out": [mean(module.unseen_here) for module in report.modules.values()],
     }
     return _bars(plt, names, rows)
 
@@ -118,8 +119,3 @@ def _bars(plt: Any, names: Sequence[str], rows: dict[str, list[float | None]]) -
 def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     shortest = min(map(len, curves))
     return [sum(values) / len(values) for values in zip(*(curve[:shortest] for curve in curves), strict=True)]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 
 from ..build.factors import Factors
 from ..build.hosvd import Compressed, Side, exact, smallest_k
+from ..build.null import null_update
 
 KEPT = 128  # leading eigenvalues that are reported
 SHARE = 0.9  # of the energy, for `k_for_share`
@@ -74,7 +76,8 @@ def measure_module(
     out, inner = updates[0].shape
     norms = [update.norm() for update in updates]
     weights = [vote**0.5 / norm for vote, norm in zip(votes, norms, strict=True)]
-    noise = _noise(updates, torch.Generator().manual_seed(seed))
+    draw = torch.Generator().manual_seed(seed)
+    noise = [null_update(*update.shape, update.canonical()[1], draw) for update in updates]
     # all that matters lies in what the fleet spans: there the same numbers come out of matrices no larger than its ranks
     Qb = torch.linalg.qr(torch.cat([update.B for update in updates], 1))[0]
     Qa = torch.linalg.qr(torch.cat([update.A.T for update in updates], 1))[0]
@@ -111,16 +114,10 @@ def measure_module(
     )  # fmt: skip
 
 
-def _noise(updates: Sequence[Factors], draw: torch.Generator) -> list[Factors]:
-    """Updates of the same singular values in random directions."""
-    found = []
-    for update in updates:
-        values = update.canonical()[1]
-        P, T = (
-            torch.linalg.qr(torch.randn(d, len(values), generator=draw, dtype=torch.float64))[0] for d in update.shape
-        )
-        found.append(Factors(P * values, T.T))
-    return found
+def mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known; None where none is."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def _above(side: Side, null: Side) -> int:

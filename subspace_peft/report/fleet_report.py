@@ -20,7 +20,7 @@ from ..build.fleet import Fleet, gather
 from ..build.rerun import sources_on_record
 from ..errors import SubspaceError
 from .draws import draw_folds, draw_sample
-from .fleet_energy import ModuleFindings, measure_module
+from .fleet_energy import ModuleFindings, mean, measure_module
 from .verdict import useful_k, verdict
 
 SAMPLE = 64
@@ -179,7 +179,7 @@ def _measured(
             {
                 "name": source.name, "location": source.location, "seed_group": fleet.groups[i],
                 "norm": math.sqrt(sum(norm**2 for norm in source.norms.values())), "in_basis": source.sha256 in own,
-                **{key: _mean(each) for key, each in values.items()},
+                **{key: mean(each) for key, each in values.items()},
             }
         )  # fmt: skip
     numbers = _numbers(basis, fleet, drawn, measured, entries)
@@ -208,12 +208,12 @@ def _numbers(
     stored = _basis_facts(basis)["bytes"]
     saved = per_lora - per_task
     return {
-        "kept": _mean([e["kept"] for e in entries if e["in_basis"]]),
-        "kept_of_new": _mean([e["kept"] for e in entries if not e["in_basis"]]),
-        "null_kept": _mean([_at(m.ks, m.null, min(m.size)) for m in modules]),
-        "unseen": _mean([e["unseen"] for e in entries]),
-        "random": _mean([m.size[0] * m.size[1] / (m.shape[0] * m.shape[1]) for m in modules]),
-        "mean_only": _mean([e["mean_only"] for e in entries]),
+        "kept": mean([e["kept"] for e in entries if e["in_basis"]]),
+        "kept_of_new": mean([e["kept"] for e in entries if not e["in_basis"]]),
+        "null_kept": mean([_at(m.ks, m.null, min(m.size)) for m in modules]),
+        "unseen": mean([e["unseen"] for e in entries]),
+        "random": mean([m.size[0] * m.size[1] / (m.shape[0] * m.shape[1]) for m in modules]),
+        "mean_only": mean([e["mean_only"] for e in entries]),
         "k_for_share": max(m.k_for_share for m in modules),
         "above": above,
         "k_for_new_tasks": useful_k(*_curves(modules)),
@@ -285,11 +285,6 @@ def _at(ks: Sequence[int], values: Sequence[float], k: int) -> float:
     place = next(i for i, other in enumerate(ks) if other >= k)
     low, high = ks[place - 1], ks[place]
     return values[place - 1] + (values[place] - values[place - 1]) * (k - low) / (high - low)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return sum(known) / len(known) if known else None
 
 
 def _plain(value: Any) -> Any:

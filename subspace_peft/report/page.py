@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .fleet_energy import mean
 from .verdict import percent
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def page(report: FleetReport, figures: Mapping[str, Path]) -> str:
     if report.modules:
         rows = [
             (
-                name, f"{m.shape[0]} × {m.shape[1]}", f"{m.size[0]}, {m.size[1]}", percent(_mean(m.kept)), percent(_mean(m.unseen_here)),
+                name, f"{m.shape[0]} × {m.shape[1]}", f"{m.size[0]}, {m.size[1]}", percent(mean(m.kept)), percent(mean(m.unseen_here)),
                 f"{m.above_out}, {m.above_in}", str(m.k_for_share),
             )
             for name, m in report.modules.items()
@@ -143,8 +144,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str
 
 def _class(column: int) -> str:
     return ' class="n"' if column else ""
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
