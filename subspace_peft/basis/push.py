@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ..cards import Place
@@ -22,20 +23,14 @@ def push_basis(
     create_pr: bool = False,
 ) -> str:
     """Upload in one commit; see `SubspaceBasis.push_to_hub`."""
-    from huggingface_hub import HfApi
-
     from .files import write_basis
     from .resolve import note_location
 
     check_repo_id(repo_id)
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        fetch_readme(repo_id, folder, branch, token)
-        write_basis(basis, folder, Place(repo_id, revision=branch))
-        message = commit_message or f"Upload basis {basis.fingerprint[:12]}"
-        commit = upload(api, repo_id, folder, branch, message, create_pr=create_pr)
+    repo_id, commit = upload(
+        repo_id, lambda folder, place: write_basis(basis, folder, place), commit_message or f"Upload basis {basis.fingerprint[:12]}",
+        private=private, token=token, branch=branch, create_pr=create_pr,
+    )  # fmt: skip
     basis.location, basis.revision = repo_id, commit
     note_location(basis)
     return commit
@@ -61,11 +56,36 @@ def fetch_readme(repo_id: str, folder: Path, branch: str | None, token: str | bo
     (folder / "README.md").write_bytes(Path(file).read_bytes())
 
 
-def upload(api: object, repo_id: str, folder: Path, branch: str | None, message: str, *, create_pr: bool) -> str:
-    """One commit of all files in `folder`, on `branch`, which is made where there is none; returns its sha."""
-    if branch is not None and not create_pr:
-        api.create_branch(repo_id, branch=branch, exist_ok=True)  # type: ignore[attr-defined]
-    done = api.upload_folder(  # type: ignore[attr-defined]
-        repo_id=repo_id, folder_path=folder, revision=branch, commit_message=message, create_pr=create_pr
-    )
-    return str(done.oid)
+def upload(
+    repo_id: str,
+    write: Callable[[Path, Place], object],
+    message: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    branch: str | None,
+    create_pr: bool,
+) -> tuple[str, str]:
+    """One commit of what `write` puts into a folder, where the repository's README lies already, so that what somebody wrote in it stays.
+
+    Args:
+        repo_id: made where it is not there, as is `branch`.
+        write: gets the folder, and the place on the Hub that its cards name.
+
+    Returns:
+        The repository's whole id and the commit's sha.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        fetch_readme(repo_id, folder, branch, token)
+        write(folder, Place(repo_id, revision=branch))
+        if branch is not None and not create_pr:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=branch, commit_message=message, create_pr=create_pr
+        )
+    return repo_id, str(done.oid)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
-from ..basis.push import check_repo_id, fetch_readme, upload
+from ..basis.push import check_repo_id, upload
 from ..cards import Place
 from ..errors import BadFileError
 from ..tuner.push import place_on_hub
@@ -44,8 +43,6 @@ def push_bundle(
         SubspaceError: the basis is in a local folder only, and nothing was said about it; or `repo_id` is a path.
         BadFileError: a task is damaged.
     """
-    from huggingface_hub import HfApi
-
     check_repo_id(repo_id)
     found = open_bundle(bundle)
     basis = found.config(next(iter(found))).resolve()
@@ -55,14 +52,12 @@ def push_bundle(
         basis, f"the bundle {found.location}", "keep the bundle in a folder", push_basis_to=push_basis_to,
         force=force, private=private, token=token,
     )  # fmt: skip
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        fetch_readme(repo_id, folder, revision, token)
+
+    def write(folder: Path, there: Place) -> None:
         dtype = next(dtype for dtype, name in NAMES.items() if name == found.pieces["cores"].dtype)
-        write_bundle(
-            [kept(found, name) for name in found], folder, dtype, found, place, Place(repo_id, revision=revision)
-        )
-        message = commit_message or f"Upload a bundle of {len(found)} tasks"
-        return upload(api, repo_id, folder, revision, message, create_pr=create_pr)
+        write_bundle([kept(found, name) for name in found], folder, dtype, found, place, there)
+
+    return upload(
+        repo_id, write, commit_message or f"Upload a bundle of {len(found)} tasks", private=private, token=token, branch=revision,
+        create_pr=create_pr,
+    )[1]  # fmt: skip

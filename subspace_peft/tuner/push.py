@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from ..basis import SubspaceBasis
-from ..basis.push import check_repo_id, fetch_readme, upload
+from ..basis.push import check_repo_id, upload
 from ..basis.resolve import read_notes
 from ..cards import Place, add_tags
 from ..errors import SubspaceError
@@ -58,23 +58,27 @@ def push_task(
     Raises:
         SubspaceError: a basis is in a local folder or in memory only, and nothing was said about it; or `repo_id` is a path.
     """
-    from huggingface_hub import HfApi
-
     check_repo_id(repo_id)
     for name in saving.get("selected_adapters") or list(model.peft_config):
         config = model.peft_config[name]
         if isinstance(config, SubspaceConfig):
             pin(config, name, push_basis_to=push_basis_to, force=force, private=private, token=token)
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        fetch_readme(repo_id, folder, revision, token)
-        with _placed(model, repo_id, revision):
+
+    def write(folder: Path, place: Place) -> None:
+        with _placed(model, place):
             model.save_pretrained(str(folder), **saving)
         if tags and (folder / "README.md").is_file():
             add_tags(folder / "README.md", tags)
-        return upload(api, repo_id, folder, revision, commit_message or "Upload task", create_pr=create_pr)
+
+    return upload(
+        repo_id,
+        write,
+        commit_message or "Upload task",
+        private=private,
+        token=token,
+        branch=revision,
+        create_pr=create_pr,
+    )[1]
 
 
 def push_saved_task(
@@ -92,34 +96,40 @@ def push_saved_task(
     """Upload the folder of a saved task in one commit, its basis pinned first in what is uploaded; no model is loaded. Arguments, result
     and errors are those of `push_task`; also `BadFileError` where the folder is damaged.
     """
-    from huggingface_hub import HfApi
-
     check_repo_id(repo_id)
     folder = Path(folder).expanduser()
     config = SubspaceConfig.from_pretrained(str(folder))
     if not isinstance(config, SubspaceConfig) or not (folder / WEIGHTS_FILE).is_file():
-        raise SubspaceError(f"{folder}: no saved subspace task is in there.")
+        raise SubspaceError(
+            f"{folder}: no saved subspace task is in there. Give the folder that `save_pretrained` wrote."
+        )
     pin(config, folder.name, push_basis_to=push_basis_to, force=force, private=private, token=token)
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch)
-        for name in (WEIGHTS_FILE, "README.md"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, copy / name)
-        fetch_readme(repo_id, copy, revision, token)
+
+    def write(copy: Path, place: Place) -> None:
+        shutil.copyfile(folder / WEIGHTS_FILE, copy / WEIGHTS_FILE)
+        if (folder / "README.md").is_file() and not (copy / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", copy / "README.md")
         config.save_pretrained(str(copy))
-        config._place = Place(repo_id, None, revision)
+        config._place = place
         write_section(copy, config)
-        return upload(api, repo_id, copy, revision, commit_message or "Upload task", create_pr=create_pr)
+
+    return upload(
+        repo_id,
+        write,
+        commit_message or "Upload task",
+        private=private,
+        token=token,
+        branch=revision,
+        create_pr=create_pr,
+    )[1]
 
 
 @contextlib.contextmanager
-def _placed(model: PeftModel, repo_id: str, revision: str | None) -> Iterator[None]:
+def _placed(model: PeftModel, place: Place) -> Iterator[None]:
     """Meanwhile the tasks' cards say to load them from the Hub."""
     configs = {name: each for name, each in model.peft_config.items() if isinstance(each, SubspaceConfig)}
     for name, config in configs.items():
-        config._place = Place(repo_id, None if name == "default" else name, revision)
+        config._place = replace(place, subfolder=None if name == "default" else name)
     try:
         yield
     finally:
