@@ -11,8 +11,8 @@ from peft import get_peft_model
 
 from benchmarks.quality import bench as bench_module
 from benchmarks.quality import fleet as fleet_module
-from benchmarks.quality import tables
 from benchmarks.quality.bases import (
+    centred,
     completed,
     from_activation_metric,
     hybrid,
@@ -20,11 +20,11 @@ from benchmarks.quality.bases import (
     one_sided,
     preconditioned,
     scaled_inputs,
+    shared_inputs,
 )
 from benchmarks.quality.bench import Bench, Experiment, OutOfTime, perform, usual_rate
 from benchmarks.quality.encoder import BERT_NAMES, VIT_NAMES, Head, Top, block_state
-from benchmarks.quality.fleet import noise_like, others, require_left_out
-from benchmarks.quality.paired import difference, mean_score
+from benchmarks.quality.fleet import others, require_left_out
 from benchmarks.quality.rows import head_only, inside, lora, vera
 from benchmarks.quality.tasks import Split, Task, split_texts
 from benchmarks.quality.training import Budget, make_model, measure, outputs_of, pooled, score, train
@@ -72,41 +72,6 @@ def toys(monkeypatch):
 @pytest.fixture
 def bench(tmp_path, toys):
     return Bench(tmp_path, source_budget=SMALL, seeds=(1, 2))
-
-
-# -- statistics ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_constant_difference_has_an_interval_of_no_width():
-    found = difference({"a": [0.5, 0.6], "b": [0.7, 0.8]}, {"a": [0.49, 0.59], "b": [0.69, 0.79]})
-    assert found.mean == pytest.approx(1.0) and found.low == pytest.approx(1.0) and found.high == pytest.approx(1.0)
-    assert (found.wins, found.ties, found.losses) == (2, 0, 0) and found.beyond_noise
-
-
-def test_differences_are_antisymmetric_and_count_wins_ties_and_losses():
-    ours = {"a": [0.9, 0.8], "b": [0.5, 0.5], "c": [0.1, 0.3]}
-    theirs = {"a": [0.8, 0.8], "b": [0.502, 0.5], "c": [0.4, 0.4], "elsewhere": [1.0, 1.0]}
-    there, back = difference(ours, theirs), difference(theirs, ours)
-    assert there.mean == pytest.approx(-back.mean) and there.low == pytest.approx(-back.high)
-    assert (there.wins, there.ties, there.losses) == (1, 1, 1) and not there.beyond_noise
-    assert there.low < there.mean < there.high and "elsewhere" not in there.tasks
-
-
-def test_the_interval_has_about_the_spread_of_the_mean_over_tasks():
-    drawn = np.random.default_rng(0)
-    effects = drawn.normal(0, 0.05, size=400)
-    ours = {str(i): [0.5 + e] * 3 for i, e in enumerate(effects)}
-    found = difference(ours, {task: [0.5] * 3 for task in ours})
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * 100 * effects.std() / 400**0.5, rel=0.1)
-
-
-def test_a_diverged_run_counts_as_zero_and_other_seeds_are_refused():
-    assert difference({"a": [None, 0.5]}, {"a": [0.5, 0.5]}).mean == pytest.approx(-25)
-    assert mean_score({"a": [None, 0.5]}, ["a"]) == pytest.approx(25)
-    with pytest.raises(ValueError, match="number of seeds"):
-        difference({"a": [0.1]}, {"a": [0.1, 0.2]})
-    with pytest.raises(ValueError, match="No task in common"):
-        difference({"a": [0.1]}, {"b": [0.1]})
 
 
 def test_measure_is_accuracy_or_spearmans_correlation():
@@ -213,19 +178,6 @@ def test_a_fleet_of_one_leaves_nothing():
     assert others("a", ["a", "b"]) == ["b"]
     with pytest.raises(SubspaceError, match="empty"):
         others("a", ["a"])
-
-
-def test_noise_has_the_singular_values_and_not_the_directions(bench):
-    from safetensors.torch import load_file
-
-    folder = bench.source("one")
-    state, (noise, config) = load_file(folder / "adapter_model.safetensors"), noise_like([folder])[0]
-    for key in (key for key in state if "lora_A" in key):
-        other = key.replace("lora_A", "lora_B")
-        real, made = state[other] @ state[key], noise[other] @ noise[key]
-        assert torch.allclose(torch.linalg.svdvals(real), torch.linalg.svdvals(made), atol=1e-5)
-        assert abs(float((real * made).sum())) < 0.9 * float(real.square().sum())
-    assert config.r == 8
 
 
 def test_sources_that_start_at_their_inputs_axes(bench, monkeypatch):
@@ -411,117 +363,6 @@ def test_texts_of_one_document_are_in_one_split():
         split_texts(TextTask("t", "", rows), {"train": 90, "test": 20}, 0)
 
 
-# -- tables -------------------------------------------------------------------------------------------------------------
-
-
-def row(method: str, tests: list, validations: list | None = None, at_edge: bool = False) -> dict:
-    ends = validations or tests
-    return {
-        "method": method, "rate": 1e-3, "at_edge": at_edge, "trained": 10, "head": 2, "tests": tests, "validations": ends,
-        "sweep": [[1e-3, 0.5], [4e-3, 0.4]], "curves": [[[20, end - 0.1], [60, end]] for end in ends], "seconds": 1.0,
-    }  # fmt: skip
-
-
-@pytest.fixture
-def results(tmp_path):
-    def write(name: str, tasks: dict) -> None:
-        (tmp_path / f"{name}.json").write_text(json.dumps({"experiment": name, "tasks": tasks}))
-
-    main = {
-        task: [
-            row("LoRA r=8", [0.8, 0.82]),
-            row("fleet", [0.81, 0.83]),
-            row("random", [0.7, 0.7], at_edge=task == "mail"),
-        ]
-        for task in ("movies", "mail")
-    }
-    write("main", main)
-    write("main-more", {"movies": [row("hybrid", [0.75, 0.75])]})
-    write("ablation-b-mean", {"movies": [row("mean fixed", [0.71, 0.73])]})
-    (tmp_path / "machine.json").write_text("{}")
-    return tmp_path
-
-
-def test_tables_say_what_the_results_say(results):
-    text = tables.render(tables.read(results))
-    assert "| movies | 81.0 | 82.0 | 75.0 | 70.0 |" in text
-    assert "| mail | 81.0 | 82.0 | – | 70.0 |" in text
-    assert "| fleet − LoRA r=8 | +1.0 [+1.0, +1.0] * | 2 / 0 / 0 | 2 |" in text
-    assert "| (b) mean fixed | -10.0 [-10.0, -10.0] * | 0 / 0 / 1 | 1 |" in text
-    assert "| LoRA r=8 | 0.001 | 0.001 | 0.001 | 2 |" in text and "### 2 text tasks, 300" in text
-    assert "at an edge after widening: 1 of 8" in text
-
-
-def test_the_share_of_runs_near_the_target_per_step(results):
-    main = tables.read(results)["main"]
-    assert tables.reached(main, "fleet") == {20: 0.0, 60: 1.0}
-    assert tables.reached(main, "random") == {20: 0.0, 60: 0.0}
-
-
-def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path, capsys):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
-    tables.main(["--results", str(results), "--evidence", str(page)])
-    text = page.read_text(encoding="utf-8")
-    assert (
-        text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "fleet − LoRA r=8" in text
-    )
-    assert (results / "tables.md").read_text(encoding="utf-8") in text
-    for name in ("scores.png", "differences.png"):
-        assert (results / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="nowhere"):
-        tables.insert("no markers", "x")
-
-
-def test_the_command_says_what_to_do_without_results(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        tables.main(["--results", str(tmp_path)])
-    assert "run.py" in capsys.readouterr().err
-
-
-# -- energy and scores ---------------------------------------------------------------------------------------------------
-
-
-def test_agreement_is_spearmans_and_knows_chance():
-    from scipy.stats import spearmanr
-
-    from benchmarks.quality.energy import agreement
-    from benchmarks.quality.paired import difference
-
-    draw = np.random.default_rng(3)
-    names = [f"t{i}" for i in range(9)]
-    ours = {name: draw.random(3).tolist() for name in names}
-    found = difference(ours, {name: [0.5] * 3 for name in names})
-    energy = {name: round(float(draw.random()), 1) for name in names}  # with ties
-    value, chance = agreement(energy, found)
-    expected = spearmanr([energy[name] for name in names], [found.tasks[name] for name in names])
-    assert value == pytest.approx(expected.statistic)
-    assert chance == pytest.approx(expected.pvalue, abs=0.05)
-    best, least = agreement(found.tasks, found)
-    assert best == pytest.approx(1) and least < 0.001
-    with pytest.raises(ValueError, match="nothing to correlate"):
-        agreement(dict.fromkeys(names, 0.1), found)
-
-
-def test_the_table_of_energies_is_in_order_and_names_every_task():
-    from benchmarks.quality.tables import energy_section
-
-    def rows(scores):
-        return {task: {"tests": values} for task, values in scores.items()}
-
-    fleet = {"a": [0.9, 0.9], "b": [0.5, 0.5], "c": [0.7, 0.7]}
-    found = {"main": {"fleet": rows(fleet), "random": rows({task: [0.5, 0.5] for task in fleet})}}
-    energy = {
-        "k": 16,
-        "random": 0.0017,
-        "tasks_left_out": {"a": {"unseen": 0.12}, "c": {"unseen": 0.08}, "b": {"unseen": 0.04}},
-    }
-    text = energy_section(energy, found)
-    lines = [line for line in text if line.startswith("| ")]
-    assert lines[1:] == ["| b | 4.0% | +0.0 |", "| c | 8.0% | +20.0 |", "| a | 12.0% | +40.0 |"]
-    assert "+1.00" in text[-2]
-
-
 # -- further bases ---------------------------------------------------------------------------------------------------------
 
 
@@ -548,8 +389,6 @@ def same_span(a, b):
 
 
 def test_one_v_per_layer_is_that_of_both_modules_together():
-    from benchmarks.quality.bases import shared_inputs
-
     updates = dense_fleet()
     basis = basis_of(updates)
     found = shared_inputs(basis, updates)
@@ -562,8 +401,6 @@ def test_one_v_per_layer_is_that_of_both_modules_together():
 
 
 def test_centring_of_updates_without_a_mean_changes_nothing():
-    from benchmarks.quality.bases import centred
-
     updates = dense_fleet()
     # each beside its negative: the mean is zero
     updates = {name: [*each, *(-d for d in each)] for name, each in updates.items()}

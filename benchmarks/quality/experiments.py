@@ -13,6 +13,7 @@ from subspace_peft import build_basis
 from subspace_peft.basis import ModuleBasis
 from subspace_peft.build import open_source
 from subspace_peft.compare.methods import Method
+from subspace_peft.report import null_basis
 
 from . import tasks
 from .bases import (
@@ -27,7 +28,7 @@ from .bases import (
     shared_inputs,
 )
 from .bench import Bench, Experiment, K, usual_rate
-from .fleet import noise_like, others, some_inputs
+from .fleet import others, some_inputs
 from .rows import head_only, inside, lora, mean_only, vera
 from .starts import nearest_source
 from .training import Budget, make_model
@@ -112,9 +113,7 @@ def control_rows(bench: Bench, name: str) -> list[Method]:
     """Fleets that hold nothing about the task, and fleets of one kind, of five adapters each."""
     members = others(name, tasks.names("text"))
     kin, strangers = (tasks.SENTIMENT, tasks.TOPIC) if name in tasks.SENTIMENT else (tasks.TOPIC, tasks.SENTIMENT)
-    noise = build_basis(
-        noise_like([bench.source(other) for other in members]), k=K, progress=False, leave_one_out=False
-    )
+    noise = null_basis([str(bench.source(other)) for other in members], k=K, progress=False, leave_one_out=False)
     return [
         inside("noise fleet", noise),
         inside("one shared seed", bench.basis(name, start=7)),

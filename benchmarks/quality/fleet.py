@@ -97,31 +97,3 @@ def require_left_out(basis: SubspaceBasis, own: Path) -> SubspaceBasis:
                 "basis says nothing about new tasks. Build it without that adapter."
             )
     return basis
-
-
-def noise_like(adapters: Sequence[Path], seed: int = 0) -> list[tuple[dict[str, torch.Tensor], LoraConfig]]:
-    """For every adapter one of noise: the same singular values of every module's ΔW, directions drawn at random."""
-    from safetensors.torch import load_file
-
-    found = []
-    generator = torch.Generator().manual_seed(seed)
-    for folder in adapters:
-        config = LoraConfig.from_pretrained(str(folder))
-        state = load_file(folder / "adapter_model.safetensors")
-        made = {}
-        for key in state:
-            if key.endswith("lora_A.weight"):
-                other = key.replace("lora_A", "lora_B")
-                made[key], made[other] = _noise(state[key], state[other], generator)
-        config.modules_to_save = None
-        found.append((made, config))
-    return found
-
-
-def _noise(A: torch.Tensor, B: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    _, left = torch.linalg.qr(B.double())
-    _, right = torch.linalg.qr(A.double().T)
-    strengths = torch.linalg.svdvals(left @ right.T)
-    U = torch.linalg.qr(torch.randn(B.shape, generator=generator, dtype=torch.float64))[0]
-    V = torch.linalg.qr(torch.randn(A.T.shape, generator=generator, dtype=torch.float64))[0]
-    return V.T.float().contiguous(), (U * strengths).float().contiguous()

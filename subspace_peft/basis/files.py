@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..cards import Place, put_card
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
 from . import cache
 from .basis import SubspaceBasis, combine_digests
+from .by_name import ByName
 from .card import card_of, place_of
 from .entries import info_problem, shape_problem
 from .module import TENSOR_NAMES, ModuleBasis
@@ -29,22 +30,13 @@ TENSORS_FILE = "basis.safetensors"
 FORMAT_VERSIONS = (1, 2)  # 2: with a precision, which earlier readers do not know
 
 
-class LazyModules(Mapping[str, ModuleBasis]):
+class LazyModules(ByName):
     """Modules of a basis file, read and verified one at a time."""
 
     def __init__(self, file: Path, modules: dict[str, dict[str, Any]], precision: str | None = None) -> None:
         self.file = file
         self.modules = modules
         self.precision = precision
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules
 
     def shapes(self) -> dict[str, dict[str, int]]:
         return {name: dict(entry["shape"]) for name, entry in self.modules.items()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..errors import BadFileError, SubspaceError
+from .by_name import ByName
 from .module import FLOAT_DTYPES, ModuleBasis, tensor_bytes
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
@@ -20,20 +21,11 @@ KINDS = {**FLOAT_DTYPES, torch.int8: "I8"}  # in safetensors' words
 STEPS = 127
 
 
-class StoredModules(Mapping[str, ModuleBasis]):
+class StoredModules(ByName):
     """Modules held as they are stored, each made into float32 when it is asked for."""
 
     def __init__(self, precision: str, modules: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         self.precision, self.modules = precision, modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules
 
     def __getitem__(self, name: str) -> ModuleBasis:
         return restored(self.modules[name], self.precision, name)
