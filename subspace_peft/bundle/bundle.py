@@ -105,6 +105,11 @@ class Bundle(Mapping[str, BundledTask]):
     def __repr__(self) -> str:
         return f"Bundle({len(self)} tasks on basis {self.fingerprint[:12]}…, {self.location})"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored cores."""
+        return DTYPES[self.pieces["cores"].dtype]
+
     def __getitem__(self, name: str) -> BundledTask:
         entry = self.entry(name)
         config = {**self.index["config"], **entry.get("config", {})}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from ..basis import SubspaceBasis
@@ -16,7 +15,6 @@ from ..convert.migrate import MAX_DRIFT, drifts_of, moved_config, moves_of, used
 from ..errors import SubspaceError
 from ..tuner.saved import Parts, Task
 from .bundle import Bundle, open_bundle
-from .layout import NAMES
 from .named import Named
 from .write import pack, write_bundle
 
@@ -59,7 +57,7 @@ def migrate_bundle(
         )
     if Path(out).expanduser().resolve() == Path(found.location).expanduser().resolve():
         raise SubspaceError(f"{out} is the bundle itself. Write the new one beside it.")
-    dtype = _dtype(found)
+    dtype = found.dtype
     packed, drifts = [], {}
     for name, moved, each in _carried(found, new, max_drift, old_basis, progress):
         drifts[name] = each
@@ -87,7 +85,7 @@ def _carried(
     bundle: Bundle, new: SubspaceBasis, max_drift: float, old_basis: Any, progress: bool
 ) -> Iterator[tuple[str, Task, dict[str, float]]]:
     """Name, task on the new basis and drifts, of the cores as they are stored."""
-    dtype = _dtype(bundle)
+    dtype = bundle.dtype
     known: dict[tuple[Any, ...], dict[str, Transfer]] = {}
     for name in tqdm(bundle, desc="migrating", unit="task", delay=2, disable=not progress):
         task = bundle.task(name, old_basis)
@@ -103,7 +101,3 @@ def _carried(
         moved = dataclasses.replace(task, config=config, cores=cores, modules=modules)
         drifts, _ = drifts_of(task, dataclasses.replace(moved, cores=stored), used, f"task {name!r}", max_drift)
         yield name, moved, drifts
-
-
-def _dtype(bundle: Bundle) -> torch.dtype:
-    return next(dtype for dtype, name in NAMES.items() if name == bundle.pieces["cores"].dtype)

@@ -9,7 +9,6 @@ from ..cards import Place
 from ..errors import BadFileError
 from ..tuner.push import place_on_hub
 from .bundle import Bundle, open_bundle
-from .layout import NAMES
 from .write import kept, write_bundle
 
 
@@ -54,8 +53,7 @@ def push_bundle(
     )  # fmt: skip
 
     def write(folder: Path, there: Place) -> None:
-        dtype = next(dtype for dtype, name in NAMES.items() if name == found.pieces["cores"].dtype)
-        write_bundle([kept(found, name) for name in found], folder, dtype, found, place, there)
+        write_bundle([kept(found, name) for name in found], folder, found.dtype, found, place, there)
 
     return upload(
         repo_id, write, commit_message or f"Upload a bundle of {len(found)} tasks", private=private, token=token, branch=revision,

@@ -123,7 +123,7 @@ def add_tasks(
         )
     with _locked(folder):
         old = open_bundle(folder)
-        dtype = next(dtype for dtype, name in NAMES.items() if name == old.pieces["cores"].dtype)
+        dtype = old.dtype
         packed = _pack_all(tasks, basis, metrics, id2label, dtype, token, progress)
         new = {each.name for each in packed}
         taken = sorted(name for name in new if name in old)
