@@ -79,9 +79,16 @@ def machine() -> dict[str, Any]:
 
     return {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-        "peft": peft.__version__, "subspace_peft": subspace_peft.__version__, "processor": platform.processor() or platform.machine(),
+        "peft": peft.__version__, "subspace_peft": subspace_peft.__version__, "processor": _processor(),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _processor() -> str:
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def write(file: Path, body: Mapping[str, Any], table: str) -> None:

@@ -11,6 +11,8 @@ import torch
 from subspace_peft import SubspaceBasis
 from subspace_peft.basis import ModuleBasis
 
+from .encoder import ADAPTED
+
 
 def each_module(basis: SubspaceBasis, change: Callable[[str, ModuleBasis], ModuleBasis], about: str) -> SubspaceBasis:
     """A basis with every module changed; it says so, and keeps its sources."""
@@ -169,7 +171,7 @@ def input_roots(
         hooks.append(module.register_forward_pre_hook(note))
 
     for name, module in model.named_modules():
-        if name.endswith(("query", "value")):
+        if name.endswith(ADAPTED):
             watch(name, module)
     current: list[torch.Tensor] = [torch.empty(0)]
     with torch.no_grad():

@@ -20,8 +20,9 @@ from subspace_peft.compare.sweep import compare
 from subspace_peft.errors import SubspaceError
 
 from . import tasks
-from .encoder import Head
+from .encoder import ADAPTED, Head, half_is_faster
 from .fleet import others, require_left_out, source
+from .rows import PerSeed
 from .training import Budget, make_model, pooled, score, train, trained
 
 SEEDS = (1, 2, 3)
@@ -98,13 +99,15 @@ class Bench:
         """A `random` or `base-weights` basis of size k."""
         model = make_model(self.top(held_out), 2, 0)
         return build_basis(
-            builder=builder, base_model=model, target_modules=["query", "value"], k=k, seed=seed, progress=False
+            builder=builder, base_model=model, target_modules=list(ADAPTED), k=k, seed=seed, progress=False
         )
 
     def compare(self, name: str, methods: Sequence[Method], budget: Budget) -> list[dict[str, Any]]:
         """Rows of `compare` for one held-out task. Raises `OutOfTime`."""
         task = self.task(name)
-        settings = {"task": name, "data": task.digest, "top": tasks.TOP, "tokens": tasks.TOKENS, **asdict(budget)}
+        settings = {
+            "task": name, "data": task.digest, "top": tasks.TOP, "tokens": tasks.TOKENS, "half": half_is_faster(), **asdict(budget),
+        }  # fmt: skip
 
         def run(method: Method, rate: float | None, seed: int) -> Mapping[str, Any]:
             if time.time() > self.until:
@@ -116,7 +119,9 @@ class Bench:
                 data = self.pooled(name)
                 wrapped = Head(data.splits["train"].hidden.shape[-1], task.outputs, seed)
             else:
-                wrapped = get_peft_model(make_model(self.top(name), task.outputs, seed), method.adapter())
+                per_seed = method.for_seed if isinstance(method, PerSeed) else None
+                config = per_seed(seed) if per_seed else method.adapter()
+                wrapped = get_peft_model(make_model(self.top(name), task.outputs, seed), config)
             reported = seed != 0
             result = train(wrapped, data, budget, rate, seed, curve=reported)
             adapter, head = (sum(p.numel() for p in part) for part in trained(wrapped))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from subspace_peft import build_basis
+from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.basis import ModuleBasis
 from subspace_peft.build import open_source
 from subspace_peft.compare.methods import Method
@@ -29,9 +31,10 @@ from .bases import (
 )
 from .bench import Bench, Experiment, K, usual_rate
 from .fleet import others, some_inputs
-from .rows import head_only, inside, lora, mean_only, vera
-from .starts import nearest_source
-from .training import Budget, make_model
+from .gradients import first_gradients, gradient_basis
+from .rows import CORE_RATES, head_only, inside, inside_per_seed, lora, mean_only, vera
+from .starts import convex_mix, nearest_source, starting_at_mix
+from .training import Budget, draw_examples, make_model
 
 WIDE = 28  # 4 · 28² = 3,136 numbers, beside 3,072 of LoRA r=1 and of VeRA r=384
 FEW = ("movies", "reviews", "newsgroups", "noun-kinds")  # for all but the main table; two of each kind
@@ -220,8 +223,55 @@ def start_rows(bench: Bench, name: str) -> list[Method]:
     return [inside("start at nearest source", fleet, start=nearest_source(bench, name, fleet))]
 
 
+def gradient_rows(bench: Bench, name: str) -> list[Method]:
+    """Directions that the loss wants before anything is trained: the task's own, of the examples that each seed draws, and those of the
+    fleet's tasks, which are shared as a basis is."""
+    fleet, task = bench.basis(name), bench.task(name)
+    others_first = [
+        first_gradients(make_model(bench.top(other), bench.task(other).outputs, 0), bench.task(other).splits["train"])
+        for other in others(name, tasks.names("text"))
+    ]
+    shared = gradient_basis(fleet, others_first)
+
+    @cache
+    def own(seed: int) -> SubspaceBasis:
+        some = task.splits["train"].take(torch.tensor(draw_examples(task, BRIEF, seed)[0]))
+        return gradient_basis(fleet, [first_gradients(make_model(bench.top(name), task.outputs, 0), some)])
+
+    return [
+        inside("fleet", fleet),
+        inside("half the fleet's first gradients", hybrid(fleet, shared, K)),
+        inside_per_seed("half own first gradient", lambda seed: hybrid(fleet, own(seed), K)),
+        inside_per_seed("own first gradient", own),
+    ]
+
+
+def mix_rows(bench: Bench, name: str) -> list[Method]:
+    fleet = bench.basis(name)
+    mixed = lambda seed: starting_at_mix(fleet, convex_mix(bench, name, fleet, BRIEF, seed))  # noqa: E731
+    return [inside("fleet", fleet), inside_per_seed("start at a convex mix", mixed, start="mean")]
+
+
+def started_rows(bench: Bench, name: str) -> list[Method]:
+    return [
+        inside("fleet", bench.basis(name)),
+        inside("sources started by PiSSA", bench.basis(name, start="pissa")),
+        inside("sources started by LoRA-GA", bench.basis(name, start="lora_ga")),
+    ]
+
+
+def fast_rows(bench: Bench, name: str) -> list[Method]:
+    """The fleet's row at the rate at which it collapses now and then."""
+    return [inside("fleet at 4 × the rate", bench.basis(name), rates=(CORE_RATES[-1],))]
+
+
 def source_rows(bench: Bench, name: str) -> list[Method]:
     return [inside("sources started at input axes", bench.basis(name, start="axes"))]
+
+
+def quick() -> Experiment:
+    """The first rows of the first three tasks of the main table, 40 steps."""
+    return Experiment("main", list(ORDER[:3]), Budget(steps=40, checks=()), short_rows)
 
 
 def experiments() -> dict[str, list[Experiment]]:
@@ -259,5 +309,13 @@ def experiments() -> dict[str, list[Experiment]]:
             Experiment("ablation-c-builder", digging, BRIEF, as_fleet(builder_rows)),
             Experiment("ablation-c-builder-more", digging, BRIEF, as_fleet(further_builder_rows)),
             Experiment("ablation-h-kinds", digging, BRIEF, kind_rows),
+            Experiment("ablation-d-gradient", digging, BRIEF, as_fleet(gradient_rows)),
+            Experiment("ablation-f-mix", digging, BRIEF, as_fleet(mix_rows)),
+            Experiment("ablation-j-started", digging, BRIEF, as_fleet(started_rows)),
         ],
+        "stability": [
+            Experiment("fast", ["tweets", *digging], BRIEF, fast_rows),
+            Experiment("fast-clipped", ["tweets", *digging], replace(BRIEF, clip=1.0), fast_rows),
+        ],
+        "longer": [Experiment("longer", digging, Budget(steps=180, checks=(60, 120)), short_rows)],
     }

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 
 from subspace_peft import SubspaceBasis
 from subspace_peft.errors import SubspaceError
 from subspace_peft.offline.models import put
 
 from .bases import input_roots
+from .encoder import ADAPTED
+from .gradients import backward
 from .tasks import Task, kind_of, load, top_layers
 from .training import Budget, make_model, score, train
 
-TARGETS = ["query", "value"]
+TARGETS = list(ADAPTED)
 HEAD = ["classifier"]
 SOURCE_RATE = 2e-3
+SOURCE_RATES: Mapping[int | str | None, float] = {}
+STARTS = ("axes", "pissa", "lora_ga")
 SOURCE_BUDGET = Budget(examples=1000, steps=180)
 
 
@@ -30,11 +37,18 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
     Args:
         name: a task.
         folder: the benchmark's cache.
-        start: the seed of the LoRA's random start, each task's own without it; or ``"axes"``: A starts at the leading principal axes
-            of the task's own inputs (as EVA does, arXiv 2410.07170), rows of the norm that PEFT's own start has.
+        start: the seed of the LoRA's random start, each task's own without it; ``"axes"``: A starts at the leading principal axes
+            of the task's own inputs (as EVA does, arXiv 2410.07170), rows of the norm that PEFT's own start has; ``"pissa"``
+            (arXiv 2404.02948) and ``"lora_ga"`` (arXiv 2407.05000) as PEFT has them: the update of such an adapter, of rank 16, is what it
+            moved from its start.
         budget: of its training.
+
+    Raises:
+        SubspaceError: `start` is none of these.
     """
-    kind = {None: "own", "axes": "axes"}.get(start, f"shared{start}")  # type: ignore[arg-type]
+    if isinstance(start, str) and start not in STARTS:
+        raise SubspaceError(f"start={start!r}: give a seed or one of {', '.join(STARTS)}.")
+    kind = {None: "own"}.get(start, start if isinstance(start, str) else f"shared{start}")  # type: ignore[arg-type]
     home = folder / "sources" / f"{kind}-{budget.examples}-{budget.steps}" / name
     if home.is_dir():
         return home
@@ -43,16 +57,42 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
     own = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
     model = make_model(top_layers(kind_of(name), folder), task.outputs, 0)
     axes = input_roots(model, some_inputs(task)) if start == "axes" else None
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD)
     torch.manual_seed(start if isinstance(start, int) else own)
-    wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD))
+    if start == "pissa":
+        config.init_lora_weights = "pissa"
+    elif start == "lora_ga":
+        config.init_lora_weights, config.lora_ga_config = "lora_ga", LoraGAConfig()
+        data = task.splits["train"]
+        some = data.take(torch.arange(min(300, len(data))))
+        with warnings.catch_warnings():
+            # the layers' inputs need no gradient, the weights do
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            preprocess_loraga(model, config, lambda: backward(model, some))
+    wrapped = get_peft_model(model, config)
     if axes is not None:
         start_at(wrapped, {module: each["axes"] for module, each in axes.items()})
-    train(wrapped, task, budget, SOURCE_RATE, 100, curve=False)
-    print(f"source {name} ({kind}): test {score(wrapped, task, 'test'):.3f}", flush=True)
-    aside = home.with_name(f".{name}.partial")
-    wrapped.save_pretrained(aside)
+    with TemporaryDirectory() as beside:
+        begun = _keep_start(wrapped, Path(beside)) if start in ("pissa", "lora_ga") else None
+        train(wrapped, task, budget, SOURCE_RATES.get(start, SOURCE_RATE), 100, curve=False)
+        print(f"source {name} ({kind}): test {score(wrapped, task, 'test'):.3f}", flush=True)
+        aside = home.with_name(f".{name}.partial")
+        with warnings.catch_warnings():
+            # of PiSSA beside other adapters: the start is loaded to be taken off, nothing else
+            warnings.filterwarnings("ignore", message="PiSSA changes the base weights")
+            wrapped.save_pretrained(aside, path_initial_model_for_weight_conversion=begun)
     put(aside, home)
     return home
+
+
+def _keep_start(wrapped: PeftModel, folder: Path) -> str:
+    """The folder in which `wrapped` is saved as it begins, as PEFT wants it for taking the start off the trained adapter."""
+    config, begun = wrapped.peft_config["default"], folder / "start"
+    how = config.init_lora_weights
+    config.init_lora_weights = True
+    wrapped.save_pretrained(begun)
+    config.init_lora_weights = how
+    return str(begun)
 
 
 def some_inputs(task: Task, count: int = 300) -> list[tuple[torch.Tensor, torch.Tensor]]:

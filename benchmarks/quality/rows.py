@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, VeraConfig
@@ -20,6 +22,13 @@ LORA_RATES = (4e-4, 1.6e-3, 6.4e-3)
 VERA_RATES = (2e-2, 8e-2, 3.2e-1)
 MEAN_RATES = (1e-1, 4e-1, 1.6)
 CORE_RATES = (1.2e-3, 4.8e-3, 1.92e-2)
+
+
+@dataclass(frozen=True)
+class PerSeed(Method):
+    """A row whose adapter depends on the training examples that a seed draws: `for_seed` makes its configuration."""
+
+    for_seed: Callable[[int], PeftConfig] | None = None
 
 
 def head_only() -> Method:
@@ -44,6 +53,18 @@ def inside(name: str, basis: SubspaceBasis, rates: tuple[float, ...] = CORE_RATE
     """A row whose coefficients are trained in `basis`; `config`: of `SubspaceConfig`."""
     make: Callable[[], PeftConfig] = lambda: SubspaceConfig(basis=basis, save_basis=True, **config, **WHERE)  # noqa: E731
     return Method(name, make, rates)
+
+
+def inside_per_seed(name: str, make: Callable[[int], SubspaceBasis], **config: Any) -> PerSeed:
+    """`inside` a basis that `make` makes from a seed's training examples. The sweep's, of seed 0, stands for all in what is kept."""
+    made = cache(lambda seed: inside(name, make(seed), **config))
+
+    def of_seed(seed: int) -> PeftConfig:
+        adapter = made(seed).adapter
+        assert adapter is not None
+        return adapter()
+
+    return PerSeed(name, lambda: of_seed(0), CORE_RATES, of_seed)
 
 
 def mean_only(basis: SubspaceBasis) -> Method:

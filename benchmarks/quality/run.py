@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.quality.bench import Bench, OutOfTime, perform  # noqa: E402
-from benchmarks.quality.experiments import ORDER, experiments  # noqa: E402
+from benchmarks.quality.encoder import half_is_faster  # noqa: E402
+from benchmarks.quality.experiments import ORDER, experiments, quick  # noqa: E402
 from benchmarks.quality.training import Budget  # noqa: E402
 from benchmarks.timing import machine  # noqa: E402
 from subspace_peft._atomic import write_text_aside  # noqa: E402
@@ -47,38 +48,42 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.groups if name not in groups]:
         parser.error(f"there is no group {unknown[0]!r}; there are {', '.join(groups)}")
+    if given.quick and given.groups:
+        parser.error("--quick has rows of its own: give no groups beside it")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     began = time.time()
     out = given.out or (RESULTS / "quick" if given.quick else RESULTS)
-    chosen = given.groups or (["main"] if given.quick else list(groups))
     bench = Bench(given.cache, began + 60 * given.minutes, results=out)
     if given.quick:
         bench = replace(bench, seeds=(1, 2), source_budget=Budget(examples=1000, steps=60), fleet=ORDER[:6])
+        groups = {"quick": [quick()]}
+    chosen = given.groups or list(groups)
     try:
         for group in chosen:
             for experiment in groups[group]:
-                if given.only and experiment.name not in given.only:
-                    continue
-                if given.quick:
-                    experiment = replace(
-                        experiment,
-                        held_out=experiment.held_out[:3],
-                        budget=replace(experiment.budget, steps=40, checks=(10, 20)),
-                    )
-                perform(bench, experiment, out)
+                if not given.only or experiment.name in given.only:
+                    perform(bench, experiment, out)
     except OutOfTime:
         print("The time is over. The same command goes on where this one stopped.")
-    log = out / "machine.json"
-    runs = json.loads(log.read_text())["runs"] if log.is_file() else []
-    runs.append(
+    note(out / "machine.json", chosen, time.time() - began)
+
+
+def note(log: Path, groups: list[str], seconds: float) -> None:
+    """Add a call to `log`: its groups, minutes, and which of the listed machines it ran on."""
+    kept = json.loads(log.read_text()) if log.is_file() else {"machines": [], "runs": []}
+    here = {**machine(), "half": half_is_faster()}
+    if here not in kept["machines"]:
+        kept["machines"].append(here)
+    kept["runs"].append(
         {
-            "groups": chosen,
-            "minutes": round((time.time() - began) / 60, 1),
+            "groups": groups,
+            "minutes": round(seconds / 60, 1),
             "cpu_minutes": round(time.process_time() / 60, 1),
+            "machine": kept["machines"].index(here),
         }
     )
-    write_text_aside(log, json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+    write_text_aside(log, json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

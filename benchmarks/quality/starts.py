@@ -1,23 +1,31 @@
-"""Which source's core to start from: the one whose features a linear head does best on, on a few training examples."""
+"""Where a core may start: at the nearest source, or at a convex mix of all of them, chosen on a few training examples."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 
 from subspace_peft import SubspaceBasis, SubspaceConfig
+from subspace_peft.basis import ModuleBasis
 
+from .bases import each_module
 from .fleet import TARGETS
+from .ridge import ridge, targets
 from .tasks import Split
-from .training import make_model, outputs_of
+from .training import HEAD_RATE, Budget, batches, draw_examples, make_model, outputs_of
 
 if TYPE_CHECKING:
     from .bench import Bench
 
 FIT, HELD = 200, 100
+MIX_BATCHES = 20
+MIX_RATE = 0.3  # of the mix's logits
 
 
 def nearest_source(bench: Bench, name: str, basis: SubspaceBasis) -> str:
@@ -36,11 +44,69 @@ def nearest_source(bench: Bench, name: str, basis: SubspaceBasis) -> str:
     return min(sorted(losses), key=losses.__getitem__)
 
 
-def ridge_loss(features: torch.Tensor, some: Split, outputs: int, ridge: float = 1.0) -> float:
-    """Mean squared error on the last `HELD` examples of a ridge regression on the others, targets centred."""
-    y = some.labels.double()[:, None] if outputs == 1 else nn.functional.one_hot(some.labels, outputs).double()
-    x, y = features.double(), y - y[:FIT].mean(0)
-    x = x - x[:FIT].mean(0)
-    gram = x[:FIT].T @ x[:FIT] + ridge * torch.eye(x.shape[1], dtype=torch.float64)
-    weight = torch.linalg.solve(gram, x[:FIT].T @ y[:FIT])
-    return float((x[FIT:] @ weight - y[FIT:]).square().mean())
+def ridge_loss(features: torch.Tensor, some: Split, outputs: int) -> float:
+    """Mean squared error on the last `HELD` examples of a ridge regression on the others."""
+    weight, bias = ridge(features[:FIT], some.labels[:FIT], outputs)
+    return float((features[FIT:] @ weight.T + bias - targets(some.labels[FIT:], outputs)).square().mean())
+
+
+def convex_mix(bench: Bench, name: str, basis: SubspaceBasis, budget: Budget, seed: int) -> torch.Tensor:
+    """Weights (N + 1,), none below 0, their sum 1, of the sources' cores and, last, of no update at all: what Adam makes of equal ones in
+    20 batches of the training examples that `seed` draws, together with a head that begins at a ridge regression.
+
+    Args:
+        basis: one with its sources' cores.
+    """
+    task = bench.task(name)
+    data = task.splits["train"]
+    chosen, draw = draw_examples(task, budget, seed)
+    model = make_model(bench.top(name), task.outputs, seed).requires_grad_(False)
+    weights = {module: model.get_submodule(module).weight for module in basis}
+    logits = torch.zeros(len(basis.info["sources"]) + 1, requires_grad=True)
+    some = data.take(torch.tensor(chosen))
+    labels = some.labels
+    if task.number:
+        centre, spread = labels.mean(), labels.std()
+        labels = (labels - centre) / spread
+    weight, bias = ridge(outputs_of(model.features, some), labels, task.outputs)
+    head = [value.requires_grad_(True) for value in (weight, bias)]
+    optimiser = torch.optim.Adam([{"params": [logits], "lr": MIX_RATE}, {"params": head, "lr": HEAD_RATE}])
+    for which in batches(data, chosen, replace(budget, steps=MIX_BATCHES), draw):
+        part = data.take(which)
+        changed = {
+            f"{module}.weight": weights[module] + basis[module].U @ mixed @ basis[module].V
+            for module, mixed in mix_cores(basis, logits.softmax(0)).items()
+        }
+        changed |= {"classifier.weight": head[0], "classifier.bias": head[1]}
+        outputs = torch.func.functional_call(model, changed, (part.hidden, part.lengths))
+        if task.number:
+            loss = F.mse_loss(outputs[:, 0], (part.labels - centre) / spread)
+        else:
+            loss = F.cross_entropy(outputs, part.labels)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return logits.detach().softmax(0)
+
+
+def mix_cores(basis: SubspaceBasis, mix: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """Module → Σᵢ mixᵢ Cᵢ (k_out, k_in) over the sources; the last entry of `mix` (N + 1,) is that of no update.
+
+    Raises `ValueError` where the basis has no cores.
+    """
+    found = {}
+    for name, module in basis.items():
+        if module.cores is None:
+            raise ValueError(f"{name}: the basis has no cores to mix.")
+        found[name] = torch.einsum("n,nij->ij", mix[:-1], module.cores)
+    return found
+
+
+def starting_at_mix(basis: SubspaceBasis, mix: torch.Tensor) -> SubspaceBasis:
+    """`basis` with the mix of its sources' cores in the place of their mean: to be used with ``start="mean"``."""
+    cores = mix_cores(basis, mix)
+
+    def change(name: str, module: ModuleBasis) -> ModuleBasis:
+        return replace(module, M=cores[name].contiguous())
+
+    return each_module(basis, change, "a mix in the place of the mean")

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .encoder import Top
+from .encoder import Top, half_is_faster
 from .tasks import Split, Task
 
 HEAD_RATE = 5e-3  # of the classifier, in every row that trains an adapter
@@ -22,17 +22,19 @@ HEAD_RATE = 5e-3  # of the classifier, in every row that trains an adapter
 
 @dataclass(frozen=True)
 class Budget:
-    """What every row gets: training examples, optimiser steps, examples per step, and the steps at which it is validated."""
+    """What every row gets: training examples, optimiser steps, examples per step, the steps at which it is validated, and the norm to which
+    all gradients together are cut (none with 0)."""
 
     examples: int = 300
     steps: int = 60
     batch: int = 16
     checks: tuple[int, ...] = (20, 40)
+    clip: float = 0.0
 
 
 def make_model(top: dict[str, Any], outputs: int, seed: int) -> Top:
-    """The classifier on the top layers, its head drawn by `seed`."""
-    return Top(**top, outputs=outputs, seed=seed, half=True)
+    """The classifier on the top layers, its head drawn by `seed`; frozen layers in bfloat16 where that is the faster."""
+    return Top(**top, outputs=outputs, seed=seed, half=half_is_faster())
 
 
 def pooled(top: dict[str, Any], task: Task) -> Task:
@@ -72,13 +74,12 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
         optimiser, lambda step: min((step + 1) / warm, (budget.steps - step) / max(1, budget.steps - warm))
     )
     data = task.splits["train"]
-    draw = random.Random(f"{seed}/{task.name}")
-    chosen = draw.sample(range(len(data)), min(budget.examples, len(data)))
+    chosen, draw = draw_examples(task, budget, seed)
     labels = data.labels[chosen]
     centre, spread = (float(labels.mean()), float(labels.std())) if task.number else (0.0, 1.0)
     points, seconds = [], 0.0
     began = time.perf_counter()
-    for step, which in enumerate(_batches(data, chosen, budget, draw), 1):
+    for step, which in enumerate(batches(data, chosen, budget, draw), 1):
         some = data.take(which)
         outputs = model(some.hidden, some.lengths)
         if task.number:
@@ -86,6 +87,8 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
         else:
             loss = F.cross_entropy(outputs, some.labels)
         loss.backward()
+        if budget.clip:
+            nn.utils.clip_grad_norm_([*adapter, *head], budget.clip)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
@@ -100,7 +103,14 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
     return {"validation": points[-1][1], "curve": points, "seconds": seconds}
 
 
-def _batches(data: Split, chosen: Sequence[int], budget: Budget, draw: random.Random) -> Iterator[torch.Tensor]:
+def draw_examples(task: Task, budget: Budget, seed: int) -> tuple[list[int], random.Random]:
+    """Places of the training examples that `seed` draws, and what draws their order."""
+    count = len(task.splits["train"])
+    draw = random.Random(f"{seed}/{task.name}")
+    return draw.sample(range(count), min(budget.examples, count)), draw
+
+
+def batches(data: Split, chosen: Sequence[int], budget: Budget, draw: random.Random) -> Iterator[torch.Tensor]:
     """Places of `budget.steps` batches; within windows of four batches the examples are sorted by length, for little padding."""
     done, queue = 0, []
     while done < budget.steps:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from benchmarks.quality import tables
+from benchmarks.quality import sections, tables
 from benchmarks.quality.energy import agreement
 from benchmarks.quality.paired import difference, mean_score
-from benchmarks.quality.tables import energy_section
+from benchmarks.quality.sections import energy_section
 
 # -- statistics ---------------------------------------------------------------------------------------------------------
 
@@ -89,10 +89,42 @@ def test_tables_say_what_the_results_say(results):
     assert "at an edge after widening: 1 of 8" in text
 
 
+def test_an_ablation_with_a_fleet_row_of_its_own_is_held_against_it(results):
+    rows = [row("fleet", [0.6, 0.6]), row("own first gradient", [0.65, 0.65])]
+    body = {"experiment": "ablation-d-gradient", "tasks": {"movies": rows}}
+    (results / "ablation-d-gradient.json").write_text(json.dumps(body))
+    text = tables.render(tables.read(results))
+    assert "| (d) own first gradient | +5.0 [+5.0, +5.0] * | 1 / 0 / 0 | 1 |" in text and "(d) fleet" not in text
+
+
+def test_the_longer_runs_and_those_at_a_high_rate_have_sections(results):
+    def write(name, listed):
+        (results / f"{name}.json").write_text(json.dumps({"experiment": name, "tasks": {"movies": listed}}))
+
+    write("longer", [row("LoRA r=8", [0.8, 0.8]), row("fleet", [0.83, 0.83])])
+    write("fast", [row("fleet at 4 × the rate", [0.8, 0.3])])
+    write("fast-clipped", [row("fleet at 4 × the rate", [0.8, 0.7])])
+    text = tables.render(tables.read(results))
+    longer = text[text.index("### Three times as many steps") :]
+    assert "| fleet − LoRA r=8 | +3.0 [+3.0, +3.0] * | 1 / 0 / 0 | 1 |" in longer
+    assert "| worst seed | without a limit | gradients cut to norm 1 |" in text and "| movies | 30.0 | 70.0 |" in text
+    assert "| gradients cut to norm 1 − without a limit | +20.0 " in text
+
+
+def test_the_rates_that_all_tasks_tried_have_a_mean(results):
+    rows = tables.read(results)["main"]
+    rows["fleet"]["mail"]["sweep"] = [[1e-3, 0.7], [2.5e-4, 0.9]]
+    assert sections.transfer_table([("k = 16", rows), ("nothing", {})]) == [
+        "| | 0.001 |",
+        "|---|---|",
+        "| k = 16 (2 tasks) | 60.0 |",
+    ]
+
+
 def test_the_share_of_runs_near_the_target_per_step(results):
     main = tables.read(results)["main"]
-    assert tables.reached(main, "fleet") == {20: 0.0, 60: 1.0}
-    assert tables.reached(main, "random") == {20: 0.0, 60: 0.0}
+    assert sections.reached(main, "fleet") == {20: 0.0, 60: 1.0}
+    assert sections.reached(main, "random") == {20: 0.0, 60: 0.0}
 
 
 def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path, capsys):
@@ -114,6 +146,17 @@ def test_the_command_says_what_to_do_without_results(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tables.main(["--results", str(tmp_path)])
     assert "run.py" in capsys.readouterr().err
+
+
+def test_calls_are_noted_with_their_machine(tmp_path, monkeypatch):
+    from benchmarks.quality import run
+
+    for name in ("one", "one", "other"):
+        monkeypatch.setattr(run, "machine", lambda name=name: {"processor": name})
+        run.note(tmp_path / "machine.json", ["main"], 120.0)
+    kept = json.loads((tmp_path / "machine.json").read_text())
+    assert [each["processor"] for each in kept["machines"]] == ["one", "other"]
+    assert [each["machine"] for each in kept["runs"]] == [0, 0, 1] and kept["runs"][0]["minutes"] == 2.0
 
 
 # -- energy and scores ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""Experiments: rows, caching, going on, usual rates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from benchmarks.quality import bench as bench_module
+from benchmarks.quality.bench import Experiment, OutOfTime, perform, usual_rate
+from benchmarks.quality.rows import head_only, inside, lora, vera
+from benchmarks.quality.training import Budget, make_model, outputs_of
+from subspace_peft.errors import SubspaceError
+
+from .conftest import NAMES, SMALL, top_of, toy
+
+
+def test_a_row_may_depend_on_the_seeds_examples(bench):
+    from benchmarks.quality.rows import inside_per_seed
+
+    asked = []
+
+    def make(seed):
+        asked.append(seed)
+        return bench.control("random", "one", 4, seed=seed)
+
+    row = inside_per_seed("per seed", make)
+    found = bench.compare("one", [replace(row, rates=(1e-3,))], SMALL)
+    assert sorted(asked) == [0, 1, 2] and len(found[0]["tests"]) == 2
+
+
+def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
+    from benchmarks.quality import experiments as listed
+    from benchmarks.quality import starts
+
+    for name, value in (("SENTIMENT", NAMES), ("TOPIC", NAMES), ("IMAGES", NAMES)):
+        monkeypatch.setattr(bench_module.tasks, name, value)
+    monkeypatch.setattr(starts, "FIT", 20)
+    monkeypatch.setattr(starts, "HELD", 12)
+    sweeps = [
+        {"method": m, "sweep": [[1e-3, 0.5]]}
+        for m in (
+            "head only",
+            "LoRA r=8",
+            "LoRA r=1",
+            "VeRA r=384",
+            "fleet",
+            "random",
+            "hybrid",
+            "eigenlora",
+            "base weights",
+        )
+    ]
+    (bench.folder / "main.json").write_text(json.dumps({"experiment": "main", "tasks": {"three": sweeps}}))
+    bench.results = bench.folder
+    for group in listed.experiments().values():
+        for experiment in group:
+            rows = experiment.rows(bench, "one")
+            assert len({row.name for row in rows}) == len(rows)
+            for row in rows:
+                if row.adapter is not None:
+                    model = get_peft_model(make_model(top_of(), 2, 0), row.adapter())
+                    assert torch.isfinite(outputs_of(model, toy("one").splits["test"])).all()
+
+
+def test_finished_runs_are_never_done_twice(bench, monkeypatch):
+    methods = [head_only(), lora(2), inside("random", bench.control("random", "one", 4))]
+    first = bench.compare("one", methods, SMALL)
+    assert all(len(row["tests"]) == 2 and None not in row["tests"] for row in first)
+
+    def never(*_, **__):
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module, "train", never)
+        assert bench.compare("one", methods, SMALL) == first
+        # whatever decides a run is in its key
+        with pytest.raises(AssertionError, match="trained again"):
+            bench.compare("one", methods, Budget(examples=24, steps=5, batch=8, checks=(2,)))
+        with pytest.raises(AssertionError, match="trained again"):
+            bench.compare("one", [inside("random", bench.control("random", "one", 4, seed=1))], SMALL)
+
+
+def test_an_interrupted_experiment_keeps_what_is_done_and_goes_on(bench, tmp_path):
+    experiment = Experiment("main", ["one", "three"], SMALL, lambda bench, name: [head_only(), vera(4)])
+    bench.until = 0
+    with pytest.raises(OutOfTime):
+        perform(bench, experiment, tmp_path / "results")
+    assert not (tmp_path / "results" / "main.json").exists()
+    bench.until = float("inf")
+    perform(bench, experiment, tmp_path / "results")
+    body = json.loads((tmp_path / "results" / "main.json").read_text())
+    assert list(body["tasks"]) == ["one", "three"] and [row["method"] for row in body["tasks"]["one"]] == [
+        "head only",
+        "VeRA r=4",
+    ]
+
+
+def test_the_usual_rate_comes_from_the_other_tasks_only(tmp_path):
+    def body(sweep: list) -> list[dict]:
+        return [{"method": "fleet", "sweep": sweep}]
+
+    tasks = {
+        "a": body([[0.1, 0.9], [0.2, 0.1], [0.3, 0.1]]),
+        "b": body([[0.1, 0.3], [0.2, 0.5], [0.4, 0.9]]),
+        "c": body([[0.1, None], [0.2, 0.6]]),
+    }
+    (tmp_path / "main.json").write_text(json.dumps({"experiment": "main", "tasks": tasks}))
+    assert usual_rate(tmp_path, "fleet", "a") == 0.2 and usual_rate(tmp_path, "fleet", "b") == 0.1
+    with pytest.raises(SubspaceError, match="no sweep of 'hybrid'"):
+        usual_rate(tmp_path, "hybrid", "a")
