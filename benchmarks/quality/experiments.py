@@ -265,6 +265,24 @@ def fast_rows(bench: Bench, name: str) -> list[Method]:
     return [inside("fleet at 4 × the rate", bench.basis(name), rates=(CORE_RATES[-1],))]
 
 
+def shape_rows(bench: Bench, name: str) -> list[Method]:
+    """Many output directions and few input ones at the same numbers: what did best of the sides, on all tasks."""
+    return [
+        inside("fleet", bench.basis(name)),
+        *(inside(f"{a} out, {b} in, all tasks", bench.basis(name, k=a, k_in=b)) for a, b in ((64, 4), (32, 8))),
+    ]
+
+
+def rate_rows(bench: Bench, name: str) -> list[Method]:
+    """Rates between those of the sweeps, for the core and for LoRA alike."""
+    assert bench.results is not None
+    rows = []
+    for row in (inside("fleet", bench.basis(name)), lora(8)):
+        rate = usual_rate(bench.results, row.name, name)
+        rows += [replace(row, rates=(rate,)), replace(row, name=f"{row.name} at half the rate", rates=(rate / 2,))]
+    return rows
+
+
 def source_rows(bench: Bench, name: str) -> list[Method]:
     return [inside("sources started at input axes", bench.basis(name, start="axes"))]
 
@@ -311,6 +329,8 @@ def experiments() -> dict[str, list[Experiment]]:
             Experiment("ablation-h-kinds", digging, BRIEF, kind_rows),
             Experiment("ablation-d-gradient", digging, BRIEF, as_fleet(gradient_rows)),
             Experiment("ablation-f-mix", digging, BRIEF, as_fleet(mix_rows)),
+            Experiment("ablation-e-shapes", every, BRIEF, as_fleet(shape_rows)),
+            Experiment("ablation-g-rates", every, BRIEF, rate_rows),
             Experiment("ablation-j-started", digging, BRIEF, as_fleet(started_rows)),
         ],
         "stability": [
