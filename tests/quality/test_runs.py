@@ -112,3 +112,31 @@ def test_the_usual_rate_comes_from_the_other_tasks_only(tmp_path):
     assert usual_rate(tmp_path, "fleet", "a") == 0.2 and usual_rate(tmp_path, "fleet", "b") == 0.1
     with pytest.raises(SubspaceError, match="no sweep of 'hybrid'"):
         usual_rate(tmp_path, "hybrid", "a")
+
+
+def test_the_quick_run_writes_its_results_and_is_not_done_twice(toys, tmp_path, monkeypatch, capsys):
+    from benchmarks.quality import run
+
+    monkeypatch.setattr(run, "ORDER", NAMES)
+    monkeypatch.setattr(run, "Budget", lambda **_: SMALL)
+    monkeypatch.setattr(
+        run, "quick", lambda: Experiment("main", NAMES[:2], SMALL, lambda bench, name: [head_only(), lora(2)])
+    )
+    arguments = ["--quick", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    run.main(arguments)
+    found = json.loads((tmp_path / "out" / "main.json").read_text())
+    assert list(found["tasks"]) == ["one", "three"]
+    assert all(len(row["tests"]) == 2 for rows in found["tasks"].values() for row in rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module, "train", lambda *_, **__: pytest.fail("trained again"))
+        run.main(arguments)
+    assert len(json.loads((tmp_path / "out" / "machine.json").read_text())["runs"]) == 2
+    with pytest.raises(SystemExit):
+        run.main([*arguments, "images"])
+    assert "--quick has rows of its own" in capsys.readouterr().err
+
+
+def test_the_quick_runs_rows_are_of_the_main_table():
+    from benchmarks.quality.experiments import experiments, quick
+
+    assert set(quick().held_out) <= set(experiments()["main"][0].held_out) and len(quick().held_out) == 3
