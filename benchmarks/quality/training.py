@@ -32,6 +32,9 @@ class Budget:
     clip: float = 0.0
 
 
+BRIEF = Budget(checks=())  # validated at its end only
+
+
 def make_model(top: dict[str, Any], outputs: int, seed: int) -> Top:
     """The classifier on the top layers, its head drawn by `seed`; frozen layers in bfloat16 where that is the faster."""
     return Top(**top, outputs=outputs, seed=seed, half=half_is_faster())
