@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -147,24 +147,46 @@ def start_rows(bench: Bench, name: str) -> list[Method]:
 def gradient_rows(bench: Bench, name: str) -> list[Method]:
     """Directions that the loss wants before anything is trained: the task's own, of the examples that each seed draws, and those of the
     fleet's tasks, which are shared as a basis is."""
-    fleet, task = bench.basis(name), bench.task(name)
+    fleet = bench.basis(name)
     others_first = [
         first_gradients(make_model(bench.top(other), bench.task(other).outputs, 0), bench.task(other).splits["train"])
         for other in others(name, tasks.names("text"))
     ]
-    shared = gradient_basis(fleet, others_first)
-
-    @cache
-    def own(seed: int) -> SubspaceBasis:
-        some = task.splits["train"].take(torch.tensor(draw_examples(task, BRIEF, seed)[0]))
-        return gradient_basis(fleet, [first_gradients(make_model(bench.top(name), task.outputs, 0), some)])
-
+    shared, own = gradient_basis(fleet, others_first), own_gradient(bench, name, fleet)
     return [
         inside("fleet", fleet),
         inside("half the fleet's first gradients", hybrid(fleet, shared, K)),
         inside_per_seed("half own first gradient", lambda seed: hybrid(fleet, own(seed), K)),
         inside_per_seed("own first gradient", own),
     ]
+
+
+def few_gradient_rows(bench: Bench, name: str) -> list[Method]:
+    """A few directions of the task's own first gradient behind the fleet's leading ones: they would have to be stored with the task."""
+    fleet = bench.basis(name)
+    own = own_gradient(bench, name, fleet)
+    return [
+        inside("fleet", fleet),
+        *(
+            inside_per_seed(
+                f"{count} of 16 from own first gradient",
+                lambda seed, count=count: hybrid(fleet, own(seed), K, 1 - count / K),
+            )
+            for count in (1, 2, 4)
+        ),
+    ]
+
+
+def own_gradient(bench: Bench, name: str, fleet: SubspaceBasis) -> Callable[[int], SubspaceBasis]:
+    """Seed → the basis of the task's first gradient on the examples that the seed draws."""
+
+    @cache
+    def of_seed(seed: int) -> SubspaceBasis:
+        task = bench.task(name)
+        some = task.splits["train"].take(torch.tensor(draw_examples(task, BRIEF, seed)[0]))
+        return gradient_basis(fleet, [first_gradients(make_model(bench.top(name), task.outputs, 0), some)])
+
+    return of_seed
 
 
 def mix_rows(bench: Bench, name: str) -> list[Method]:
