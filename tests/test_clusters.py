@@ -112,9 +112,9 @@ def test_what_was_left_out_took_no_part(monkeypatch):
     seen: list[set[int]] = []
     fit, kept = sample.fit, sample.kept
 
-    def noted(members, k):
+    def noted(members, k, most):
         seen.append(set(members))
-        return fit(members, k)
+        return fit(members, k, most)
 
     def checked(basis, members):
         assert not seen[-1] & set(members)
@@ -125,6 +125,16 @@ def test_what_was_left_out_took_no_part(monkeypatch):
     shares = left_out(sample, places(TWO), OWN)
     assert len(seen) == 2 * 5
     assert (shares > 0.5).all()
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bar_counts_the_bases_where_progress_is_wanted(progress, monkeypatch, capsys):
+    from subspace_peft.build import partition as module
+
+    original = module.tqdm
+    monkeypatch.setattr(module, "tqdm", lambda **given: original(**{**given, "delay": 0, "mininterval": 0}))
+    build_clusters(states(TWO), 2, k=OWN, progress=progress)
+    assert ("comparing clusters" in capsys.readouterr().err) == progress
 
 
 def test_little_memory_compares_fewer_modules_and_finds_the_same():

@@ -125,7 +125,9 @@ def build_clusters(
         if clusters != "auto" and clusters > count:
             raise SubspaceError(f"clusters={clusters}, and there are {count} sources. Give at most that many.")
         # one process decides: what is equal but for rounding may come out otherwise on another machine
-        found = _divided(fleet, clusters, k, parse_size(max_memory) // 3, alternations) if team.main else None
+        found = (
+            _divided(fleet, clusters, k, parse_size(max_memory) // 3, alternations, progress) if team.main else None
+        )
         found = team.share(found)[0][0]
         parts = found["parts"]
         bases = []
@@ -141,10 +143,12 @@ def build_clusters(
         return Clusters(bases, found["sources"], k, found["single_k"], found["modules"], steps)
 
 
-def _divided(fleet: Fleet, clusters: int | str, k: int, memory: int, alternations: int) -> dict[str, Any]:
+def _divided(
+    fleet: Fleet, clusters: int | str, k: int, memory: int, alternations: int, progress: bool
+) -> dict[str, Any]:
     """The parts, the steps that led to them, and what is kept of each source; JSON-ready."""
     count = len(fleet.sources)
-    sample = Sample(fleet, memory, alternations)
+    sample = Sample(fleet, memory, alternations, progress)
     parts, steps = partition(sample, 1, k), []
     for number in range(2, min(MOST, count) + 1) if clusters == "auto" else [clusters]:
         finer = partition(sample, number, k)
@@ -166,4 +170,5 @@ def _divided(fleet: Fleet, clusters: int | str, k: int, memory: int, alternation
                 "name": source.name, "location": source.location, "cluster": number, "energy_kept": kept,
                 "energy_kept_single": single[i],
             }  # fmt: skip
+    sample.bar.close()
     return {"parts": parts, "steps": steps, "sources": entries, "single_k": single_k, "modules": sample.names}

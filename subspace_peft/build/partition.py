@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from .factors import Factors
 from .fleet import Fleet
@@ -17,6 +18,7 @@ from .streaming import ModuleStack, compress, width_of
 
 MODULES = 8  # compared at most, evenly spread over the model
 ROUNDS = 10
+COMPARING = 2  # alternations where sources left out are measured: more change nothing there and take most of the time
 FOLDS = 5
 SIGNIFICANT = 2.0  # standard errors by which a finer partition has to keep more of sources that were left out
 
@@ -46,10 +48,12 @@ class Sample:
         fleet: the sources.
         memory: bytes that the sample may take; one module is always held.
         alternations: as in `build_basis`.
+        progress: whether a bar counts the bases.
     """
 
-    def __init__(self, fleet: Fleet, memory: int, alternations: int) -> None:
+    def __init__(self, fleet: Fleet, memory: int, alternations: int, progress: bool = False) -> None:
         self.fleet, self.alternations = fleet, alternations
+        self.bar = tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not progress)
         reader = Reader(fleet.sources, 0)
         self.modules: list[Sampled] = []
         self.names: list[str] = []
@@ -91,11 +95,15 @@ class Sample:
                 count[place[:, None], place] += 1
         return total / count.clamp_min(1)
 
-    def fit(self, members: Sequence[int], k: int) -> Pairs:
-        """Per module U (out, k) and V (k, in) of these sources' basis, float64; without columns where none adapts it."""
-        return [self._fit(module, [i for i in members if i in module.updates], k) for module in self.modules]
+    def fit(self, members: Sequence[int], k: int, most: int | None = None) -> Pairs:
+        """Per module U (out, k) and V (k, in) of these sources' basis, float64; without columns where none adapts it. At most `most`
+        alternations, as many as the sample has without it."""
+        rounds = self.alternations if most is None else min(most, self.alternations)
+        found = [self._fit(module, [i for i in members if i in module.updates], k, rounds) for module in self.modules]
+        self.bar.update()
+        return found
 
-    def _fit(self, module: Sampled, members: list[int], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fit(self, module: Sampled, members: list[int], k: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
         out, inner = next(iter(module.updates.values())).shape
         if not members:
             return torch.zeros(out, 0, dtype=torch.float64), torch.zeros(0, inner, dtype=torch.float64)
@@ -107,10 +115,11 @@ class Sample:
             compressed = exact([Factors(update.B.double(), update.A.double()) for update in updates], weights)
         else:
             stack = ModuleStack(
-                lambda place: (updates[place].B, updates[place].A), ranks, (out, inner), [1.0] * len(members), weights, sum(votes)
+                lambda place: (updates[place].B, updates[place].A), ranks, (out, inner), [1.0] * len(members), weights, sum(votes),
+                keep=4 * sum(ranks) * (out + inner),
             )  # fmt: skip
             compressed = compress(stack, min(width_of(k, sum(ranks)), sum(ranks)), leading=k, bound=False)
-        pair = hosvd(compressed, k, None, self.alternations)
+        pair = hosvd(compressed, k, None, rounds)
         assert pair is not None  # only a share of energy can ask for more
         return pair.U.double(), pair.V.double()
 
@@ -186,7 +195,7 @@ def left_out(sample: Sample, parts: Sequence[Sequence[int]], k: int) -> torch.Te
     for number in sorted(set(fold.values())):
         away = [i for i, group in enumerate(groups) if fold[group] == number]
         rest = [[i for i in part if fold[groups[i]] != number] for part in parts]
-        kept = [sample.kept(sample.fit(part, k), away) for part in rest if part]
+        kept = [sample.kept(sample.fit(part, k, COMPARING), away) for part in rest if part]
         if kept:
             found[away] = torch.tensor(kept, dtype=torch.float64).amax(0)
     return found
