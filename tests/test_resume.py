@@ -8,10 +8,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from subspace_peft import build_basis
 from subspace_peft.build import build as building
-from subspace_peft.build import resume
+from subspace_peft.build import resume, update_basis
 from subspace_peft.build.resume import forget
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
@@ -167,3 +168,64 @@ def test_other_peoples_files_stay(fleets, tmp_path):
     assert [file.name for file in partial.iterdir()] == ["mine.txt"]
     with pytest.raises(SubspaceError, match="is a file"):
         build_basis(fleets[bert], work_folder=partial / "mine.txt", progress=False)
+
+
+# -- updates ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def updates_made(monkeypatch):
+    """Names of the modules that are updated from here on, and after how many the next is interrupted."""
+    from subspace_peft.build import update as updating
+
+    made: list[str] = []
+    original = updating.update_module
+
+    def counted(plan, reader, name, *args):
+        if len(made) == counted.stop_after:
+            raise KeyboardInterrupt
+        made.append(name)
+        return original(plan, reader, name, *args)
+
+    counted.stop_after = None
+    monkeypatch.setattr(updating, "update_module", counted)
+    return made, counted
+
+
+@pytest.mark.parametrize("given", [{"add": 2}, {"k": 4}], ids=["grown", "refitted"])
+def test_an_interrupted_update_goes_on_to_the_same_bytes(fleets, tmp_path, updates_made, given):
+    made, settings = updates_made
+    old = build_basis(fleets[bert][:2], k=3, progress=False)
+    old.save_pretrained(tmp_path / "old")
+    update_basis(old, fleets[bert][2:], **given, progress=False).save_pretrained(tmp_path / "whole")
+    made.clear()
+    settings.stop_after = 3
+    arguments = {**given, "work_folder": tmp_path / "work", "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        update_basis(old, fleets[bert][2:], **arguments)
+    settings.stop_after = None
+    # another update sees nothing of it
+    update_basis(old, fleets[bert][2:], **{**arguments, "alternations": 1})
+    assert len(made) == 3 + 4
+    update_basis(old, fleets[bert][2:], **arguments).save_pretrained(tmp_path / "resumed")
+    assert len(made) == 3 + 4 + 1
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    if "k" in given:
+        # nor does one that has to keep a task's core
+        core = {name: torch.randn(3, 3) for name in old}
+        update_basis(old, fleets[bert][2:], cores=[core], **arguments)
+        assert len(made) == 3 + 4 + 1 + 4
+
+
+def test_an_update_on_the_command_line_goes_on_and_cleans_up(fleets, tmp_path, updates_made, capsys):
+    made, settings = updates_made
+    build_basis(fleets[bert][:2], k=3, progress=False).save_pretrained(tmp_path / "old")
+    settings.stop_after = 2
+    typed = ["update", str(tmp_path / "old"), *fleets[bert][2:], "--out", str(tmp_path / "new"), "--quiet"]
+    assert main(typed) == 130
+    assert "same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists() and (tmp_path / "new.partial").is_dir()
+    settings.stop_after = None
+    assert main(typed) == 0
+    assert len(made) == len(set(made)) == 4
+    assert (tmp_path / "new" / "basis_config.json").is_file() and not (tmp_path / "new.partial").exists()

@@ -101,7 +101,9 @@ def _rebuild(
         lines = "\n  ".join(problems) or "no source is on record"
         raise SourceError(f"{old.location}: {len(problems)} of its sources are not what they were:\n  {lines}")
     if update is not None:
-        new = _update_again(old, found, base_model=base_model, max_memory=max_memory, token=token, progress=progress)
+        new = _update_again(
+            old, found, base_model=base_model, max_memory=max_memory, work_folder=work_folder, token=token, progress=progress
+        )  # fmt: skip
         new.info["skipped"] = old.info.get("skipped", [])
         return new
     given = {key: build[key] for key in ARGUMENTS if key in build}

@@ -12,11 +12,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.module import tensor_sha256
 from ..basis.reference import same_model
 from ..errors import SubspaceError
 from .fleet import gather
 from .memory_plan import GUESSED_K, Plan, parse_size
 from .reading import Reader
+from .resume import WorkFolder
 from .sources import Source
 from .update_module import OldModule, update_module
 from .update_record import after_refit, record, votes_of
@@ -41,6 +43,7 @@ def update_basis(
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
     max_memory: int | str = "2GB",
+    work_folder: str | Path | None = None,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> SubspaceBasis:
@@ -66,8 +69,8 @@ def update_basis(
             counts as much as a new adapter.
         max_drift: with `k`: refuse a basis in which a stored source's core or one of `cores` loses more than this share of its norm in
             a module.
-        weights, alternations, skip_bad, partial, allow_bin, base_model, max_memory, token, progress: as in `build_basis`. New adapters
-            that leave modules of the basis alone need no `partial`.
+        weights, alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress: as in `build_basis`. New
+            adapters that leave modules of the basis alone need no `partial`.
 
     Returns:
         A basis in memory. Its ``info`` has ``version``, ``lineage`` (the fingerprints it came from) and ``update``: the arguments, and per module
@@ -76,6 +79,7 @@ def update_basis(
     Raises:
         SourceError: bad sources; lists all of them.
         SubspaceError: arguments that clash; too little memory; more drift than `max_drift`; nothing says what `k` has to keep.
+        OSError: the disk refuses what is to be kept in `work_folder`.
     """
     _check(add, add_in, k, k_in, weights, max_drift)
     memory = parse_size(max_memory)
@@ -98,13 +102,25 @@ def update_basis(
     plan = Plan(fleet, "adapters", max(most + more, k or 0, k_in or 0), None, weights, memory)
     protected = [_by_basis_name(old, each) for each in cores]
     wanted = None if k is None else (k, k_in or k)
-    modules: dict[str, ModuleBasis] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    reader = Reader(fleet.sources, plan.held)
-    bar = tqdm(total=len(changed), desc="updating", unit="module", delay=2, disable=not progress)
+    arguments = {
+        "add": add, "add_in": add_in, "k": k, "k_in": k_in, "tasks": len(protected), "max_drift": max_drift, "weights": weights,
+        "alternations": alternations, "partial": partial, "allow_bin": allow_bin,
+    }  # fmt: skip
+    kept = None
+    if work_folder is not None:
+        held_too = [{key: tensor_sha256(core) for key, core in each.items()} for each in protected]
+        kept = WorkFolder(
+            Path(work_folder), fleet.sources, {**arguments, "update of": old.fingerprint, "cores": held_too}
+        )
     by_name = {name: key for key, name in changed.items()}
+    # what an interrupted update finished is not read again
+    done = {
+        by_name[name]: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None
+    }
+    reader = Reader(fleet.sources, plan.held)
+    bar = tqdm(total=len(changed), initial=len(done), desc="updating", unit="module", delay=2, disable=not progress)
     with bar:
-        for group in reader.groups(fleet.modules):
+        for group in reader.groups([name for name in fleet.modules if by_name[name] not in done]):
             reader.hold(group)
             for name in group:
                 key = by_name[name]
@@ -114,10 +130,13 @@ def update_basis(
                     votes_of(known),
                     [each[key] for each in protected if key in each],
                 )
-                modules[key], facts[key] = update_module(
-                    plan, reader, name, held, add, add_in, wanted, alternations
-                )  # fmt: skip
+                done[key] = update_module(plan, reader, name, held, add, add_in, wanted, alternations)
+                if kept is not None:
+                    kept.put(name, *done[key])
                 bar.update()
+    # in one order, wherever they come from
+    modules = {key: done[key][0] for key in changed}
+    facts = {key: dict(done[key][1]) for key in changed}
     drifts = {key: each.pop("drift") for key, each in facts.items()}
     squares = [each.pop("squares") for each in facts.values()]
     worst = max(drifts, key=drifts.__getitem__)
@@ -129,10 +148,6 @@ def update_basis(
     untouched = {
         key: _with_absent(_checked(key, old[key], len(known)), len(fleet.sources)) for key in old if key not in modules
     }
-    arguments = {
-        "add": add, "add_in": add_in, "k": k, "k_in": k_in, "tasks": len(protected), "max_drift": max_drift, "weights": weights,
-        "alternations": alternations, "partial": partial, "allow_bin": allow_bin,
-    }  # fmt: skip
     everything = {key: modules.get(key) or untouched[key] for key in old}
     info = record(old, fleet, names, arguments, everything, facts, drifts if k is not None else {})
     if k is not None:

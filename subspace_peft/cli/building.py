@@ -16,31 +16,31 @@ if TYPE_CHECKING:
 
 def build(args: Namespace) -> int:
     from ..build.processes import together
-    from ..build.resume import forget
+    from ..build.resume import forget, unfinished
 
     if args.out is None and not args.dry_run:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
     out = None if args.dry_run else Path(args.out).expanduser()
-    unfinished = out.with_name(f"{out.name}.partial") if out is not None and out.name else None
+    beside = None if out is None else unfinished(out)
     clusters: Clusters | None = None
     with together() as team:
         if out is None:
             return _plan(args) if team.main else 0
         said = ""
         if args.clusters:
-            clusters = _clustered(args, unfinished)
+            clusters = _clustered(args, beside)
         elif args.from_config:
-            said, basis = _rebuilt(args, unfinished)
+            said, basis = _rebuilt(args, beside)
         else:
-            basis = _built(args, unfinished)
+            basis = _built(args, beside)
         if team.main and clusters is not None:
             clusters.save_pretrained(out)
         elif team.main:
             basis.to_precision(args.precision or basis.precision or "float32").save_pretrained(out)
         # not before it is written
         team.exchange()
-        if unfinished is not None and team.index == team.neighbours[0]:
-            forget(unfinished)
+        if beside is not None and team.index == team.neighbours[0]:
+            forget(beside)
     if not team.main:
         return 0
     if clusters is not None:
@@ -50,7 +50,7 @@ def build(args: Namespace) -> int:
     return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
 
 
-def _built(args: Namespace, unfinished: Path | None) -> SubspaceBasis:
+def _built(args: Namespace, beside: Path | None) -> SubspaceBasis:
     from ..basis import SubspaceBasis
     from ..build import build_basis
 
@@ -63,20 +63,20 @@ def _built(args: Namespace, unfinished: Path | None) -> SubspaceBasis:
         like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
         weights=args.weights,
         target_modules=args.target_modules,
-        **_common(args, unfinished),
+        **_common(args, beside),
     )
 
 
-def _common(args: Namespace, unfinished: Path | None) -> dict[str, Any]:
+def _common(args: Namespace, beside: Path | None) -> dict[str, Any]:
     """What bases and clusters of them are built with alike."""
     return {
         "alternations": args.alternations, "directions": args.directions, "leave_one_out": args.leave_one_out, "complete": args.complete,
         "base_model": base_model(args), "seed": args.seed, "skip_bad": args.skip_bad, "partial": args.partial, "allow_bin": args.allow_bin,
-        "max_memory": args.max_memory, "work_folder": unfinished, "progress": not args.quiet,
+        "max_memory": args.max_memory, "work_folder": beside, "progress": not args.quiet,
     }  # fmt: skip
 
 
-def _clustered(args: Namespace, unfinished: Path | None) -> Clusters:
+def _clustered(args: Namespace, beside: Path | None) -> Clusters:
     from ..build import build_clusters
 
     odd = [name for name in ("from_config", "like", "k_in", "target_modules", "budget") if getattr(args, name)]
@@ -88,7 +88,7 @@ def _clustered(args: Namespace, unfinished: Path | None) -> Clusters:
         args.sources,
         args.clusters if args.clusters == "auto" else number(args.clusters),
         **given,
-        **_common(args, unfinished),
+        **_common(args, beside),
     )
     return found.to_precision(args.precision or "float32")
 
@@ -114,7 +114,7 @@ def _say(clusters: Clusters, args: Namespace, out: Path) -> int:
     return 0
 
 
-def _rebuilt(args: Namespace, unfinished: Path | None) -> tuple[str, SubspaceBasis]:
+def _rebuilt(args: Namespace, beside: Path | None) -> tuple[str, SubspaceBasis]:
     from ..basis import SubspaceBasis
     from ..build import rebuild_basis
 
@@ -122,7 +122,7 @@ def _rebuilt(args: Namespace, unfinished: Path | None) -> tuple[str, SubspaceBas
         raise SubspaceError("--from-config takes the sources on record; leave the others out.")
     old = SubspaceBasis.from_pretrained(args.from_config)
     new = rebuild_basis(
-        old, base_model=base_model(args), max_memory=args.max_memory, work_folder=unfinished, progress=not args.quiet
+        old, base_model=base_model(args), max_memory=args.max_memory, work_folder=beside, progress=not args.quiet
     )  # fmt: skip
     other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
     return f"built again; the fingerprint {'is the one on record' if new == old else other}", new

@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        again = "; the same command goes on from the finished modules" if arguments.verb == "build" else ""
+        again = "; the same command goes on from the finished modules" if arguments.verb in ("build", "update") else ""
         print(f"interrupted; nothing half-written is left behind{again}", file=sys.stderr)
         return 130
     except Exception as error:

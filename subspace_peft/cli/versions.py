@@ -16,7 +16,7 @@ def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     verb = add(
         "update", help="grow a basis by what new adapters need, and carry its tasks over",
         description="A new version of a basis for further LoRA adapters. Old directions stay bit for bit, so tasks lose nothing; -k fits all "
-        "directions anew instead.",
+        "directions anew instead. Interrupted, the same command goes on from the modules kept in FOLDER.partial.",
     )  # fmt: skip
     verb.add_argument("basis", help="folder or Hub id of the basis")
     verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
@@ -88,6 +88,7 @@ def update(args: Namespace) -> int:
     """Update a basis; first see what that does to all the tasks, then write."""
     from ..basis import SubspaceBasis
     from ..build import update_basis
+    from ..build.resume import forget, unfinished
     from ..convert.migrate import MAX_DRIFT
 
     if bool(args.tasks) != bool(args.tasks_out):
@@ -95,14 +96,17 @@ def update(args: Namespace) -> int:
     old = SubspaceBasis.from_pretrained(args.basis)
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
     tasks = _Tasks(args.tasks, args.tasks_out, bound, not args.quiet)
+    beside = unfinished(args.out)
     new = update_basis(
         old, args.sources, add=number(args.add), add_in=args.add_in, k=args.k, k_in=args.k_in,
         cores=tasks.cores() if args.k is not None else (), weights=args.weights, alternations=args.alternations,
         max_drift=args.max_drift if args.k is not None else None, skip_bad=args.skip_bad, partial=args.partial,
-        allow_bin=args.allow_bin, base_model=base_model(args), max_memory=args.max_memory, progress=not args.quiet,
+        allow_bin=args.allow_bin, base_model=base_model(args), max_memory=args.max_memory, work_folder=beside, progress=not args.quiet,
     )  # fmt: skip
     tasks.try_out(new)
     new.save_pretrained(args.out)
+    if beside is not None:
+        forget(beside)
     facts = {
         "out": str(Path(args.out).resolve()), "fingerprint": new.fingerprint, "version": new.info["version"], "k": new.describe_k(),
         "from": old.fingerprint, "skipped": new.info["skipped"], **new.info["update"], "tasks": tasks.write(new),
