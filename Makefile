@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/subspace-peft demo --out demo-output
 
+# A process per core, at most four; each file's tests stay in one, for what they share.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile tests
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests
