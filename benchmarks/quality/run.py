@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from benchmarks.quality.bench import Bench, OutOfTime, perform  # noqa: E402
 from benchmarks.quality.encoder import half_is_faster  # noqa: E402
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--quick has rows of its own: give no groups beside it")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    disable_progress_bar()
     began = time.time()
     out = given.out or (RESULTS / "quick" if given.quick else RESULTS)
     bench = Bench(given.cache, began + 60 * given.minutes, results=out)

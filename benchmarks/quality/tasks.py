@@ -192,7 +192,8 @@ def text_encoder() -> tuple[nn.Module, Any]:
     from transformers import AutoModel, AutoTokenizer
 
     source = str(find(fetch(ENCODER), "model/config.json").parent)
-    model = AutoModel.from_pretrained(source, add_pooling_layer=False, dtype=torch.float32)
+    # with the pooler, which nothing looks at: without it transformers reports that the file has one
+    model = AutoModel.from_pretrained(source, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
 
