@@ -139,8 +139,20 @@ def ablation_lines(found: Mapping[str, Rows], swept: Rows, usual: Rows) -> list[
         if name.startswith("ablation-"):
             letter = name.removeprefix("ablation-").split("-")[0]
             against = rows if "fleet" in rows else swept if letter in SWEPT else usual
-            lines += differences((f"({letter}) {a}", rows, a, against, "fleet") for a in rows if a != "fleet")
+            lines += differences(
+                (f"({letter}) {a}", rows, a, against, "fleet") for a in rows if a.split()[0] not in ("LoRA", "fleet")
+            )
     return lines
+
+
+def rate_lines(rates: Rows, usual: Rows) -> list[str]:
+    """Rates between, each against the usual one and core against LoRA, and the same rows as in `usual`, which ran elsewhere."""
+    half = " at half the rate"
+    lines = differences((f"{m}{half} − {m}", rates, f"{m}{half}", rates, m) for m in ("fleet", "LoRA r=8"))
+    pairs = (("fleet", "LoRA r=8"), (f"fleet{half}", f"LoRA r=8{half}"))
+    lines += differences((f"{a} − {b}", rates, a, rates, b) for a, b in pairs)
+    lines += differences((f"{m}, this machine − the other", rates, m, usual, m) for m in ("fleet", "LoRA r=8"))
+    return [*DIFFERENCES, *lines]
 
 
 def edges(found: Mapping[str, Rows]) -> list[str]:

@@ -25,6 +25,7 @@ from benchmarks.quality.sections import (  # noqa: E402
     differences,
     edges,
     energy_section,
+    rate_lines,
     rates_table,
     reached_table,
     scores,
@@ -107,6 +108,8 @@ def render(found: Mapping[str, Rows], energy: Mapping[str, Any] | None = None) -
     if lines := ablation_lines(found, main, usual):
         title = "Ablations: each variant minus the fleet row, same tasks, same rate (a and h: rates swept)"
         out += [f"### {title}", "", *DIFFERENCES, *lines, ""]
+    if (rates := found.get("ablation-g-rates")) is not None:
+        out += section("Usual rates and half of them", rates, list(rates), rate_lines(rates, usual))
     fast = {
         words: found[name]["fleet at 4 × the rate"]
         for name, words in (("fast", "without a limit"), ("fast-clipped", "gradients cut to norm 1"))

@@ -97,6 +97,23 @@ def test_an_ablation_with_a_fleet_row_of_its_own_is_held_against_it(results):
     assert "| (d) own first gradient | +5.0 [+5.0, +5.0] * | 1 / 0 / 0 | 1 |" in text and "(d) fleet" not in text
 
 
+def test_rates_between_are_held_against_the_usual_ones(results):
+    listed = [
+        row("fleet", [0.8, 0.8]), row("fleet at half the rate", [0.79, 0.79]),
+        row("LoRA r=8", [0.85, 0.85]), row("LoRA r=8 at half the rate", [0.83, 0.83]),
+    ]  # fmt: skip
+    body = {"experiment": "ablation-g-rates", "tasks": {"movies": listed}}
+    (results / "ablation-g-rates.json").write_text(json.dumps(body))
+    text = tables.render(tables.read(results))
+    part = text[text.index("### Usual rates and half of them") :]
+    for line in (
+        "fleet at half the rate − fleet | -1.0 ", "LoRA r=8 at half the rate − LoRA r=8 | -2.0 ", "fleet − LoRA r=8 | -5.0 ",
+        "fleet at half the rate − LoRA r=8 at half the rate | -4.0 ", "fleet, this machine − the other | -2.0 ",
+    ):  # fmt: skip
+        assert f"| {line}" in part
+    assert "(g)" not in text
+
+
 def test_the_longer_runs_and_those_at_a_high_rate_have_sections(results):
     def write(name, listed):
         (results / f"{name}.json").write_text(json.dumps({"experiment": name, "tasks": {"movies": listed}}))
