@@ -5,38 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from .loopback import Loopback
 
 COLLECTION = re.compile(r"^/api/collections/(?P<slug>[^/]+/[^/]+)$")
 RESOLVE = re.compile(r"^/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(Loopback):
     """``with Hub({"org/name": {"main": folder, "v1": folder}}) as hub:`` serves at ``hub.url``; `hub.log` lists requests.
 
     `collections`: slug → the (type, id) of its items.
     """
 
-    daemon_threads = True
-
     def __init__(
         self, repos: dict[str, dict[str, Path]], collections: dict[str, list[tuple[str, str]]] | None = None
     ) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.collections = collections or {}
         self.repos = repos
-        self.log: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self) -> Hub:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -6,12 +6,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from .loopback import Loopback
 
 LARGE = re.compile(r"\.(safetensors|bin)$")
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
@@ -39,28 +40,16 @@ class Repo:
         return self.names.get(revision) or (revision if revision in self.commits else None)
 
 
-class PushHub(ThreadingHTTPServer):
+class PushHub(Loopback):
     """``with PushHub() as hub:`` serves at `hub.url`. `hub.log` lists requests, each ``METHOD path``; where `token` is given, writing
     and reading what is private needs it."""
 
-    daemon_threads = True
-
     def __init__(self, token: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(Handler)
         self.token = token
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
-        self.log: list[str] = []
         self.sent = 0
-
-    def __enter__(self) -> PushHub:
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
 
     def put(self, repo_id: str, folder: Path, branch: str = "main", private: bool = False) -> str:
         """Commit the files of a folder."""
