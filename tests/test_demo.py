@@ -221,6 +221,7 @@ def test_the_saved_task_and_its_export_gave_equal_logits_in_fresh_processes(resu
         assert check["exported_rank"] == 16
 
 
+@pytest.mark.slow
 def test_the_demo_repeats_itself(result, monkeypatch):
     """A second run uses the finished sources again and measures the same numbers."""
     folder, results = result
