@@ -110,6 +110,10 @@ def short_rows(bench: Bench, name: str) -> list[Method]:
     ]
 
 
+def eigenlora_rows(bench: Bench, name: str) -> list[Method]:
+    return [inside("eigenlora", bench.basis(name, builder="eigenlora"))]
+
+
 def control_rows(bench: Bench, name: str) -> list[Method]:
     """Fleets that hold nothing about the task, and fleets of one kind, of five adapters each."""
     members = others(name, tasks.names("text"))
@@ -157,6 +161,7 @@ def experiments() -> dict[str, list[Experiment]]:
         "images": [
             Experiment("images", list(IMAGE_TASKS), BRIEF, lambda bench, name: main_rows(bench, name)[:5]),
             Experiment("images-more", list(IMAGE_TASKS), BRIEF, more_image_rows),
+            Experiment("images-more-eigenlora", list(IMAGE_TASKS), BRIEF, eigenlora_rows),
         ],
         "ablations": [
             Experiment("ablation-e-sides", digging, BRIEF, as_fleet(side_rows)),
