@@ -148,11 +148,8 @@ def gradient_rows(bench: Bench, name: str) -> list[Method]:
     """Directions that the loss wants before anything is trained: the task's own, of the examples that each seed draws, and those of the
     fleet's tasks, which are shared as a basis is."""
     fleet = bench.basis(name)
-    others_first = [
-        first_gradients(make_model(bench.top(other), bench.task(other).outputs, 0), bench.task(other).splits["train"])
-        for other in others(name, tasks.names("text"))
-    ]
-    shared, own = gradient_basis(fleet, others_first), own_gradient(bench, name, fleet)
+    shared = gradient_basis(fleet, [bench.first_gradients(other) for other in others(name, tasks.names("text"))])
+    own = own_gradient(bench, name, fleet)
     return [
         inside("fleet", fleet),
         inside("half the fleet's first gradients", hybrid(fleet, shared, K)),

@@ -85,12 +85,16 @@ def centred(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]]) -> 
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:
         unit = torch.stack([d / d.norm() for d in updates[name]])
-        rest = unit - unit.mean(0)
-        out, inner = torch.einsum("nij,nkj->ik", rest, rest), torch.einsum("nij,nik->jk", rest, rest)
-        U, V = (torch.linalg.eigh(moment)[1].flip(1) for moment in (out, inner))
-        return ModuleBasis(U=U[:, : module.k_out].float().contiguous(), V=V[:, : module.k_in].T.float().contiguous())
+        return leading(unit - unit.mean(0), module)
 
     return each_module(basis, change, "centred")
+
+
+def leading(stack: torch.Tensor, like: ModuleBasis) -> ModuleBasis:
+    """Truncated HOSVD of a dense `stack` (n, out, in), of the sizes of `like`: these modules are small."""
+    out, inner = torch.einsum("nij,nkj->ik", stack, stack), torch.einsum("nij,nik->jk", stack, stack)
+    U, V = (torch.linalg.eigh(moment)[1].flip(1) for moment in (out, inner))
+    return ModuleBasis(U=U[:, : like.k_out].float().contiguous(), V=V[:, : like.k_in].T.float().contiguous())
 
 
 def preconditioned(basis: SubspaceBasis, how: str, ridge: float = 0.0) -> SubspaceBasis:

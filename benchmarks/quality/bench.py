@@ -22,6 +22,7 @@ from subspace_peft.errors import SubspaceError
 from . import tasks
 from .encoder import ADAPTED, Head, half_is_faster
 from .fleet import others, require_left_out, source
+from .gradients import Gradients, first_gradients
 from .rows import PerSeed
 from .training import Budget, make_model, pooled, score, train, trained
 
@@ -57,6 +58,7 @@ class Bench:
         self._tasks: dict[str, tasks.Task] = {}
         self._pooled: dict[str, tasks.Task] = {}
         self._bases: dict[Any, SubspaceBasis] = {}
+        self._gradients: dict[str, Gradients] = {}
 
     def task(self, name: str) -> tasks.Task:
         if name not in self._tasks:
@@ -68,6 +70,13 @@ class Bench:
         if name not in self._pooled:
             self._pooled = {name: pooled(self.top(name), self.task(name))}
         return self._pooled[name]
+
+    def first_gradients(self, name: str) -> Gradients:
+        """Of all training examples of a task."""
+        if name not in self._gradients:
+            task = self.task(name)
+            self._gradients[name] = first_gradients(make_model(self.top(name), task.outputs, 0), task.splits["train"])
+        return self._gradients[name]
 
     def top(self, name: str) -> dict[str, Any]:
         return tasks.top_layers(tasks.kind_of(name), self.folder)

@@ -110,10 +110,6 @@ def short_rows(bench: Bench, name: str) -> list[Method]:
     ]
 
 
-def eigenlora_rows(bench: Bench, name: str) -> list[Method]:
-    return [inside("eigenlora", bench.basis(name, builder="eigenlora"))]
-
-
 def control_rows(bench: Bench, name: str) -> list[Method]:
     """Fleets that hold nothing about the task, and fleets of one kind, of five adapters each."""
     members = others(name, tasks.names("text"))
@@ -126,11 +122,6 @@ def control_rows(bench: Bench, name: str) -> list[Method]:
         inside("strangers only", bench.basis(name, fleet=strangers[:5])),
         inside("image fleet", bench.basis(name, fleet=tasks.IMAGES[:7])),
     ]
-
-
-def more_image_rows(bench: Bench, name: str) -> list[Method]:
-    fleet, base = bench.basis(name), bench.control("base-weights", name)
-    return [vera(384), inside("base weights", base), inside("hybrid", hybrid(fleet, base, K)), mean_only(fleet)]
 
 
 def quick() -> Experiment:
@@ -159,9 +150,8 @@ def experiments() -> dict[str, list[Experiment]]:
             Experiment("size-8", few, BRIEF, sized_rows(8)),
         ],
         "images": [
-            Experiment("images", list(IMAGE_TASKS), BRIEF, lambda bench, name: main_rows(bench, name)[:5]),
-            Experiment("images-more", list(IMAGE_TASKS), BRIEF, more_image_rows),
-            Experiment("images-more-eigenlora", list(IMAGE_TASKS), BRIEF, eigenlora_rows),
+            Experiment("images", list(IMAGE_TASKS), BRIEF, main_rows),
+            Experiment("images-more", list(IMAGE_TASKS), BRIEF, more_rows),
         ],
         "ablations": [
             Experiment("ablation-e-sides", digging, BRIEF, as_fleet(side_rows)),

@@ -18,7 +18,7 @@ from subspace_peft.errors import SubspaceError
 from subspace_peft.offline.models import put
 
 from .bases import input_roots
-from .encoder import ADAPTED
+from .encoder import ADAPTED, Top
 from .gradients import backward
 from .tasks import Task, kind_of, load, top_layers
 from .training import Budget, make_model, score, train
@@ -26,8 +26,8 @@ from .training import Budget, make_model, score, train
 TARGETS = list(ADAPTED)
 HEAD = ["classifier"]
 SOURCE_RATE = 2e-3
-SOURCE_RATES: Mapping[int | str | None, float] = {}
-STARTS = ("axes", "pissa", "lora_ga")
+IN_WEIGHTS = ("pissa", "lora_ga")  # starts that PEFT takes off the base model's weights
+STARTS = ("axes", *IN_WEIGHTS)
 SOURCE_BUDGET = Budget(examples=1000, steps=180)
 
 
@@ -55,26 +55,11 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
     task = load(name, folder)
     # a name's hash is another number for every task, whatever their order
     own = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
-    model = make_model(top_layers(kind_of(name), folder), task.outputs, 0)
-    axes = input_roots(model, some_inputs(task)) if start == "axes" else None
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD)
     torch.manual_seed(start if isinstance(start, int) else own)
-    if start == "pissa":
-        config.init_lora_weights = "pissa"
-    elif start == "lora_ga":
-        config.init_lora_weights, config.lora_ga_config = "lora_ga", LoraGAConfig()
-        data = task.splits["train"]
-        some = data.take(torch.arange(min(300, len(data))))
-        with warnings.catch_warnings():
-            # the layers' inputs need no gradient, the weights do
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            preprocess_loraga(model, config, lambda: backward(model, some))
-    wrapped = get_peft_model(model, config)
-    if axes is not None:
-        start_at(wrapped, {module: each["axes"] for module, each in axes.items()})
+    wrapped = _started(make_model(top_layers(kind_of(name), folder), task.outputs, 0), task, start)
     with TemporaryDirectory() as beside:
-        begun = _keep_start(wrapped, Path(beside)) if start in ("pissa", "lora_ga") else None
-        train(wrapped, task, budget, SOURCE_RATES.get(start, SOURCE_RATE), 100, curve=False)
+        begun = _keep_start(wrapped, Path(beside)) if start in IN_WEIGHTS else None
+        train(wrapped, task, budget, SOURCE_RATE, 100, curve=False)
         print(f"source {name} ({kind}): test {score(wrapped, task, 'test'):.3f}", flush=True)
         aside = home.with_name(f".{name}.partial")
         with warnings.catch_warnings():
@@ -83,6 +68,27 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
             wrapped.save_pretrained(aside, path_initial_model_for_weight_conversion=begun)
     put(aside, home)
     return home
+
+
+def _started(model: Top, task: Task, start: int | str | None) -> PeftModel:
+    """`model` with a LoRA r=8 at its `start`; see `source`."""
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD)
+    if start in IN_WEIGHTS:
+        config.init_lora_weights = start
+    if start == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        data = task.splits["train"]
+        some = data.take(torch.arange(min(300, len(data))))
+        with warnings.catch_warnings():
+            # the layers' inputs need no gradient, the weights do
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            preprocess_loraga(model, config, lambda: backward(model, some))
+    if start != "axes":
+        return get_peft_model(model, config)
+    axes = {module: each["axes"] for module, each in input_roots(model, some_inputs(task)).items()}
+    wrapped = get_peft_model(model, config)
+    start_at(wrapped, axes)
+    return wrapped
 
 
 def _keep_start(wrapped: PeftModel, folder: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from subspace_peft import SubspaceBasis
 from subspace_peft.basis import ModuleBasis
 
-from .bases import each_module
+from .bases import each_module, leading
 from .encoder import ADAPTED, Top
 from .ridge import ridge, targets
 from .tasks import Split
@@ -61,9 +61,6 @@ def gradient_basis(like: SubspaceBasis, gradients: Sequence[Gradients]) -> Subsp
     """The leading left and right singular directions of `gradients`, each of norm 1, together; sizes and sources are those of `like`."""
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:
-        unit = torch.stack([(g := each[name].double()) / g.norm() for each in gradients])
-        out, inner = torch.einsum("nij,nkj->ik", unit, unit), torch.einsum("nij,nik->jk", unit, unit)
-        U, V = (torch.linalg.eigh(moment)[1].flip(1) for moment in (out, inner))
-        return ModuleBasis(U=U[:, : module.k_out].float().contiguous(), V=V[:, : module.k_in].T.float().contiguous())
+        return leading(torch.stack([(g := each[name].double()) / g.norm() for each in gradients]), module)
 
     return each_module(like, change, f"directions of {len(gradients)} first gradient(s)")

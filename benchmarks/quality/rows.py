@@ -51,20 +51,19 @@ def vera(r: int) -> Method:
 
 def inside(name: str, basis: SubspaceBasis, rates: tuple[float, ...] = CORE_RATES, **config: Any) -> Method:
     """A row whose coefficients are trained in `basis`; `config`: of `SubspaceConfig`."""
-    make: Callable[[], PeftConfig] = lambda: SubspaceConfig(basis=basis, save_basis=True, **config, **WHERE)  # noqa: E731
-    return Method(name, make, rates)
+    return Method(name, lambda: _inside(basis, **config), rates)
 
 
 def inside_per_seed(name: str, make: Callable[[int], SubspaceBasis], **config: Any) -> PerSeed:
     """`inside` a basis that `make` makes from a seed's training examples. The sweep's, of seed 0, stands for all in what is kept."""
-    made = cache(lambda seed: inside(name, make(seed), **config))
+    made = cache(make)
+    return PerSeed(
+        name, lambda: _inside(made(0), **config), CORE_RATES, for_seed=lambda seed: _inside(made(seed), **config)
+    )
 
-    def of_seed(seed: int) -> PeftConfig:
-        adapter = made(seed).adapter
-        assert adapter is not None
-        return adapter()
 
-    return PerSeed(name, lambda: of_seed(0), CORE_RATES, of_seed)
+def _inside(basis: SubspaceBasis, **config: Any) -> PeftConfig:
+    return SubspaceConfig(basis=basis, save_basis=True, **config, **WHERE)
 
 
 def mean_only(basis: SubspaceBasis) -> Method:

@@ -146,12 +146,12 @@ def ablation_lines(found: Mapping[str, Rows], swept: Rows, usual: Rows) -> list[
 
 
 def rate_lines(rates: Rows, usual: Rows) -> list[str]:
-    """Rates between, each against the usual one and core against LoRA, and the same rows as in `usual`, which ran elsewhere."""
+    """Rates between, each against the usual one and core against LoRA, and what both gave in `usual`, an earlier run of the same."""
     half = " at half the rate"
     lines = differences((f"{m}{half} − {m}", rates, f"{m}{half}", rates, m) for m in ("fleet", "LoRA r=8"))
     pairs = (("fleet", "LoRA r=8"), (f"fleet{half}", f"LoRA r=8{half}"))
     lines += differences((f"{a} − {b}", rates, a, rates, b) for a, b in pairs)
-    lines += differences((f"{m}, this machine − the other", rates, m, usual, m) for m in ("fleet", "LoRA r=8"))
+    lines += differences((f"{m}, run again − first run", rates, m, usual, m) for m in ("fleet", "LoRA r=8"))
     return [*DIFFERENCES, *lines]
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 
@@ -18,7 +17,7 @@ from .bases import each_module
 from .fleet import TARGETS
 from .ridge import ridge, targets
 from .tasks import Split
-from .training import HEAD_RATE, Budget, batches, draw_examples, make_model, outputs_of
+from .training import HEAD_RATE, Budget, batches, draw_examples, make_loss, make_model, outputs_of
 
 if TYPE_CHECKING:
     from .bench import Bench
@@ -64,11 +63,9 @@ def convex_mix(bench: Bench, name: str, basis: SubspaceBasis, budget: Budget, se
     weights = {module: model.get_submodule(module).weight for module in basis}
     logits = torch.zeros(len(basis.info["sources"]) + 1, requires_grad=True)
     some = data.take(torch.tensor(chosen))
-    labels = some.labels
-    if task.number:
-        centre, spread = labels.mean(), labels.std()
-        labels = (labels - centre) / spread
-    weight, bias = ridge(outputs_of(model.features, some), labels, task.outputs)
+    loss_of = make_loss(task, some.labels)
+    known = (some.labels - some.labels.mean()) / some.labels.std() if task.number else some.labels
+    weight, bias = ridge(outputs_of(model.features, some), known, task.outputs)
     head = [value.requires_grad_(True) for value in (weight, bias)]
     optimiser = torch.optim.Adam([{"params": [logits], "lr": MIX_RATE}, {"params": head, "lr": HEAD_RATE}])
     for which in batches(data, chosen, replace(budget, steps=MIX_BATCHES), draw):
@@ -79,11 +76,7 @@ def convex_mix(bench: Bench, name: str, basis: SubspaceBasis, budget: Budget, se
         }
         changed |= {"classifier.weight": head[0], "classifier.bias": head[1]}
         outputs = torch.func.functional_call(model, changed, (part.hidden, part.lengths))
-        if task.number:
-            loss = F.mse_loss(outputs[:, 0], (part.labels - centre) / spread)
-        else:
-            loss = F.cross_entropy(outputs, part.labels)
-        loss.backward()
+        loss_of(outputs, part.labels).backward()
         optimiser.step()
         optimiser.zero_grad()
     return logits.detach().softmax(0)

@@ -78,17 +78,12 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
     )
     data = task.splits["train"]
     chosen, draw = draw_examples(task, budget, seed)
-    labels = data.labels[chosen]
-    centre, spread = (float(labels.mean()), float(labels.std())) if task.number else (0.0, 1.0)
+    loss_of = make_loss(task, data.labels[chosen])
     points, seconds = [], 0.0
     began = time.perf_counter()
     for step, which in enumerate(batches(data, chosen, budget, draw), 1):
         some = data.take(which)
-        outputs = model(some.hidden, some.lengths)
-        if task.number:
-            loss = F.mse_loss(outputs[:, 0], (some.labels - centre) / spread)
-        else:
-            loss = F.cross_entropy(outputs, some.labels)
+        loss = loss_of(model(some.hidden, some.lengths), some.labels)
         loss.backward()
         if budget.clip:
             nn.utils.clip_grad_norm_([*adapter, *head], budget.clip)
@@ -104,6 +99,14 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
     seconds += time.perf_counter() - began
     points.append((step, score(model, task, "validation")))
     return {"validation": points[-1][1], "curve": points, "seconds": seconds}
+
+
+def make_loss(task: Task, known: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(outputs, labels) → cross-entropy, or the squared error of labels that are standardised as the `known` ones (n,) are."""
+    if not task.number:
+        return F.cross_entropy
+    centre, spread = known.mean(), known.std()
+    return lambda outputs, labels: F.mse_loss(outputs[:, 0], (labels - centre) / spread)
 
 
 def draw_examples(task: Task, budget: Budget, seed: int) -> tuple[list[int], random.Random]:
