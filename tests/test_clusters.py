@@ -129,7 +129,7 @@ def test_what_was_left_out_took_no_part(monkeypatch):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_bar_counts_the_bases_where_progress_is_wanted(progress, monkeypatch, capsys):
-    from subspace_peft.build import partition as module
+    from subspace_peft.build import clusters as module
 
     original = module.tqdm
     monkeypatch.setattr(module, "tqdm", lambda **given: original(**{**given, "delay": 0, "mininterval": 0}))

@@ -211,7 +211,10 @@ def test_an_interrupted_update_goes_on_to_the_same_bytes(fleets, tmp_path, updat
     assert len(made) == 3 + 4 + 1
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
     if "k" in given:
-        # nor does one that has to keep a task's core
+        # another bound on the drift changes no module
+        update_basis(old, fleets[bert][2:], **arguments, max_drift=1.0)
+        assert len(made) == 3 + 4 + 1
+        # one that has a task's core to keep too is another update
         core = {name: torch.randn(3, 3) for name in old}
         update_basis(old, fleets[bert][2:], cores=[core], **arguments)
         assert len(made) == 3 + 4 + 1 + 4

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from .._atomic import write_text_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .build import build_basis
-from .fleet import Fleet, gather
+from .fleet import gather
 from .memory_plan import parse_size
 from .partition import Sample, Step, compared, partition
 from .processes import together
@@ -125,9 +127,10 @@ def build_clusters(
         if clusters != "auto" and clusters > count:
             raise SubspaceError(f"clusters={clusters}, and there are {count} sources. Give at most that many.")
         # one process decides: what is equal but for rounding may come out otherwise on another machine
-        found = (
-            _divided(fleet, clusters, k, parse_size(max_memory) // 3, alternations, progress) if team.main else None
-        )
+        shown = progress and team.main
+        with tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not shown) as bar:
+            sample = Sample(fleet, parse_size(max_memory) // 3, alternations, bar.update) if team.main else None
+            found = None if sample is None else _divided(sample, clusters, k)
         found = team.share(found)[0][0]
         parts = found["parts"]
         bases = []
@@ -143,12 +146,9 @@ def build_clusters(
         return Clusters(bases, found["sources"], k, found["single_k"], found["modules"], steps)
 
 
-def _divided(
-    fleet: Fleet, clusters: int | str, k: int, memory: int, alternations: int, progress: bool
-) -> dict[str, Any]:
+def _divided(sample: Sample, clusters: int | str, k: int) -> dict[str, Any]:
     """The parts, the steps that led to them, and what is kept of each source; JSON-ready."""
-    count = len(fleet.sources)
-    sample = Sample(fleet, memory, alternations, progress)
+    fleet, count = sample.fleet, len(sample.fleet.sources)
     parts, steps = partition(sample, 1, k), []
     for number in range(2, min(MOST, count) + 1) if clusters == "auto" else [clusters]:
         finer = partition(sample, number, k)
@@ -170,5 +170,4 @@ def _divided(
                 "name": source.name, "location": source.location, "cluster": number, "energy_kept": kept,
                 "energy_kept_single": single[i],
             }  # fmt: skip
-    sample.bar.close()
     return {"parts": parts, "steps": steps, "sources": entries, "single_k": single_k, "modules": sample.names}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from .factors import Factors
 from .fleet import Fleet
@@ -18,7 +17,7 @@ from .streaming import ModuleStack, compress, width_of
 
 MODULES = 8  # compared at most, evenly spread over the model
 ROUNDS = 10
-COMPARING = 2  # alternations where sources left out are measured: more change nothing there and take most of the time
+COMPARING = 2  # alternations where sources left out are measured: more change what is kept there by under 1 % and take most of the time
 FOLDS = 5
 SIGNIFICANT = 2.0  # standard errors by which a finer partition has to keep more of sources that were left out
 
@@ -48,12 +47,13 @@ class Sample:
         fleet: the sources.
         memory: bytes that the sample may take; one module is always held.
         alternations: as in `build_basis`.
-        progress: whether a bar counts the bases.
+        built: called after every basis.
     """
 
-    def __init__(self, fleet: Fleet, memory: int, alternations: int, progress: bool = False) -> None:
-        self.fleet, self.alternations = fleet, alternations
-        self.bar = tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not progress)
+    def __init__(
+        self, fleet: Fleet, memory: int, alternations: int, built: Callable[[], object] = lambda: None
+    ) -> None:
+        self.fleet, self.alternations, self.built = fleet, alternations, built
         reader = Reader(fleet.sources, 0)
         self.modules: list[Sampled] = []
         self.names: list[str] = []
@@ -100,7 +100,7 @@ class Sample:
         alternations, as many as the sample has without it."""
         rounds = self.alternations if most is None else min(most, self.alternations)
         found = [self._fit(module, [i for i in members if i in module.updates], k, rounds) for module in self.modules]
-        self.bar.update()
+        self.built()
         return found
 
     def _fit(self, module: Sampled, members: list[int], k: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,6 +114,7 @@ class Sample:
         if sum(ranks) <= EXACT_COLUMNS:
             compressed = exact([Factors(update.B.double(), update.A.double()) for update in updates], weights)
         else:
+            # its pieces are kept from pass to pass: a copy of one module's factors, where the sample holds several
             stack = ModuleStack(
                 lambda place: (updates[place].B, updates[place].A), ranks, (out, inner), [1.0] * len(members), weights, sum(votes),
                 keep=4 * sum(ranks) * (out + inner),

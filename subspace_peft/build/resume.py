@@ -95,12 +95,6 @@ class WorkFolder:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.{ending}"
 
 
-def unfinished(out: str | Path) -> Path | None:
-    """Where the command line keeps finished modules of what goes to `out`: ``<out>.partial``; nowhere where `out` has no name."""
-    out = Path(out).expanduser()
-    return out.with_name(f"{out.name}.partial") if out.name else None
-
-
 def forget(folder: Path) -> None:
     """Remove what builds have kept in `folder`, and the folder itself if nothing else lies in it."""
     # several processes may do so at once

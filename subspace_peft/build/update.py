@@ -109,9 +109,9 @@ def update_basis(
     kept = None
     if work_folder is not None:
         held_too = [{key: tensor_sha256(core) for key, core in each.items()} for each in protected]
-        kept = WorkFolder(
-            Path(work_folder), fleet.sources, {**arguments, "update of": old.fingerprint, "cores": held_too}
-        )
+        # how much drift is allowed changes no module: after a refusal a larger bound goes on from what is there
+        made_with = {**arguments, "max_drift": None, "update of": old.fingerprint, "cores": held_too}
+        kept = WorkFolder(Path(work_folder), fleet.sources, made_with)
     by_name = {name: key for key, name in changed.items()}
     # what an interrupted update finished is not read again
     done = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SubspaceError
-from .verbs import base_model, inspect, number, print_json
+from .verbs import base_model, inspect, number, print_json, unfinished
 
 if TYPE_CHECKING:
     from ..basis import SubspaceBasis
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def build(args: Namespace) -> int:
     from ..build.processes import together
-    from ..build.resume import forget, unfinished
+    from ..build.resume import forget
 
     if args.out is None and not args.dry_run:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")

@@ -253,6 +253,12 @@ def number(text: str) -> int | float:
         raise SubspaceError(f"{text!r} is no number.") from None
 
 
+def unfinished(out: str | Path) -> Path | None:
+    """Where finished modules of what goes to `out` are kept until all are: ``<out>.partial``; nowhere where `out` has no name."""
+    out = Path(out).expanduser()
+    return out.with_name(f"{out.name}.partial") if out.name else None
+
+
 def print_json(facts: dict[str, Any]) -> int:
     print(json.dumps(facts, indent=2, default=str))
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
-from .verbs import base_model, inspect, number, print_json
+from .verbs import base_model, inspect, number, print_json, unfinished
 
 
 def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
@@ -88,7 +88,7 @@ def update(args: Namespace) -> int:
     """Update a basis; first see what that does to all the tasks, then write."""
     from ..basis import SubspaceBasis
     from ..build import update_basis
-    from ..build.resume import forget, unfinished
+    from ..build.resume import forget
     from ..convert.migrate import MAX_DRIFT
 
     if bool(args.tasks) != bool(args.tasks_out):
