@@ -16,7 +16,8 @@ from subspace_peft.report import validate_basis
 
 from .conftest import bert, gpt2
 from .test_build import fleet
-from .test_update import KINDS, NAMES, ids, logits, orthonormal, saved
+from .test_migrate import KINDS, ids, logits, saved
+from .test_update import NAMES, orthonormal
 
 
 def test_by_default_nothing_is_made_up():

@@ -19,8 +19,8 @@ from subspace_peft.bundle.residual import residual_of
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
+from .bundle.conftest import logits
 from .conftest import bert, gpt2, train_lora
-from .test_bundle import logits
 from .test_layer_kinds import Small, lora, outputs
 
 

@@ -22,8 +22,8 @@ from subspace_peft.bundle import compress_fleet
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
+from .bundle.conftest import KINDS, NAMES, logits, save
 from .conftest import bert, train_lora
-from .test_bundle import KINDS, NAMES, logits, save
 
 
 @pytest.fixture

@@ -25,6 +25,11 @@ def load_recipe(name: str) -> ModuleType:
     return module
 
 
+def typed(knobs: dict[str, Any], *more: str) -> list[str]:
+    """Arguments as they are typed, two seeds among them."""
+    return [*(str(part) for name, value in knobs.items() for part in (f"--{name}", value)), "--seeds", "1", "2", *more]
+
+
 @pytest.fixture
 def trained(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every call of Trainer.train from here on."""

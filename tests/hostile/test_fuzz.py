@@ -29,7 +29,7 @@ from subspace_peft.errors import SubspaceError
 from subspace_peft.tuner.bank_file import read_index, read_rows
 from subspace_peft.tuner.saved import read_task
 
-from .hostile import BASIS, BASIS_CONFIG, CONFIG, WEIGHTS, Small, join, little_memory, make_files, split
+from .make import BASIS, BASIS_CONFIG, CONFIG, WEIGHTS, Small, join, little_memory, make_files, split
 
 CASES = {"task": 2500, "own": 2000, "basis": 2500, "bank": 1300, "lora": 1300, "note": 400}
 MODEL_CASES = 300

@@ -1,13 +1,10 @@
-"""Files from strangers: what is wrong with them is said, nothing is unpickled, and nothing large is made of a small claim."""
+"""A task's files from strangers: what is wrong with them is said, and nothing large is made of a small claim."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-import pickle
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -15,18 +12,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import subspace_peft
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, export_lora
-from subspace_peft._untrusted import pattern_problem
 from subspace_peft.basis.cache import cache_home
 from subspace_peft.basis.resolve import read_notes, resolve_basis
 from subspace_peft.build import open_source
 from subspace_peft.errors import BadFileError, BasisMismatchError, BasisNotFoundError, SourceError, SubspaceError
-from subspace_peft.tuner import TaskBank
 from subspace_peft.tuner.bank_file import read_index, read_rows
 from subspace_peft.tuner.saved import read_task
 
-from .hostile import (
+from .conftest import DEEP, HUGE, SLOW_PATTERN
+from .make import (
     BASIS,
     BASIS_CONFIG,
     CONFIG,
@@ -34,33 +29,8 @@ from .hostile import (
     Small,
     edit_header,
     edit_json,
-    edit_tensors,
     little_memory,
-    make_files,
 )
-
-HUGE = 10**400
-DEEP = "[" * 100_000 + "]" * 100_000
-SLOW_PATTERN = "(a+)+b"
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("valid"))
-
-
-@pytest.fixture
-def files(valid, tmp_path):
-    root = next(iter(valid.values())).parent
-    shutil.copytree(root, tmp_path / "files")
-    return {name: tmp_path / "files" / path.name for name, path in valid.items()}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    # a Hub id in a hostile file must not make the tests wait for a network
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
 
 # -- a task's config --------------------------------------------------------------------------------------------------
 
@@ -343,215 +313,6 @@ def test_weight_shapes_that_do_not_fit_the_basis_are_refused_on_export(files, tm
         with little_memory(), pytest.raises(BadFileError, match="weight is"):
             export_lora(files["task"], tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
-
-
-# -- a basis's config -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda c: c.update(modules=5), "no modules"),
-        (lambda c: c.update(modules={}), "no modules"),
-        (lambda c: c.update(modules={"first": 5}), "no sha256"),
-        (lambda c: c["modules"]["first"].update(sha256="0" * 63), "no sha256"),
-        (lambda c: c["modules"]["first"].update(shape=[1, 2]), "no shape"),
-        (lambda c: c["modules"]["first"]["shape"].update(out=HUGE), "no layer's size"),
-        (lambda c: c["modules"]["first"]["shape"].update(out=True), "no layer's size"),
-        (lambda c: c["modules"]["first"]["shape"].update(k_out=11), "dimensions"),
-        (lambda c: c["modules"]["first"]["shape"].update(k_in=0), "dimensions"),
-        (lambda c: c["modules"]["first"]["shape"].update(directions=10**9), "directions="),
-        (lambda c: c["modules"]["first"]["shape"].update(directions=3), "do not belong together"),
-        (lambda c: c["modules"]["first"]["shape"].update(k_out=2), "do not belong together"),
-        (lambda c: c["modules"].update({"a\nb": c["modules"]["first"]}), "no module's name"),
-        (lambda c: c.update(sources=5), "sources"),
-        (lambda c: c.update(sources=[5]), "sources"),
-        (lambda c: c.update(measured=[]), "measured"),
-        (lambda c: c.update(base_model_name_or_path={}), "base_model_name_or_path"),
-        (lambda c: c.update(format_version="1"), "format version"),
-        (lambda c: c.update(format_version={"a": HUGE}), "format version"),
-        (lambda c: c.update(fingerprint=None), "do not add up"),
-    ],
-)  # fmt: skip
-def test_a_hostile_config_of_a_basis(files, change, said):
-    edit_json(files["basis"] / BASIS_CONFIG, change)
-    with little_memory(), pytest.raises(BadFileError, match=said):
-        SubspaceBasis.from_pretrained(files["basis"])
-
-
-def test_two_modules_cannot_pose_as_one_of_a_long_name(files):
-    """The fingerprint is a hash over names and hashes in a row: a name that holds a hash would give two bases the same one."""
-    content = json.loads((files["basis"] / BASIS_CONFIG).read_text())
-    first, last = content["modules"]["first"], content["modules"]["last"]
-    content["modules"] = {f"first\0{first['sha256']}\nlast": last}
-    (files["basis"] / BASIS_CONFIG).write_text(json.dumps(content))
-    with pytest.raises(BadFileError, match="no module's name"):
-        SubspaceBasis.from_pretrained(files["basis"])
-
-
-# -- a bank's file ----------------------------------------------------------------------------------------------------
-
-BAD_INDEXES = [
-    {"tasks": 5}, {"tasks": "ab"}, {"tasks": ["one"]}, {"tasks": ["one", "one"]}, {"tasks": ["one", "__base__"]}, {"tasks": ["one", 5]},
-    {"tasks": ["one", "a\0b"]}, {"modules": []}, {"modules": {}}, {"modules": {"first": 5}}, {"modules": {"first": [HUGE, 1]}},
-    {"modules": {"first": [3, -3]}}, {"modules": {"first": [1 << 20, 1 << 20]}}, {"format_version": 99}, {"basis_fingerprint": 5},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", BAD_INDEXES, ids=range(len(BAD_INDEXES)))
-def test_a_hostile_index_of_a_bank(files, change):
-    def lie(header):
-        header["__metadata__"]["bank"] = json.dumps({**json.loads(header["__metadata__"]["bank"]), **change})
-
-    edit_header(files["bank.safetensors"], lie)
-    bank = TaskBank(PeftModel.from_pretrained(Small(), files["task"]))
-    with little_memory(), pytest.raises(BadFileError, match="no bank that can be read"):
-        bank.load(files["bank.safetensors"])
-    assert len(bank) == 0
-
-
-@pytest.mark.parametrize("text", ["", "5", "[]", DEEP, "{"])
-def test_a_banks_index_that_is_no_json_object(files, text):
-    edit_header(files["bank.safetensors"], lambda header: header["__metadata__"].update(bank=text))
-    with pytest.raises(BadFileError, match="no bank that can be read"):
-        read_index(files["bank.safetensors"])
-
-
-def test_one_task_out_of_a_bank_is_what_the_bank_holds(files):
-    bank = TaskBank(PeftModel.from_pretrained(Small(), files["task"]))
-    bank.load(files["bank.safetensors"])
-    for name in ("one", "two"):
-        cores = read_rows(files["bank.safetensors"], name)
-        assert all(torch.equal(cores[module], bank[name][module]) for module in bank[name])
-    with pytest.raises(SubspaceError, match="no task 'three'"):
-        read_rows(files["bank.safetensors"], "three")
-
-
-# -- sources ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *[{"r": value} for value in (None, "2", 0, HUGE, [], True)],
-        *[{"lora_alpha": value} for value in (None, "x", [], HUGE, float("nan"), float("inf"), {})],
-        *[
-            {"rank_pattern": value}
-            for value in (5, [1], "x", {SLOW_PATTERN: 2}, {"(": 2}, {"first": "2"}, {"first": HUGE})
-        ],
-        *[{"alpha_pattern": value} for value in (5, {"first": "2"}, {"(a|a)*b": 1}, {"first": None})],
-        *[{"base_model_name_or_path": value} for value in (5, [], {"a": 1})],
-        *[{"peft_type": value} for value in (5, None, [], "MAGIC")],
-        {"use_dora": True},
-        {"init_lora_weights": "pissa"},
-    ],
-    ids=str,
-)
-def test_a_hostile_config_of_a_source(files, change):
-    edit_json(files["lora0"] / CONFIG, **change)
-    with little_memory(), pytest.raises(SourceError, match="lora0"):
-        build_basis([str(files["lora0"])], k=2, progress=False)
-
-
-def test_a_source_of_nothing(files):
-    def nothing(tensors):
-        for key, value in tensors.items():
-            tensors[key] = value[:0] if "lora_A" in key else value[:, :0]
-
-    edit_tensors(files["lora0"] / WEIGHTS, nothing)
-    edit_json(files["lora0"] / CONFIG, r=0, rank_pattern={})
-    with pytest.raises(SourceError, match="holds nothing"):
-        build_basis([str(files["lora0"])], k=2, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "harmless"),
-    [
-        (r".*\.(q|v)_proj", True), (r"(.*\.)?layers\.\d+\.(mlp|attn)\..*", True), ("first", True), (r"model\.layers\.[0-9]+\.x", True),
-        (r"(?:a|b)?c", True), ("[*+]{1}", True), (SLOW_PATTERN, False), ("(a|aa)*$", False), (".*" * 12 + "x", False),
-        ("(a{1,9}){1,9}", False), (r"(.+)\1+", False), ("(", False), ("a" * 3000 + ".*", False), ("(" * 5000 + ")" * 5000, False),
-    ],
-)  # fmt: skip
-def test_patterns_that_could_be_matched_for_ever_are_refused(pattern, harmless):
-    began = time.perf_counter()
-    assert (pattern_problem(pattern) is None) == harmless
-    assert time.perf_counter() - began < 2
-
-
-# -- nothing is unpickled ---------------------------------------------------------------------------------------------
-
-
-class Bomb:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return (Path.touch, (self.mark,))
-
-
-def test_adapters_that_would_have_to_be_unpickled_are_refused(files, tmp_path):
-    mark = tmp_path / "ran"
-    for folder, read in ((files["lora0"], open_source), (files["task"], read_task)):
-        (folder / WEIGHTS).unlink()
-        (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
-        with pytest.raises(SubspaceError, match=r"adapter_model\.bin.*unpickled.*safetensors"):
-            read(folder)
-    # a pickle by the name of a safetensors file
-    (files["lora0"] / WEIGHTS).write_bytes(pickle.dumps(Bomb(mark)))
-    (files["task"] / WEIGHTS).write_bytes(pickle.dumps(Bomb(mark)))
-    for read, folder in ((open_source, files["lora0"]), (read_task, files["task"])):
-        with pytest.raises(SubspaceError, match="truncated"):
-            read(folder)
-    # PEFT's own door reads a .bin with torch's weights_only: it refuses what is no tensor, in its own words
-    (files["task"] / WEIGHTS).unlink()
-    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
-        PeftModel.from_pretrained(Small(), files["task"])
-    assert not mark.exists()
-
-
-def test_no_code_here_can_unpickle_or_evaluate():
-    modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-    found = []
-    sources = sorted(Path(subspace_peft.__file__).parent.rglob("*.py"))
-    assert len(sources) > 50
-    for file in sources:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            for name in forbidden(node, modules):
-                found.append(f"{file.name}:{node.lineno}: {name}")
-    assert found == []
-
-
-def forbidden(node: ast.AST, modules: set[str]) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names if alias.name.split(".")[0] in modules]
-    if isinstance(node, ast.ImportFrom):
-        return [str(node.module)] if str(node.module).split(".")[0] in modules else []
-    if not isinstance(node, ast.Call):
-        return []
-    name, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
-    bad = name in (
-        "eval",
-        "exec",
-        "compile",
-        "__import__",
-        "yaml.load",
-        "yaml.unsafe_load",
-        "yaml.full_load",
-    )
-    # torch's own reader of plain tensors, for those who ask for it with allow_bin
-    bad = bad or (name == "torch.load" and keywords.get("weights_only") != "True")
-    bad = bad or keywords.get("allow_pickle", "False") != "False" or keywords.get("weights_only", "True") != "True"
-    bad = bad or keywords.get("trust_remote_code", "False") != "False" or keywords.get("shell", "False") != "False"
-    return [name] if bad or name in ("os.system", "torch.hub.load", "read_pickle", "pd.read_pickle") else []
-
-
-@pytest.mark.parametrize(
-    "code",
-    ["import pickle", "from dill import loads", "torch.load(f)", "np.load(f, allow_pickle=True)", "eval('1')", "yaml.load(f)",
-     "AutoModel.from_pretrained(x, trust_remote_code=True)"],
-)  # fmt: skip
-def test_that_watch_sees_what_it_watches_for(code):
-    assert any(forbidden(node, {"pickle", "dill"}) for node in ast.walk(ast.parse(code)))
 
 
 def test_the_valid_files_are_valid(files):
