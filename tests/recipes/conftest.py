@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 import sys
 from collections.abc import Callable
@@ -69,3 +70,39 @@ def dry(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         return capsys.readouterr().out
 
     return run
+
+
+def goes_on_from_its_checkpoint(
+    recipe: ModuleType, arguments: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training of three epochs that is interrupted as the second ends, and called again, gives what an uninterrupted one does.
+
+    Args:
+        arguments: folder of the output → what is typed, with ``--stage train`` and the task `kept`.
+    """
+
+    def whole(out: Path) -> dict[str, Any]:
+        recipe.main(arguments(out))
+        return json.loads((out / "tasks" / "kept-core" / "recipe.json").read_text())["result"]
+
+    expected = whole(tmp_path / "whole")
+    epochs: list[int] = []
+    original = recipe.LabelledTask.measure
+
+    def interrupted(self: Any, prediction: Any) -> dict[str, float]:
+        epochs.append(1)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return original(self, prediction)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.LabelledTask, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            whole(tmp_path / "cut")
+    (checkpoints,) = (tmp_path / "cut" / "checkpoints").glob("kept-core-*")
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+    resumed = whole(tmp_path / "cut")
+    assert (resumed["curve"], resumed["metrics"]) == (expected["curve"], expected["metrics"])
+    weights = [tmp_path / name / "tasks" / "kept-core" / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert not checkpoints.exists()

@@ -7,8 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 from peft import PeftModel
@@ -21,6 +19,7 @@ from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.compare import RUN_KEYS, MeanPooledClassifier
 from subspace_peft.compare.stages import put_beside_controls
 
+from ..conftest import goes_on_from_its_checkpoint
 from .conftest import save_model, tiny
 
 
@@ -112,31 +111,8 @@ def test_sources_that_are_finished_are_kept(recipe, world, done, trained):
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done, tmp_path, monkeypatch):
-    def whole(out: Path) -> dict[str, Any]:
-        recipe.main(tiny(world, out, "--stage", "train", "--basis", str(done / "basis"), "--epochs", "3"))
-        return json.loads((out / "tasks" / "kept-core" / "recipe.json").read_text())["result"]
-
-    expected = whole(tmp_path / "whole")
-    epochs = []
-    original = recipe.LabelledTask.measure
-
-    def interrupted(self: Any, prediction: Any) -> dict[str, float]:
-        epochs.append(1)
-        if len(epochs) == 2:
-            raise KeyboardInterrupt
-        return original(self, prediction)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe.LabelledTask, "measure", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            whole(tmp_path / "cut")
-    (checkpoints,) = (tmp_path / "cut" / "checkpoints").glob("kept-core-*")
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
-    resumed = whole(tmp_path / "cut")
-    assert resumed["curve"] == expected["curve"] and resumed["metrics"] == expected["metrics"]
-    weights = [(tmp_path / name / "tasks" / "kept-core" / "adapter_model.safetensors") for name in ("whole", "cut")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert not checkpoints.exists()
+    common = ["--stage", "train", "--basis", str(done / "basis"), "--epochs", "3"]
+    goes_on_from_its_checkpoint(recipe, lambda out: tiny(world, out, *common), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from transformers import Dinov2Model, ViTModel
 from subspace_peft import SubspaceBasis
 from subspace_peft.errors import SubspaceError
 
+from ..conftest import goes_on_from_its_checkpoint
 from .conftest import tiny
 
 
@@ -51,32 +51,8 @@ def test_a_second_call_trains_nothing_and_a_changed_knob_only_what_it_touches(re
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done, tmp_path, monkeypatch):
-    def whole(out: Path) -> dict[str, Any]:
-        more = ["--stage", "train", "--basis", str(done / "basis"), "--epochs", "3", "--flip", "True"]
-        recipe.main(tiny(world, out, *more))
-        return json.loads((out / "tasks" / "kept-core" / "recipe.json").read_text())["result"]
-
-    expected = whole(tmp_path / "whole")
-    epochs: list[int] = []
-    original = recipe.LabelledTask.measure
-
-    def interrupted(self: Any, prediction: Any) -> dict[str, float]:
-        epochs.append(1)
-        if len(epochs) == 2:
-            raise KeyboardInterrupt
-        return original(self, prediction)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recipe.LabelledTask, "measure", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            whole(tmp_path / "cut")
-    (checkpoints,) = (tmp_path / "cut" / "checkpoints").glob("kept-core-*")
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
-    resumed = whole(tmp_path / "cut")
-    assert (resumed["curve"], resumed["metrics"]) == (expected["curve"], expected["metrics"])
-    weights = [tmp_path / name / "tasks" / "kept-core" / "adapter_model.safetensors" for name in ("whole", "cut")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert not checkpoints.exists()
+    common = ["--stage", "train", "--basis", str(done / "basis"), "--epochs", "3", "--flip", "True"]
+    goes_on_from_its_checkpoint(recipe, lambda out: tiny(world, out, *common), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
