@@ -40,7 +40,7 @@ from timing import write
 from tqdm.auto import tqdm
 
 from subspace_peft import build_basis
-from subspace_peft.build.streaming import PROBE_PASSES, PROBES, width_of
+from subspace_peft.builders.streaming import PROBE_PASSES, PROBES, width_of
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}
 ALL_LAYERS = 32
@@ -168,7 +168,7 @@ def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any
                     pass
         return spent(wall, cpu, start)
     if title.endswith("exact throughout"):
-        from subspace_peft.build import memory_plan
+        from subspace_peft.builders import memory as memory_plan
 
         memory_plan.EXACT_COLUMNS = memory_plan.EXACT_NUMBERS = 1 << 40
         memory = "1TB"

@@ -32,8 +32,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from offline.prepare import packages_of, prepare, tasks
+
 from subspace_peft.errors import SubspaceError
-from subspace_peft.offline.prepare import packages_of, prepare, tasks
 
 
 def main() -> int:

@@ -40,13 +40,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common as shared
 import datasets
 import torch
 import transformers
+from common import LabelledTask, knob
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
-from subspace_peft import compare as shared
-from subspace_peft.compare import LabelledTask, knob
 from subspace_peft.errors import SubspaceError
 
 GLUE = {

@@ -50,15 +50,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import common as shared
 import datasets
 import torch
 import transformers
 from accelerate import PartialState
+from common import InstructionTask, knob
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from subspace_peft import compare as shared
-from subspace_peft.compare import InstructionTask, knob
 from subspace_peft.errors import SubspaceError
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"

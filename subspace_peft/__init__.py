@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._moved import install
 from ._on_import import when_imported
 from ._version import __version__
 
 if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
-    from .build import build_basis, build_clusters, complete_basis, update_basis
+    from .builders import build_basis, build_clusters, complete_basis, update_basis
     from .bundle import (
         Bundle,
         add_tasks,
@@ -28,16 +29,17 @@ if TYPE_CHECKING:
         push_bundle,
     )
     from .convert import export_lora, migrate_task, project_lora
-    from .tuner import SubspaceConfig, SubspaceModel, TaskBank, hotswap, load_adapter, save_adapter
-    from .tuner.trainer_card import SubspaceCardCallback, write_card
+    from .tasks import TaskBank, hotswap, load_adapter, save_adapter
+    from .tasks.callbacks import SubspaceCardCallback, write_card
+    from .tuner import SubspaceConfig, SubspaceModel
 
 _PLACES = {
     "ModuleBasis": "basis",
     "SubspaceBasis": "basis",
-    "build_basis": "build",
-    "complete_basis": "build",
-    "update_basis": "build",
-    "build_clusters": "build",
+    "build_basis": "builders",
+    "complete_basis": "builders",
+    "update_basis": "builders",
+    "build_clusters": "builders",
     "Bundle": "bundle",
     "add_tasks": "bundle",
     "bundle_tasks": "bundle",
@@ -51,14 +53,14 @@ _PLACES = {
     "export_lora": "convert",
     "migrate_task": "convert",
     "project_lora": "convert",
-    "SubspaceCardCallback": "tuner.trainer_card",
+    "SubspaceCardCallback": "tasks.callbacks",
     "SubspaceConfig": "tuner",
-    "hotswap": "tuner",
-    "load_adapter": "tuner",
-    "save_adapter": "tuner",
+    "hotswap": "tasks",
+    "load_adapter": "tasks",
+    "save_adapter": "tasks",
     "SubspaceModel": "tuner",
-    "TaskBank": "tuner",
-    "write_card": "tuner.trainer_card",
+    "TaskBank": "tasks",
+    "write_card": "tasks.callbacks",
 }
 
 __all__ = [
@@ -111,4 +113,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+install()
 when_imported("peft", _register)

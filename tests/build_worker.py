@@ -15,8 +15,9 @@ import torch
 from accelerate import PartialState
 
 from subspace_peft import build_basis, build_clusters
-from subspace_peft.build import build as building
-from subspace_peft.build import fleet, memory_plan, rebuild_basis
+from subspace_peft.builders import build as building
+from subspace_peft.builders import fleet, rebuild_basis
+from subspace_peft.builders import memory as memory_plan
 
 RANK = int(os.environ["RANK"])
 ARGUMENTS: dict[str, Any] = {"k": 4, "directions": 2, "progress": False}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import ModuleBasis, SubspaceBasis, build_basis
-from subspace_peft.build import plan_build
+from subspace_peft.builders import plan_build
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 from subspace_peft.report import analyze_fleet, validate_basis

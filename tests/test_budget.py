@@ -8,16 +8,16 @@ import json
 import pytest
 import torch
 
-import subspace_peft.build.budget as budget_module
-import subspace_peft.build.memory_plan as memory_plan
+import subspace_peft.builders.budget as budget_module
+import subspace_peft.builders.memory as memory_plan
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis
-from subspace_peft.build import plan_build, rebuild_basis
-from subspace_peft.build.budget import even, held, largest, spread
-from subspace_peft.build.factors import Factors
-from subspace_peft.build.hosvd import exact
-from subspace_peft.build.null import generator_for, null_update, strengths_of
+from subspace_peft.builders import plan_build, rebuild_basis
+from subspace_peft.builders.budget import even, held, largest, spread
+from subspace_peft.builders.hosvd import exact
+from subspace_peft.builders.null import generator_for, null_update, strengths_of
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
+from subspace_peft.sources.factors import Factors
 
 from .conftest import bert
 from .test_build import deltas, fleet, kept

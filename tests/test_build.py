@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from subspace_peft import build_basis
-from subspace_peft.build import Factors
+from subspace_peft.sources import Factors
 
 
 def fleet(n=4, out=20, inner=16, r=3, seed=0, modules=("a.q", "a.v")):

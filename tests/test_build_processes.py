@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from subspace_peft import build_basis, build_clusters
-from subspace_peft.build import memory_plan
-from subspace_peft.build.processes import Team, disagreeing, packed, together, unpacked
-from subspace_peft.build.shares import collect, divide
+from subspace_peft.builders import memory as memory_plan
+from subspace_peft.builders.distributed import Team, disagreeing, packed, together, unpacked
+from subspace_peft.builders.share_modules import collect, divide
 
 from .conftest import bert
 from .test_resume import contents

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from subspace_peft import SubspaceBasis, build_clusters
-from subspace_peft.build import rebuild_basis
-from subspace_peft.build.fleet import gather
-from subspace_peft.build.partition import Sample, compared, left_out, partition
+from subspace_peft.builders import rebuild_basis
+from subspace_peft.builders.fleet import gather
+from subspace_peft.builders.partition import Sample, compared, left_out, partition
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 
@@ -69,7 +69,7 @@ def places(kinds: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("kinds", [TWO, THREE], ids=["two", "three"])
 @pytest.mark.parametrize("columns", [512, 8], ids=["exact", "streamed"])
 def test_planted_kinds_are_found_exactly(kinds, columns, monkeypatch):
-    monkeypatch.setattr("subspace_peft.build.partition.EXACT_COLUMNS", columns)
+    monkeypatch.setattr("subspace_peft.builders.partition.EXACT_COLUMNS", columns)
     assert partition(sample_of(kinds), len(set(kinds)), OWN) == places(kinds)
 
 
@@ -77,7 +77,7 @@ def test_a_wrong_start_is_mended(monkeypatch):
     # a quarter of the sources begin in the wrong part
     wrong = [kind ^ (i % 4 == 0) for i, kind in enumerate(TWO)]
     for start in ("_far_apart", "_linked"):
-        monkeypatch.setattr(f"subspace_peft.build.partition.{start}", lambda alike, clusters: list(wrong))
+        monkeypatch.setattr(f"subspace_peft.builders.partition.{start}", lambda alike, clusters: list(wrong))
     assert partition(sample_of(TWO), 2, OWN) == places(TWO)
 
 
@@ -129,7 +129,7 @@ def test_what_was_left_out_took_no_part(monkeypatch):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_bar_counts_the_bases_where_progress_is_wanted(progress, monkeypatch, capsys):
-    from subspace_peft.build import clusters as module
+    from subspace_peft.builders import clusters as module
 
     original = module.tqdm
     monkeypatch.setattr(module, "tqdm", lambda **given: original(**{**given, "delay": 0, "mininterval": 0}))

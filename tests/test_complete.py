@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from subspace_peft import SubspaceBasis, build_basis, complete_basis, migrate_task, update_basis
-from subspace_peft.build import rebuild_basis
+from subspace_peft.builders import rebuild_basis
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 from subspace_peft.report import validate_basis

@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, export_lora, project_lora
 from subspace_peft.cli import main
-from subspace_peft.convert import read_task
 from subspace_peft.errors import BasisMismatchError, SubspaceError
 from subspace_peft.report import inspect_path, null_basis
+from subspace_peft.tasks import read_task
 
 from .conftest import bert, gpt2, inputs, randomise, train_lora
 

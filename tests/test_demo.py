@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common.demo import run_demo
+from common.demo.model import MeanPooledClassifier
+from offline import clients
+from offline.archives import unpack
+from offline.clients import PackageError
+from offline.packages import Package, fetch, fetch_all, find
+from offline.texts import Row, TextTask, held_out_tasks, plain, source_tasks
 from transformers import BertConfig
 
 from subspace_peft import SubspaceBasis
-from subspace_peft.demo import run_demo
-from subspace_peft.demo.model import MeanPooledClassifier
 from subspace_peft.errors import BadFileError, SubspaceError
-from subspace_peft.offline import clients
-from subspace_peft.offline.archives import unpack
-from subspace_peft.offline.clients import PackageError
-from subspace_peft.offline.packages import Package, fetch, fetch_all, find
-from subspace_peft.offline.texts import Row, TextTask, held_out_tasks, plain, source_tasks
 
 # real packages are fetched once for all runs of the tests, not once per test
 REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from subspace_peft import ModuleBasis, SubspaceBasis, SubspaceConfig, build_basis, export_lora, project_lora
-from subspace_peft.build import open_source
 from subspace_peft.cli import main
 from subspace_peft.errors import BadFileError, BasisMismatchError, SourceError, SubspaceError
 from subspace_peft.report import null_basis
+from subspace_peft.sources import open_source
 from subspace_peft.tuner import SubspaceLayer
 
 from .conftest import basis_storage, bert, inputs, needs_transformers_adapters, randomise, train_lora

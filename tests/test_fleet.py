@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
-from subspace_peft.build import Factors, open_source
-from subspace_peft.build.fleet import gather
-from subspace_peft.build.hosvd import exact, hosvd
-from subspace_peft.build.lora import scaling
+from subspace_peft.builders.fleet import gather
+from subspace_peft.builders.hosvd import exact, hosvd
 from subspace_peft.errors import SourceError, SubspaceError
+from subspace_peft.sources import Factors, open_source
+from subspace_peft.sources.lora import scaling
 
 from .conftest import bert, gpt2, train_lora
 from .test_build import fleet

@@ -20,9 +20,9 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
-from subspace_peft.build import open_source
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError
+from subspace_peft.sources import open_source
 from subspace_peft.tuner import SubspaceLayer
 
 from .conftest import bert, gpt2, inputs
@@ -193,7 +193,7 @@ def test_every_way_that_diffusers_saves_a_lora_gives_its_updates(tmp_path):
 
 def test_kohyas_names_are_read_back_to_those_of_the_whole_unet():
     pytest.importorskip("diffusers", reason="names of diffusers' modules; diffusers is not installed")
-    from subspace_peft.build.foreign import _module
+    from subspace_peft.sources.diffusers_kohya import _module
 
     from .test_diffusers import unet
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
+from common.metrics import load, load_metric
 from rouge_score import rouge_scorer, scoring
 
 from subspace_peft.errors import SubspaceError
-from subspace_peft.metrics import load, load_metric
 
 RNG = np.random.default_rng(0)
 TRUTH, GUESS = RNG.integers(0, 2, 60), RNG.integers(0, 2, 60)
@@ -251,7 +251,7 @@ def test_a_hub_that_accepts_and_never_answers_is_not_waited_for():
 
         threading.Thread(target=hold, daemon=True).start()
         code = (
-            "import time, subspace_peft.metrics.load as it\n"
+            "import time, common.metrics.load as it\n"
             "import evaluate, requests\n"
             "it.PATIENCE = 1.0\n"
             "start = time.monotonic()\n"
@@ -263,7 +263,7 @@ def test_a_hub_that_accepts_and_never_answers_is_not_waited_for():
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )
-        assert done.stdout.split() == ["subspace_peft.metrics.glue", "True"], done.stderr
+        assert done.stdout.split() == ["common.metrics.glue", "True"], done.stderr
         assert held, "the endpoint was not asked at all"
         for connection in held:
             connection.close()

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from offline import clients
+from offline import prepare as prepare_module
+from offline.clients import PackageError
+from offline.instructions import Synset
+from offline.models import put
+from offline.more_texts import meanings, read_mail
+from offline.packages import Package, fetch, find
+from offline.prepare import prepare, tasks
+from offline.texts import ENCODER, Row, TextTask
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from subspace_peft.errors import BadFileError, SubspaceError
-from subspace_peft.offline import clients
-from subspace_peft.offline import prepare as prepare_module
-from subspace_peft.offline.clients import PackageError
-from subspace_peft.offline.instructions import Synset
-from subspace_peft.offline.models import put
-from subspace_peft.offline.more_texts import meanings, read_mail
-from subspace_peft.offline.packages import Package, fetch, find
-from subspace_peft.offline.prepare import prepare, tasks
-from subspace_peft.offline.texts import ENCODER, Row, TextTask
 
 REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"
 
@@ -187,7 +187,7 @@ def test_whoever_is_slower_keeps_the_faster_ones_folder(tmp_path):
 
 
 def test_pairs_and_ratings_are_written_in_glue_s_columns(tmp_path):
-    from subspace_peft.offline.more_texts import RatingTask
+    from offline.more_texts import RatingTask
 
     known = [Synset([f"w{i}"], i % 3, None, f"meaning number {i}", [f"an example with w{i}"]) for i in range(60)]
     known += [Synset(["x"], 0, None, "meaning number 1", ["an example of the same meaning"])]
@@ -244,7 +244,7 @@ def test_unknown_presets_and_empty_folders_are_refused(tmp_path):
 
 
 def test_the_transplanted_roberta_computes_what_the_bert_does(real_cache, tmp_path):
-    from subspace_peft.offline.models import roberta_encoder
+    from offline.models import roberta_encoder
 
     folder = roberta_encoder(tmp_path / "roberta")
     ours, tokenizer = (
@@ -263,7 +263,7 @@ def test_the_transplanted_roberta_computes_what_the_bert_does(real_cache, tmp_pa
 
 @pytest.mark.slow
 def test_the_plain_vit_computes_what_the_backbone_does(real_cache, tmp_path):
-    from subspace_peft.offline.models import dinov2_backbone, vit_encoder
+    from offline.models import dinov2_backbone, vit_encoder
 
     folder = vit_encoder(tmp_path / "vit", 56)
     ours, backbone = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval(), dinov2_backbone()
@@ -275,7 +275,7 @@ def test_the_plain_vit_computes_what_the_backbone_does(real_cache, tmp_path):
 
 @pytest.mark.slow
 def test_the_mistral_computes_what_the_llama_does(real_cache, tmp_path):
-    from subspace_peft.offline.models import llama_lm, mistral_lm
+    from offline.models import llama_lm, mistral_lm
 
     folder = mistral_lm(tmp_path / "mistral")
     ours, (llama, tokenizer) = AutoModelForCausalLM.from_pretrained(folder).eval(), llama_lm()

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from subspace_peft import ModuleBasis, SubspaceBasis, SubspaceConfig, build_basis, project_lora
 from subspace_peft.basis.basis import combine_digests
 from subspace_peft.basis.precision import stored_digest
-from subspace_peft.build import rebuild_basis
-from subspace_peft.build.sources import open_source
+from subspace_peft.builders import rebuild_basis
 from subspace_peft.cli import main
 from subspace_peft.errors import BadFileError, SubspaceError
 from subspace_peft.report import validate_basis
 from subspace_peft.report.inspect import inspect_path
+from subspace_peft.sources.source import open_source
 
 from .conftest import bert, inputs, randomise
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
 from subspace_peft.basis.reference import looks_like_path, same_model, split_inside
-from subspace_peft.build import expand, open_source
-from subspace_peft.build.duplicates import cosine, duplicates, sketch
+from subspace_peft.builders.duplicates import cosine, duplicates, sketch
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError
+from subspace_peft.sources import expand, open_source
 
 from .conftest import bert
 from .hub import Hub, commit_of
@@ -131,7 +131,7 @@ def test_folders_and_files_inside_repositories_and_collections(folder, fleets, t
     }
     program = """
         from subspace_peft import build_basis
-        from subspace_peft.build import open_source
+        from subspace_peft.sources import open_source
         from subspace_peft.errors import SourceError
         basis = build_basis(["org/many@v1:lora0", "org/many:lora1", "collection:org/fleet-0123"], k=3, progress=False)
         print(basis.fingerprint)

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft.build.factors import Factors
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 from subspace_peft.report import null_basis, report_basis
-from subspace_peft.report.fleet_energy import measure_module
+from subspace_peft.report.measure import measure_module
 from subspace_peft.report.verdict import useful_k, verdict
+from subspace_peft.sources.factors import Factors
 
 from .conftest import bert
 from .test_build import deltas, fleet

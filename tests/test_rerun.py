@@ -11,7 +11,7 @@ import torch
 from peft import LoKrConfig
 
 from subspace_peft import build_basis
-from subspace_peft.build import rebuild_basis
+from subspace_peft.builders import rebuild_basis
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 
@@ -100,7 +100,7 @@ def test_hub_sources_are_taken_at_the_commit_on_record(fleets, tmp_path):
     """
     again = f"""
         from subspace_peft import SubspaceBasis
-        from subspace_peft.build import rebuild_basis
+        from subspace_peft.builders import rebuild_basis
         print(rebuild_basis({str(old)!r}, progress=False) == SubspaceBasis.from_pretrained({str(old)!r}))
     """
     with Hub({"org/many": {"main": many}}) as hub:

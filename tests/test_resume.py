@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from subspace_peft import build_basis
-from subspace_peft.build import build as building
-from subspace_peft.build import resume, update_basis
-from subspace_peft.build.resume import forget
+from subspace_peft.builders import build as building
+from subspace_peft.builders import resume, update_basis
+from subspace_peft.builders.resume import forget
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
@@ -101,7 +101,7 @@ def test_kill_9_at_any_module_and_in_the_midst_of_writing(fleets, tmp_path, whol
     arguments = ["build", *fleets[bert], "--out", str(tmp_path / "out"), "-k", "4", "--directions", "2", "--quiet"]
     killed = """
         import os, signal, sys
-        import subspace_peft.build.resume as resume
+        import subspace_peft.builders.resume as resume
         from subspace_peft.cli import main
         original, count = resume.save_file, 0
         def save(tensors, path, metadata=None):
@@ -176,7 +176,7 @@ def test_other_peoples_files_stay(fleets, tmp_path):
 @pytest.fixture
 def updates_made(monkeypatch):
     """Names of the modules that are updated from here on, and after how many the next is interrupted."""
-    from subspace_peft.build import update as updating
+    from subspace_peft.builders import update as updating
 
     made: list[str] = []
     original = updating.update_module

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
-from subspace_peft.build import memory_plan, plan_build, rebuild_basis, streaming
-from subspace_peft.build.factors import Factors
-from subspace_peft.build.hosvd import exact, factor_pca
-from subspace_peft.build.memory_plan import parse_size
-from subspace_peft.build.streaming import ModuleStack, compress
+from subspace_peft.builders import memory as memory_plan
+from subspace_peft.builders import plan_build, rebuild_basis, streaming
+from subspace_peft.builders.hosvd import exact, factor_pca
+from subspace_peft.builders.memory import parse_size
+from subspace_peft.builders.streaming import ModuleStack, compress
 from subspace_peft.errors import SubspaceError
+from subspace_peft.sources.factors import Factors
 
 from .test_build import deltas, kept
 
@@ -277,7 +278,7 @@ def test_foreign_pickled_and_given_sources_stream_to_the_same_bytes(tmp_path, mo
     expected = build_basis(plain, k=4, weights=weights, progress=False)
     found = build_basis(mixed, k=4, weights=weights, allow_bin=True, work_folder=tmp_path / "work", progress=False)
     assert found.fingerprint == expected.fingerprint
-    monkeypatch.setattr("subspace_peft.build.build._build_module", None)
+    monkeypatch.setattr("subspace_peft.builders.build._build_module", None)
     again = build_basis(mixed, k=4, weights=weights, allow_bin=True, work_folder=tmp_path / "work", progress=False)
     assert (again.fingerprint, again.info) == (found.fingerprint, found.info)
     assert [entry["dtypes"] for entry in found.info["sources"]] == [["float16"]] * 6

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-import subspace_peft.build.memory_plan as memory_plan
+import subspace_peft.builders.memory as memory_plan
 from subspace_peft import SubspaceBasis, build_basis, update_basis
 from subspace_peft.basis.transfer import Transfer
-from subspace_peft.build import rebuild_basis
+from subspace_peft.builders import rebuild_basis
 from subspace_peft.errors import BadFileError, SourceError, SubspaceError
 from subspace_peft.report import validate_basis
 

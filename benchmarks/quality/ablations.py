@@ -8,13 +8,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from common.methods import Method
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.basis import ModuleBasis
-from subspace_peft.build import open_source
-from subspace_peft.compare.methods import Method
+from subspace_peft.sources import open_source
 
 from . import tasks
 from .bases import (

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.methods import Method
+from common.run_cache import Cells, plain
+from common.sweep import compare
 from peft import get_peft_model
 
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft._atomic import write_text_aside
-from subspace_peft.compare.cells import Cells, plain
-from subspace_peft.compare.methods import Method
-from subspace_peft.compare.sweep import compare
 from subspace_peft.errors import SubspaceError
 
 from . import tasks

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from subspace_peft.compare.methods import Method
+from common.methods import Method
+
 from subspace_peft.report import null_basis
 
 from . import tasks

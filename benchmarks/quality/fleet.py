@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from offline.models import put
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 
 from subspace_peft import SubspaceBasis
 from subspace_peft.errors import SubspaceError
-from subspace_peft.offline.models import put
 
 from .bases import input_roots
 from .encoder import ADAPTED, Top

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from common.methods import Method
 from peft import LoraConfig, PeftConfig, VeraConfig
 
 from subspace_peft import SubspaceBasis, SubspaceConfig
-from subspace_peft.compare.methods import Method
 
 from .fleet import HEAD, TARGETS
 

@@ -13,26 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from offline.images import ImageTask, image_tasks
+from offline.instructions import LEXNAMES, WORDNET
+from offline.models import vit_encoder
+from offline.more_texts import OPINIONS, _mails
+from offline.packages import fetch, find
+from offline.texts import ENCODER, Row, TextTask, _election, _table, _tweets, plain, ratings
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from subspace_peft._atomic import write_aside
 from subspace_peft.errors import SubspaceError
-from subspace_peft.offline.images import ImageTask, image_tasks
-from subspace_peft.offline.instructions import LEXNAMES, WORDNET
-from subspace_peft.offline.models import vit_encoder
-from subspace_peft.offline.more_texts import OPINIONS, _mails
-from subspace_peft.offline.packages import fetch, find
-from subspace_peft.offline.texts import (
-    ENCODER,
-    Row,
-    TextTask,
-    _election,
-    _table,
-    _tweets,
-    plain,
-    ratings,
-)
 
 from .encoder import BERT_NAMES, HEADS, VIT_HEADS, VIT_NAMES, block_state
 

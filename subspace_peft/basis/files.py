@@ -18,12 +18,12 @@ from ..cards import Place, put_card
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
 from . import cache
 from .basis import SubspaceBasis, combine_digests
-from .by_name import ByName
 from .card import card_of, place_of
-from .entries import info_problem, shape_problem
+from .lazy_modules import ByName
 from .module import TENSOR_NAMES, ModuleBasis
 from .precision import KINDS, PRECISIONS, SCALES, restored, stored_digest
 from .reference import looks_like_path, split_revision
+from .schema import info_problem, shape_problem
 
 CONFIG_FILE = "basis_config.json"
 TENSORS_FILE = "basis.safetensors"

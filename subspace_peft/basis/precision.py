@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import BadFileError, SubspaceError
-from .by_name import ByName
+from .lazy_modules import ByName
 from .module import FLOAT_DTYPES, ModuleBasis, tensor_bytes
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}

@@ -15,9 +15,9 @@ import torch
 from ..basis import SubspaceBasis
 from ..basis.reference import looks_like_path, split_revision
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..tasks.read import Parts, Task
 from ..tuner.config import SubspaceConfig
-from ..tuner.saved import Parts, Task
-from ..tuner.task_files import used_size
+from ..tuner.task_file import used_size
 from .layout import BUNDLE_FILE, DTYPES, Piece, parse_header, parse_length, width
 from .store import FileBytes, HubBytes, on_hub
 

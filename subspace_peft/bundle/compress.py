@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from ..basis import SubspaceBasis
 from ..basis.files import TENSORS_FILE
-from ..build import Source, is_one_source, open_source
 from ..convert.project import Projection, project_lora
 from ..errors import BadFileError, SourceError, SubspaceError
+from ..sources import Source, is_one_source, open_source
 from .layout import BUNDLE_FILE
 from .named import named_tasks
 from .residual import Residual, residual_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import BadFileError, SubspaceError
-from ..tuner.mixed import BASE
+from ..tuner.row_batch import BASE
 
 BUNDLE_FILE = "bundle.safetensors"
 FORMAT_VERSION = 1

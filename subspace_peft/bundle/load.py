@@ -21,7 +21,7 @@ from ..convert.export import export_lora
 from ..errors import SubspaceError
 from ..tuner.card import write_section
 from ..tuner.config import SubspaceConfig
-from ..tuner.task_files import WEIGHTS_FILE
+from ..tuner.task_file import WEIGHTS_FILE
 from .bundle import Bundle, open_bundle, reopen_bundle
 from .layout import check_name
 

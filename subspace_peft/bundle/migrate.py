@@ -13,7 +13,7 @@ from ..basis import SubspaceBasis
 from ..basis.transfer import Transfer
 from ..convert.migrate import MAX_DRIFT, drifts_of, moved_config, moves_of, used_moves
 from ..errors import SubspaceError
-from ..tuner.saved import Parts, Task
+from ..tasks.read import Parts, Task
 from .bundle import Bundle, open_bundle
 from .named import Named
 from .write import pack, write_bundle

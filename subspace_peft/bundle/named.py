@@ -11,10 +11,10 @@ from .._digest import file_sha256
 from ..basis.reference import split_revision
 from ..convert.project import Projection
 from ..errors import SubspaceError
-from ..tuner.bank import TaskBank
+from ..tasks.bank import TaskBank
+from ..tasks.read import Task, read_task
 from ..tuner.config import SubspaceConfig
-from ..tuner.saved import Task, read_task
-from ..tuner.task_files import WEIGHTS_FILE
+from ..tuner.task_file import WEIGHTS_FILE
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..basis.push import check_repo_id, upload
 from ..cards import Place
 from ..errors import BadFileError
-from ..tuner.push import place_on_hub
+from ..tasks.push import place_on_hub
 from .bundle import Bundle, open_bundle
 from .write import kept, write_bundle
 

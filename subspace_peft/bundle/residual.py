@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..basis import ModuleBasis
-from ..build import Factors
+from ..sources import Factors
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from ..basis import SubspaceBasis
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..cards import Place
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..tuner.saved import Task
+from ..tasks.read import Task
 from .bundle import Bundle, open_bundle
 from .card import write_card
 from .layout import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width

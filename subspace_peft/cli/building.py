@@ -11,12 +11,12 @@ from .verbs import base_model, inspect, number, print_json, unfinished
 
 if TYPE_CHECKING:
     from ..basis import SubspaceBasis
-    from ..build import Clusters
+    from ..builders import Clusters
 
 
 def build(args: Namespace) -> int:
-    from ..build.processes import together
-    from ..build.resume import forget
+    from ..builders.distributed import together
+    from ..builders.resume import forget
 
     if args.out is None and not args.dry_run:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
@@ -52,7 +52,7 @@ def build(args: Namespace) -> int:
 
 def _built(args: Namespace, beside: Path | None) -> SubspaceBasis:
     from ..basis import SubspaceBasis
-    from ..build import build_basis
+    from ..builders import build_basis
 
     return build_basis(
         args.sources or None,
@@ -77,7 +77,7 @@ def _common(args: Namespace, beside: Path | None) -> dict[str, Any]:
 
 
 def _clustered(args: Namespace, beside: Path | None) -> Clusters:
-    from ..build import build_clusters
+    from ..builders import build_clusters
 
     odd = [name for name in ("from_config", "like", "k_in", "target_modules", "budget") if getattr(args, name)]
     odd += [name for name, usual in (("builder", "adapters"), ("weights", "equal")) if getattr(args, name) != usual]
@@ -116,7 +116,7 @@ def _say(clusters: Clusters, args: Namespace, out: Path) -> int:
 
 def _rebuilt(args: Namespace, beside: Path | None) -> tuple[str, SubspaceBasis]:
     from ..basis import SubspaceBasis
-    from ..build import rebuild_basis
+    from ..builders import rebuild_basis
 
     if args.sources:
         raise SubspaceError("--from-config takes the sources on record; leave the others out.")
@@ -129,7 +129,7 @@ def _rebuilt(args: Namespace, beside: Path | None) -> tuple[str, SubspaceBasis]:
 
 
 def _plan(args: Namespace) -> int:
-    from ..build import plan_build
+    from ..builders import plan_build
 
     if args.builder in ("random", "base-weights"):
         raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")

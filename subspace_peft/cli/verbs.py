@@ -156,7 +156,7 @@ def push(args: Namespace) -> int:
     from ..basis.files import CONFIG_FILE
     from ..bundle import push_bundle
     from ..bundle.layout import BUNDLE_FILE
-    from ..tuner.push import push_saved_task
+    from ..tasks.push import push_saved_task
 
     folder = Path(args.folder).expanduser()
     common = {"private": args.private or None, "commit_message": args.message, "create_pr": args.create_pr}
@@ -210,7 +210,7 @@ def cache(args: Namespace) -> int:
 
 
 def demo(args: Namespace) -> int:
-    from ..demo import run_demo
+    from common.demo import run_demo
 
     results = run_demo(args.out, seed=args.seed, quick=args.quick, progress=not args.quiet)
     return print_json(results) if args.json else 0

@@ -87,8 +87,8 @@ def _add_drift(verb: ArgumentParser) -> None:
 def update(args: Namespace) -> int:
     """Update a basis; first see what that does to all the tasks, then write."""
     from ..basis import SubspaceBasis
-    from ..build import update_basis
-    from ..build.resume import forget
+    from ..builders import update_basis
+    from ..builders.resume import forget
     from ..convert.migrate import MAX_DRIFT
 
     if bool(args.tasks) != bool(args.tasks_out):
@@ -127,7 +127,7 @@ def update(args: Namespace) -> int:
 
 def complete(args: Namespace) -> int:
     """Fill a basis up."""
-    from ..build import complete_basis
+    from ..builders import complete_basis
 
     new = complete_basis(
         args.basis, args.k, k_in=args.k_in, with_=args.filling, base_model=base_model(args), seed=args.seed, progress=not args.quiet
@@ -192,7 +192,7 @@ class _Tasks:
     def cores(self) -> list[dict[str, Any]]:
         """The cores of all tasks, in units of ΔW."""
         from ..bundle import open_bundle
-        from ..convert import read_task
+        from ..tasks import read_task
 
         found = [read_task(repo, basis=self.old_basis, **hub).cores for repo, hub in self.tasks.values()]
         for folder in self.bundles.values():

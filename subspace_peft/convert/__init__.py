@@ -1,19 +1,15 @@
-"""Between LoRA and coefficients, both ways."""
+"""Convert between LoRA and coefficients, both ways."""
 
-from ..tuner.saved import Task, read_task
+from typing import Any
+
+from .._moved import moved_name
 from .export import Export, export_lora
 from .gguf import export_gguf
 from .migrate import Migration, migrate_task
 from .project import Projection, project_lora
 
-__all__ = [
-    "Export",
-    "Migration",
-    "Projection",
-    "Task",
-    "export_gguf",
-    "export_lora",
-    "migrate_task",
-    "project_lora",
-    "read_task",
-]
+__all__ = ["Export", "Migration", "Projection", "export_gguf", "export_lora", "migrate_task", "project_lora"]
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from .._atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.basis import names_of
-from ..build import Factors
 from ..errors import BadFileError, SubspaceError
-from ..tuner.saved import Task, read_task
+from ..sources import Factors
+from ..tasks.read import Task, read_task
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

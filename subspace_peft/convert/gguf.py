@@ -11,7 +11,7 @@ import torch
 from .._atomic import write_aside
 from ..basis import SubspaceBasis
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..tuner.saved import read_task
+from ..tasks.read import read_task
 from .export import lora_factors
 
 ROTATED = re.compile(r"blk\.\d+\.attn_(q|k)\.weight")

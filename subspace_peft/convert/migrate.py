@@ -18,11 +18,11 @@ from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.basis import module_shape, names_of
 from ..basis.transfer import Transfer
 from ..errors import BasisMismatchError, SubspaceError
+from ..tasks.read import Task, assemble, read_tensors
 from ..tuner import SubspaceConfig
 from ..tuner.base_check import PROBED_SIDE
 from ..tuner.card import MEASURED, digest_of, write_section
-from ..tuner.saved import Task, assemble, read_tensors
-from ..tuner.task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, expected_shapes, scale_of, used_part
+from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, expected_shapes, scale_of, used_part
 
 MAX_DRIFT = 1e-5
 ALIKE = 1e-5  # relative difference up to which two cores are one, but for float32's rounding

@@ -16,12 +16,12 @@ from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.basis import names_of
 from ..basis.reference import same_model
-from ..build import Source, open_source
 from ..errors import BasisMismatchError, SubspaceError
+from ..sources import Source, open_source
+from ..tasks.read import Parts, Task
 from ..tuner import SubspaceConfig
 from ..tuner.card import write_section
-from ..tuner.saved import Parts, Task
-from ..tuner.task_files import WEIGHTS_FILE
+from ..tuner.task_file import WEIGHTS_FILE
 
 # Relative error √(1 − energy): up to about 0.6 compressed LoRAs kept their function in Compress-then-Serve
 # (arXiv 2407.00066); beyond about 0.77 they did not.

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..basis import SubspaceBasis
-from ..build.fleet import gather
-from ..build.sources import Source
+from ..builders.fleet import gather
 from ..convert import project_lora
 from ..errors import SubspaceError
+from ..sources.source import Source
 
 NEAR = 0.95  # cosine from which two adapters are called near-duplicates
 LOUD = 3.5  # robust z-score of log ‖ΔW‖ from which an adapter is an outlier, as is usual with median and MAD

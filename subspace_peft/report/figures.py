@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._atomic import write_aside
-from .fleet_energy import mean
+from .measure import mean
 
 if TYPE_CHECKING:
-    from .fleet_report import FleetReport
+    from .facts import FleetReport
 
 FLEET, UNSEEN, NULL, RANDOM = "#1f5fa8", "#c2571a", "#8a8a8a", "#bbbbbb"
 SHOWN = 64  # adapters in the figure of adapters

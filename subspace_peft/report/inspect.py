@@ -9,7 +9,7 @@ from ..basis import SubspaceBasis
 from ..basis.files import CONFIG_FILE
 from ..basis.reference import looks_like_path, split_revision
 from ..errors import BasisNotFoundError, SubspaceError
-from ..tuner.task_files import WEIGHTS_FILE
+from ..tuner.task_file import WEIGHTS_FILE
 
 
 def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
 
 
 def _task(path: str | Path) -> dict[str, Any]:
-    from ..convert import read_task
+    from ..tasks import read_task
 
     repo, revision = (str(path), None) if Path(path).is_dir() else split_revision(str(path))
     task = read_task(repo, **({"revision": revision} if revision else {}))

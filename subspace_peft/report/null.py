@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..basis import SubspaceBasis
-from ..build import build_basis, expand_or_raise, open_source
-from ..build.null import null_update
+from ..builders import build_basis
+from ..builders.null import null_update
+from ..sources import expand_or_raise, open_source
 
 
 def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> SubspaceBasis:

@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .fleet_energy import mean
+from .measure import mean
 from .verdict import percent
 
 if TYPE_CHECKING:
-    from .fleet_report import FleetReport
+    from .facts import FleetReport
 
 WORST = 5  # adapters that are named as fitting badly
 STYLE = """

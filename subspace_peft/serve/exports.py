@@ -18,10 +18,10 @@ from ..basis.cache import cache_home
 from ..basis.module import tensor_bytes
 from ..convert.export import write_lora
 from ..errors import BasisMismatchError, SubspaceError
-from ..tuner.bank_file import read_index, read_rows
+from ..tasks.bank_file import read_index, read_rows
+from ..tasks.read import Parts, Task, read_task
 from ..tuner.config import SubspaceConfig
-from ..tuner.saved import Parts, Task, read_task
-from ..tuner.task_files import WEIGHTS_FILE
+from ..tuner.task_file import WEIGHTS_FILE
 
 CONFIG_FILE = "adapter_config.json"
 # raised whenever an export of the same task comes out otherwise

@@ -12,8 +12,8 @@ from ..basis.module import tensor_sha256
 from ..errors import BasisMismatchError
 
 if TYPE_CHECKING:
-    from .arrivals import Arrivals
     from .config import SubspaceConfig
+    from .load_tracker import Arrivals
 
 
 class SharedBuffers(nn.Module):

@@ -16,7 +16,7 @@ from ..basis.card import place_of
 from ..basis.module import tensor_bytes
 from ..cards import BaseFacts, BasisReference, TaskFacts, put_card, task_card
 from ..cards.facts import AUTO_CLASSES
-from .task_files import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE
+from .task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from peft import PeftModel

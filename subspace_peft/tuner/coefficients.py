@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import BadFileError
 
 if TYPE_CHECKING:
-    from .arrivals import Arrivals
+    from .load_tracker import Arrivals
 
 KINDS = ("core", "factor", "diagonal", "directions", "none")
 

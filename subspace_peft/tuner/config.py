@@ -207,7 +207,7 @@ class SubspaceConfig(PeftConfig):
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """Per key of a loaded task's coefficients, as a regular expression, s · r: PEFT divides it by r."""
-        from .task_files import scale_of
+        from .task_file import scale_of
 
         known = self.basis_modules if self._basis is None else None
         pattern = {}
@@ -341,7 +341,7 @@ class SubspaceConfig(PeftConfig):
                 TypeError as well, as with PEFT's other methods.
             BasisNotFoundError, BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
         """
-        from .task_files import check_task, locate_task
+        from .task_file import check_task, locate_task
 
         basis, check = kwargs.pop("basis", None), kwargs.pop("check_base_model", None)
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
 from ..basis import SubspaceBasis
-from ..basis.entries import MOST_FEATURES, shape_problem
+from ..basis.schema import MOST_FEATURES, shape_problem
 from ..errors import SubspaceError
 from .coefficients import KINDS
 

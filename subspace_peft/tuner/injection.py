@@ -15,14 +15,14 @@ from torch import nn
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.basis import module_shape, names_of
-from ..basis.generic import base_weight_module, random_module, with_random_directions
+from ..basis.controls import base_weight_module, random_module, with_random_directions
 from ..basis.module import tensor_sha256
 from ..errors import BasisMismatchError, SubspaceError
-from .arrivals import Arrivals
 from .base_check import check_base_name, check_probe, same_weights
 from .config import SubspaceConfig
+from .load_tracker import Arrivals
 from .targets import base_of, base_weight, is_conv1d, outer_modules, readable, sizes, supported, weight_shape
-from .task_files import k_of, used_part, used_size
+from .task_file import k_of, used_part, used_size
 
 GENERATED_K = 16
 

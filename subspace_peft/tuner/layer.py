@@ -15,16 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from ..basis import ModuleBasis
 from ..errors import SubspaceError
-from .arrivals import Arrivals
+from .bnb import KeptWeight, unpack
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import Plan, source_index
-from .mixed import add_updates, check_rows
-from .quantised import KeptWeight, unpack
+from .load_tracker import Arrivals
+from .row_batch import add_updates, check_rows
 from .targets import kind_of, sizes
 
 if TYPE_CHECKING:
-    from .bank import TaskBank
+    from ..tasks.bank import TaskBank
 
 
 class SubspaceLayer(BaseTunerLayer):

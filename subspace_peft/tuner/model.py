@@ -12,15 +12,15 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from torch import nn
 
 from ..errors import SubspaceError
+from .bnb import keep_unpacked
 from .config import SubspaceConfig
 from .injection import Plan, fill_target_modules, make_plan
-from .kinds import make_layer
 from .layer import SubspaceLayer
-from .mixed import task_names_passed
-from .quantised import keep_unpacked
+from .layers import make_layer
+from .merging import add_weighted
 from .registration import PREFIX
+from .row_batch import task_names_passed
 from .targets import outer_modules, target_names
-from .weighted import add_weighted
 
 
 class SubspaceModel(BaseTuner):

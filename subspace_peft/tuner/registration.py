@@ -50,11 +50,11 @@ def register() -> None:
             f"PEFT already has a method named {NAME} or with prefix {PREFIX!r} ({known}). Another plugin, or a newer PEFT, "
             "took the name: upgrade subspace-peft."
         )
+    from ..tasks.hotswap import SAME
+    from ..tasks.push import teach_push_to_hub
     from .card import teach_cards
-    from .hotswap import SAME
     from .layer import SubspaceLayer
     from .peft_mixed import join_mixed_models
-    from .push import teach_push_to_hub
 
     CONFIG_KEYS_TO_CHECK[SUBSPACE] = list(SAME)
     teach_push_to_hub()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from subspace_peft.compare import Cells, Method, compare
+from common import Cells, Method, compare
 
 
 def result(score: float, **more: Any) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from pathlib import Path
 
+import common as shared
 import pytest
 from datasets import Dataset
 
-from subspace_peft import compare as shared
 from subspace_peft.errors import SubspaceError
 
 # -- knobs ------------------------------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import common as shared
 import pytest
 import torch
+from common import Cells, Method, compare
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft import compare as shared
-from subspace_peft.compare import Cells, Method, compare
 from subspace_peft.errors import SubspaceError
 
 from ..conftest import bert

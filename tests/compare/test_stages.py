@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+import common as shared
 import pytest
 import torch
 from transformers import AutoModel, BertConfig, RobertaConfig
 
-from subspace_peft import compare as shared
 from subspace_peft.errors import SubspaceError
 
 

@@ -7,11 +7,11 @@ import json
 import math
 from typing import Any
 
+import common as shared
 import pytest
+from common import Cells, Method, compare
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft import compare as shared
-from subspace_peft.compare import Cells, Method, compare
 from subspace_peft.errors import SubspaceError
 
 from ..conftest import bert

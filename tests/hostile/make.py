@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from subspace_peft import SubspaceConfig, build_basis
-from subspace_peft.tuner import TaskBank
+from subspace_peft.tasks import TaskBank
 
 from ..conftest import randomise
 

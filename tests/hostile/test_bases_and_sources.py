@@ -12,8 +12,8 @@ from peft import PeftModel
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft._untrusted import pattern_problem
 from subspace_peft.errors import BadFileError, SourceError, SubspaceError
-from subspace_peft.tuner import TaskBank
-from subspace_peft.tuner.bank_file import read_index, read_rows
+from subspace_peft.tasks import TaskBank
+from subspace_peft.tasks.bank_file import read_index, read_rows
 
 from .conftest import DEEP, HUGE, SLOW_PATTERN
 from .make import (

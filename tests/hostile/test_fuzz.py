@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 
 from subspace_peft import SubspaceBasis
 from subspace_peft.basis.resolve import read_notes, resolve_basis
-from subspace_peft.build import open_source
 from subspace_peft.errors import SubspaceError
-from subspace_peft.tuner.bank_file import read_index, read_rows
-from subspace_peft.tuner.saved import read_task
+from subspace_peft.sources import open_source
+from subspace_peft.tasks.bank_file import read_index, read_rows
+from subspace_peft.tasks.read import read_task
 
 from .make import BASIS, BASIS_CONFIG, CONFIG, WEIGHTS, Small, join, little_memory, make_files, split
 

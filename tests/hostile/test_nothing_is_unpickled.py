@@ -10,9 +10,9 @@ import pytest
 from peft import PeftModel
 
 import subspace_peft
-from subspace_peft.build import open_source
 from subspace_peft.errors import SubspaceError
-from subspace_peft.tuner.saved import read_task
+from subspace_peft.sources import open_source
+from subspace_peft.tasks.read import read_task
 
 from .make import (
     WEIGHTS,

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import peft
 import transformers
-
-from subspace_peft.offline.packages import Package, fetch
+from offline.packages import Package, fetch
 
 from ..hub import Hub
 from .models import save_all
@@ -165,7 +164,7 @@ def prepare(folder: Path) -> None:
     Raises:
         SystemExit: PEFT is installed in a version whose suite we do not know.
         LayoutError: the suite is laid out otherwise.
-        PackageError, BadFileError: see `subspace_peft.offline.packages.fetch`.
+        PackageError, BadFileError: see `offline.packages.fetch`.
     """
     if peft.__version__ not in SUITES:
         raise SystemExit(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from offline.texts import Row, TextTask
 from peft import get_peft_model
 
 from benchmarks.quality.encoder import BERT_NAMES, VIT_NAMES, Head, Top, block_state
@@ -14,7 +15,6 @@ from benchmarks.quality.rows import lora
 from benchmarks.quality.tasks import split_texts
 from benchmarks.quality.training import Budget, make_model, measure, outputs_of, pooled, score, train
 from subspace_peft.errors import SubspaceError
-from subspace_peft.offline.texts import Row, TextTask
 
 from .conftest import INNER, SMALL, D, top_of, toy
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+from common import RUN_KEYS
+from common.stages import put_beside_controls
 from peft import PeftModel
 from transformers import (
     AutoModel,
@@ -16,8 +18,7 @@ from transformers import (
 )
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft.compare import RUN_KEYS, MeanPooledClassifier
-from subspace_peft.compare.stages import put_beside_controls
+from subspace_peft.modeling import MeanPooledClassifier
 
 from ..conftest import goes_on_from_its_checkpoint
 from .conftest import save_model, tiny

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import common as shared
 import pytest
 import torch
 from transformers import (
@@ -11,7 +12,6 @@ from transformers import (
     DataCollatorWithFlattening,
 )
 
-from subspace_peft import compare as shared
 from subspace_peft.errors import SubspaceError
 
 from .conftest import WORDS, make_model, make_tokenizer, recipe, row

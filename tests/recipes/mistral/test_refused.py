@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import common as shared
 import pytest
 
 from subspace_peft import build_basis
-from subspace_peft import compare as shared
 from subspace_peft.errors import SubspaceError
 
 from .conftest import HELD_OUT, make_model, recipe, run

@@ -8,14 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import common as shared
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     TrainerCallback,
 )
-
-from subspace_peft import compare as shared
 
 from .conftest import HELD_OUT, make_model, make_tokenizer, recipe, run
 

@@ -1,0 +1,113 @@
+"""What the recipes and the quality benchmark share: which methods are compared, each with a learning-rate sweep of its own, the
+cells (finished runs) that an interrupted comparison resumes from, the table, the curves, and the stages around them.
+
+Data, model and Trainer stay in the recipe, where a user reads and edits them.
+"""
+
+from __future__ import annotations
+
+from subspace_peft.modeling import ImageClassifier, MeanPooledClassifier
+from subspace_peft.tuner.bnb import keep_unpacked
+
+from .answers import (
+    AnswersOnly,
+    encode_answer,
+    exact_and_rouge,
+    generate_answers,
+    instruction_task,
+    one_answer,
+    prompt_ids,
+)
+from .arguments import SubspaceKnobs, knob, parse_knobs, quiet
+from .curves import draw_curves
+from .data import check_rows, draw, local_splits, local_tasks, refuse_own_adapter
+from .dry_run import dry_run, planned_numbers, planned_steps, print_plan, runs_of, steps_of
+from .images import check_image, check_images, class_group, local_images, rgb
+from .measure import measure
+from .methods import Method, method_named, methods
+from .recipe import Recipe
+from .run_cache import Cells, digest
+from .stages import (
+    OFFLINE,
+    basis_stage,
+    choose_sources,
+    compared_methods,
+    finish,
+    finished,
+    last_checkpoint,
+    open_bases,
+    publish,
+    save_control,
+    save_finished,
+    source_folders,
+    take_offline,
+    task_folder,
+)
+from .sweep import RUN_KEYS, compare
+from .table import markdown_table, write_results
+from .task import InstructionTask, LabelledTask, Task
+from .training import fit, parameter_groups
+
+__all__ = [
+    "OFFLINE",
+    "RUN_KEYS",
+    "AnswersOnly",
+    "Cells",
+    "ImageClassifier",
+    "InstructionTask",
+    "LabelledTask",
+    "MeanPooledClassifier",
+    "Method",
+    "Recipe",
+    "SubspaceKnobs",
+    "Task",
+    "basis_stage",
+    "check_image",
+    "check_images",
+    "check_rows",
+    "choose_sources",
+    "class_group",
+    "compare",
+    "compared_methods",
+    "digest",
+    "draw",
+    "draw_curves",
+    "dry_run",
+    "encode_answer",
+    "exact_and_rouge",
+    "finish",
+    "finished",
+    "fit",
+    "generate_answers",
+    "instruction_task",
+    "keep_unpacked",
+    "knob",
+    "last_checkpoint",
+    "local_images",
+    "local_splits",
+    "local_tasks",
+    "markdown_table",
+    "measure",
+    "method_named",
+    "methods",
+    "one_answer",
+    "open_bases",
+    "parameter_groups",
+    "parse_knobs",
+    "planned_numbers",
+    "planned_steps",
+    "print_plan",
+    "prompt_ids",
+    "publish",
+    "quiet",
+    "refuse_own_adapter",
+    "rgb",
+    "runs_of",
+    "save_control",
+    "save_finished",
+    "source_folders",
+    "steps_of",
+    "take_offline",
+    "task_folder",
+    "write_results",
+]

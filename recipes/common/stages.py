@@ -1,0 +1,222 @@
+"""What a recipe's stages leave for later ones, and find of earlier ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from subspace_peft._atomic import write_text_aside
+from subspace_peft.basis import SubspaceBasis
+from subspace_peft.basis.cache import cache_home
+from subspace_peft.builders import build_basis
+from subspace_peft.errors import SubspaceError
+from subspace_peft.tasks.callbacks import write_card
+
+from .arguments import SubspaceKnobs
+from .curves import draw_curves
+from .data import refuse_own_adapter
+from .methods import Method, methods
+from .run_cache import canonical, plain
+from .table import write_results
+
+MARKER = "recipe.json"
+OFFLINE = "offline"
+
+
+def finish(folder: str | Path, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Mark what is in `folder` as finished under `settings`. Call it last; returns what `finished` will."""
+    record = {"settings": plain(settings), "result": plain(result)}
+    write_text_aside(Path(folder) / MARKER, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return record["result"]
+
+
+def finished(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result that `finish` left in `folder` under the same settings, or None: there is none, it is damaged, or the
+    settings were others, and the stage has to do its work.
+    """
+    try:
+        record = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+        return record["result"] if canonical(record["settings"]) == canonical(settings) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_converged(folder: str | Path, result: dict[str, Any]) -> dict[str, Any]:
+    """`result`. Raises `SubspaceError` where its ``validation`` score is not finite: the training of `folder` diverged."""
+    score = result["validation"]
+    if score is None or not math.isfinite(score):
+        raise SubspaceError(
+            f"{folder}: the training diverged (validation score {score}). Train it at a lower learning rate."
+        )
+    return result
+
+
+def save_finished(model: Any, folder: str | Path, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Save a trained adapter into `folder`, instead of what was there, and mark it as finished.
+
+    Raises:
+        SubspaceError: as `check_converged`. Nothing is written.
+    """
+    check_converged(folder, result)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(str(folder))
+    finish(folder, settings, result)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The Trainer's last complete checkpoint in `folder`, to go on from; None where there is none."""
+    # the Trainer writes its state last: a checkpoint without it was cut off
+    complete = [file.parent for file in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def take_offline(preset: Literal["text", "images", "instructions"], knobs: Any) -> bool:
+    """Where the model or the data folder is called "offline", have packages fetched that hold them, see
+    `offline.prepare`, and put the folders into `knobs`.
+
+    Returns:
+        Whether to go on: with `knobs.dry_run` nothing is fetched; what would be is printed, and False returned.
+    """
+    from offline.prepare import packages_of, prepare
+
+    if OFFLINE not in (knobs.model, knobs.data_dir):
+        return True
+    home = cache_home() / "packages"
+    missing = [package for package in packages_of(preset) if not (home / package.folder_name).is_dir()]
+    if knobs.dry_run and missing:
+        print("Would fetch (then sizes and steps are known):")
+        for package in missing:
+            print(f"  package {package}, {package.megabytes:g} MB")
+        return False
+    folder = prepare(preset, smoke=knobs.preset == "smoke")
+    knobs.model = str(folder / "model") if knobs.model == OFFLINE else knobs.model
+    knobs.data_dir = str(folder) if knobs.data_dir == OFFLINE else knobs.data_dir
+    return True
+
+
+def choose_sources(knobs: SubspaceKnobs, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The sources: those named, else none where a basis is given, else every task but the held-out one (and others that their
+    data calls ``held_out``).
+
+    Args:
+        knobs: the recipe's.
+        known: task → what is known of it.
+
+    Raises:
+        SubspaceError: the held-out task, or a source without a slash in it, is no known task; a source is, or by its name may
+            be, the held-out task's own adapter; with no basis given, there are no sources.
+    """
+    if unknown := [name for name in (knobs.task, *knobs.sources) if "/" not in name and name not in known]:
+        raise SubspaceError(f"There is no task {', '.join(unknown)}; there are {', '.join(known)}.")
+    others = [name for name, facts in known.items() if name != knobs.task and not facts.get("held_out")]
+    chosen = list(knobs.sources) or ([] if knobs.basis else others)
+    refuse_own_adapter(knobs.task, chosen, known)
+    if not chosen and knobs.basis is None:
+        raise SubspaceError(
+            "There are no source tasks. Name some, or adapters that exist, with --sources; or a --basis."
+        )
+    return chosen
+
+
+def source_folders(knobs: SubspaceKnobs) -> list[str]:
+    """Per source the folder of the adapter that `--stage sources` trained, or the folder or Hub id that was given.
+
+    Raises:
+        SubspaceError: some are not trained yet; names them.
+    """
+    own = {name: Path(knobs.out, "sources", name) for name in knobs.sources if "/" not in name}
+    if missing := [name for name, folder in own.items() if not (folder / MARKER).is_file()]:
+        raise SubspaceError(f"No adapter of {', '.join(missing)} in {knobs.out}: run --stage sources first.")
+    return [str(own.get(name, name)) for name in knobs.sources]
+
+
+def save_control(basis: SubspaceBasis, knobs: SubspaceKnobs) -> SubspaceBasis:
+    """Make the control of `basis`, a random basis of equal size, and save it where `open_bases` looks for it."""
+    directions = max(shape["directions"] for shape in basis.shapes().values())
+    random = build_basis(like=basis, builder="random", directions=directions, seed=knobs.seed)
+    random.save_pretrained(Path(knobs.out, "random-basis"))
+    return random
+
+
+def basis_stage(knobs: SubspaceKnobs) -> None:
+    """`--stage basis`: build the basis of the sources, or open the one that is given, and make its control; print both."""
+    if knobs.basis is None:
+        folders = source_folders(knobs)
+        basis = build_basis(folders, builder=knobs.builder, k=knobs.basis_k, directions=knobs.directions)
+        basis.save_pretrained(Path(knobs.out, "basis"))
+    else:
+        basis = SubspaceBasis.from_pretrained(knobs.basis)
+    print(f"{basis}\nIts control: {save_control(basis, knobs)}")
+
+
+def task_folder(knobs: SubspaceKnobs) -> Path:
+    """Where `--stage train` saves the task, and `--stage evaluate` looks for it."""
+    return Path(knobs.out, "tasks", f"{Path(knobs.task).name}-{knobs.coefficients}")
+
+
+def open_bases(knobs: SubspaceKnobs, known: Iterable[str]) -> tuple[SubspaceBasis, SubspaceBasis | None]:
+    """The basis that was built or is given, and the random one of equal size, or None where `--stage basis` has not made it.
+
+    Args:
+        knobs: the recipe's.
+        known: names of all tasks, see `refuse_own_adapter`.
+
+    Raises:
+        SubspaceError: there is no basis yet; it was built from an adapter of the held-out task.
+    """
+    built = Path(knobs.out, "basis")
+    if knobs.basis is None and not built.is_dir():
+        raise SubspaceError(f"No basis in {knobs.out}: run --stage basis first, or name one with --basis.")
+    basis = SubspaceBasis.from_pretrained(knobs.basis or built)
+    refuse_own_adapter(knobs.task, [source["name"] for source in basis.info.get("sources", [])], known)
+    folder = Path(knobs.out, "random-basis")
+    random = SubspaceBasis.from_pretrained(folder) if folder.is_dir() else None
+    return basis, random if random is not None and random.shapes() == basis.shapes() else None
+
+
+def compared_methods(
+    knobs: SubspaceKnobs, known: Iterable[str], *, control: bool = False, **where: Any
+) -> list[Method]:
+    """`methods` in the bases of `open_bases`, with the coefficients that the knobs say.
+
+    Args:
+        knobs, known: as in `open_bases`.
+        control: insist on the random basis, without which a comparison says little.
+        where: `task_type`, `target_modules` and other arguments of `methods`.
+
+    Raises:
+        SubspaceError: as `open_bases`; there is no random basis of the basis's size.
+    """
+    basis, random = open_bases(knobs, known)
+    if control and random is None:
+        raise SubspaceError(f"No random basis of the basis's size in {knobs.out}: run --stage basis first.")
+    return methods(
+        basis=basis, random=random, coefficients=knobs.coefficients, k=knobs.k, r=knobs.r, alpha=knobs.alpha,
+        mean_gain=knobs.mean_gain, sweep=knobs.sweep, **where,
+    )  # fmt: skip
+
+
+def publish(
+    results: Sequence[Mapping[str, Any]], folder: str | Path, *, title: str, settings: Mapping[str, Any], score: str
+) -> None:
+    """Write `results.json`, `table.md` and `curves.png` into `folder`, and print the table."""
+    text = write_results(results, folder, title=title, settings=settings)
+    draw_curves(results, Path(folder) / "curves.png", title=title, score=f"validation {score}")
+    print(f"\n{text}\nThe same, every run's numbers and the learning curves are in {folder}.")
+
+
+def put_beside_controls(task: str | Path, comparison: str | Path, settings: Mapping[str, Any]) -> None:
+    """Have the card of the trained task in `task`, if there is one, show the results in `comparison`: where both had the same
+    `settings`, as far as they name the same.
+    """
+    try:
+        trained = json.loads((Path(task) / MARKER).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    compared = plain(settings)
+    if all(trained[key] == compared[key] for key in trained.keys() & compared.keys()):
+        write_card(task, controls=Path(comparison) / "results.json")

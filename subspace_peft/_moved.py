@@ -1,0 +1,162 @@
+"""Names that moved: the old ones keep working, each with a FutureWarning that names the new one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+PACKAGE = __name__.rpartition(".")[0]
+
+# Old module → the module that took its place, or several that share its names. Both are relative to this package.
+MODULES: dict[str, str | tuple[str, ...]] = {
+    "build": ("builders", "sources"),
+    "compare": ("modeling", "recipes:common"),
+    "demo": "recipes:demo",
+    "metrics": "recipes:common.metrics",
+    "offline": "recipes:offline",
+    "basis.by_name": "basis.lazy_modules",
+    "basis.entries": "basis.schema",
+    "basis.generic": "basis.controls",
+    "build.beside": "builders.extend",
+    "build.budget": "builders.budget",
+    "build.build": "builders.build",
+    "build.clusters": "builders.clusters",
+    "build.complete": "builders.complete",
+    "build.converted": "sources.converted",
+    "build.duplicates": "builders.duplicates",
+    "build.factors": "sources.factors",
+    "build.fleet": "builders.fleet",
+    "build.foreign": "sources.diffusers_kohya",
+    "build.generic": "builders.controls",
+    "build.held_out": "builders.left_out",
+    "build.hosvd": "builders.hosvd",
+    "build.locate": "sources.locate",
+    "build.lora": "sources.lora",
+    "build.memory_plan": "builders.memory",
+    "build.null": "builders.null",
+    "build.partition": "builders.partition",
+    "build.plan": "builders.dry_run",
+    "build.processes": "builders.distributed",
+    "build.reading": "builders.scan",
+    "build.record": "builders.record",
+    "build.references": "sources.references",
+    "build.rerun": "builders.rebuild",
+    "build.resume": "builders.resume",
+    "build.scanned": "builders.share_scans",
+    "build.seed_groups": "builders.seed_groups",
+    "build.shares": "builders.share_modules",
+    "build.sources": "sources.source",
+    "build.statistics": "builders.statistics",
+    "build.streaming": "builders.streaming",
+    "build.update": "builders.update",
+    "build.update_module": "builders.update_module",
+    "build.update_record": "builders.update_record",
+    "build.votes": "builders.weights",
+    "report.draws": "report.sample",
+    "report.fleet_energy": "report.measure",
+    "report.fleet_report": "report.facts",
+    "tuner.arrivals": "tuner.load_tracker",
+    "tuner.bank": "tasks.bank",
+    "tuner.bank_file": "tasks.bank_file",
+    "tuner.hotswap": "tasks.hotswap",
+    "tuner.injected": "tasks.adapter_io",
+    "tuner.kinds": "tuner.layers",
+    "tuner.mixed": "tuner.row_batch",
+    "tuner.push": "tasks.push",
+    "tuner.quantised": "tuner.bnb",
+    "tuner.saved": "tasks.read",
+    "tuner.task_files": "tuner.task_file",
+    "tuner.trainer_card": "tasks.callbacks",
+    "tuner.weighted": "tuner.merging",
+}
+
+# Old module → names that it had → the module that has them now.
+NAMES: dict[str, dict[str, str]] = {
+    "convert": {"Task": "tasks", "read_task": "tasks"},
+    "tuner": {"TaskBank": "tasks", "hotswap": "tasks", "load_adapter": "tasks", "save_adapter": "tasks"},
+}
+
+
+def install() -> None:
+    """Let old module names be imported. Idempotent."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+def moved_name(module: str, name: str) -> Any:
+    """Return what a module's `__getattr__` is asked for, where it moved.
+
+    Args:
+        module: the module's full name.
+        name: the name that it does not have.
+
+    Raises:
+        AttributeError: it never had that name.
+    """
+    place = NAMES.get(module.removeprefix(f"{PACKAGE}."), {}).get(name)
+    if place is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(f"{module}.{name}", f"{PACKAGE}.{place}.{name}", stacklevel=4)
+    return getattr(importlib.import_module(f".{place}", PACKAGE), name)
+
+
+def _warn(old: str, new: str, stacklevel: int) -> None:
+    warnings.warn(f"{old} has moved to {new}; the old name will go.", FutureWarning, stacklevel=stacklevel)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Find modules by their old names. It stands last in line, so other imports never ask it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        places = MODULES.get(fullname.removeprefix(f"{PACKAGE}."))
+        if places is None or not fullname.startswith(f"{PACKAGE}."):
+            return None
+        loader = _Loader((places,) if isinstance(places, str) else places)
+        return importlib.util.spec_from_loader(fullname, loader, is_package=True)
+
+
+class _Loader(importlib.abc.Loader):
+    """Make a module that forwards every name to the modules that took its place, which are imported when first asked."""
+
+    def __init__(self, places: tuple[str, ...]) -> None:
+        self.places = places
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        def forward(name: str) -> Any:
+            for place in self.places:
+                found = _import(place)
+                if hasattr(found, name):
+                    return getattr(found, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = forward  # type: ignore[method-assign]
+        new = " and ".join(_said(place) for place in self.places)
+        _warn(module.__name__, new, stacklevel=3)
+
+
+def _said(place: str) -> str:
+    where, _, name = place.rpartition(":")
+    return f"the recipes' module {name}" if where else f"{PACKAGE}.{name}"
+
+
+def _import(place: str) -> ModuleType:
+    where, _, name = place.rpartition(":")
+    if not where:
+        return importlib.import_module(f".{name}", PACKAGE)
+    recipes = importlib.import_module(".recipes", PACKAGE)
+    folder = str(recipes.recipe_folder())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)

@@ -1,0 +1,204 @@
+"""A total number of trained numbers, spread over modules and sides by what the fleet holds there above its strength-matched null."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..basis import ModuleBasis
+from ..errors import SubspaceError
+from ..sources.factors import Factors
+from .distributed import Team
+from .hosvd import Compressed, exact
+from .memory import Plan, cost
+from .null import generator_for, null_update, strengths_of
+from .resume import WorkFolder
+from .scan import Reader
+from .share_modules import divide, work
+from .streaming import ModuleStack, compress
+
+MOST_OF_EVEN = 4  # no side of a module gets more directions than so many times what an even spread would give
+SPARE = 1e-9  # of the energy: what rises by less does not rise
+
+
+def largest(budget: int, modules: int) -> int:
+    """The most directions that a side of one of so many modules may get."""
+    return max(MOST_OF_EVEN, math.ceil(MOST_OF_EVEN * math.sqrt(budget / modules)))
+
+
+def even(budget: int, modules: int) -> int:
+    """Directions per side where all modules get the same."""
+    return max(1, math.isqrt(budget // modules))
+
+
+def check_budget(budget: int, modules: int) -> None:
+    """Raise `SubspaceError` where there is less than a number per module."""
+    if budget < modules:
+        raise SubspaceError(
+            f"budget={budget}: {modules} modules take at least a number each. Give {modules} or more; {modules * 256} are k=16 everywhere."
+        )
+
+
+def check_asked(
+    budget: int | None, k: int | float | None, k_in: int | None, builder: str, complete: str | None
+) -> None:
+    """Raise `SubspaceError` where a budget is no number, or clashes with the other arguments of `build_basis`."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise SubspaceError(f"budget={budget!r}: give how many numbers a task may train in all, such as 24576.")
+    if k is not None or k_in is not None or complete is not None:
+        raise SubspaceError(
+            "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
+        )
+    if builder != "adapters":
+        raise SubspaceError(
+            f"A budget is spread by what a fleet's updates hold: for the builder `adapters`, not {builder!r}."
+        )
+
+
+def measure(
+    plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, team: Team, progress: bool
+) -> dict[str, torch.Tensor]:
+    """Module → what its leading directions hold above its null, each measured by one process of the team and known to all; those that an
+    interrupted build measured are taken from there.
+
+    Raises:
+        ProcessError: a process has failed.
+    """
+    names = plan.fleet.modules
+    done = {name: found for name in names if kept is not None and (found := kept.get_table(name)) is not None}
+    mine, owners = divide(team, {name: cost(plan.module(name)) for name in names}, done)
+
+    def one(name: str) -> None:
+        done[name] = above_null(plan, reader, name, most)
+        if kept is not None:
+            kept.put_table(name, done[name])
+
+    work(team, reader, mine, len(names), "spreading", progress, one)
+    own = {name: done[name] for name, owner in owners.items() if owner == team.index}
+    told = [tables for _, tables in team.share(None, own)]
+    return {name: told[owner][name] for name, owner in owners.items()}
+
+
+def above_null(plan: Plan, reader: Reader, name: str, most: int) -> torch.Tensor:
+    """What the leading a × b directions of a module hold more than those of its null.
+
+    The null: for every source, its own singular values in random directions, with its own weight; the same numerics.
+
+    Args:
+        most: a and b at most.
+
+    Returns:
+        (A, B) float64, entry [a − 1, b − 1] in units of the weighted energy Σ ‖w ΔW‖²; A and B are at most `most`.
+    """
+    task = plan.module(name)
+    pairs = (reader.pair(i, name) for i in task.members)
+    strengths = [strengths_of(B, A, scale) for (B, A), scale in zip(pairs, task.scales, strict=True)]
+
+    def null(place: int) -> Factors:
+        return null_update(*task.shape, strengths[place], generator_for("null", name, place))
+
+    if task.exact:
+        pairs = (reader.pair(i, name) for i in task.members)
+        updates = [Factors(B.double() * scale, A.double()) for (B, A), scale in zip(pairs, task.scales, strict=True)]
+        own = _held_at_most(exact(updates, task.weights), most)
+        # the fleet's go before the null's come: one of the two is in memory at a time
+        del updates
+        other = exact([null(place) for place in range(len(task.members))], task.weights)
+        return own - held(other, *own.shape)
+    stack = ModuleStack(
+        lambda place: reader.pair(task.members[place], name),
+        task.ranks, task.shape, task.scales, task.weights, task.energy, keep=plan.keep,
+    )  # fmt: skip
+    own = _held_at_most(compress(stack, task.width, leading=task.leading, bound=False), most)
+    stack.forget()
+
+    def drawn(place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        update = null(place)
+        return update.B.float(), update.A.float()
+
+    ones = [1.0] * len(task.ranks)
+    stack = ModuleStack(drawn, task.ranks, task.shape, ones, task.weights, task.energy, keep=plan.keep)
+    return own - held(compress(stack, task.width, leading=task.leading, bound=False), *own.shape)
+
+
+def _held_at_most(compressed: Compressed, most: int) -> torch.Tensor:
+    return held(compressed, *(min(most, side.Q.shape[1]) for side in (compressed.out, compressed.inner)))
+
+
+def held(compressed: Compressed, a: int, b: int) -> torch.Tensor:
+    """(a, b): entry [i − 1, j − 1] is the weighted energy in the leading i × j directions; where there are no more, it stays."""
+    sides = compressed.out.Q.shape[1], compressed.inner.Q.shape[1]
+    u, v = (torch.eye(width, min(n, width), dtype=torch.float64) for width, n in zip(sides, (a, b), strict=True))
+    block = torch.zeros(u.shape[1], v.shape[1], dtype=torch.float64)
+    for _, cores in compressed.cores(compressed.weights, u, v):
+        block += cores.square().sum(0)
+    block = torch.nn.functional.pad(block, (0, b - block.shape[1], 0, a - block.shape[0]))
+    return block.cumsum(0).cumsum(1)
+
+
+def spread(tables: Mapping[str, torch.Tensor], budget: int) -> dict[str, tuple[int, int]]:
+    """k_out and k_in of every module, with Σ k_out·k_in ≤ `budget`.
+
+    Greedy: every module begins with 1 × 1. The next numbers go where they gain most apiece: of each module's larger sizes that can still be
+    paid for, the one to which the gain above the null rises most steeply (so that a direction which is worth nothing without the next one is
+    bought with it); of all modules the steepest, the first one among equals. What gains nothing above the null is not bought: then
+    less than the budget is spent.
+
+    Args:
+        tables: module → what `above_null` gives.
+        budget: core numbers in all.
+
+    Raises:
+        SubspaceError: fewer than modules.
+    """
+    check_budget(budget, len(tables))
+    sizes = dict.fromkeys(tables, (1, 1))
+    left = budget - len(tables)
+    least = SPARE * max(float(table.abs().max()) for table in tables.values())
+    heap: list[tuple[float, int, str, tuple[int, int]]] = []
+    order = {name: number for number, name in enumerate(tables)}
+
+    def offer(name: str) -> None:
+        best = _steepest(tables[name], sizes[name], left, least)
+        if best is not None:
+            heapq.heappush(heap, (-best[0], order[name], name, best[1]))
+
+    for name in tables:
+        offer(name)
+    while heap:
+        _, _, name, size = heapq.heappop(heap)
+        cost = size[0] * size[1] - sizes[name][0] * sizes[name][1]
+        if cost <= left:
+            sizes[name] = size
+            left -= cost
+        # else it could be paid for when it was offered, and the next best may be still
+        offer(name)
+    return sizes
+
+
+def _steepest(
+    table: torch.Tensor, size: tuple[int, int], left: int, least: float
+) -> tuple[float, tuple[int, int]] | None:
+    """The gain per number of the best larger size that costs at most `left`, and that size; None where nothing is gained."""
+    a, b = size
+    gains = table[a - 1 :, b - 1 :] - table[a - 1, b - 1]
+    outs = torch.arange(a, a + gains.shape[0], dtype=torch.float64)
+    ins = torch.arange(b, b + gains.shape[1], dtype=torch.float64)
+    costs = outs[:, None] * ins - a * b
+    slopes = torch.where((costs > 0) & (costs <= left) & (gains > least), gains / costs.clamp_min(1), -1.0)
+    best = int(slopes.argmax())
+    i, j = divmod(best, slopes.shape[1])
+    slope = float(slopes[i, j])
+    return (slope, (a + i, b + j)) if slope > 0 else None
+
+
+def what_was_spent(modules: dict[str, ModuleBasis], tables: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a basis records of its budget: what was ``spent``, and per module the energy above the null, in units of Σ ‖w ΔW‖²."""
+    above = {name: float(tables[name][m.k_out - 1, m.k_in - 1]) for name, m in modules.items()}
+    return {"spent": sum(m.k_out * m.k_in for m in modules.values()), "energy_above_null_per_module": above}

@@ -1,0 +1,173 @@
+"""`build_clusters`: several bases for a fleet that one does not serve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .._atomic import write_text_aside
+from ..basis import SubspaceBasis
+from ..errors import SubspaceError
+from .build import build_basis
+from .distributed import together
+from .fleet import gather
+from .memory import parse_size
+from .partition import Sample, Step, compared, partition
+
+MOST = 6
+IN_VAIN = 2  # `auto` gives up when that many finer partitions in a row are not worth it
+FILE = "clusters.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """Bases of parts of a fleet.
+
+    Attributes:
+        bases: one per cluster, the one of most sources first.
+        sources: per source ``name``, ``location``, ``cluster``, and of the modules compared ``energy_kept`` by its cluster's basis and
+            ``energy_kept_single`` by one basis of all sources that is as large as all these (bases and a core per source), both
+            built with the source among theirs.
+        k, single_k: directions of each basis, and of that single one.
+        modules: the modules compared.
+        steps: finer partitions that were held against coarser ones on sources left out.
+    """
+
+    bases: list[SubspaceBasis]
+    sources: list[dict[str, Any]]
+    k: int
+    single_k: int
+    modules: list[str]
+    steps: list[Step]
+
+    def to_precision(self, precision: str) -> Clusters:
+        """The same, with every basis in `precision`: see `SubspaceBasis.to_precision`."""
+        return replace(self, bases=[basis.to_precision(precision) for basis in self.bases])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `clusters.json` holds."""
+        means = {
+            key: sum(each[key] for each in self.sources) / len(self.sources) for key in ("energy_kept", "energy_kept_single")
+        }  # fmt: skip
+        return {
+            "clusters": [
+                {"folder": f"cluster-{number}", "fingerprint": basis.fingerprint, "sources": len(basis.info["sources"])}
+                for number, basis in enumerate(self.bases)
+            ],
+            "k": self.k, "single_k": self.single_k, **means, "modules_compared": self.modules,
+            "steps": [asdict(step) for step in self.steps], "sources": self.sources,
+        }  # fmt: skip
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write every basis to ``folder/cluster-<n>``, then `clusters.json`."""
+        folder = Path(folder)
+        for number, basis in enumerate(self.bases):
+            basis.save_pretrained(folder / f"cluster-{number}")
+        write_text_aside(folder / FILE, json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n")
+        return folder
+
+
+def build_clusters(
+    sources: Iterable[Any],
+    clusters: int | str = "auto",
+    *,
+    k: int = 32,
+    alternations: int = 10,
+    skip_bad: bool = False,
+    partial: bool = False,
+    allow_bin: bool = False,
+    base_model: Any = None,
+    max_memory: int | str = "2GB",
+    work_folder: str | Path | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
+    **more: Any,
+) -> Clusters:
+    """Divide a fleet into clusters and build a basis of each, where one basis keeps too little.
+
+    Each source goes to the basis that keeps most of it, the mean over modules of the share of ‖ΔW‖²; the bases are built again of the
+    sources they got, until no source moves (as k-means does, with subspaces for centres: Bradley and Mangasarian 2000). Starts are
+    without chance. Of several processes the first does this, all build the bases. It happens on up to 8 modules, evenly spread, as many as a third of `max_memory` holds.
+
+    ``auto`` takes a finer partition only where it keeps more of sources that were left out (with their shared-seed group, in up to 5
+    folds, each held against the best basis) than the coarser one does with as many stored numbers, bases and one core per source together, by
+    more than two standard errors of the paired differences. A single basis of n·k directions holds all that n of k do, but its cores
+    are n² times as large: what clusters save are cores, so they pay with many sources that have little in common.
+
+    Args:
+        sources: as in `build_basis`.
+        clusters: how many at most (some may turn out empty), or ``auto``: 1 to 6, as long as one of the next two numbers is worth it.
+        k: directions per side of every basis.
+        alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress, more: as in `build_basis`.
+
+    Raises:
+        SourceError: bad sources; lists all of them.
+        SubspaceError: arguments that clash; more clusters than sources.
+    """
+    if clusters != "auto" and (isinstance(clusters, bool) or not isinstance(clusters, int) or clusters < 1):
+        raise SubspaceError(f"clusters={clusters!r}: give a number from 1 on, or 'auto'.")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise SubspaceError(f"k={k!r}: clusters are compared at a number of directions; give one from 1 on.")
+    clash = {"builder", "k_in", "like", "target_modules", "weights"} & more.keys()
+    if clash:
+        raise SubspaceError(
+            f"build_clusters has no {sorted(clash)[0]}=: clusters are of sources, each update counting as of norm 1."
+        )
+    common = {
+        "skip_bad": skip_bad, "partial": partial, "allow_bin": allow_bin, "base_model": base_model, "token": token, "progress": progress,
+    }  # fmt: skip
+    with together() as team:
+        fleet = gather(sources, **common, team=team)
+        count = len(fleet.sources)
+        if clusters != "auto" and clusters > count:
+            raise SubspaceError(f"clusters={clusters}, and there are {count} sources. Give at most that many.")
+        # one process decides: what is equal but for rounding may come out otherwise on another machine
+        shown = progress and team.main
+        with tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not shown) as bar:
+            sample = Sample(fleet, parse_size(max_memory) // 3, alternations, bar.update) if team.main else None
+            found = None if sample is None else _divided(sample, clusters, k)
+        found = team.share(found)[0][0]
+        parts = found["parts"]
+        bases = []
+        for number, part in enumerate(parts):
+            basis = build_basis(
+                [fleet.sources[i] for i in part], k=k, alternations=alternations, max_memory=max_memory, work_folder=work_folder,
+                **common, **more,
+            )  # fmt: skip
+            basis.info["cluster"] = {"number": number, "of": len(parts)}
+            basis.info["skipped"] = fleet.skipped
+            bases.append(basis)
+        steps = [Step(**each) for each in found["steps"]]
+        return Clusters(bases, found["sources"], k, found["single_k"], found["modules"], steps)
+
+
+def _divided(sample: Sample, clusters: int | str, k: int) -> dict[str, Any]:
+    """The parts, the steps that led to them, and what is kept of each source; JSON-ready."""
+    fleet, count = sample.fleet, len(sample.fleet.sources)
+    parts, steps = partition(sample, 1, k), []
+    for number in range(2, min(MOST, count) + 1) if clusters == "auto" else [clusters]:
+        finer = partition(sample, number, k)
+        if len(finer) <= len(parts):
+            continue
+        step = compared(sample, finer, parts, k)
+        steps.append(asdict(step))
+        if step.taken or clusters != "auto":
+            parts = finer
+        elif number >= len(parts) + IN_VAIN:
+            break
+    single_k = sample.equal_k(1, sample.numbers(len(parts), k))
+    single = sample.kept(sample.fit(range(count), single_k), range(count))
+    entries: list[dict[str, Any]] = [{} for _ in range(count)]
+    for number, part in enumerate(parts):
+        for i, kept in zip(part, sample.kept(sample.fit(part, k), part), strict=True):
+            source = fleet.sources[i]
+            entries[i] = {
+                "name": source.name, "location": source.location, "cluster": number, "energy_kept": kept,
+                "energy_kept_single": single[i],
+            }  # fmt: skip
+    return {"parts": parts, "steps": steps, "sources": entries, "single_k": single_k, "modules": sample.names}

@@ -1,0 +1,133 @@
+"""New directions beside given ones: what a basis lacks of further updates, by HOSVD of what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..basis import ModuleBasis
+from ..basis.module import fix_signs
+from ..sources.factors import Factors
+from .hosvd import Compressed, Pair, Side, alternate, pair_of, turned
+from .streaming import NULL_BESIDE
+
+
+def frame(module: ModuleBasis) -> tuple[torch.Tensor, torch.Tensor]:
+    """The basis's U (out, k_out) and Vᵀ (in, k_in) in float64, orthonormal beyond the rounding of what is stored."""
+    found = []
+    for columns in (module.U.double(), module.V.double().T):
+        Q, R = torch.linalg.qr(columns)
+        found.append(Q * torch.where(R.diagonal() < 0, -1.0, 1.0).double())
+    return found[0], found[1]
+
+
+def exact_beside(
+    updates: Sequence[Factors], weights: Sequence[float], fixed: tuple[torch.Tensor, torch.Tensor]
+) -> Compressed:
+    """As `hosvd.exact`, in the given directions first, then in those of an exact SVD of what they leave of the stack.
+
+    Args:
+        updates: the sources' updates of one module.
+        weights: one w per update.
+        fixed: orthonormal columns (out, a) and (in, b) float64.
+    """
+    parts = [update.canonical() for update in updates]
+    out = _side(torch.cat([w * P * S for (P, S, _), w in zip(parts, weights, strict=True)], 1), fixed[0])
+    inner = _side(torch.cat([w * T * S for (_, S, T), w in zip(parts, weights, strict=True)], 1), fixed[1])
+    seen = [([i], (out.Q.T @ (P * S))[None], (T.T @ inner.Q)[None]) for i, (P, S, T) in enumerate(parts)]
+    total = sum(w * w * float((S * S).sum()) for (_, S, _), w in zip(parts, weights, strict=True))
+    return Compressed(out, inner, seen, [1.0] * len(parts), list(weights), total)
+
+
+def grow(
+    compressed: Compressed, module: ModuleBasis, add: int | float, add_in: int | None, alternations: int
+) -> Pair | None:
+    """U and V of a module with further columns and rows behind those it has, which stay bit for bit.
+
+    The new ones begin as the leading singular vectors of what the old ones leave of the stack, and alternate as JD-Full does, the old
+    ones held.
+
+    Args:
+        compressed: the new updates, in the old directions first.
+        module: the old basis.
+        add: how many at most on each side, or the share of the updates' energy that all together have to keep.
+        add_in: how many at most on the input side where they differ.
+        alternations: at most this many rounds.
+
+    Returns:
+        None where a share takes more than half of subspaces which do not hold all there is: wider ones are needed.
+    """
+    a, b = module.k_out, module.k_in
+    room = compressed.out.Q.shape[1] - a, compressed.inner.Q.shape[1] - b
+    if isinstance(add, float):
+        count = _fewest(compressed, (a, b), room, add)
+        if not compressed.whole and 2 * count > min(room):
+            return None
+        more = min(count, room[0]), min(count, room[1])
+    else:
+        more = min(add, room[0]), min(add if add_in is None else add_in, room[1])
+    u, v = (
+        torch.eye(side.Q.shape[1], k + n, dtype=torch.float64)
+        for side, k, n in zip((compressed.out, compressed.inner), (a, b), more, strict=True)
+    )
+    u, v = alternate(compressed, u, v, alternations, fixed=(a, b))
+    U = _extended(module.U, compressed.out.Q[:, a:] @ u[a:, a:])
+    V = _extended(module.V.T, compressed.inner.Q[:, b:] @ v[b:, b:])
+    return pair_of(compressed, U, V)
+
+
+def refit(compressed: Compressed, k: tuple[int, int], alternations: int) -> Pair:
+    """U and V of at most k columns and rows for all updates alike, the old ones' parts among them, by HOSVD and alternations."""
+    widths = compressed.out.Q.shape[1], compressed.inner.Q.shape[1]
+    u, v = (torch.eye(width, min(size, width), dtype=torch.float64) for width, size in zip(widths, k, strict=True))
+    u, v = turned(compressed, u, None, output=True), turned(compressed, None, v, output=False)
+    u, v = alternate(compressed, u, v, alternations)
+    U, V = (
+        fix_signs(torch.linalg.qr(side.Q @ turn)[0]).float()
+        for side, turn in ((compressed.out, u), (compressed.inner, v))
+    )
+    return pair_of(compressed, U, V)
+
+
+def orthogonal_to(columns: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis (d, n) float64 of n columns, orthogonal to the orthonormal columns of `old` (d, k) in float64."""
+    for _ in range(2):
+        columns = columns - old @ (old.T @ columns)
+        columns = torch.linalg.qr(columns)[0]
+    return columns
+
+
+def _extended(old: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    if not columns.shape[1]:
+        return old
+    new = fix_signs(orthogonal_to(columns, torch.linalg.qr(old.double())[0]))
+    return torch.cat([old, new.to(old.dtype)], 1)
+
+
+def _side(stack: torch.Tensor, fixed: torch.Tensor) -> Side:
+    total = stack.square().sum().clamp_min(1e-300)
+    held = (fixed.T @ stack).square().sum(1)
+    rest = stack - fixed @ (fixed.T @ stack)
+    if rest.shape[1] > rest.shape[0]:
+        rest = torch.linalg.qr(rest.T, mode="r")[1].T
+    P, S, _ = torch.linalg.svd(rest, full_matrices=False)
+    room = len(fixed) - fixed.shape[1]
+    alive = min(int((NULL_BESIDE * total < S * S).sum()), room)
+    Q = orthogonal_to(P[:, :alive], fixed) if alive else P[:, :0]
+    values = torch.cat([held, S[:alive] ** 2]) / total
+    return Side(torch.cat([fixed, Q], 1), values, lambda k: 1.0)
+
+
+def _fewest(compressed: Compressed, old: tuple[int, int], room: tuple[int, int], share: float) -> int:
+    """The fewest new directions per side with which the leading block of all cores holds `share` of the energy."""
+    n = max(room)
+    block = torch.zeros(old[0] + room[0], old[1] + room[1], dtype=torch.float64)
+    for _, cores in compressed.cores(compressed.weights):
+        block += cores.square().sum(0)
+    held = block.cumsum(0).cumsum(1)
+    for count in range(n + 1):
+        a, b = old[0] + min(count, room[0]), old[1] + min(count, room[1])
+        if float(held[a - 1, b - 1]) >= share * compressed.total * (1 - 1e-9):
+            return count
+    return n

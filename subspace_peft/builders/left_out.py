@@ -1,0 +1,54 @@
+"""How much of a source a basis keeps that was built without it: the only energy that says anything about new adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..sources.factors import Factors
+from .hosvd import Pair, exact, hosvd
+
+GROUPS_UP_TO = 8  # each group left out is one more build, in as many dimensions as the fleet has ranks
+
+
+def wanted(asked: bool | None, groups: Sequence[int]) -> bool:
+    """Whether to measure it: as asked, else for fleets of 2 to 8 shared-seed groups, where it costs little."""
+    return asked if asked is not None else 2 <= len(set(groups)) <= GROUPS_UP_TO
+
+
+def left_out_energy(
+    updates: Sequence[Factors], weights: Sequence[float], groups: Sequence[int], pair: Pair, alternations: int
+) -> list[float | None]:
+    """Per source the share ‖UᵀΔW Vᵀ‖² / ‖ΔW‖² that a basis of the other groups' sources keeps of it, in one module.
+
+    A whole shared-seed group is left out at once, since its members span each other's input side. The bases are of the same size as
+    `pair`, or smaller where the rest spans less.
+
+    Args:
+        updates, weights: as `exact` takes them.
+        groups: per source the number of its shared-seed group.
+        pair: the basis of all sources, for its size.
+        alternations: as for `pair`.
+
+    Returns:
+        One share per source; None for each where there is one group only.
+    """
+    shares: list[float | None] = [None] * len(updates)
+    # all that happens lies within what the fleet spans: there the same numbers come out of matrices no larger than its ranks
+    Qb = torch.linalg.qr(torch.cat([update.B for update in updates], 1))[0]
+    Qa = torch.linalg.qr(torch.cat([update.A.T for update in updates], 1))[0]
+    updates = [Factors(Qb.T @ update.B, update.A @ Qa) for update in updates]
+    for group in dict.fromkeys(groups):
+        rest = [i for i, other in enumerate(groups) if other != group]
+        if not rest:
+            break
+        stack = exact([updates[i] for i in rest], [weights[i] for i in rest])
+        basis = hosvd(stack, pair.U.shape[1], pair.V.shape[0], alternations)
+        assert basis is not None  # only a share of energy can ask for more
+        U, V = basis.U.double(), basis.V.double()
+        for i, other in enumerate(groups):
+            if other == group:
+                core = (U.T @ updates[i].B) @ (updates[i].A @ V.T)
+                shares[i] = min(1.0, float(core.square().sum()) / updates[i].norm() ** 2)
+    return shares

@@ -1,0 +1,156 @@
+"""One module of a basis that is updated: what new adapters and the old basis's cores make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..basis import ModuleBasis
+from ..basis.transfer import Transfer
+from ..errors import SubspaceError
+from ..sources.factors import Factors
+from .extend import exact_beside, frame, grow, refit
+from .hosvd import Compressed, Pair
+from .memory import Plan
+from .scan import Reader
+from .streaming import ModuleStack, compress
+
+
+@dataclass(frozen=True, eq=False)
+class OldModule:
+    """A module of the old basis: its tensors, the votes of its sources, and the tasks' cores that count as well."""
+
+    name: str
+    module: ModuleBasis
+    votes: list[float]
+    tasks: list[torch.Tensor]
+
+
+def update_module(
+    plan: Plan,
+    reader: Reader,
+    name: str,
+    old: OldModule,
+    add: int | float,
+    add_in: int | None,
+    k: tuple[int, int] | None,
+    alternations: int,
+) -> tuple[ModuleBasis, dict[str, Any]]:
+    task, fixed = plan.module(name), frame(old.module)
+    pair: Pair | None = None
+    width = task.width
+    while pair is None:
+        if task.exact:
+            pairs = [reader.pair(i, name) for i in task.members]
+            updates = [
+                Factors(B.double() * scale, A.double()) for (B, A), scale in zip(pairs, task.scales, strict=True)
+            ]
+            compressed = exact_beside(updates, task.weights, fixed)
+        else:
+            stack = ModuleStack(
+                lambda place: reader.pair(task.members[place], name),
+                task.ranks, task.shape, task.scales, task.weights, task.energy, keep=plan.keep,
+            )  # fmt: skip
+            compressed = compress(stack, width, leading=task.leading, bound=False, fixed=fixed)
+        if k is None:
+            pair = grow(compressed, old.module, add, add_in, alternations)
+        else:
+            pair = refit(_joined(compressed, old), k, alternations)
+        # a share of energy takes as many directions as it takes
+        width *= 2
+    a, b = old.module.k_out, old.module.k_in
+    kept, kept_before = 0.0, 0.0
+    found = torch.zeros(len(plan.fleet.sources), pair.U.shape[1], pair.V.shape[0], dtype=torch.float64)
+    shares: list[float | None] = [None] * len(plan.fleet.sources)
+    for places, cores in compressed.cores(compressed.scales, pair.u, pair.v):
+        for place, core in zip(places, cores, strict=True):
+            i, square = task.members[place], float(core.square().sum())
+            found[i], shares[i] = core, min(1.0, square / task.norms[place] ** 2)
+            kept += task.weights[place] ** 2 * square
+    for _, cores in compressed.cores(
+        compressed.weights,
+        torch.eye(compressed.out.Q.shape[1], a, dtype=torch.float64),
+        torch.eye(compressed.inner.Q.shape[1], b, dtype=torch.float64),
+    ):
+        kept_before += float(cores.square().sum())
+    votes = torch.zeros(len(plan.fleet.sources), dtype=torch.float64)
+    votes[task.members] = torch.tensor(task.votes, dtype=torch.float64)
+    module, drift = _joined_module(old, pair, found, votes)
+    squares = [
+        (float(was.double().square().sum()), float(now.double().square().sum()))
+        for was, now in _stored(old.module, module)
+    ]
+    return module, {
+        "added": [pair.U.shape[1] - a, pair.V.shape[0] - b],
+        "kept_before": min(1.0, kept_before / compressed.total), "kept": min(1.0, kept / compressed.total),
+        "numerics": "streamed" if compressed.passes else "exact", "drift": drift, "shares": shares, "squares": squares,
+    }  # fmt: skip
+
+
+def _joined(compressed: Compressed, old: OldModule) -> Compressed:
+    """The new updates and what the old basis holds, its sources' stored cores and its tasks', all of norm 1."""
+    cores = [core.double() for core in old.tasks]
+    weights = [1.0 / max(float(core.norm()), 1e-300) for core in cores]
+    if old.module.cores is not None:
+        for core, vote in zip(old.module.cores.double(), old.votes, strict=True):
+            if (size := float(core.norm())) > 0:
+                cores.append(core)
+                weights.append(vote**0.5 / size)
+    if not cores:
+        raise SubspaceError(
+            f"Module {old.name!r}: with k= the directions are fitted anew, and nothing says what the old basis's tasks need: it does not keep "
+            "its sources' cores. Pass the tasks' cores with cores= (--tasks), or grow with add=, which loses nothing."
+        )
+    parts, places = list(compressed.parts), len(compressed.scales)
+    room = [side.Q.shape[1] for side in (compressed.out, compressed.inner)]
+    left = torch.zeros(len(cores), room[0], old.module.k_in, dtype=torch.float64)
+    left[:, : old.module.k_out] = torch.stack(cores)
+    right = torch.eye(old.module.k_in, room[1], dtype=torch.float64).expand(len(cores), -1, -1)
+    parts.append((list(range(places, places + len(cores))), left, right))
+    total = compressed.total + sum(w * w * float(core.square().sum()) for w, core in zip(weights, cores, strict=True))
+    return replace(
+        compressed, parts=parts, total=total, scales=[*compressed.scales, *[1.0] * len(cores)],
+        weights=[*compressed.weights, *weights],
+    )  # fmt: skip
+
+
+def _stored(old: ModuleBasis, new: ModuleBasis) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The old sources' cores, before and after."""
+    return [] if old.cores is None or new.cores is None else list(zip(old.cores, new.cores, strict=False))
+
+
+def _joined_module(old: OldModule, pair: Pair, found: torch.Tensor, votes: torch.Tensor) -> tuple[ModuleBasis, float]:
+    """The new module, and the most that a stored source's or a task's core loses of its norm."""
+    module = old.module
+    dtype = module.U.dtype
+    bare = ModuleBasis(U=pair.U.to(dtype).contiguous(), V=pair.V.to(dtype).contiguous())
+    move = Transfer(module, bare, old.name)
+    stored = None if module.cores is None else move.core(module.cores)
+    rms = None
+    if module.core_rms is not None and (move.leading or stored is not None):
+        weight = torch.tensor(old.votes, dtype=torch.float64)
+        if stored is not None:
+            alive = module.cores.flatten(1).any(1) if module.cores is not None else torch.ones(0)
+            weight = weight * alive
+            square = torch.einsum("n,noi->oi", weight, stored.square())
+        else:
+            square = move.core(module.core_rms.double().square()) * weight.sum()
+        square = square + torch.einsum("n,noi->oi", votes, found.square())
+        rms = (square / (weight.sum() + votes.sum())).sqrt()
+    G = None if module.G is None else move.core(module.G)
+    if G is not None and not move.leading:
+        norms = G.flatten(1).norm(dim=1)[:, None, None]
+        G = torch.where(norms > 1e-6, G / norms.clamp_min(1e-6), torch.zeros_like(G))
+    parts = {
+        "M": None if module.M is None else move.core(module.M),
+        "G": G,
+        "core_rms": rms,
+        "cores": None if stored is None else torch.cat([stored, found]),
+    }
+    kept = [] if module.cores is None else [core for core in module.cores.double() if core.any()]
+    drift = max((move.drift(core, move.core(core)) for core in [*kept, *old.tasks]), default=0.0)
+    tensors = {key: None if value is None else value.to(dtype).contiguous() for key, value in parts.items()}
+    new = replace(bare, **tensors, spectrum_out=module.spectrum_out, spectrum_in=module.spectrum_in)
+    return new, drift

@@ -1,0 +1,117 @@
+"""Encoders under a linear head, as transformers models: texts under mean pooling, images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+
+
+class MeanPooledClassifier(PreTrainedModel):
+    """An encoder (BERT, RoBERTa, …), the mean of its last hidden states over real tokens, and a linear `classifier`.
+
+    For encoders that were trained with mean pooling: the pooler of `AutoModelForSequenceClassification` was not. Its modules
+    are called as in that class, so that adapters and bases fit both.
+
+    Args:
+        encoder: what `AutoModel` makes, its configuration's `num_labels` set; one label means a number is predicted.
+    """
+
+    # the encoder has checked already what it can do
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__(encoder.config)
+        self.num_labels = encoder.config.num_labels
+        self.base_model_prefix = encoder.base_model_prefix
+        setattr(self, encoder.base_model_prefix, encoder)
+        self.classifier = nn.Linear(encoder.config.hidden_size, self.num_labels)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def card_code(self) -> list[str]:
+        """Lines that make such a model, for a task's card."""
+        encoder = f"AutoModel.from_pretrained({self.config._name_or_path!r}, num_labels={self.num_labels})"
+        return _code(self, encoder)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits (batch, num_labels), and where `labels` (batch,) are given the cross-entropy, or the squared error of one label.
+
+        Args:
+            input_ids: (batch, length) int64, or None where `inputs_embeds` (batch, length, hidden) is given.
+            attention_mask: (batch, length), 1 at real tokens; all are real by default.
+            token_type_ids: (batch, length), for encoders that know them.
+            inputs: passed on to the encoder.
+        """
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        encoder = getattr(self, self.base_model_prefix)
+        # PEFT passes what it knows of classifiers (output_attentions, return_dict, …), mostly None
+        given = {key: value for key, value in inputs.items() if value is not None}
+        hidden = encoder(input_ids=input_ids, attention_mask=attention_mask, **given)[0]
+        if attention_mask is None:
+            pooled = hidden.mean(dim=1)
+        else:
+            weight = attention_mask.to(hidden.dtype).unsqueeze(-1)
+            pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        logits = self.classifier(pooled)
+        if labels is None:
+            return SequenceClassifierOutput(logits=logits)
+        if self.num_labels == 1:
+            loss = F.mse_loss(logits.squeeze(-1).float(), labels.float())
+        else:
+            loss = F.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class ImageClassifier(PreTrainedModel):
+    """A vision encoder (ViT, DINOv2, …) and a linear `classifier` on its class token or on the mean of its patches, after the last
+    norm.
+
+    Args:
+        encoder: what `AutoModel` makes.
+        classes: how many.
+        pooling: ``class`` or ``mean``.
+    """
+
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+
+    def __init__(self, encoder: PreTrainedModel, classes: int, pooling: str) -> None:
+        super().__init__(encoder.config)
+        self.base_model_prefix, self.pooling = encoder.base_model_prefix or "encoder", pooling
+        setattr(self, self.base_model_prefix, encoder)
+        self.classifier = nn.Linear(encoder.config.hidden_size, classes)
+        nn.init.normal_(self.classifier.weight, std=0.02)
+        nn.init.zeros_(self.classifier.bias)
+
+    def card_code(self) -> list[str]:
+        """Lines that make such a model, for a task's card."""
+        encoder = f"AutoModel.from_pretrained({self.config._name_or_path!r})"
+        return _code(self, f"{encoder}, {self.classifier.out_features}, {self.pooling!r}")
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
+        """Logits (batch, classes) of `pixel_values` (batch, 3, height, width), and the cross-entropy where `labels` (batch,) int64
+        are given."""
+        hidden = getattr(self, self.base_model_prefix)(pixel_values=pixel_values)[0]
+        # some encoders keep registers between the class token and the patches
+        patches = 1 + (getattr(self.config, "num_register_tokens", 0) or 0)
+        logits = self.classifier(hidden[:, 0] if self.pooling == "class" else hidden[:, patches:].mean(1))
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def _code(model: PreTrainedModel, given: str) -> list[str]:
+    name = type(model).__name__
+    imports = [f"from subspace_peft.modeling import {name}", "from transformers import AutoModel"]
+    return [*imports, "", f"base_model = {name}({given})"]

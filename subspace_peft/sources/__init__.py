@@ -1,0 +1,7 @@
+"""Read source adapters: find their files, read their dialects, and bring them to factored updates ΔW = s·B·A."""
+
+from .factors import Factors
+from .references import expand, expand_or_raise
+from .source import Source, is_one_source, open_source
+
+__all__ = ["Factors", "Source", "expand", "expand_or_raise", "is_one_source", "open_source"]

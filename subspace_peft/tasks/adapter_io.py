@@ -1,0 +1,123 @@
+"""Saving and loading adapters of models that PEFT does not wrap: diffusers' UNets and transformers, anything injected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .._adapted import active_adapter
+from .._atomic import write_aside
+from ..basis import SubspaceBasis
+from ..errors import SubspaceError
+from ..tuner.card import base_facts, note
+from ..tuner.config import SubspaceConfig
+from ..tuner.task_file import WEIGHTS_FILE, weights_of
+
+PREFIX = "base_model.model."
+
+
+def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None = None) -> Path:
+    """Write an adapter that was injected into `model`, as by diffusers' `add_adapter`, as a stock PEFT adapter folder.
+
+    `load_adapter` reads it, and so do `PeftModel.from_pretrained`, `export_lora` and the command line.
+
+    Args:
+        model: what the adapter was injected into.
+        folder: is made where it is not there; returned.
+        adapter_name: default the first active one; where the model cannot tell, "default", or the first by name.
+
+    Raises:
+        SubspaceError: the model has no such adapter, or it is of another method.
+    """
+    known = getattr(model, "peft_config", None) or {}
+    name = adapter_name
+    if name is None and known:
+        # a plain module does not know which is active
+        name = (
+            active_adapter(model)
+            if hasattr(model, "active_adapters")
+            else "default"
+            if "default" in known
+            else min(known)
+        )
+    config = known.get(name)
+    if not isinstance(config, SubspaceConfig):
+        kind = "no adapter" if config is None else f"a {config.peft_type} adapter, not a SUBSPACE one,"
+        raise SubspaceError(
+            f"{type(model).__name__} has {kind} named {name!r}; its adapters are {', '.join(sorted(known)) or '(none)'}. Add it by "
+            "`model.add_adapter(SubspaceConfig(…), name)` first."
+        )
+    state = {
+        f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach().cpu().contiguous()
+        for key, value in get_peft_model_state_dict(model, adapter_name=name).items()
+    }
+    folder = Path(folder)
+    write_aside(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    note(config, base={**base_facts(model, config), "injected": True})
+    # as PEFT does: what is loaded from there is not to be trained unless asked for
+    trains, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode = trains
+    return folder
+
+
+def load_adapter(
+    model: nn.Module,
+    task: str | Path,
+    adapter_name: str = "default",
+    *,
+    basis: SubspaceBasis | str | None = None,
+    **hub: Any,
+) -> None:
+    """Inject a saved task into `model` itself, in place and active, where there is no `load_adapter` that takes it.
+
+    diffusers' `load_lora_adapter` reads LoRA only; afterwards `set_adapters`, `fuse_lora` and the rest of diffusers' calls work.
+
+    Args:
+        model: a diffusers model, or any module. Coefficients can be trained, all else is frozen.
+        task: folder or Hub id of a saved task.
+        adapter_name: a new one.
+        basis: where the basis is, if not where the task's config says.
+        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+
+    Raises:
+        SubspaceError: a PeftModel, a name that is taken, a folder that holds no subspace task; and what
+            `SubspaceConfig.from_pretrained` and injection raise, before the model is touched.
+    """
+    if isinstance(model, PeftModel):
+        raise SubspaceError(f"A PeftModel loads by itself: model.load_adapter({str(task)!r}, {adapter_name!r}).")
+    if adapter_name in (getattr(model, "peft_config", None) or {}):
+        raise SubspaceError(
+            f"The model has an adapter {adapter_name!r} already: choose another name, or delete it first."
+        )
+    try:
+        config = SubspaceConfig.from_pretrained(str(task), **({} if basis is None else {"basis": basis}), **hub)
+    except SubspaceError:
+        raise
+    except ValueError as error:
+        raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
+    if not isinstance(config, SubspaceConfig):
+        raise SubspaceError(
+            f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own load_lora_adapter, or "
+            "projected into a basis by `project_lora` first."
+        )
+    file = weights_of(task, config)
+    state = {key.removeprefix(PREFIX): value for key, value in load_file(file).items()}
+    config.inference_mode = False
+    add = getattr(model, "add_adapter", None)
+    if add is not None:
+        add(config, adapter_name)
+    else:
+        inject_adapter_in_model(config, model, adapter_name)
+    unused = set_peft_model_state_dict(model, state, adapter_name=adapter_name).unexpected_keys
+    if unused:
+        raise SubspaceError(
+            f"{task}: {type(model).__name__} has no place for {', '.join(sorted(unused)[:3])}. Modules that are trained whole "
+            "(modules_to_save) can only be loaded by `PeftModel.from_pretrained`."
+        )

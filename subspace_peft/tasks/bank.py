@@ -1,0 +1,330 @@
+"""`TaskBank`: thousands of tasks on one basis as rows of one tensor, beside PEFT's adapters and served by the same layers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .._adapted import active_adapter
+from .._atomic import write_aside, write_text_aside
+from .._version import __version__
+from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..tuner.card import write_section
+from ..tuner.coefficients import default_scale, make_coefficients
+from ..tuner.config import SubspaceConfig
+from ..tuner.layer import SubspaceLayer
+from ..tuner.row_batch import BASE, Group, TaskNames, alike, task_names_passed
+from ..tuner.task_file import WEIGHTS_FILE
+from .bank_file import FORMAT_VERSION, read_index
+from .read import read_task
+
+EMPTY = 0  # the slot of zeros, for rows of the base model
+
+
+class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
+    """Tasks by name, each a row of one tensor (slots, numbers): per module its core (k_in, k_out), transposed, in units of ΔW.
+
+    Rows of a batch name their tasks, in ``with bank.tasks([...]):`` or in stock `adapter_names=[...]`, where they mix freely with
+    the model's own adapters and ``__base__``. Adding, replacing and removing a task costs its own bytes; PEFT's walk over all
+    modules is not made. A bank holds no trained modules of other kinds (`modules_to_save`).
+
+    As a mapping it gives a task's cores, module → (k_out, k_in) float32.
+
+    Example:
+        >>> model = PeftModel.from_pretrained(base_model, "tasks/first")
+        >>> bank = TaskBank(model)
+        >>> for folder in folders:
+        ...     bank.add(folder.name, folder)
+        >>> with bank.tasks(["billing", "spam", "billing"]):
+        ...     model(**batch)
+
+    Args:
+        model: a PeftModel, or any model with subspace layers.
+        adapter: the adapter on whose basis, and in whose modules and sizes, the bank's tasks are; the active one by default.
+        capacity: slots to begin with; it grows by itself.
+
+    Raises:
+        SubspaceError: there is no such adapter.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None = None, *, capacity: int = 64) -> None:
+        self.model = model
+        self.adapter = adapter or active_adapter(model)
+        config = getattr(model, "peft_config", {}).get(self.adapter)
+        if not isinstance(config, SubspaceConfig):
+            raise SubspaceError(
+                f"There is no subspace adapter {self.adapter!r} in this model, whose basis a bank could use."
+            )
+        self.config = config
+        self.layers: dict[str, SubspaceLayer] = {}
+        start = 0
+        for name, layer in model.named_modules():
+            if isinstance(layer, SubspaceLayer) and self.adapter in layer.subspace_coef:
+                k_out, k_in = layer.r[self.adapter]
+                self.layers[name.removeprefix("base_model.model.")] = layer
+                layer.bank, layer.bank_place = self, (start, k_in, k_out)
+                start += k_in * k_out
+        first = next(iter(self.layers.values()))
+        self.rows = torch.zeros(capacity + 1, start, device=first.subspace_U[self.adapter].device)
+        self.slots: dict[str, int] = {}
+        self.free: list[int] = []
+
+    # -- tasks ----------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
+        row = self.rows[self._slot(name)]
+        return {module: self._part(row, layer).T.clone() for module, layer in self.layers.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.slots
+
+    def add(self, name: str, task: Any = None, **hub: Any) -> None:
+        """Add a task, or replace the one of that name.
+
+        Args:
+            name: as rows will name it.
+            task: the folder or Hub id of a saved task; None: the model's own adapter of this name; or its cores, module →
+                (k_out, k_in) in units of ΔW, such as another bank's.
+            hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+
+        Raises:
+            BasisMismatchError: the task is on another basis, or has other modules or sizes.
+            SubspaceError: it holds trained modules that a bank cannot serve; or the name means the base model.
+        """
+        if name == BASE:
+            raise SubspaceError(f"{BASE!r} means the base model; give the task another name.")
+        cores = task if isinstance(task, Mapping) else self._read(name, task, hub)
+        self._fits(name, cores)
+        row = torch.cat([cores[module].to(self.rows).T.reshape(-1) for module in self.layers])
+        if not torch.isfinite(row).all():
+            raise BadFileError(f"Task {name!r} holds NaN or infinite values. Leave it out, or train it again.")
+        # written before it is named: a failure on the way leaves the earlier task of this name
+        slot = self.slots.get(name)
+        slot = self._take() if slot is None else slot
+        self.rows[slot] = row
+        self.slots[name] = slot
+
+    def remove(self, name: str) -> None:
+        """Remove a task. Raises `SubspaceError` where there is none of that name."""
+        slot = self._slot(name)
+        del self.slots[name]
+        self.rows[slot].zero_()
+        self.free.append(slot)
+
+    def detach(self) -> None:
+        """Take the bank out of the model's layers."""
+        for layer in self.layers.values():
+            if layer.bank is self:
+                layer.bank = None
+
+    def _read(self, name: str, task: Any, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
+        read = read_task(self.model, adapter_name=name) if task is None else read_task(task, **hub)
+        if read.config.basis_fingerprint != self.config.basis_fingerprint:
+            raise BasisMismatchError(
+                f"Task {name!r} is on the basis {read.config.basis_fingerprint}, this bank's tasks on "
+                f"{self.config.basis_fingerprint}. Make a bank of its own for it."
+            )
+        if read.extras:
+            raise SubspaceError(
+                f"Task {name!r} has trained {sorted(read.extras)[0]} as well, which a bank does not hold. Load it as an adapter, with "
+                "`model.load_adapter`; batches may mix both."
+            )
+        return read.cores
+
+    def _fits(self, name: str, cores: Mapping[str, torch.Tensor]) -> None:
+        wanted = {module: layer.r[self.adapter] for module, layer in self.layers.items()}
+        given = {module: tuple(core.shape) for module, core in cores.items()}
+        if given != wanted:
+            wrong = sorted(module for module in {*given, *wanted} if given.get(module) != wanted.get(module))
+            raise BasisMismatchError(
+                f"Task {name!r} has {given.get(wrong[0], 'nothing')} in module {wrong[0]!r}, this bank {wanted.get(wrong[0], 'nothing')}. "
+                "All tasks of a bank have the modules and sizes of the adapter that it was made for."
+            )
+
+    def _slot(self, name: str) -> int:
+        if name not in self.slots:
+            raise SubspaceError(f"There is no task {name!r} in the bank, which holds {len(self)}.")
+        return self.slots[name]
+
+    def _take(self) -> int:
+        if self.free:
+            return self.free.pop()
+        slot = len(self.slots) + 1
+        if slot == len(self.rows):
+            grown = torch.zeros(2 * len(self.rows), self.rows.shape[1], dtype=self.rows.dtype, device=self.rows.device)
+            grown[: len(self.rows)] = self.rows
+            self.rows = grown
+        return slot
+
+    def _part(self, rows: torch.Tensor, layer: SubspaceLayer) -> torch.Tensor:
+        start, k_in, k_out = layer.bank_place
+        return rows[..., start : start + k_in * k_out].unflatten(-1, (k_in, k_out))
+
+    # -- batches --------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def tasks(self, names: Sequence[str], *, copies: int = 1) -> Iterator[None]:
+        """While open, row i of every batch is task `names[i]`: of the bank, one of the model's adapters, or ``__base__``.
+
+        Args:
+            names: a name per row.
+            copies: how many rows `generate` makes of each, such as its beams.
+
+        Raises:
+            SubspaceError: an unknown name, or the model is in training mode.
+        """
+        inner = getattr(self.model, "base_model", self.model)
+        inner = getattr(inner, "model", inner)
+        given = {"adapter_names": list(names), "num_beams": copies}
+        with task_names_passed(inner, SubspaceLayer, self.model.training, given):
+            yield
+
+    def group(self, layer: SubspaceLayer, names: TaskNames, whole: bool) -> Group:
+        """The rows of a batch whose tasks are this bank's, for `mixed.prepare`."""
+        key = (*alike(layer), whole)
+        if key not in names.gathered:
+            # once for all layers that are alike: the batch's rows of the whole bank
+            live = set(names.present[alike(layer)][0])
+            mine = [EMPTY if name in live else self.slots.get(name, EMPTY) for name in names]
+            places = None if whole else torch.tensor([i for i, slot in enumerate(mine) if slot != EMPTY])
+            chosen = torch.tensor([slot for slot in mine if whole or slot != EMPTY], device=self.rows.device)
+            names.gathered[key] = places, self.rows[chosen]
+        places, gathered = names.gathered[key]
+        if self.adapter not in layer.subspace_U:
+            raise SubspaceError(
+                f"The adapter {self.adapter!r}, on whose basis this bank's tasks are, was deleted. Make a bank anew."
+            )
+        U, V = layer.subspace_U[self.adapter], layer.subspace_V[self.adapter]
+        rows = None if places is None else places.to(U.device)
+        return Group(rows, self._part(gathered, layer).to(U.device), U, V)
+
+    # -- files and adapters ---------------------------------------------------------------------------------------------
+
+    def save(self, file: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write all tasks into one safetensors file: ``cores`` (tasks, numbers), and an index in its metadata.
+
+        Raises `OSError` where the disk refuses; an earlier file stays.
+        """
+        names = list(self.slots)
+        index = {
+            "format_version": FORMAT_VERSION, "subspace_peft_version": __version__, "tasks": names,
+            "basis_fingerprint": self.config.basis_fingerprint,
+            "modules": {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()},
+            "weight_shapes": self.config.weight_shapes, "base_model_name_or_path": self.config.base_model_name_or_path,
+        }  # fmt: skip
+        rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
+        metadata = {"bank": json.dumps(index)}
+        write_aside(Path(file), lambda path: save_file({"cores": rows}, path, metadata=metadata))
+        return Path(file)
+
+    def load(self, file: str | Path, *, cores_only: bool = False) -> list[str]:
+        """Add every task of a file that `save` or `bundle_tasks` wrote; those of the same names are replaced. Returns their names.
+
+        Args:
+            file: the file; of a bundle in a folder ``folder/bundle.safetensors``, of one on the Hub `open_bundle(…).download()`.
+            cores_only: take the cores of tasks, too, whose trained modules or residuals a bank cannot hold, and leave these out.
+
+        Raises:
+            BadFileError: the file is damaged or no bank.
+            BasisMismatchError: its tasks are on another basis, or have other modules or sizes.
+            SubspaceError: some of its tasks have what a bank cannot hold.
+        """
+        index = read_index(Path(file))
+        names, modules, apart = list(index["tasks"]), dict(index["modules"]), list(index.get("apart", []))
+        own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
+        for name in apart:
+            modules_of = index["entries"][name].get("modules", modules)
+            if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
+                raise BasisMismatchError(
+                    f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with "
+                    "`load_task`, or make a bundle without it."
+                )
+        if apart and not cores_only:
+            raise SubspaceError(
+                f"{file}: {len(apart)} of its {len(names) + len(apart)} tasks, such as {apart[0]!r}, have trained modules or a "
+                "residual, which a bank does not hold. Load these as adapters, with `load_task`; or take their cores alone, with "
+                "cores_only=True."
+            )
+        if index["basis_fingerprint"] != self.config.basis_fingerprint or modules != own:
+            raise BasisMismatchError(
+                f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this bank's on "
+                f"{self.config.basis_fingerprint} in {len(own)}. They belong to another model or basis."
+            )
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                rows = tensors.get_tensor("cores")
+                more = [tensors.get_tensor(f"{number}/core") for number in range(len(apart))]
+                rows = torch.cat([rows, *(row[None].to(rows) for row in more)])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise BadFileError(f"{file}: no bank that can be read ({error}). Fetch or save it again.") from error
+        if not torch.isfinite(rows).all():
+            raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
+        if list(modules) != list(own):
+            parts = dict(zip(modules, rows.split([a * b for a, b in modules.values()], dim=1), strict=True))
+            rows = torch.cat([parts[module] for module in own], dim=1)
+        names += apart
+        taken = [self.slots[name] if name in self.slots else self._named(name) for name in names]
+        self.rows[torch.tensor(taken, dtype=torch.long)] = rows.to(self.rows)
+        return names
+
+    def _named(self, name: str) -> int:
+        slot = self._take()
+        self.slots[name] = slot
+        return slot
+
+    def save_task(self, name: str, folder: str | Path) -> Path:
+        """Write one task as a stock PEFT adapter folder, with `core` coefficients.
+
+        Raises:
+            SubspaceError: there is no such task; or the basis has no place where it would be found again.
+        """
+        config, tensors = self._as_adapter(name)
+        if config.to_dict()["basis"] is None:
+            raise SubspaceError(
+                "The basis lives in memory only: `basis.save_pretrained(folder)` before the model is adapted."
+            )
+        folder = Path(folder)
+        state = {f"base_model.model.{module}.subspace_coef.weight": value for module, value in tensors.items()}
+        write_aside(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        text = json.dumps({**config.to_dict(), "subspace_version": __version__}, indent=2, sort_keys=True) + "\n"
+        write_text_aside(folder / "adapter_config.json", text)
+        write_section(folder, config)
+        return folder
+
+    def load_adapter(self, name: str) -> None:
+        """Make one task an adapter of the model, to train it on or merge it. Raises `SubspaceError` where one has that name."""
+        if name in self.model.peft_config:
+            raise SubspaceError(f"The model has an adapter {name!r} already: delete it first.")
+        config, tensors = self._as_adapter(name)
+        self.model.add_adapter(name, config)
+        with torch.no_grad():
+            for module, layer in self.layers.items():
+                layer.subspace_coef[name].weight.copy_(tensors[module])
+
+    def _as_adapter(self, name: str) -> tuple[SubspaceConfig, dict[str, torch.Tensor]]:
+        import dataclasses
+
+        config = dataclasses.replace(
+            self.config, coefficients="core", mean_gain="none", start="zero", subspace_version=None, basis_modules=None, card=None,
+            target_modules=set(self.layers), modules_to_save=None,
+        )  # fmt: skip
+        config._basis, config._given = self.config._basis, self.config._given
+        scaled = {}
+        for module, core in self[name].items():
+            made = make_coefficients("core", *core.shape, r=config.r, directions=0, mean_gain="none")
+            scaled[module] = (core / default_scale(config.alpha, made)).cpu().contiguous()
+        return config, scaled

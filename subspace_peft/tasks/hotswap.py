@@ -1,0 +1,93 @@
+"""Replace a loaded task by another one, in place: what was compiled stays compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import BasisMismatchError, SubspaceError
+from ..tuner.config import SubspaceConfig
+from ..tuner.layer import SubspaceLayer
+from ..tuner.task_file import BASIS_KEY, weights_of
+
+# what has to be the same for one task's numbers to take another's place
+SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", "mean_gain", "dropout")
+
+
+def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub: Any) -> None:
+    """Put the saved `task` in the place of the loaded `adapter`, under its name. No tensor, and nothing that a compiler guards
+    on, is replaced: a compiled model is not compiled again.
+
+    Args:
+        model: a PeftModel, or a model adapted by `inject_adapter_in_model` or transformers; also the result of `torch.compile`.
+        task: folder or Hub id of a saved task on the same basis, of the same kind and size, for the same modules.
+        adapter: which adapter to replace.
+        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+
+    Raises:
+        SubspaceError: there is no such adapter, it is merged, or the two tasks differ in more than their numbers. The model is
+            then as it was.
+        BadFileError, BasisMismatchError: see `SubspaceConfig.from_pretrained`.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    configs: Mapping[str, Any] = getattr(inner, "peft_config", {})
+    old = configs.get(adapter)
+    if not isinstance(old, SubspaceConfig):
+        raise SubspaceError(f"There is no subspace adapter {adapter!r}; there are {', '.join(configs) or 'none'}.")
+    new = SubspaceConfig.from_pretrained(str(task), **hub)
+    if not isinstance(new, SubspaceConfig):
+        raise SubspaceError(f"{task} is no saved subspace task.")
+    for name in SAME:
+        if getattr(old, name) != getattr(new, name):
+            raise BasisMismatchError(
+                f"{task}: its {name} is {getattr(new, name)!r}, that of adapter {adapter!r} {getattr(old, name)!r}: they cannot "
+                "be swapped in place. Load it beside the other with `model.load_adapter`."
+            )
+    targets = _targets(inner, adapter)
+    found: dict[str, torch.Tensor] = {}
+    for key, value in load_file(weights_of(task, new)).items():
+        # a basis of its own is the same one: both have its fingerprint
+        if not BASIS_KEY.match(key):
+            found[_plain(key)] = value
+    absent, extra = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
+    if absent or extra:
+        what = f"lacks {absent[0]}" if absent else f"also has {extra[0]}"
+        raise BasisMismatchError(
+            f"{task} {what}, unlike adapter {adapter!r}: they cannot be swapped in place. Load it beside the other with "
+            "`model.load_adapter`."
+        )
+    for key, value in found.items():
+        if value.shape != targets[key].shape:
+            raise BasisMismatchError(
+                f"{task}: {key} has shape {tuple(value.shape)}, that of adapter {adapter!r} {tuple(targets[key].shape)}."
+            )
+    with torch.no_grad():
+        for key, value in found.items():
+            targets[key].copy_(value)
+    configs[adapter] = new  # type: ignore[index]
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
+def _targets(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """The tensors of `adapter` in the model, by their key in a task's file."""
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        plain = _plain(name)
+        if isinstance(module, SubspaceLayer) and adapter in module.subspace_coef:
+            if adapter in module.merged_adapters:
+                raise SubspaceError(f"Adapter {adapter!r} is merged into the base weights: unmerge it first.")
+            coefficients = module.subspace_coef[adapter]
+            found |= {f"{plain}.subspace_coef.{key}": value for key, value in coefficients.named_parameters()}
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
+            state = module.adapter_state_dict(adapter, module.state_dict())
+            found |= {f"{plain}.{key}": value for key, value in state.items()}
+    return found

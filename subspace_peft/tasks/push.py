@@ -1,0 +1,215 @@
+"""A task on its way to the Hub: its basis pinned to a commit that others can fetch, or a word about what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..basis import SubspaceBasis
+from ..basis.push import check_repo_id, upload
+from ..basis.resolve import read_notes
+from ..cards import Place, add_tags
+from ..errors import SubspaceError
+from ..tuner.card import write_section
+from ..tuner.config import SubspaceConfig
+from ..tuner.task_file import WEIGHTS_FILE
+
+
+def push_task(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    tags: list[str] | None = None,
+    **saving: Any,
+) -> str:
+    """Save a model's tasks and upload them in one commit: what `model.push_to_hub` does where one of them is a subspace task.
+
+    The basis of each is pinned first: to the commit it was fetched from or pushed as, on this machine. A README that somebody wrote in
+    the repository stays.
+
+    Args:
+        model: the model.
+        repo_id: ``org/name``; the repository is made where there is none.
+        push_basis_to: push the basis into this repository as well, where it is not on the Hub yet.
+        force: push a task whose basis is in a local folder only; others have to be told where it is.
+        private, token, commit_message, create_pr: as in huggingface_hub.
+        revision: branch; made where there is none.
+        tags: added to the card.
+        saving: for `save_pretrained`.
+
+    Returns:
+        The commit's sha.
+
+    Raises:
+        SubspaceError: a basis is in a local folder or in memory only, and nothing was said about it; or `repo_id` is a path.
+    """
+    check_repo_id(repo_id)
+    for name in saving.get("selected_adapters") or list(model.peft_config):
+        config = model.peft_config[name]
+        if isinstance(config, SubspaceConfig):
+            pin(config, name, push_basis_to=push_basis_to, force=force, private=private, token=token)
+
+    def write(folder: Path, place: Place) -> None:
+        with _placed(model, place):
+            model.save_pretrained(str(folder), **saving)
+        if tags and (folder / "README.md").is_file():
+            add_tags(folder / "README.md", tags)
+
+    return upload(
+        repo_id,
+        write,
+        commit_message or "Upload task",
+        private=private,
+        token=token,
+        branch=revision,
+        create_pr=create_pr,
+    )[1]
+
+
+def push_saved_task(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload the folder of a saved task in one commit, its basis pinned first in what is uploaded; no model is loaded. Arguments, result
+    and errors are those of `push_task`; also `BadFileError` where the folder is damaged.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder).expanduser()
+    config = SubspaceConfig.from_pretrained(str(folder))
+    if not isinstance(config, SubspaceConfig) or not (folder / WEIGHTS_FILE).is_file():
+        raise SubspaceError(
+            f"{folder}: no saved subspace task is in there. Give the folder that `save_pretrained` wrote."
+        )
+    pin(config, folder.name, push_basis_to=push_basis_to, force=force, private=private, token=token)
+
+    def write(copy: Path, place: Place) -> None:
+        shutil.copyfile(folder / WEIGHTS_FILE, copy / WEIGHTS_FILE)
+        if (folder / "README.md").is_file() and not (copy / "README.md").is_file():
+            shutil.copyfile(folder / "README.md", copy / "README.md")
+        config.save_pretrained(str(copy))
+        config._place = place
+        write_section(copy, config)
+
+    return upload(
+        repo_id,
+        write,
+        commit_message or "Upload task",
+        private=private,
+        token=token,
+        branch=revision,
+        create_pr=create_pr,
+    )[1]
+
+
+@contextlib.contextmanager
+def _placed(model: PeftModel, place: Place) -> Iterator[None]:
+    """Meanwhile the tasks' cards say to load them from the Hub."""
+    configs = {name: each for name, each in model.peft_config.items() if isinstance(each, SubspaceConfig)}
+    for name, config in configs.items():
+        config._place = replace(place, subfolder=None if name == "default" else name)
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config._place = None
+
+
+def pin(
+    config: SubspaceConfig,
+    name: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Have `config` refer to its basis on the Hub, at a commit; see `push_task`."""
+    if config.basis_modules is not None or config.save_basis:
+        return
+    basis = config.resolve()
+    if basis is None:
+        return
+    remedy = f"make the task self-contained (model.peft_config[{name!r}].save_basis = True)"
+    place = place_on_hub(
+        basis, f"task {name!r}", remedy, push_basis_to=push_basis_to, force=force, private=private, token=token
+    )
+    if place is not None:
+        config.basis, config.basis_revision = place
+
+
+def place_on_hub(
+    basis: SubspaceBasis,
+    what: str,
+    remedy: str,
+    *,
+    push_basis_to: str | None = None,
+    force: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> tuple[str, str | None] | None:
+    """Repository and commit where others find `basis`, as far as this machine knows, or after pushing it there; None by force.
+
+    Raises:
+        SubspaceError: it is in a local folder or in memory only; names `what` needs it, and the remedies.
+    """
+    if basis.revision:
+        return str(basis.location), basis.revision
+    notes = [(str(note["location"]), note["revision"]) for note in read_notes(basis.fingerprint) if note["revision"]]
+    if notes:
+        return notes[0]
+    if push_basis_to is not None:
+        return push_basis_to, basis.push_to_hub(push_basis_to, private=private, token=token)
+    where = "in memory only" if basis.location is None else f"only in {basis.location}"
+    if force:
+        warnings.warn(
+            f"The basis of {what} is {where}: whoever loads it has to say where the basis is, with basis=….",
+            stacklevel=3,
+        )
+        return None
+    raise SubspaceError(
+        f"The basis of {what} (fingerprint {basis.fingerprint}) is {where}, where nobody who loads it from the Hub would find "
+        f"it. Push the basis too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before), {remedy}, or push anyway "
+        "with force=True."
+    )
+
+
+def teach_push_to_hub() -> None:
+    """Have `PeftModel.push_to_hub` do as `push_task` for models with a subspace task; other models go the way they went. Idempotent."""
+    original: Callable[..., Any] = PeftModel.push_to_hub
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(config, SubspaceConfig) for config in self.peft_config.values()):
+            kwargs = {
+                key: value for key, value in kwargs.items() if key not in ("max_shard_size", "commit_description")
+            }
+            return push_task(self, repo_id, *args, **kwargs)
+        return original(self, repo_id, *args, **kwargs)
+
+    push_to_hub.subspace = True  # type: ignore[attr-defined]
+    PeftModel.push_to_hub = push_to_hub  # type: ignore[method-assign]

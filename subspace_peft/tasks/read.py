@@ -1,0 +1,170 @@
+"""A task's numbers, read from its folder or taken from a live model, without building a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .._adapted import active_adapter
+from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.basis import module_shape
+from ..errors import BasisMismatchError, SubspaceError
+from ..tuner.coefficients import make_coefficients
+from ..tuner.config import SubspaceConfig
+from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, scale_of, used_size, weights_of
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task in a shared basis.
+
+    Attributes:
+        config: its configuration, basis resolved.
+        cores: module → ``s·C(θ) + g·M`` (k_out, k_in) float64: the core in units of ΔW.
+        modules: module → the part of the basis that it uses.
+        extras: other saved tensors by key, such as a classifier's (`modules_to_save`).
+        residual: module → ``(B, A)``, (out, r) and (r, in): what is added to ``U core V``, where a bundle kept it; see `compress_fleet`.
+    """
+
+    config: SubspaceConfig
+    cores: dict[str, torch.Tensor]
+    modules: Mapping[str, ModuleBasis]
+    extras: dict[str, torch.Tensor]
+    residual: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+def read_task(
+    task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
+) -> Task:
+    """Read a task.
+
+    Args:
+        task: the folder or Hub id of a saved task, a live PeftModel, or a `Task`, which is given back.
+        adapter_name: which adapter of a live model; default the active one.
+        basis: where the basis is, if not where the task's config says.
+        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+
+    Raises:
+        SubspaceError: it is no subspace task; and what `SubspaceConfig.from_pretrained` raises.
+    """
+    if isinstance(task, Task):
+        return task
+    return assemble(*read_tensors(task, adapter_name=adapter_name, basis=basis, **hub))
+
+
+def read_tensors(
+    task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
+) -> tuple[SubspaceConfig, dict[str, torch.Tensor]]:
+    """A task's configuration, and its tensors as they are saved: by their keys in its file. Arguments and errors as in `read_task`."""
+    if hasattr(task, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        name = adapter_name or active_adapter(task)
+        if name not in task.peft_config:
+            raise SubspaceError(f"The model has no adapter {name!r}; it has {', '.join(sorted(task.peft_config))}.")
+        config = task.peft_config[name]
+        if not isinstance(config, SubspaceConfig):
+            raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")
+        tensors = get_peft_model_state_dict(task, adapter_name=name)
+    else:
+        given = {} if basis is None else {"basis": basis}
+        try:
+            config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
+        except SubspaceError:
+            raise
+        except ValueError as error:
+            # PEFT's word for a folder or repository without an adapter_config.json
+            raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
+        if not isinstance(config, SubspaceConfig):
+            raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
+        tensors = load_file(weights_of(task, config))
+    return config, tensors
+
+
+def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Task:
+    """The task that a configuration and its tensors, as `read_tensors` gives them, are."""
+    coefficients: dict[str, dict[str, torch.Tensor]] = {}
+    own: dict[str, dict[str, torch.Tensor]] = {}
+    extras = {}
+    for key, value in tensors.items():
+        if found := COEFFICIENT_KEY.match(key):
+            coefficients.setdefault(found["module"], {})[found["name"]] = value.detach().cpu()
+        elif found := BASIS_KEY.match(key):
+            own.setdefault(found["module"], {})[found["name"]] = value.detach().cpu()
+        else:
+            extras[key] = value.detach().cpu()
+    basis = config.resolve() if config._basis is None else config._basis
+    if basis is None:
+        carried = {
+            name: ModuleBasis(**{key: part.float() for key, part in own[name].items()}) for name in coefficients
+        }
+        for name, module in carried.items():
+            module.check(name)
+        parts_of: Mapping[str, ModuleBasis] = carried
+        known = {name: module_shape(module) for name, module in carried.items()}
+    else:
+        keys = {name: str(basis.find(name)) for name in coefficients}
+        shapes = basis.shapes()
+        known = {name: shapes[key] for name, key in keys.items()}
+        sizes = {name: used_size(config, name, shape["k_out"], shape["k_in"]) for name, shape in known.items()}
+        parts_of = Parts(sizes, basis, keys)
+    cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
+    return Task(config, cores, parts_of, extras)
+
+
+class Parts(Mapping[str, ModuleBasis]):
+    """What the modules of a task use of the basis, read when asked for: cores alone often suffice.
+
+    Args:
+        sizes: module → the (k_out, k_in) that it uses.
+        basis: where they are from.
+        names: module → its name in the basis.
+    """
+
+    def __init__(self, sizes: Mapping[str, tuple[int, ...]], basis: SubspaceBasis, names: Mapping[str, str]) -> None:
+        self.sizes, self.basis, self.names = sizes, basis, names
+
+    def __getitem__(self, name: str) -> ModuleBasis:
+        module, size = self.basis[self.names[name]], self.sizes[name]
+        return module if size == (module.k_out, module.k_in) else module.truncate(*size)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _core(
+    config: SubspaceConfig,
+    name: str,
+    shape: Mapping[str, int],
+    parts_of: Mapping[str, ModuleBasis],
+    parts: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    scale = scale_of(config, name, shape)
+    if config.coefficients == "core" and config.mean_gain == "none":
+        return parts["weight"].double() * scale
+    needs_module = config.coefficients == "directions" or config.mean_gain != "none"
+    module = parts_of[name] if needs_module else None
+    if config.mean_gain != "none" and module is not None and module.M is None:
+        raise BasisMismatchError(
+            f"mean_gain={config.mean_gain!r}, but the basis has no mean core in module {name!r}. Pass the basis that the task was "
+            "trained on."
+        )
+    mean, directions = (None, None) if module is None else (module.M, module.G)
+    made = make_coefficients(
+        config.coefficients,
+        *used_size(config, name, shape["k_out"], shape["k_in"]),
+        r=config.r,
+        directions=0 if directions is None else directions.shape[0],
+        mean_gain=config.mean_gain,
+    ).double()
+    made.load_state_dict({key: value.double() for key, value in parts.items()})
+    mean = None if config.mean_gain == "none" or mean is None else mean.double() / scale
+    with torch.no_grad():
+        return made.core(mean, None if directions is None else directions.double()) * scale
