@@ -1,10 +1,12 @@
-"""The versions matrix: `nox` runs the fast tests on every Python, with the lowest and the newest releases that pyproject.toml admits."""
+"""The versions matrix: `nox` runs the fast tests on every Python, with the lowest and the newest releases that
+pyproject.toml admits."""
 
 from __future__ import annotations
 
 import nox
 
-# uv's environments share one copy of each release by hard links: with torch's CUDA builds that is gigabytes for every environment.
+# uv's environments share one copy of each release by hard links: with torch's CUDA builds that is gigabytes for every
+# environment.
 nox.options.default_venv_backend = "uv|virtualenv"
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")

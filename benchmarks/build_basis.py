@@ -1,21 +1,24 @@
-"""What building a basis from a large fleet costs, and what it keeps: this package beside exact and other published ways, and the floor.
+"""What building a basis from a large fleet costs, and what it keeps: this package beside exact and other published
+ways, and the floor.
 
     python benchmarks/build_basis.py
     python benchmarks/build_basis.py --adapters 50 100 --layers 1
 
-Synthetic fleets with the shapes of Mistral-7B's q_proj and v_proj (a few layers of 32), r=16, float16 files: common directions of falling
-weight and noise of each adapter's own. Every measurement is a process of its own with one thread: wall and CPU seconds, and peak memory
-above what the process held after its imports. `build_basis` works on the whole fleet, both factors of every module, statistics and all. The others get
-one factor, the first q_proj's lora_B, in memory from the start, and find its leading centred directions, as EigenLoRAx asks for (the covariance
-and `torch.linalg.eig` of its released way, written anew here). Seconds for all 32 layers are extrapolated and say so. Files are asked out of the page
-cache before they are read, which a file system may ignore.
+Synthetic fleets with the shapes of Mistral-7B's q_proj and v_proj (a few layers of 32), r=16, float16 files: common
+directions of falling weight and noise of each adapter's own. Every measurement is a process of its own with one
+thread: wall and CPU seconds, and peak memory above what the process held after its imports. `build_basis` works on the
+whole fleet, both factors of every module, statistics and all. The others get one factor, the first q_proj's lora_B, in
+memory from the start, and find its leading centred directions, as EigenLoRAx asks for (the covariance and
+`torch.linalg.eig` of its released way, written anew here). Seconds for all 32 layers are extrapolated and say so.
+Files are asked out of the page cache before they are read, which a file system may ignore.
 
-Two packages of the index, vlora-dev and lorashare, compress the same whole fleet up to a size that they can take, each with the most
-components that need no more numbers than our U, V and cores (peers/fleet_compressors.py, in a virtual environment of their own which sees this one's torch).
+Two packages of the index, vlora-dev and lorashare, compress the same whole fleet up to a size that they can take, each
+with the most components that need no more numbers than our U, V and cores (peers/fleet_compressors.py, in a virtual
+environment of their own which sees this one's torch).
 
-The floor is the larger of two: reading the bytes once, and the products with B and A that the build makes (its passes, at its subspaces' width, and
-the two of its probe) at the fastest rate that a large float32 product reaches here, in one thread. Writes JSON and a Markdown table to
-benchmarks/results/.
+The floor is the larger of two: reading the bytes once, and the products with B and A that the build makes (its passes,
+at its subspaces' width, and the two of its probe) at the fastest rate that a large float32 product reaches here, in
+one thread. Writes JSON and a Markdown table to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -176,13 +179,17 @@ def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any
     facts = spent(wall, cpu, start)
     found = basis.info["measured"]
     return {
-        **facts, "energy_kept": found["energy_kept"], "certificates": found["certificates"],
-        "products": products(found["certificates"], len(folders), k), "numbers": numbers(len(folders), len(basis) // len(SHAPES), k),
-    }  # fmt: skip
+        **facts,
+        "energy_kept": found["energy_kept"],
+        "certificates": found["certificates"],
+        "products": products(found["certificates"], len(folders), k),
+        "numbers": numbers(len(folders), len(basis) // len(SHAPES), k),
+    }
 
 
 def products(certificates: dict[str, Any], count: int, k: int) -> float:
-    """Floating-point operations of the products with B and A: per pass and side both ways, ``4 · rows · width · d``, and those of the probe."""
+    """Floating-point operations of the products with B and A: per pass and side both ways, ``4 · rows · width · d``,
+    and those of the probe."""
     rows, total = count * RANK, 0.0
     for name, facts in certificates.items():
         sides = SHAPES[name.rsplit(".", 1)[-1]]
@@ -211,9 +218,10 @@ def peak() -> float:
 
 def spent(wall: float, cpu: float, start: int) -> dict[str, float]:
     return {
-        "wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,
+        "wall_seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
         "peak_bytes": max(0, status("VmHWM") - start),
-    }  # fmt: skip
+    }
 
 
 def measure(root: Path, args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
@@ -254,10 +262,16 @@ def measure(root: Path, args: argparse.Namespace, settings: dict[str, Any]) -> d
 
 def table(results: dict[str, Any], layers: int, k: int) -> str:
     lines = [
-        f"Of Mistral-7B's {ALL_LAYERS} layers (q_proj, v_proj; r={RANK}, k={k}), {layers} were built. One thread. Energy: for one factor its centred energy in k "
-        "directions over the exact SVD's; for build_basis the worst module's and side's over its certified bound.",
+        (
+            f"Of Mistral-7B's {ALL_LAYERS} layers (q_proj, v_proj; r={RANK}, k={k}), {layers} were built. One thread."
+            " Energy: for one factor its centred energy in k directions over the exact SVD's; for build_basis the"
+            " worst module's and side's over its certified bound."
+        ),
         "",
-        f"| adapters | | of | CPU s | wall s | peak memory, MB | energy, of the most there is | both factors of all {ALL_LAYERS} layers, CPU s, extrapolated |",
+        (
+            "| adapters | | of | CPU s | wall s | peak memory, MB | energy, of the most there is | both factors of"
+            f" all {ALL_LAYERS} layers, CPU s, extrapolated |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for n, rows in results.items():
@@ -265,11 +279,12 @@ def table(results: dict[str, Any], layers: int, k: int) -> str:
         own = rows["build_basis"]
         floor = own["products"] / own["peak"]
         lines.append(
-            f"| {n} | products with B and A, {own['products'] / 1e9:,.0f} GFLOP at {own['peak'] / 1e9:.0f} GFLOP/s | {layers} layers | {floor:.3g} | | | | "
-            f"{ALL_LAYERS / layers * floor:,.0f} |"
+            f"| {n} | products with B and A, {own['products'] / 1e9:,.0f} GFLOP at {own['peak'] / 1e9:.0f} GFLOP/s |"
+            f" {layers} layers | {floor:.3g} | | | | {ALL_LAYERS / layers * floor:,.0f} |"
         )
         for title, row in rows.items():
-            # a factor of q_proj's size is 4,096 wide; v_proj's lora_B of 1,024 counts as a quarter, in favour of those whose cost grows faster
+            # a factor of q_proj's size is 4,096 wide; v_proj's lora_B of 1,024 counts as a quarter, in favour of those
+            # whose cost grows faster
             times = ALL_LAYERS / layers if title in WHOLE else ALL_LAYERS * 3.25
             if "share" in row:
                 energy = f"{row['share'] / best:.4%}"
@@ -286,8 +301,8 @@ def table(results: dict[str, Any], layers: int, k: int) -> str:
                 energy = ""
             what = f"{layers} layers" if title in WHOLE else "one factor"
             lines.append(
-                f"| {n} | {title} | {what} | {row['cpu_seconds']:.3g} | {row['wall_seconds']:.3g} | {row['peak_bytes'] / 1e6:,.0f} | {energy} | "
-                f"{times * row['cpu_seconds']:,.0f} |"
+                f"| {n} | {title} | {what} | {row['cpu_seconds']:.3g} | {row['wall_seconds']:.3g} |"
+                f" {row['peak_bytes'] / 1e6:,.0f} | {energy} | {times * row['cpu_seconds']:,.0f} |"
             )
     return "\n".join([*lines, "", *verdicts(results)]) + "\n"
 
@@ -295,7 +310,10 @@ def table(results: dict[str, Any], layers: int, k: int) -> str:
 def verdicts(results: dict[str, Any]) -> list[str]:
     """What was aimed at, beside what came out."""
     lines = [
-        "| adapters | CPU over the larger floor (aim: at most 2) | covariance and eig over build_basis, both factors of all layers (aim: at least 50) | CPU per adapter and layer, ms | peak memory, MB |",
+        (
+            "| adapters | CPU over the larger floor (aim: at most 2) | covariance and eig over build_basis, both"
+            " factors of all layers (aim: at least 50) | CPU per adapter and layer, ms | peak memory, MB |"
+        ),
         "|---|---|---|---|---|",
     ]
     for n, rows in results.items():
@@ -305,7 +323,8 @@ def verdicts(results: dict[str, Any]) -> list[str]:
         slow = 3.25 * layers * rows["covariance and torch.linalg.eig (EigenLoRAx's way)"]["cpu_seconds"]
         each = 1000 * own["cpu_seconds"] / int(n) / layers
         lines.append(
-            f"| {n} | {own['cpu_seconds'] / floor:.1f} | {slow / own['cpu_seconds']:.0f} | {each:.1f} | {own['peak_bytes'] / 1e6:,.0f} |"
+            f"| {n} | {own['cpu_seconds'] / floor:.1f} | {slow / own['cpu_seconds']:.0f} | {each:.1f} |"
+            f" {own['peak_bytes'] / 1e6:,.0f} |"
         )
     return lines
 

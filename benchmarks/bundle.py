@@ -1,11 +1,13 @@
-"""What tasks of a bundle cost to load: into a bank, as PEFT adapters, and over HTTP, where only the task's own bytes are fetched.
+"""What tasks of a bundle cost to load: into a bank, as PEFT adapters, and over HTTP, where only the task's own bytes
+are fetched.
 
     python benchmarks/bundle.py
     python benchmarks/bundle.py --tasks 100 --stock 10
 
-A RoBERTa-base-shaped encoder (12 × 768) with query and value adapted, core k=16, as in load_many.py. Seconds are CPU time of this
-process. Requests and bytes are counted by a Hub on loopback (tests/push_hub.py) that serves ranges: of opening the bundle and reading one
-task, of a second task, and of --stock more, the basis aside. Writes JSON and a Markdown table to benchmarks/results/.
+A RoBERTa-base-shaped encoder (12 × 768) with query and value adapted, core k=16, as in load_many.py. Seconds are CPU
+time of this process. Requests and bytes are counted by a Hub on loopback (tests/push_hub.py) that serves ranges: of
+opening the bundle and reading one task, of a second task, and of --stock more, the basis aside. Writes JSON and a
+Markdown table to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -104,8 +106,10 @@ def over_http(folder: Path, more: int, root: Path) -> dict[str, dict[str, int]]:
         # from the end, where the first request, of the file's beginning, has not been
         names = list(reversed(list(open_bundle(folder))))
         for title, wanted in (
-            ("open and one task", names[:1]), ("a second task", names[1:2]), (f"{more} further tasks", names[2 : 2 + more])
-        ):  # fmt: skip
+            ("open and one task", names[:1]),
+            ("a second task", names[1:2]),
+            (f"{more} further tasks", names[2 : 2 + more]),
+        ):
             hub.log.clear()
             hub.sent = 0
             for name in tqdm(wanted, desc=title, unit="task", delay=2):

@@ -1,12 +1,14 @@
-"""What the 1st, 10th, 100th and 1,000th task costs to load: PEFT's `load_adapter` with our tasks and with LoRAs, and a `TaskBank`.
+"""What the 1st, 10th, 100th and 1,000th task costs to load: PEFT's `load_adapter` with our tasks and with LoRAs, and a
+`TaskBank`.
 
     python benchmarks/load_many.py
     python benchmarks/load_many.py --stock 20 --tasks 100
 
-A RoBERTa-base-shaped encoder (12 × 768) with query and value adapted, core k=16 beside LoRA r=8. `load_adapter` walks all modules and
-all adapters loaded so far, so it is measured up to --stock adapters; beside its seconds stand those spent in this package's own code.
-The bank takes the same folders one by one, and then all tasks from one file. Seconds are CPU time of this process: per point the median
-of up to five loads that end there. Writes JSON and a Markdown table to benchmarks/results/.
+A RoBERTa-base-shaped encoder (12 × 768) with query and value adapted, core k=16 beside LoRA r=8. `load_adapter` walks
+all modules and all adapters loaded so far, so it is measured up to --stock adapters; beside its seconds stand those
+spent in this package's own code. The bank takes the same folders one by one, and then all tasks from one file. Seconds
+are CPU time of this process: per point the median of up to five loads that end there. Writes JSON and a Markdown table
+to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ def own_seconds(profile: cProfile.Profile) -> float:
         if file.startswith(OWN):
             total += own
         else:
-            # of a function outside, what callers in this package account for; what a method of ours extends would have run without it
+            # of a function outside, what callers in this package account for; what a method of ours extends would have
+            # run without it
             total += sum(
                 spent[2] for (caller, _, by), spent in callers.items() if caller.startswith(OWN) and by != name
             )
@@ -141,8 +144,9 @@ def measure(root: Path, tasks: int, stock: int, k: int) -> dict[str, dict[str, A
     each = (time.process_time() - began) / tasks
     results["core, bank.load(file)"] = {
         "points": {point: {"seconds": each} for point in POINTS if point <= tasks},
-        "file_bytes": file.stat().st_size / tasks, "memory_bytes": row,
-    }  # fmt: skip
+        "file_bytes": file.stat().st_size / tasks,
+        "memory_bytes": row,
+    }
     return results
 
 
@@ -160,7 +164,10 @@ def held(model: nn.Module) -> int:
 def table(results: dict[str, dict[str, Any]]) -> str:
     points = sorted({point for row in results.values() for point in row["points"]})
     lines = [
-        f"| milliseconds of CPU for task number (in our own code) | {' | '.join(f'{p:,}' for p in points)} | file, bytes | memory, bytes |",
+        (
+            f"| milliseconds of CPU for task number (in our own code) | {' | '.join(f'{p:,}' for p in points)} | file,"
+            " bytes | memory, bytes |"
+        ),
         "|---" * (len(points) + 3) + "|",
     ]
     for title, row in results.items():

@@ -3,10 +3,11 @@
     python benchmarks/mixed_batch.py
     python benchmarks/mixed_batch.py --tasks 64 --rounds 5
 
-Forward passes of a Mistral-shaped decoder (8 × 512), query and value or all linear layers adapted, rows × tokens per row: 128 tokens as
-in a prefill, 1 as in decoding, where a loop over adapters dominates. `tasks` are loaded: ours in a `TaskBank`, LoRA r=8 as PEFT
-adapters. The rows' names are passed once and the passes timed, as in `generate`. Ratios to the frozen base in the same round, median
-and quartiles; bytes of the tasks. Writes JSON and a Markdown table to benchmarks/results/.
+Forward passes of a Mistral-shaped decoder (8 × 512), query and value or all linear layers adapted, rows × tokens per
+row: 128 tokens as in a prefill, 1 as in decoding, where a loop over adapters dominates. `tasks` are loaded: ours in a
+`TaskBank`, LoRA r=8 as PEFT adapters. The rows' names are passed once and the passes timed, as in `generate`. Ratios
+to the frozen base in the same round, median and quartiles; bytes of the tasks. Writes JSON and a Markdown table to
+benchmarks/results/.
 """
 
 from __future__ import annotations

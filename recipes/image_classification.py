@@ -21,14 +21,14 @@ data/<task>/task.json (labels, held_out). The adapter of `--task` is never in it
 name may be, of that task is refused. Of a Hub set the validation split is carved out of the training set.
 
 Cost and result:
-    --preset offline, task tops (t-shirt, pullover, coat or shirt): 29 minutes beside another job, one thread of a 2-core machine,
-    0.8 GB of memory. Accuracy on 500 images, mean ± standard deviation over three seeds:
+    --preset offline, task tops (t-shirt, pullover, coat or shirt): 29 minutes beside another job, one thread of a
+    2-core machine, 0.8 GB of memory. Accuracy on 500 images, mean ± standard deviation over three seeds:
 
         head only 0.546 ± 0.047    LoRA r=8 0.675 ± 0.017    random basis 0.683 ± 0.005   (2,048 trained numbers)
         mean only 0.618 ± 0.009    VeRA     0.699 ± 0.020    this basis   0.635 ± 0.017   (2,048; LoRA has 49,152)
 
-    This basis does worse than a random one of its size: footwear, bags and digits do not prepare for telling shirts from coats.
-    The ViT's provenance is unclear and its features are weak here; take no absolute number from it.
+    This basis does worse than a random one of its size: footwear, bags and digits do not prepare for telling shirts
+    from coats. The ViT's provenance is unclear and its features are weak here; take no absolute number from it.
 
     The defaults were not run by us yet. --dry-run prints their downloads, steps and sizes.
 """
@@ -75,21 +75,51 @@ class Knobs(shared.SubspaceKnobs):
 
 
 SMALL = {
-    "model": "offline", "data_dir": "offline", "task": "tops", "layers": [8, 9, 10, 11], "train_examples": 256,
-    "validation_examples": 160, "test_examples": 500, "epochs": 4, "batch": 16, "warmup": 0.0, "source_examples": 256,
-    "source_epochs": 4, "source_rate": 4e-3, "basis_k": 16,
-}  # fmt: skip
+    "model": "offline",
+    "data_dir": "offline",
+    "task": "tops",
+    "layers": [8, 9, 10, 11],
+    "train_examples": 256,
+    "validation_examples": 160,
+    "test_examples": 500,
+    "epochs": 4,
+    "batch": 16,
+    "warmup": 0.0,
+    "source_examples": 256,
+    "source_epochs": 4,
+    "source_rate": 4e-3,
+    "basis_k": 16,
+}
 FEW = {"train_examples": 48, "source_examples": 48, "validation_examples": 32, "test_examples": 48}
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "offline": SMALL,
     "smoke": {
-        **SMALL, **FEW, "epochs": 1, "source_epochs": 1, "layers": [1], "basis_k": 8, "sweep": 1, "seeds": [1, 2],
+        **SMALL,
+        **FEW,
+        "epochs": 1,
+        "source_epochs": 1,
+        "layers": [1],
+        "basis_k": 8,
+        "sweep": 1,
+        "seeds": [1, 2],
     },
-}  # fmt: skip
+}
 # of the knobs, those that decide how good any adapter gets; each stage adds its own
-DECISIVE = ("model", "pooling", "target_modules", "layers", "flip", "batch", "head_rate", "scheduler", "warmup",
-          "weight_decay", "bf16", "test_examples")  # fmt: skip
+DECISIVE = (
+    "model",
+    "pooling",
+    "target_modules",
+    "layers",
+    "flip",
+    "batch",
+    "head_rate",
+    "scheduler",
+    "warmup",
+    "weight_decay",
+    "bf16",
+    "test_examples",
+)
 
 
 def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
@@ -112,9 +142,14 @@ def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
     if args.data_dir is not None:
         return shared.local_images(args.data_dir, name)
     return shared.class_group(
-        datasets.load_dataset(args.data), name, groups=args.class_groups, image=args.image_column,
-        label=args.label_column, validation=args.validation_examples, where=args.data,
-    )  # fmt: skip
+        datasets.load_dataset(args.data),
+        name,
+        groups=args.class_groups,
+        image=args.image_column,
+        label=args.label_column,
+        validation=args.validation_examples,
+        where=args.data,
+    )
 
 
 def load_task(args: Knobs, name: str) -> LabelledTask:
@@ -140,9 +175,14 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
         splits[split] = rows.with_transform(lambda part, flip=args.flip and split == "train": pixels(part, flip))
     # GLUE's metric of sst2 is the plain accuracy
     return LabelledTask(
-        name=name, keys=["image"], classes=len(labels), metric="sst2", splits=splits,
-        collate=transformers.default_data_collator, content=shared.digest(content),
-    )  # fmt: skip
+        name=name,
+        keys=["image"],
+        classes=len(labels),
+        metric="sst2",
+        splits=splits,
+        collate=transformers.default_data_collator,
+        content=shared.digest(content),
+    )
 
 
 def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> Any:
@@ -166,23 +206,46 @@ def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
 
 
 def make_trainer(
-    args: Knobs, model: Any, task: LabelledTask, *, rate: float = 0.0, epochs: float = 0.0, examples: int = 1,
-    seed: int = 0, folder: Path | None = None,
-) -> Trainer:  # fmt: skip
+    args: Knobs,
+    model: Any,
+    task: LabelledTask,
+    *,
+    rate: float = 0.0,
+    epochs: float = 0.0,
+    examples: int = 1,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Trainer:
     """The stock Trainer; bar and checkpoints where a folder is given. Beside an adapter the head has its own rate."""
     groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
-        output_dir=str(folder or args.out), save_strategy="epoch" if folder else "no", save_total_limit=2,
-        num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=4 * args.batch,
-        lr_scheduler_type=args.scheduler, warmup_steps=args.warmup, seed=seed, remove_unused_columns=False,
-        label_names=["labels"], eval_strategy="epoch", logging_strategy="no", report_to=[],
-        disable_tqdm=folder is None, bf16=args.bf16, use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=str(folder or args.out),
+        save_strategy="epoch" if folder else "no",
+        save_total_limit=2,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=4 * args.batch,
+        lr_scheduler_type=args.scheduler,
+        warmup_steps=args.warmup,
+        seed=seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        eval_strategy="epoch",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=folder is None,
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
+    )
     trainer = Trainer(
-        model, arguments, task.collate, train_dataset=shared.draw(task.splits["train"], examples, seed),
-        eval_dataset=task.splits["validation"], compute_metrics=task.measure,
+        model,
+        arguments,
+        task.collate,
+        train_dataset=shared.draw(task.splits["train"], examples, seed),
+        eval_dataset=task.splits["validation"],
+        compute_metrics=task.measure,
         optimizers=(torch.optim.AdamW(groups, weight_decay=args.weight_decay) if groups else None, None),
-    )  # fmt: skip
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -193,9 +256,14 @@ def test(args: Knobs, model: Any, task: LabelledTask) -> dict[str, Any]:
 
 # what the stages do with these: skip what is finished, resume, save, sweep, tabulate
 RECIPE = shared.Recipe(
-    load_task=load_task, make_model=lambda args, task, seed: make_model(args, task.classes, seed), make_trainer=make_trainer,
-    test=test, decisive=DECISIVE, head=HEAD, task_type=None,
-)  # fmt: skip
+    load_task=load_task,
+    make_model=lambda args, task, seed: make_model(args, task.classes, seed),
+    make_trainer=make_trainer,
+    test=test,
+    decisive=DECISIVE,
+    head=HEAD,
+    task_type=None,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

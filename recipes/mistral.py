@@ -1,4 +1,5 @@
-"""Instruction tuning with Mistral: a fleet of LoRA adapters → their shared basis → a held-out task of a few kilobytes → its controls.
+"""Instruction tuning with Mistral: a fleet of LoRA adapters → their shared basis → a held-out task of a few kilobytes
+→ its controls.
 
     python recipes/mistral.py --preset offline             # real texts and a small Mistral out of packages, no Hub; 2 CPU cores
     python recipes/mistral.py --preset smoke               # the same path on so few examples that its scores mean nothing
@@ -10,33 +11,35 @@
 
 Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
 
-    sources    a stock LoRA adapter per source task of `--data-dir`; adapters that exist (anything with a slash) are checked
-    basis      `build_basis` of them, and a random basis of equal size as the control
-    train      coefficients in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last checkpoint
-    evaluate   the saved task, loaded by PeftModel.from_pretrained, generates for the test set; prints metrics and three answers
-    compare    base model, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate with the
+    sources    a stock LoRA adapter per source task of `--data-dir`; adapters that exist (anything with a slash) are
+    checked basis      `build_basis` of them, and a random basis of equal size as the control train      coefficients
+    in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last checkpoint evaluate   the saved
+    task, loaded by PeftModel.from_pretrained, generates for the test set; prints metrics and three answers compare
+    base model, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate with the
                best validation loss, then the report seeds at that rate → results.json, table.md, curves.png
 
-The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. Tasks are as in
-Natural Instructions. On the Hub: columns input and output (a text or a list, whose first counts), and definition unless input
-holds it. Own data: `--data-dir` takes a folder with data/<task>/{train,validation,test}.jsonl (columns definition, input, output)
-and data/<task>/task.json (name, about, held_out, metric: exact_match or rougeL). The prompt, by the tokenizer's chat template if
-it has one, is not trained on, the answer and its end are. What is longer than `--tokens` loses the end of its input, never of its
-answer. `--packing` puts a batch into one row without padding; examples do not see each other.
+The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. Tasks
+are as in Natural Instructions. On the Hub: columns input and output (a text or a list, whose first counts), and
+definition unless input holds it. Own data: `--data-dir` takes a folder with data/<task>/{train,validation,test}.jsonl
+(columns definition, input, output) and data/<task>/task.json (name, about, held_out, metric: exact_match or rougeL).
+The prompt, by the tokenizer's chat template if it has one, is not trained on, the answer and its end are. What is
+longer than `--tokens` loses the end of its input, never of its answer. `--packing` puts a batch into one row without
+padding; examples do not see each other.
 
 TRL takes the same configuration (docs/ecosystem.md): SFTTrainer(model, train_dataset=prompts_and_completions,
-peft_config=SubspaceConfig(basis="mistral-output/basis", task_type="CAUSAL_LM"), args=SFTConfig(completion_only_loss=True)).
+peft_config=SubspaceConfig(basis="mistral-output/basis", task_type="CAUSAL_LM"),
+args=SFTConfig(completion_only_loss=True)).
 
 Cost and result:
-    --preset offline, task editorials (positive or negative): 37 minutes of CPU time in one thread (so as long on a free core; 56
-    minutes beside six other jobs on two cores), 1.7 GB of memory. Exact match on 100 answers, mean ± standard deviation over three
-    seeds, 96 training examples:
+    --preset offline, task editorials (positive or negative): 37 minutes of CPU time in one thread (so as long on a
+    free core; 56 minutes beside six other jobs on two cores), 1.7 GB of memory. Exact match on 100 answers, mean ±
+    standard deviation over three seeds, 96 training examples:
 
         base model 0.000            LoRA r=8 0.597 ± 0.031    random basis 0.573 ± 0.025   (3,072 trained numbers)
         mean only  0.660 ± 0.070    VeRA     0.597 ± 0.031    this basis   0.580 ± 0.030   (3,072; LoRA has 92,160)
 
-    The untrained model never answers by one word. With so few examples the trained ones learn the two words and little more (a coin
-    gives 0.5); the fleet's mean update, which comes from tasks with the same two words, is the best row.
+    The untrained model never answers by one word. With so few examples the trained ones learn the two words and little
+    more (a coin gives 0.5); the fleet's mean update, which comes from tasks with the same two words, is the best row.
     Mistral-7B itself was not run by us yet. --dry-run prints its downloads, steps and sizes.
 """
 
@@ -95,10 +98,23 @@ class Knobs(shared.SubspaceKnobs):
 
 
 SMALL = {
-    "model": "offline", "data_dir": "offline", "layers": list(range(24, 30)), "tokens": 96, "new_tokens": 8, "batch": 4,
-    "train_examples": 96, "validation_examples": 48, "test_examples": 100, "epochs": 2, "warmup": 0.0,
-    "source_examples": 96, "source_epochs": 2, "source_rate": 2e-3, "source_r": 8, "sweep": 2,
-}  # fmt: skip
+    "model": "offline",
+    "data_dir": "offline",
+    "layers": list(range(24, 30)),
+    "tokens": 96,
+    "new_tokens": 8,
+    "batch": 4,
+    "train_examples": 96,
+    "validation_examples": 48,
+    "test_examples": 100,
+    "epochs": 2,
+    "warmup": 0.0,
+    "source_examples": 96,
+    "source_epochs": 2,
+    "source_rate": 2e-3,
+    "source_r": 8,
+    "sweep": 2,
+}
 FEW = {"train_examples": 16, "source_examples": 16, "validation_examples": 8, "test_examples": 8, "layers": [0, 1]}
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -106,8 +122,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {**SMALL, **FEW, "epochs": 1, "source_epochs": 1, "basis_k": 8, "sweep": 1, "seeds": [1]},
 }
 # of the knobs, those that decide how good any adapter gets; each stage adds its own
-DECISIVE = ("model", "load_in_4bit", "bf16", "packing", "target_modules", "layers", "tokens", "batch", "scheduler", "warmup",
-            "weight_decay")  # fmt: skip
+DECISIVE = (
+    "model",
+    "load_in_4bit",
+    "bf16",
+    "packing",
+    "target_modules",
+    "layers",
+    "tokens",
+    "batch",
+    "scheduler",
+    "warmup",
+    "weight_decay",
+)
 
 
 @functools.cache
@@ -120,9 +147,11 @@ def tokenizer_of(model: str) -> Any:
 
 
 def load_task(args: Knobs, name: str) -> InstructionTask:
-    """Read, check and tokenise a task: train, validation, and test, whose rows are prompts beside their input and output.
+    """Read, check and tokenise a task: train, validation, and test, whose rows are prompts beside their input and
+    output.
 
-    Raises SubspaceError: no such data; missing splits or columns, empty outputs, prompts without room, too few examples.
+    Raises SubspaceError: no such data; missing splits or columns, empty outputs, prompts without room, too few
+        examples.
     """
     if args.data_dir:
         raw, columns = shared.local_splits(args.data_dir, name), ("definition", "input", "output")
@@ -146,7 +175,7 @@ def make_model(args: Knobs, task: InstructionTask, seed: int) -> Any:
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )  # fmt: skip
+    )
     given: dict[str, Any] = {"quantization_config": nf4} if args.load_in_4bit else {}
     given |= {"dtype": dtype, "device_map": {"": PartialState().device}}
     model = AutoModelForCausalLM.from_pretrained(args.model, **given)
@@ -161,28 +190,52 @@ def make_model(args: Knobs, task: InstructionTask, seed: int) -> Any:
 
 
 def make_trainer(
-    args: Knobs, model: Any, task: InstructionTask, *, examples: int = 1, rate: float = 0.0, epochs: float = 0.0, seed: int = 0,
+    args: Knobs,
+    model: Any,
+    task: InstructionTask,
+    *,
+    examples: int = 1,
+    rate: float = 0.0,
+    epochs: float = 0.0,
+    seed: int = 0,
     folder: Path | None = None,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """The stock Trainer, with a bar and checkpoints where a folder is given."""
     recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
-        output_dir=str(folder or args.out), save_strategy="steps" if folder else "no", save_steps=0.25, save_total_limit=2,
-        num_train_epochs=epochs, per_device_train_batch_size=args.batch, per_device_eval_batch_size=2 * args.batch,
-        learning_rate=rate, weight_decay=args.weight_decay, lr_scheduler_type=args.scheduler, warmup_steps=args.warmup, seed=seed,
-        eval_strategy="epoch", prediction_loss_only=True, logging_strategy="no",
-        report_to=[], disable_tqdm=folder is None, bf16=args.bf16, use_cpu=not torch.cuda.is_available(),
+        output_dir=str(folder or args.out),
+        save_strategy="steps" if folder else "no",
+        save_steps=0.25,
+        save_total_limit=2,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=2 * args.batch,
+        learning_rate=rate,
+        weight_decay=args.weight_decay,
+        lr_scheduler_type=args.scheduler,
+        warmup_steps=args.warmup,
+        seed=seed,
+        eval_strategy="epoch",
+        prediction_loss_only=True,
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=folder is None,
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
         **(recompute if args.gradient_checkpointing else {}),
-    )  # fmt: skip
+    )
     pad = transformers.DataCollatorForSeq2Seq(tokenizer_of(args.model))
     inner = transformers.DataCollatorWithFlattening() if args.packing else pad
     if not isinstance(model, PeftModel):
         # the Trainer would refuse a 4-bit base without an adapter, which it shall only evaluate
         model.is_quantized = False
     trainer = Trainer(
-        model, arguments, data_collator=shared.AnswersOnly(inner), eval_dataset=task.splits["validation"],
+        model,
+        arguments,
+        data_collator=shared.AnswersOnly(inner),
+        eval_dataset=task.splits["validation"],
         train_dataset=shared.draw(task.splits["train"], examples, seed),
-    )  # fmt: skip
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -201,9 +254,14 @@ def test(args: Knobs, model: Any, task: InstructionTask) -> dict[str, Any]:
 
 # what the stages do with these: skip what is finished, resume, save, sweep, tabulate
 RECIPE = shared.Recipe(
-    load_task=load_task, make_model=make_model, make_trainer=make_trainer, test=test, decisive=DECISIVE, head=None,
+    load_task=load_task,
+    make_model=make_model,
+    make_trainer=make_trainer,
+    test=test,
+    decisive=DECISIVE,
+    head=None,
     task_type="CAUSAL_LM",
-)  # fmt: skip
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -227,10 +285,14 @@ def main(arguments: list[str] | None = None) -> None:
     args.sources = shared.choose_sources(args, known)
     if args.dry_run:
         shared.dry_run(
-            args, known, data=[] if args.data_dir else [args.task], head=None, empty=AutoModelForCausalLM.from_config,
+            args,
+            known,
+            data=[] if args.data_dir else [args.task],
+            head=None,
+            empty=AutoModelForCausalLM.from_config,
             # MistralConfig's own defaults are the 7B model's
             default=transformers.MistralConfig(dtype="bfloat16") if args.model == MISTRAL else None,
-        )  # fmt: skip
+        )
         return
     if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise SubspaceError("Several GPUs: start by `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES=0.")

@@ -125,7 +125,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Make a module that forwards every name to the modules that took its place, which are imported when first asked."""
+    """Make a module that forwards every name to the modules that took its place, which are imported when first
+    asked."""
 
     def __init__(self, places: tuple[str, ...]) -> None:
         self.places = places

@@ -13,8 +13,8 @@ from types import ModuleType
 def when_imported(name: str, function: Callable[[], None]) -> None:
     """Call `function` as soon as top-level module `name` is fully imported.
 
-    While that module is being imported (then it is the one that imports us), nothing is done: whatever needs the function
-    has to call it, as the tuner's own room does.
+    While that module is being imported (then it is the one that imports us), nothing is done: whatever needs the
+    function has to call it, as the tuner's own room does.
     """
     module = sys.modules.get(name)
     if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):

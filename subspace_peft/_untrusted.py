@@ -1,4 +1,5 @@
-"""What files from strangers may say: JSON, numbers, names and patterns, each held against what is sane before it is used."""
+"""What files from strangers may say: JSON, numbers, names and patterns, each held against what is sane before it is
+used."""
 
 from __future__ import annotations
 
@@ -71,8 +72,8 @@ def is_name(value: Any, most: int = 4096) -> bool:
 def pattern_problem(pattern: str) -> str | None:
     """What is wrong with a regular expression for module names, or None.
 
-    Python's matcher tries every way to divide a name among the repeats: nested ones, or many in a row, take it longer than
-    anybody waits, and a file from somebody else may be made to do that.
+    Python's matcher tries every way to divide a name among the repeats: nested ones, or many in a row, take it longer
+    than anybody waits, and a file from somebody else may be made to do that.
     """
     if len(pattern) > MOST_PATTERN and _repeats(pattern):
         return f"it has {len(pattern):,} characters"
@@ -101,5 +102,6 @@ def _repeats(pattern: str) -> int:
 
 
 def is_revision(value: Any) -> bool:
-    """Whether `value` can be a branch, tag or commit: git knows none with ``..``, which would climb out of the Hub's cache."""
+    """Whether `value` can be a branch, tag or commit: git knows none with ``..``, which would climb out of the Hub's
+    cache."""
     return is_name(value, most=255) and ".." not in value and not value.startswith(("/", "\\"))

@@ -14,8 +14,8 @@ from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassif
 class MeanPooledClassifier(PreTrainedModel):
     """An encoder (BERT, RoBERTa, …), the mean of its last hidden states over real tokens, and a linear `classifier`.
 
-    For encoders that were trained with mean pooling: the pooler of `AutoModelForSequenceClassification` was not. Its modules
-    are called as in that class, so that adapters and bases fit both.
+    For encoders that were trained with mean pooling: the pooler of `AutoModelForSequenceClassification` was not. Its
+    modules are called as in that class, so that adapters and bases fit both.
 
     Args:
         encoder: what `AutoModel` makes, its configuration's `num_labels` set; one label means a number is predicted.
@@ -46,7 +46,8 @@ class MeanPooledClassifier(PreTrainedModel):
         labels: torch.Tensor | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, num_labels), and where `labels` (batch,) are given the cross-entropy, or the squared error of one label.
+        """Logits (batch, num_labels), and where `labels` (batch,) are given the cross-entropy, or the squared error of
+        one label.
 
         Args:
             input_ids: (batch, length) int64, or None where `inputs_embeds` (batch, length, hidden) is given.
@@ -76,8 +77,8 @@ class MeanPooledClassifier(PreTrainedModel):
 
 
 class ImageClassifier(PreTrainedModel):
-    """A vision encoder (ViT, DINOv2, …) and a linear `classifier` on its class token or on the mean of its patches, after the last
-    norm.
+    """A vision encoder (ViT, DINOv2, …) and a linear `classifier` on its class token or on the mean of its patches,
+    after the last norm.
 
     Args:
         encoder: what `AutoModel` makes.
@@ -101,8 +102,8 @@ class ImageClassifier(PreTrainedModel):
         return _code(self, f"{encoder}, {self.classifier.out_features}, {self.pooling!r}")
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        """Logits (batch, classes) of `pixel_values` (batch, 3, height, width), and the cross-entropy where `labels` (batch,) int64
-        are given."""
+        """Logits (batch, classes) of `pixel_values` (batch, 3, height, width), and the cross-entropy where `labels`
+        (batch,) int64 are given."""
         hidden = getattr(self, self.base_model_prefix)(pixel_values=pixel_values)[0]
         # some encoders keep registers between the class token and the patches
         patches = 1 + (getattr(self.config, "num_register_tokens", 0) or 0)

@@ -1,4 +1,5 @@
-"""Run by tests/test_build_processes.py in two processes: `build_worker.py SCENARIO OUT SOURCE…`; each writes OUT/<rank>.json."""
+"""Run by tests/test_build_processes.py in two processes: `build_worker.py SCENARIO OUT SOURCE…`; each writes
+OUT/<rank>.json."""
 
 from __future__ import annotations
 
@@ -88,8 +89,11 @@ def run(scenario: str, out: Path, sources: list[str]) -> dict[str, Any]:
         basis = rebuild_basis(sources[0], progress=False) if scenario == "rebuilt" else build_basis(sources, **given)
     except Exception as error:
         return {
-            "error": type(error).__name__, "text": str(error), "seconds": time.perf_counter() - began, "built": built,
-        }  # fmt: skip
+            "error": type(error).__name__,
+            "text": str(error),
+            "seconds": time.perf_counter() - began,
+            "built": built,
+        }
     basis.save_pretrained(out / f"basis{RANK}")
     found: dict[str, Any] = {"fingerprint": basis.fingerprint, "built": built, "scanned": scanned}
     if scenario == "own disks":

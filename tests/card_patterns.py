@@ -1,7 +1,8 @@
 """What whole cards look like: regular expressions over them; a line that ends in a backslash goes on in the next."""
 
 REMEDY = (
-    r"`KeyError: 'SUBSPACE'` means that the process has not imported `subspace_peft`: `pip install subspace-peft`, and "
+    r"`KeyError: 'SUBSPACE'` means that the process has not imported `subspace_peft`: `pip install subspace-peft`,"
+    r" and "
     r"`import subspace_peft` before loading; a stock script runs unchanged with `subspace-peft run script\.py`\."
 )
 BEGIN, END = r"<!-- subspace_peft: begin -->", r"<!-- subspace_peft: end -->"

@@ -31,9 +31,14 @@ STEPS, ROWS = 4, 8
 def make(basis: str) -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=100,
-        hidden_dropout_prob=0, attention_probs_dropout_prob=0,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        vocab_size=100,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+    )
     return get_peft_model(BertForSequenceClassification(config), SubspaceConfig(basis=basis, task_type="SEQ_CLS"))
 
 
@@ -97,10 +102,22 @@ def run(kind: str, basis: str) -> dict[str, Any]:
 
 def by_trainer(basis: str, out: str) -> dict[str, Any]:
     arguments = TrainingArguments(
-        out, per_device_train_batch_size=ROWS // 2, num_train_epochs=1, learning_rate=0.5, optim="sgd", logging_steps=1, save_strategy="no",
-        report_to=[], use_cpu=True, ddp_backend="gloo", average_tokens_across_devices=False, disable_tqdm=True, seed=0,
-    )  # fmt: skip
-    # without average_tokens_across_devices=False the Trainer multiplies a classifier's mean loss by the number of processes
+        out,
+        per_device_train_batch_size=ROWS // 2,
+        num_train_epochs=1,
+        learning_rate=0.5,
+        optim="sgd",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        ddp_backend="gloo",
+        average_tokens_across_devices=False,
+        disable_tqdm=True,
+        seed=0,
+    )
+    # without average_tokens_across_devices=False the Trainer multiplies a classifier's mean loss by the number of
+    # processes
     trainer = Trainer(make(basis), arguments, train_dataset=data())
     trainer.train()
     return {

@@ -15,7 +15,8 @@ RESOLVE = re.compile(r"^/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<p
 
 
 class Hub(Loopback):
-    """``with Hub({"org/name": {"main": folder, "v1": folder}}) as hub:`` serves at ``hub.url``; `hub.log` lists requests.
+    """``with Hub({"org/name": {"main": folder, "v1": folder}}) as hub:`` serves at ``hub.url``; `hub.log` lists
+    requests.
 
     `collections`: slug → the (type, id) of its items.
     """

@@ -1,4 +1,5 @@
-"""A Hub that takes uploads, on loopback and in memory: repositories, branches, commits, large files, tokens, ranges."""
+"""A Hub that takes uploads, on loopback and in memory: repositories, branches, commits, large files, tokens,
+ranges."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ class Repo:
 
 
 class PushHub(Loopback):
-    """``with PushHub() as hub:`` serves at `hub.url`. `hub.log` lists requests, each ``METHOD path``; where `token` is given, writing
-    and reading what is private needs it."""
+    """``with PushHub() as hub:`` serves at `hub.url`. `hub.log` lists requests, each ``METHOD path``; where `token` is
+    given, writing and reading what is private needs it."""
 
     def __init__(self, token: str | None = None) -> None:
         super().__init__(Handler)
@@ -114,9 +115,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(status, {})
         if verb == "preupload":
             modes = [
-                {"path": each["path"], "uploadMode": "lfs" if LARGE.search(each["path"]) else "regular", "shouldIgnore": False}
+                {
+                    "path": each["path"],
+                    "uploadMode": "lfs" if LARGE.search(each["path"]) else "regular",
+                    "shouldIgnore": False,
+                }
                 for each in given["files"]
-            ]  # fmt: skip
+            ]
             return self._send(200, {"files": modes, "commitOid": sha})
         if sha is None:
             return self._send(404, {"error": "no revision"}, X_Error_Code="RevisionNotFound")

@@ -20,7 +20,8 @@ from .conftest import bert, train_lora
 from .test_build import deltas, fleet
 from .test_fleet import broken
 
-# -- the plan -------------------------------------------------------------------------------------------------------------
+# -- the plan
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [3, 0.7])
@@ -68,7 +69,8 @@ def test_dry_runs_build_nothing_and_say_what_would_be_refused(fleets, tmp_path, 
         plan_build([bad], progress=False)
 
 
-# -- analyze ----------------------------------------------------------------------------------------------------------------
+# -- analyze
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_cosines_are_those_of_the_dense_updates():
@@ -78,10 +80,19 @@ def test_cosines_are_those_of_the_dense_updates():
     found = analyze_fleet(states, progress=False)
     dense = torch.stack(
         [
-            torch.cat([deltas([state], name)[0].flatten() if f"{name}.lora_A.weight" in state else torch.zeros(320).double() for name in ("a.q", "a.v")])
+            torch.cat(
+                [
+                    (
+                        deltas([state], name)[0].flatten()
+                        if f"{name}.lora_A.weight" in state
+                        else torch.zeros(320).double()
+                    )
+                    for name in ("a.q", "a.v")
+                ]
+            )
             for state in states
         ]
-    )  # fmt: skip
+    )
     unit = dense / dense.norm(dim=1, keepdim=True)
     torch.testing.assert_close(torch.tensor(found.cosines, dtype=torch.float64), unit @ unit.T)
     assert found.near_duplicates == [["adapter-2", "adapter-4", pytest.approx(1)]]
@@ -116,7 +127,8 @@ def test_coverage_by_a_basis_and_what_cannot_be_used(fleets, bases, tmp_path, ca
     assert main(["analyze", bad, "--quiet"]) == 1 and "NaN" in capsys.readouterr().err
 
 
-# -- validate ---------------------------------------------------------------------------------------------------------------
+# -- validate
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_good_bases_are_valid_in_every_dtype(bases, kind, basis_folder, capsys):

@@ -27,7 +27,8 @@ OUT, IN, N, R = 60, 50, 12, 3
 
 
 def shared(common: dict[str, tuple[int, int]], n=N, seed=0):
-    """A fleet whose updates lie, in every module, in `common` directions of output and input, and in noise of 1 % of the energy."""
+    """A fleet whose updates lie, in every module, in `common` directions of output and input, and in noise of 1 % of
+    the energy."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -55,7 +56,8 @@ def spent(basis) -> int:
     return sum(m.k_out * m.k_in for m in basis.values())
 
 
-# -- spreading ------------------------------------------------------------------------------------------------------------
+# -- spreading
+# ------------------------------------------------------------------------------------------------------------
 
 
 def best_by_trying(tables, budget):
@@ -117,7 +119,8 @@ def test_held_is_the_energy_of_leading_blocks():
     assert float(table[2, 1]) == pytest.approx(float(direct))
 
 
-# -- building -------------------------------------------------------------------------------------------------------------
+# -- building
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_go_where_the_fleet_has_something_in_common(numerics):

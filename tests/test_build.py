@@ -149,7 +149,7 @@ def test_eigenlora_does_depend_on_the_gauge():
     states = fleet(3)
     R = torch.diag(torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64))
     turned = [
-        {key: (value @ torch.linalg.inv(R) if "lora_B" in key else R @ value) for key, value in state.items()}
+        {key: value @ torch.linalg.inv(R) if "lora_B" in key else R @ value for key, value in state.items()}
         for state in states
     ]
     one, two = (build_basis(s, k=3, builder="eigenlora", progress=False)["a.q"] for s in (states, turned))

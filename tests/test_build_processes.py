@@ -46,10 +46,12 @@ def two(scenario: str, out: Path, sources: list[str]) -> list[dict[str, Any]]:
     running = [
         subprocess.Popen(
             [sys.executable, str(WORKER), scenario, str(out), *sources],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=120)[1] for process in running]
     assert running[0].returncode == 0, said[0][-3000:]
     assert running[1].returncode == (-9 if scenario == "killed" else 0), said[1][-3000:]
@@ -58,8 +60,12 @@ def two(scenario: str, out: Path, sources: list[str]) -> list[dict[str, Any]]:
 
 
 def launched(arguments: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    # accelerate's own --cpu starts a single process, or asks for MPI; --multi_gpu starts several as torchrun does, also without GPUs
-    command = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    # accelerate's own --cpu starts a single process, or asks for MPI; --multi_gpu starts several as torchrun does,
+    # also without GPUs
+    command = (
+        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+        " --dynamo_backend no"
+    )
     command += " --main_process_port 0 -m subspace_peft"
     return subprocess.run(
         [sys.executable, *command.split(), *arguments],
@@ -79,7 +85,8 @@ def whole(fleets, tmp_path):
     return contents(tmp_path / "whole")
 
 
-# -- the parts ---------------------------------------------------------------------------------------------------------
+# -- the parts
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,8 @@ def test_one_process_alone_meets_nobody(bases):
     assert disagreeing([1, 1]) is None
 
 
-# -- the same bytes ------------------------------------------------------------------------------------------------------
+# -- the same bytes
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_accelerate_launch_gives_the_bytes_of_one_process_and_says_them_once(fleets, tmp_path, whole):
@@ -201,7 +209,8 @@ def test_clusters_in_two_processes(fleets, tmp_path):
     assert len(one["built"]) == len(other["built"]) == 4
 
 
-# -- failing as one --------------------------------------------------------------------------------------------------------
+# -- failing as one
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_another_file_under_the_same_name_on_another_machine_is_refused(fleets, tmp_path):
@@ -224,8 +233,12 @@ def test_lists_that_differ_are_refused(fleets, tmp_path):
 
 @pytest.mark.parametrize(
     ("scenario", "error", "text"),
-    [("fails", "OSError", "No space left"), ("fails early", "OSError", "No space left"), ("bad arguments", "SubspaceError", "k=-1")],
-)  # fmt: skip
+    [
+        ("fails", "OSError", "No space left"),
+        ("fails early", "OSError", "No space left"),
+        ("bad arguments", "SubspaceError", "k=-1"),
+    ],
+)
 def test_an_error_in_one_is_raised_in_both_and_names_itself(scenario, error, text, fleets, tmp_path):
     one, other = two(scenario, tmp_path, fleets[bert])
     assert other["error"] == error and text in other["text"]

@@ -1,4 +1,5 @@
-"""Tasks of a bundle on the Hub, read by ranges over real HTTP on loopback: one client in a process of its own, the others in this one."""
+"""Tasks of a bundle on the Hub, read by ranges over real HTTP on loopback: one client in a process of its own, the
+others in this one."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def hub() -> Iterator[PushHub]:
 
 @pytest.fixture
 def fresh(hub, tmp_path, monkeypatch) -> Callable[..., None]:
-    """Point this process's huggingface_hub to the loopback one; `fresh("name")`: as a new process on a machine of that name."""
+    """Point this process's huggingface_hub to the loopback one; `fresh("name")`: as a new process on a machine of that
+    name."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -145,7 +147,8 @@ def test_branches_private_bundles_the_cache_and_no_network(hub, folder, fresh):
     assert open_bundle(whole).raw("t1") == expected
     fresh("two", offline=True)
     assert open_bundle("org/bundle@v2").raw("t1") == expected and open_bundle("org/bundle@v2").revision == commit
-    # at a commit, the cache alone will do; on a branch one request asks which commit that is, and the header may need another
+    # at a commit, the cache alone will do; on a branch one request asks which commit that is, and the header may need
+    # another
     fresh("two")
     assert open_bundle("org/bundle", revision=commit).raw("t1") == expected and not hub.log
     assert open_bundle("org/bundle", revision="v2", token=TOKEN).raw("t1") == expected and len(hub.log) == 1

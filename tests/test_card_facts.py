@@ -69,7 +69,9 @@ def test_the_snippets_of_pushed_cards_run(hub, fleets, tmp_path):
             )
         build_basis(loras, k=3, progress=False).save_pretrained(tmp_path / f"{name}-basis")
     said = client(
-        hub, tmp_path / "one", PUSH,
+        hub,
+        tmp_path / "one",
+        PUSH,
         f"""
         bases = [SubspaceBasis.from_pretrained({str(tmp_path)!r} + f"/{{name}}-basis") for name in ("bert", "gpt2")]
         for name, basis in zip(("bert", "gpt2"), bases):
@@ -81,7 +83,7 @@ def test_the_snippets_of_pushed_cards_run(hub, fleets, tmp_path):
         push(made("AutoModelForCausalLM", "org/gpt2"), "me/lm", basis=bases[1], task_type="CAUSAL_LM")
         """,
         HF_TOKEN=TOKEN,
-    )  # fmt: skip
+    )
     totals = dict(line.split() for line in said.splitlines() if line.startswith("me/"))
     for repo, total in totals.items():
         card = hub.files(repo)["README.md"].decode()
@@ -120,9 +122,19 @@ def rows() -> datasets.Dataset:
 
 def train(model, folder: Path, callbacks=(), **given) -> Trainer:
     arguments = TrainingArguments(
-        output_dir=str(folder), num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
-        eval_strategy="epoch", save_strategy="epoch", report_to=[], disable_tqdm=True, use_cpu=True, seed=7, **given,
-    )  # fmt: skip
+        output_dir=str(folder),
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=7,
+        **given,
+    )
 
     def accuracy(prediction):
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
@@ -151,10 +163,18 @@ def test_a_training_is_in_the_card_as_it_was(model, tmp_path):
     evaluation = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
     last = next(entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry)
     for line in (
-        "| learning rate of the coefficients | 0.01 |", "| epochs | 2 |", "| optimizer steps | 4 |", "| examples per step | 4 |",
-        "| training examples | 8 |", "| optimizer | AdamW |", "| scheduler | linear |", "| seed | 7 |", f"| training loss | {last:.4g} |",
-        f"| evaluation | accuracy | {evaluation['eval_accuracy']:.4g} |", f"| evaluation | loss | {evaluation['eval_loss']:.4g} |",
-    ):  # fmt: skip
+        "| learning rate of the coefficients | 0.01 |",
+        "| epochs | 2 |",
+        "| optimizer steps | 4 |",
+        "| examples per step | 4 |",
+        "| training examples | 8 |",
+        "| optimizer | AdamW |",
+        "| scheduler | linear |",
+        "| seed | 7 |",
+        f"| training loss | {last:.4g} |",
+        f"| evaluation | accuracy | {evaluation['eval_accuracy']:.4g} |",
+        f"| evaluation | loss | {evaluation['eval_loss']:.4g} |",
+    ):
         assert line in card
     assert "runtime" not in card and "per_second" not in card
     front = front_matter(card)
@@ -191,9 +211,13 @@ def test_learning_rates_are_those_of_the_optimizer(model, tmp_path):
 
 def test_the_best_model_has_its_own_numbers(model, tmp_path):
     trainer = train(
-        model, tmp_path / "out", [SubspaceCardCallback()], load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        model,
+        tmp_path / "out",
+        [SubspaceCardCallback()],
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
         greater_is_better=True,
-    )  # fmt: skip
+    )
     best, worst = sorted(
         (entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), reverse=True
     )
@@ -226,8 +250,17 @@ def test_the_trainers_own_card_gets_ours(model, tmp_path):
 
 # -- writing by hand ------------------------------------------------------------------------------------------------
 
-RESULT = {"method": "random basis", "test": 0.785, "test_sd": 0.017, "diverged": 0, "rate": 0.004, "seeds": [1, 2, 3],
-          "trained_adapter": 1536, "trained_head": 770, "bytes": 7216}  # fmt: skip
+RESULT = {
+    "method": "random basis",
+    "test": 0.785,
+    "test_sd": 0.017,
+    "diverged": 0,
+    "rate": 0.004,
+    "seeds": [1, 2, 3],
+    "trained_adapter": 1536,
+    "trained_head": 770,
+    "bytes": 7216,
+}
 
 
 def test_controls_and_metrics_are_added_and_kept(model, tmp_path):
@@ -265,9 +298,12 @@ def test_what_is_no_such_file_is_named(model, tmp_path):
 
 def test_licences_of_sources_are_read_where_they_are_said(fleets, tmp_path):
     said = {
-        "plain": "---\nlicense: apache-2.0\n---\n", "other": "---\nlicense: other\nlicense_name: my-own\n---\n",
-        "list": "---\nlicense: [mit, cc-by-4.0]\n---\n", "damaged": "---\na: [\n---\n", "none": "words",
-    }  # fmt: skip
+        "plain": "---\nlicense: apache-2.0\n---\n",
+        "other": "---\nlicense: other\nlicense_name: my-own\n---\n",
+        "list": "---\nlicense: [mit, cc-by-4.0]\n---\n",
+        "damaged": "---\na: [\n---\n",
+        "none": "words",
+    }
     folders = []
     for i, (name, text) in enumerate(said.items()):
         folders.append(train_lora(bert, tmp_path / name, 10 + i))

@@ -30,35 +30,76 @@ from . import card_patterns
 BASE = BaseFacts(reference="org/base", auto_class="AutoModelForCausalLM")
 REFERENCE = BasisReference(fingerprint="f" * 64, reference="org/basis")
 BASIS = BasisFacts(
-    place=Place("org/basis"), fingerprint="f" * 64, modules=12, k="k=16", frozen=24576, core=3072, builder="adapters", base=BASE,
-    task_type="CAUSAL_LM", energy_kept=0.93, energy_random=0.0017, energy_left_out=0.0561, version="9.9",
+    place=Place("org/basis"),
+    fingerprint="f" * 64,
+    modules=12,
+    k="k=16",
+    frozen=24576,
+    core=3072,
+    builder="adapters",
+    base=BASE,
+    task_type="CAUSAL_LM",
+    energy_kept=0.93,
+    energy_random=0.0017,
+    energy_left_out=0.0561,
+    version="9.9",
     per_module={"a.q": {"kept": 0.95, "left_out": 0.06, "random": 0.0017}, "a.v": {"kept": 0.91, "random": 0.0017}},
     sources=(
-        SourceFacts(name="one", location="org/one", revision="a" * 40, sha256="b" * 64, ranks=(8,), norm=1.23456,
-                    energy_kept=0.95, license="apache-2.0"),
+        SourceFacts(
+            name="one",
+            location="org/one",
+            revision="a" * 40,
+            sha256="b" * 64,
+            ranks=(8,),
+            norm=1.23456,
+            energy_kept=0.95,
+            license="apache-2.0",
+        ),
         SourceFacts(name="two|2", location="loras/two", sha256="c" * 64, ranks=(4, 8), norm=2.0),
         SourceFacts(name="bad", skipped="it is truncated"),
     ),
-)  # fmt: skip
+)
 ROW = {"seeds": 3, "diverged": 0, "trained_adapter": 1536, "trained_head": 770, "bytes": 7216}
 TASK = TaskFacts(
-    place=Place("me/task", revision="dev"), basis=dataclasses.replace(REFERENCE, revision="abc"), coefficients="factor",
-    base=BaseFacts(reference="org/base", revision="v1", auto_class="AutoModelForSequenceClassification", family="bert",
-                   num_labels=3, labels=("no", "yes", '"so-so"')),
-    task_type="SEQ_CLS", numbers=3072, head=771, bytes=16384, datasets=("org/data",),
+    place=Place("me/task", revision="dev"),
+    basis=dataclasses.replace(REFERENCE, revision="abc"),
+    coefficients="factor",
+    base=BaseFacts(
+        reference="org/base",
+        revision="v1",
+        auto_class="AutoModelForSequenceClassification",
+        family="bert",
+        num_labels=3,
+        labels=("no", "yes", '"so-so"'),
+    ),
+    task_type="SEQ_CLS",
+    numbers=3072,
+    head=771,
+    bytes=16384,
+    datasets=("org/data",),
     training={"steps": 1200, "learning_rate": 0.004, "epochs": 3.0, "loss": 0.43214},
     metrics={"evaluation": {"loss": 0.5, "accuracy": 0.875}, "test": {"accuracy": 0.85}},
     controls={
-        "title": "data: accuracy on 600 test examples", "score": "accuracy",
+        "title": "data: accuracy on 600 test examples",
+        "score": "accuracy",
         "rows": [
-            {"method": "base model", "test": 0.5, "test_sd": None, "seeds": 1, "diverged": 0, "rate": None,
-             "trained_adapter": 0, "trained_head": 0, "bytes": 0},
+            {
+                "method": "base model",
+                "test": 0.5,
+                "test_sd": None,
+                "seeds": 1,
+                "diverged": 0,
+                "rate": None,
+                "trained_adapter": 0,
+                "trained_head": 0,
+                "bytes": 0,
+            },
             {"method": "random basis", "test": 0.785, "test_sd": 0.0171, "rate": 0.004, **ROW},
             {"method": "this basis", "test": None, "test_sd": None, "rate": 0.012, **ROW, "diverged": 1},
         ],
     },
     versions={"subspace_peft": "9.9", "PEFT": "9.8"},
-)  # fmt: skip
+)
 BARE_TASK = TaskFacts(
     place=Place("/somewhere/task"),
     basis=BasisReference(fingerprint=None),
@@ -66,14 +107,25 @@ BARE_TASK = TaskFacts(
     base=BaseFacts(class_name="MyModel"),
 )
 BUNDLE = BundleFacts(
-    place=Place("me/bundle"), basis=REFERENCE, base=dataclasses.replace(BASE, family="bert"), task_type="CAUSAL_LM", bytes=4096,
-    imports=("from somewhere import load",), loading=('model = load(base_model, "me/bundle")',), version="9.9",
+    place=Place("me/bundle"),
+    basis=REFERENCE,
+    base=dataclasses.replace(BASE, family="bert"),
+    task_type="CAUSAL_LM",
+    bytes=4096,
+    imports=("from somewhere import load",),
+    loading=('model = load(base_model, "me/bundle")',),
+    version="9.9",
     tasks=(
-        BundledTask(name="first", coefficients="core", numbers=1024, metrics={"accuracy": 0.9, "loss": 1 / 3},
-                    datasets=("org/data",)),
+        BundledTask(
+            name="first",
+            coefficients="core",
+            numbers=1024,
+            metrics={"accuracy": 0.9, "loss": 1 / 3},
+            datasets=("org/data",),
+        ),
         BundledTask(name="second", coefficients="diagonal"),
     ),
-)  # fmt: skip
+)
 CARDS = {
     "basis": (basis_card(BASIS), card_patterns.BASIS),
     "task": (task_card(TASK), card_patterns.TASK),

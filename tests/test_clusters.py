@@ -1,4 +1,5 @@
-"""Several bases for a fleet of several kinds: planted kinds are found, noise is left alone, sizes are equal where things are compared."""
+"""Several bases for a fleet of several kinds: planted kinds are found, noise is left alone, sizes are equal where
+things are compared."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def places(kinds: list[int]) -> list[list[int]]:
     return sorted(parts, key=lambda part: (-len(part), part))
 
 
-# -- the parts ---------------------------------------------------------------------------------------------------------------
+# -- the parts
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kinds", [TWO, THREE], ids=["two", "three"])
@@ -143,7 +145,8 @@ def test_little_memory_compares_fewer_modules_and_finds_the_same():
     assert partition(small, 2, OWN) == places(TWO)
 
 
-# -- the whole ---------------------------------------------------------------------------------------------------------------
+# -- the whole
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def found_parts(clusters) -> list[list[int]]:

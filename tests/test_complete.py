@@ -1,4 +1,5 @@
-"""Filling a basis up: what is there stays bit for bit, the rest is orthonormal to it, and where it comes from is on record."""
+"""Filling a basis up: what is there stays bit for bit, the rest is orthonormal to it, and where it comes from is on
+record."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ from .test_layer_kinds import Small, lora, outputs
 
 
 def deltas(make, folder) -> dict[str, torch.Tensor]:
-    """Module → ΔW (out, in) as PEFT computes it, of a stock LoRA; a convolution's as a matrix, an embedding's transposed."""
+    """Module → ΔW (out, in) as PEFT computes it, of a stock LoRA; a convolution's as a matrix, an embedding's
+    transposed."""
     model = PeftModel.from_pretrained(make(), folder)
     found = {}
     for name, module in model.base_model.model.named_modules():
@@ -206,9 +207,13 @@ def test_what_is_refused_and_what_is_left_out(fleet, fleets, tmp_path, capsys):
     memory = build_basis(folders[:2], k=4, progress=False)
     memory = SubspaceBasis(dict(memory.items()), memory.info)
     for arguments, message in (
-        ({"min_energy": 1.5}, "from 0 to 1"), ({"min_energy": float("nan")}, "from 0 to 1"), ({"residual": -1}, "give a rank"),
-        ({"residual": 1.5}, "give a rank"), ({"loras": []}, "No adapters"), ({"basis": memory}, "memory only"),
-    ):  # fmt: skip
+        ({"min_energy": 1.5}, "from 0 to 1"),
+        ({"min_energy": float("nan")}, "from 0 to 1"),
+        ({"residual": -1}, "give a rank"),
+        ({"residual": 1.5}, "give a rank"),
+        ({"loras": []}, "No adapters"),
+        ({"basis": memory}, "memory only"),
+    ):
         with pytest.raises(SubspaceError, match=message):
             compress_fleet(
                 **{"loras": folders, "basis": basis, "out": tmp_path / "no", "progress": False, **arguments}

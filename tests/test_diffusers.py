@@ -24,10 +24,15 @@ TARGETS = ["to_q", "to_v", "conv1"]
 def unet() -> nn.Module:
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=16,
-        attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def sample(model: nn.Module) -> torch.Tensor:

@@ -28,8 +28,11 @@ def results(bases: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
     done = subprocess.run(
         [*command, "--rdzv-endpoint", "127.0.0.1:0", str(WORKER), str(bases[bert].location), str(out)],
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "results.json").read_text())
 
@@ -58,9 +61,17 @@ def test_the_basis_is_not_broadcast_at_every_step(results):
 
 def test_the_stock_trainer_in_two_processes_trains_as_in_one(results, bases, tmp_path):
     arguments = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=worker.ROWS, num_train_epochs=1, learning_rate=0.5, optim="sgd", save_strategy="no",
-        report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
-    )  # fmt: skip
+        str(tmp_path),
+        per_device_train_batch_size=worker.ROWS,
+        num_train_epochs=1,
+        learning_rate=0.5,
+        optim="sgd",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
     trainer = Trainer(worker.make(str(bases[bert].location)), arguments, train_dataset=worker.data())
     trainer.train()
     assert results["trainer"]["wrapped"] == "DistributedDataParallel"
@@ -87,7 +98,10 @@ def test_a_task_loads_into_a_model_with_weights_on_disk(bases, tmp_path):
     with torch.no_grad():
         wanted = model(input_ids=inputs()).logits
         base = dispatch_model(
-            bert(), {"bert": "disk", "dropout": "cpu", "classifier": "cpu"}, main_device="cpu", offload_dir=str(tmp_path / "disk")
-        )  # fmt: skip
+            bert(),
+            {"bert": "disk", "dropout": "cpu", "classifier": "cpu"},
+            main_device="cpu",
+            offload_dir=str(tmp_path / "disk"),
+        )
         loaded = PeftModel.from_pretrained(base, tmp_path / "task")
         assert torch.equal(loaded(input_ids=inputs()).logits, wanted)

@@ -149,7 +149,8 @@ def test_a_basis_opened_once_is_found_by_calls_that_cannot_name_it(basis_folder,
     assert torch.equal(logits(found), expected)
 
 
-# -- the basis ---------------------------------------------------------------------------------------------------------
+# -- the basis
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_truncated_directions_keep_their_number(bases):
@@ -225,7 +226,8 @@ def test_no_share_of_energy_exceeds_one(fleets):
     assert projection.energy_kept <= 1
 
 
-# -- configurations ----------------------------------------------------------------------------------------------------
+# -- configurations
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_configuration_made_from_a_dict_keeps_its_start(bases, tmp_path):
@@ -270,7 +272,8 @@ def test_a_loaded_task_can_be_made_self_contained(basis_folder, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "whole")), logits(model))
 
 
-# -- transformers' own loading -----------------------------------------------------------------------------------------
+# -- transformers' own loading
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["nan", "missing coefficients", "missing basis"])
@@ -299,7 +302,8 @@ def test_a_new_task_from_a_saved_configuration_is_no_damaged_one(basis_folder, t
     assert torch.equal(logits(new), logits(bert()))
 
 
-# -- command line ------------------------------------------------------------------------------------------------------
+# -- command line
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_on_the_command_line_are_not_bent(basis_folder, tmp_path, capsys):

@@ -93,7 +93,8 @@ def test_shared_seed_sources_are_found_and_share_one_vote():
         state["q.lora_A.weight"] = start + 0.1 * torch.randn(3, 16, dtype=torch.float64)
     basis = build_basis(states, k=4, progress=False)
     assert [entry["seed_group"] for entry in basis.info["sources"]] == [0, 0, 0, 1, 2]
-    # three of one group weigh as much as one: with votes for weights, the fleet's span is that of a fleet with one of them
+    # three of one group weigh as much as one: with votes for weights, the fleet's span is that of a fleet with one of
+    # them
     fleet_ = gather(states, skip_bad=False, partial=False, token=None, progress=False)
     assert fleet_.votes([0, 1, 2, 3, 4]) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1, 1])
     assert fleet_.votes([2, 3]) == [1, 1]

@@ -27,7 +27,8 @@ from subspace_peft.tuner import SubspaceLayer
 
 from .conftest import bert, gpt2, inputs
 
-# -- kohya ----------------------------------------------------------------------------------------------------------------
+# -- kohya
+# ----------------------------------------------------------------------------------------------------------------
 
 STEM = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -94,7 +95,11 @@ def change(state, stem, **values):
 @pytest.mark.parametrize(
     ("stem", "values", "message"),
     [
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", {}, "cannot be told for certain.*save_lora_adapter"),
+        (
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+            {},
+            "cannot be told for certain.*save_lora_adapter",
+        ),
         ("lora_unet_double_blocks_0_img_attn_qkv", {}, "cannot be told"),
         ("lora_transformer_h_0_attn", {}, "cannot be told"),
         ("diffusion_model.double_blocks.0.img_attn.qkv", {}, "cannot be told"),
@@ -107,7 +112,7 @@ def change(state, stem, **values):
         ("lora_unet_conv_in", {"lora_up.weight": torch.zeros(8, 2)}, "every lora_B is zero"),
         ("lora_unet_conv_in", {"lora_up.weight": torch.ones(8, 3)}, "do not multiply"),
     ],
-)  # fmt: skip
+)
 def test_files_that_cannot_be_read_for_certain_are_refused(tmp_path, stem, values, message):
     file = write(change(kohya(stem), stem, **values), tmp_path / "bad.safetensors")
     with pytest.raises(SourceError, match=message) as caught:
@@ -136,7 +141,8 @@ def test_the_base_model_tells_what_names_alone_do_not(tmp_path):
     assert len(build_basis([file], k=2, base_model=bert(), progress=False)) == len(names)
 
 
-# -- diffusers --------------------------------------------------------------------------------------------------------------
+# -- diffusers
+# --------------------------------------------------------------------------------------------------------------
 
 
 def adapted_unet(seed: int, **config):
@@ -219,7 +225,8 @@ def test_a_basis_of_diffusers_files_trains_on_the_unet(tmp_path):
     assert sum(isinstance(module, SubspaceLayer) for module in model.modules()) == len(basis)
 
 
-# -- PEFT's other methods ---------------------------------------------------------------------------------------------------
+# -- PEFT's other methods
+# ---------------------------------------------------------------------------------------------------
 
 OTHERS = {
     "loha": (lambda targets: LoHaConfig(r=2, alpha=4, target_modules=targets, init_weights=False), bert),

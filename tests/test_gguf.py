@@ -21,9 +21,16 @@ X = torch.arange(1, 9)[None]
 def llama(**changes: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False, **changes,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        **changes,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 

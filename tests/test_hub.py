@@ -20,13 +20,21 @@ from .hub import Hub, commit_of
 
 def client(hub: Hub, home: Path, program: str, **env: str) -> subprocess.CompletedProcess[str]:
     settings = {
-        "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-        "SUBSPACE_PEFT_CACHE": str(home / "subspace"), **env,
-    }  # fmt: skip
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "SUBSPACE_PEFT_CACHE": str(home / "subspace"),
+        **env,
+    }
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True, text=True, check=False, env={**os.environ, **settings}, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **settings},
+        cwd=Path(__file__).parent.parent,
+    )
 
 
 @pytest.fixture

@@ -20,10 +20,27 @@ TRAINED = {"llama-3.2-3B-core-k16": 14_336, "llama-3.2-3B-core-k48": 129_024}
 K = {"llama-3.2-3B-core-k16": 16, "llama-3.2-3B-core-k48": 48}
 # the fields of `TrainConfig` in method_comparison/MetaMathQA/utils.py of huggingface/peft, commit 0134244
 TRAIN_CONFIG = {
-    "model_id", "dtype", "max_seq_length", "batch_size", "batch_size_eval", "max_steps", "eval_steps", "compile", "use_gc",
-    "query_template", "seed", "grad_norm_clip", "optimizer_type", "optimizer_kwargs", "lr_scheduler", "use_amp",
-    "autocast_adapter_dtype", "generation_kwargs", "attn_implementation", "init_kv_cache_prefix",
-}  # fmt: skip
+    "model_id",
+    "dtype",
+    "max_seq_length",
+    "batch_size",
+    "batch_size_eval",
+    "max_steps",
+    "eval_steps",
+    "compile",
+    "use_gc",
+    "query_template",
+    "seed",
+    "grad_norm_clip",
+    "optimizer_type",
+    "optimizer_kwargs",
+    "lr_scheduler",
+    "use_amp",
+    "autocast_adapter_dtype",
+    "generation_kwargs",
+    "attn_implementation",
+    "init_kv_cache_prefix",
+}
 
 
 def test_every_experiment_is_in_the_table():
@@ -39,9 +56,14 @@ def test_pefts_code_reads_it_and_it_trains_what_the_table_says(name):
     assert isinstance(config, SubspaceConfig)
     assert not config.loaded
     shape = LlamaConfig(
-        hidden_size=3072, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
-        intermediate_size=8192, vocab_size=128256,
-    )  # fmt: skip
+        hidden_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=8192,
+        vocab_size=128256,
+    )
     with torch.device("meta"):
         base = LlamaForCausalLM(shape)
     model = get_peft_model(base, config)
@@ -50,7 +72,8 @@ def test_pefts_code_reads_it_and_it_trains_what_the_table_says(name):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_is_what_save_pretrained_writes_for_an_untrained_configuration(name, tmp_path):
-    # fields younger than the file may be absent from it, which counts as their default; peft_version is that of the writer
+    # fields younger than the file may be absent from it, which counts as their default; peft_version is that of the
+    # writer
     fresh = SubspaceConfig(basis="random", k=K[name], target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     fresh.save_pretrained(str(tmp_path))
     written, given = (
@@ -75,9 +98,14 @@ def test_the_benchmarks_own_sequence_runs_on_a_narrow_model(name, tmp_path):
     # get_model, get_optimizer_and_scheduler, one step of train, get_file_size and log_results of that commit, on a CPU
     torch.manual_seed(0)
     narrow = LlamaConfig(
-        hidden_size=96, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, head_dim=16,
-        intermediate_size=64, vocab_size=50,
-    )  # fmt: skip
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=16,
+        intermediate_size=64,
+        vocab_size=50,
+    )
     config = PeftConfig.from_pretrained(str(ROOT / "subspace" / name))
     model = get_peft_model(LlamaForCausalLM(narrow).to(torch.bfloat16), config, autocast_adapter_dtype=True)
     assert model.get_nb_trainable_parameters()[0] == 2 * 2 * K[name] ** 2

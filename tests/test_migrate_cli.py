@@ -40,9 +40,22 @@ def test_update_carries_tasks_and_bundles_over(bases, folders, new_loras, tmp_pa
     old = {folder.name: logits(PeftModel.from_pretrained(bert(), folder)) for folder in folders}
     bundle_tasks(folders, tmp_path / "bundle", metrics={"task0": {"accuracy": 0.91}}, progress=False)
     command = [
-        "update", bases[bert].location, *new_loras, "--out", str(tmp_path / "v2"), "--add", "5", "--add-in", "3",
-        "--tasks", *map(str, folders), str(tmp_path / "bundle"), "--tasks-out", str(tmp_path / "moved"), "--json",
-    ]  # fmt: skip
+        "update",
+        bases[bert].location,
+        *new_loras,
+        "--out",
+        str(tmp_path / "v2"),
+        "--add",
+        "5",
+        "--add-in",
+        "3",
+        "--tasks",
+        *map(str, folders),
+        str(tmp_path / "bundle"),
+        "--tasks-out",
+        str(tmp_path / "moved"),
+        "--json",
+    ]
     assert main(command) == 0
     said = json.loads(capsys.readouterr().out)
     new = SubspaceBasis.from_pretrained(tmp_path / "v2")

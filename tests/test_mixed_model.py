@@ -201,8 +201,14 @@ def test_both_are_trained_and_nothing_else(kind, bases):
 def test_a_second_task_on_top_shares_the_basis(kind, bases):
     model = mixed_model(kind, ORDERS[0], bases[kind])
     model.add_adapter("second", SubspaceConfig(basis=bases[kind]))
-    assert len({id(layer.subspace_U[name]) for layer in model.modules() if isinstance(layer, SubspaceLayer)
-                for name in layer.subspace_U}) == len(bases[kind])  # fmt: skip
+    assert len(
+        {
+            id(layer.subspace_U[name])
+            for layer in model.modules()
+            if isinstance(layer, SubspaceLayer)
+            for name in layer.subspace_U
+        }
+    ) == len(bases[kind])
     fill(model)
     model.set_adapter(["task", "second", "plain"])
     close(logits(model), logits(summed(kind, model, ["task", "plain", "second"])))
@@ -237,7 +243,8 @@ OTHERS = {
 
 
 def loud() -> nn.Module:
-    """`bert` with a classifier of weights near 1: some of the methods start with updates too small for its own to show."""
+    """`bert` with a classifier of weights near 1: some of the methods start with updates too small for its own to
+    show."""
     model = bert()
     model.classifier.weight.data *= 50
     return model

@@ -1,4 +1,5 @@
-"""The offline presets: other registries' clients, and models and tasks written as folders that `from_pretrained` reads."""
+"""The offline presets: other registries' clients, and models and tasks written as folders that `from_pretrained`
+reads."""
 
 from __future__ import annotations
 

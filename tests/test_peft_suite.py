@@ -105,10 +105,10 @@ def test_models_are_small_and_the_same_each_time(name):
 def test_outcomes_are_counted_by_what_pytest_reports(monkeypatch):
     monkeypatch.setitem(run.KNOWN, "::test_known", "its reason")
     report = ElementTree.fromstring(
-        "<testsuite><testcase classname='a.TestA' name='test_good'/>"
-        "<testcase classname='a.TestA' name='test_bad'><failure message='E: no\n more'/></testcase>"
-        "<testcase classname='a.TestA' name='test_known'><error message='x'/></testcase>"
-        "<testcase classname='a.TestA' name='test_left'><skipped message=\"for &lt;class 'x.Y'&gt;\"/></testcase></testsuite>"
+        "<testsuite><testcase classname='a.TestA' name='test_good'/><testcase classname='a.TestA'"
+        " name='test_bad'><failure message='E: no\n more'/></testcase><testcase classname='a.TestA'"
+        " name='test_known'><error message='x'/></testcase><testcase classname='a.TestA' name='test_left'><skipped"
+        " message=\"for &lt;class 'x.Y'&gt;\"/></testcase></testsuite>"
     )
     outcome, total = run.Outcome(), run.Outcome(passed=2)
     for case in report:

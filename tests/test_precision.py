@@ -1,4 +1,5 @@
-"""Bases stored in fewer bits: smaller files, orthonormal directions, the loss stated as it is, damaged files refused."""
+"""Bases stored in fewer bits: smaller files, orthonormal directions, the loss stated as it is, damaged files
+refused."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def basis(fleet) -> SubspaceBasis:
     return build_basis(fleet, k=12, directions=3, progress=False)
 
 
-# -- what comes back -------------------------------------------------------------------------------------------------------
+# -- what comes back
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", LOWER)
@@ -75,8 +77,15 @@ def test_directions_come_back_orthonormal_and_near(basis, precision, tmp_path):
             assert float(cosines.min()) ** 2 > 1 - LOST[precision]
         # what is stored of the fleet is the least-squares optimum in the new directions
         for key in ("M", "cores"):
-            assert torch.allclose(getattr(new, key), new.project(old.U @ getattr(old, key) @ old.V) if key == "M" else
-                                  torch.stack([new.project(old.reconstruct(core)) for core in old.cores]), atol=1e-4)  # fmt: skip
+            assert torch.allclose(
+                getattr(new, key),
+                (
+                    new.project(old.U @ getattr(old, key) @ old.V)
+                    if key == "M"
+                    else torch.stack([new.project(old.reconstruct(core)) for core in old.cores])
+                ),
+                atol=1e-4,
+            )
         assert torch.allclose(new.G.flatten(1).norm(dim=1), torch.ones(3), atol=1e-5)
         core = torch.randn(12, 12)
         assert torch.allclose(new.project(new.reconstruct(core)), core, atol=1e-4)
@@ -157,7 +166,8 @@ def test_directions_that_int8_cannot_hold_are_refused_naming_the_module():
     assert basis.to_precision("bfloat16")["odd.one"].U.double().norm() == pytest.approx(1, abs=1e-6)
 
 
-# -- in use ----------------------------------------------------------------------------------------------------------------
+# -- in use
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", LOWER)
@@ -201,7 +211,8 @@ def test_the_command_line_states_it_and_builds_it_again(fleets, tmp_path, capsys
     assert config["format_version"] == 1 and "precision" not in config
 
 
-# -- files from elsewhere --------------------------------------------------------------------------------------------------
+# -- files from elsewhere
+# --------------------------------------------------------------------------------------------------
 
 
 def tamper(folder: Path, change, precision: str | None = "as it is") -> None:
@@ -246,7 +257,7 @@ def setter(key: str, value):
         (setter("V", lambda v: v[:1].repeat(len(v), 1)), "V is not orthonormal"),
         (setter("M", lambda m: m * float("nan")), "M holds NaN"),
     ],
-)  # fmt: skip
+)
 def test_corrupt_int8_files_are_refused_naming_the_file(bases, change, message, tmp_path):
     bases[bert].to_precision("int8").save_pretrained(tmp_path)
     tamper(tmp_path, change)

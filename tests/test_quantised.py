@@ -44,8 +44,13 @@ X = torch.randint(1, 99, (3, 6), generator=torch.Generator().manual_seed(2))
 def llama(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -261,10 +266,22 @@ def test_the_trainer_trains_as_qlora_does(folders, tmp_path, kind, bf16):
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"subspace_coef"}
     rows = [{"input_ids": row, "labels": row} for row in X]
     settings = TrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=8, per_device_train_batch_size=3, learning_rate=2e-3, save_steps=8,
-        eval_strategy="steps", eval_steps=2, lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False, bf16=bf16, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
-    )  # fmt: skip
+        output_dir=str(tmp_path / "out"),
+        max_steps=8,
+        per_device_train_batch_size=3,
+        learning_rate=2e-3,
+        save_steps=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        bf16=bf16,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
     trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

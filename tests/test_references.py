@@ -1,4 +1,5 @@
-"""What may be listed as a source: files, text files, patterns, places inside Hub repositories, collections; and what repeats another."""
+"""What may be listed as a source: files, text files, patterns, places inside Hub repositories, collections; and what
+repeats another."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from .hub import Hub, commit_of
 from .test_build import deltas, fleet
 from .test_hub import client
 
-# -- names --------------------------------------------------------------------------------------------------------------
+# -- names
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_names_of_one_model():
@@ -63,7 +65,8 @@ def test_an_older_id_without_its_owner_is_the_same_base_model(fleets, tmp_path):
         build_basis(others, progress=False)
 
 
-# -- lists and patterns ---------------------------------------------------------------------------------------------------
+# -- lists and patterns
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -81,9 +84,13 @@ def test_lists_and_patterns_stand_for_what_they_name(folder, fleets, tmp_path, m
         f"# the fleet\n\n fleet/lora0  # the first\n{folder / 'lora1'}\nfleet/*2\n", encoding="utf-8"
     )
     ways = [
-        str(folder / "*"), folder / "lora[0-2]", str(folder / "**" / "adapter_config.json"), str(folder.parent / "fleet.txt"),
-        [folder / "lora0", str(folder / "lora[12]")], [f"{folder}/*/adapter_model.safetensors"],
-    ]  # fmt: skip
+        str(folder / "*"),
+        folder / "lora[0-2]",
+        str(folder / "**" / "adapter_config.json"),
+        str(folder.parent / "fleet.txt"),
+        [folder / "lora0", str(folder / "lora[12]")],
+        [f"{folder}/*/adapter_model.safetensors"],
+    ]
     for way in ways:
         assert build_basis(way, k=3, progress=False).fingerprint == plain, way
     monkeypatch.chdir(folder)
@@ -119,7 +126,8 @@ def test_references_that_name_nothing(folder, tmp_path, text, message):
     assert "2 of 2" in str(caught.value) and "/no/such/folder" in str(caught.value)
 
 
-# -- the Hub --------------------------------------------------------------------------------------------------------------
+# -- the Hub
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_folders_and_files_inside_repositories_and_collections(folder, fleets, tmp_path):
@@ -166,7 +174,8 @@ def test_folders_and_files_inside_repositories_and_collections(folder, fleets, t
     assert "2 of 2 sources" in rest and "there is no model in it" in rest and "gave no such collection" in rest
 
 
-# -- pickled files ----------------------------------------------------------------------------------------------------------
+# -- pickled files
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Trap:
@@ -201,7 +210,8 @@ def test_pickled_weights_only_when_asked_for_and_never_as_code(fleets, tmp_path,
     assert not (tmp_path / "trap").exists()
 
 
-# -- duplicates -------------------------------------------------------------------------------------------------------------
+# -- duplicates
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_copies_of_a_source_are_listed_all_at_once_and_can_be_left_out(fleets, tmp_path):

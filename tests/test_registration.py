@@ -95,13 +95,11 @@ def script(bases, tmp_path) -> Path:
     model.save_pretrained(tmp_path / "task")
     file = tmp_path / "stock.py"
     file.write_text(
-        textwrap.dedent(
-            """
+        textwrap.dedent("""
             import sys
             from peft import PeftConfig
             print(PeftConfig.from_pretrained(sys.argv[1]).peft_type, __name__, sys.argv[1:])
-            """
-        )
+            """)
     )
     return file
 
@@ -116,8 +114,11 @@ def test_without_the_plugin_peft_says_keyerror_and_the_runner_is_the_remedy(scri
         assert done.stdout.split()[:2] == ["PeftType.SUBSPACE", "__main__"], done.stderr
         as_module = subprocess.run(
             [sys.executable, *way, "-m", "stock", task, "--flag"],
-            capture_output=True, text=True, check=False, cwd=script.parent,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=script.parent,
+        )
         assert "--flag" in as_module.stdout, as_module.stderr
 
 

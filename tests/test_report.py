@@ -1,4 +1,5 @@
-"""The report of a basis: what it measures against dense algebra, its verdict on fleets whose answer is known, its page in a browser."""
+"""The report of a basis: what it measures against dense algebra, its verdict on fleets whose answer is known, its page
+in a browser."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def kin(n=10, out=40, inner=30, r=2, shared=3, noise=0.05, seed=0):
     return states
 
 
-# -- identities ----------------------------------------------------------------------------------------------------------
+# -- identities
+# ----------------------------------------------------------------------------------------------------------
 
 
 def dense_bases(updates, weights, k):
@@ -117,7 +119,8 @@ def test_the_useful_k(unseen, expected):
     assert useful_k([1, 2, 4], unseen, [0.01, 0.02, 0.03]) == expected
 
 
-# -- through the public face ---------------------------------------------------------------------------------------------
+# -- through the public face
+# ---------------------------------------------------------------------------------------------
 
 
 def test_a_fleet_that_shares_is_told_from_one_that_does_not():
@@ -229,10 +232,22 @@ def test_any_basis_can_be_reported(builder):
 
 def test_every_sentence_of_the_verdict():
     base = {
-        "kept": 0.6, "kept_of_new": None, "null_kept": 0.2, "unseen": 0.2, "random": 0.001, "mean_only": 0.15, "k_for_share": 40,
-        "above": (0, 0), "k_for_new_tasks": None, "bytes_per_lora": 10, "bytes_per_task": 1, "bytes_of_basis": 5, "break_even": 1,
-        "sources": 3, "in_seed_groups": 0,
-    }  # fmt: skip
+        "kept": 0.6,
+        "kept_of_new": None,
+        "null_kept": 0.2,
+        "unseen": 0.2,
+        "random": 0.001,
+        "mean_only": 0.15,
+        "k_for_share": 40,
+        "above": (0, 0),
+        "k_for_new_tasks": None,
+        "bytes_per_lora": 10,
+        "bytes_per_task": 1,
+        "bytes_of_basis": 5,
+        "break_even": 1,
+        "sources": 3,
+        "in_seed_groups": 0,
+    }
     words = " ".join(verdict(base))
     assert "lose a part" in words and "90 % take k=40" in words and "fleet's mean, which alone keeps 15 %" in words
     assert "No direction stands out" in words
@@ -242,7 +257,8 @@ def test_every_sentence_of_the_verdict():
     assert "holds little of where new tasks go" in " ".join(verdict({**base, "unseen": 0.03}))
 
 
-# -- files and the command line ------------------------------------------------------------------------------------------
+# -- files and the command line
+# ------------------------------------------------------------------------------------------
 
 
 class Links(HTMLParser):
@@ -277,8 +293,13 @@ def test_the_command_writes_page_numbers_and_figures(reported, tmp_path, capsys)
     folder, said = reported
     assert said.rstrip().endswith("report.html") and "The basis keeps" in said and "Energy is no score" in said
     assert sorted(file.name for file in folder.iterdir()) == [
-        "adapters.png", "energy.png", "modules.png", "report.html", "report.json", "spectrum.png",
-    ]  # fmt: skip
+        "adapters.png",
+        "energy.png",
+        "modules.png",
+        "report.html",
+        "report.json",
+        "spectrum.png",
+    ]
     page = (folder / "report.html").read_text()
     links = Links()
     links.feed(page)
@@ -306,9 +327,17 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 def test_a_browser_shows_the_page(reported, tmp_path):
     folder, _ = reported
     switches = [
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}", "--window-size=1000,3000",
-    ]  # fmt: skip
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'browser'}",
+        "--window-size=1000,3000",
+    ]
     url = (folder / "report.html").as_uri()
     dumped = subprocess.run(
         [BROWSER, *switches, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True

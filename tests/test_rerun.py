@@ -22,7 +22,8 @@ from .test_fleet import broken
 from .test_foreign import trained
 from .test_hub import client
 
-# -- again ------------------------------------------------------------------------------------------------------------------
+# -- again
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,8 @@ def test_hub_sources_are_taken_at_the_commit_on_record(fleets, tmp_path):
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
-# -- left out -----------------------------------------------------------------------------------------------------------------
+# -- left out
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_energy_of_a_left_out_source_is_that_of_a_basis_without_it():

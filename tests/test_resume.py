@@ -1,4 +1,5 @@
-"""Builds that are interrupted: they go on where they stopped, to the same bytes, and what was there before is unharmed."""
+"""Builds that are interrupted: they go on where they stopped, to the same bytes, and what was there before is
+unharmed."""
 
 from __future__ import annotations
 
@@ -170,7 +171,8 @@ def test_other_peoples_files_stay(fleets, tmp_path):
         build_basis(fleets[bert], work_folder=partial / "mine.txt", progress=False)
 
 
-# -- updates ----------------------------------------------------------------------------------------------------------------
+# -- updates
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Exports that other programs read: stock PEFT in a process without this package, and vLLM through its resolver plugin."""
+"""Exports that other programs read: stock PEFT in a process without this package, and vLLM through its resolver
+plugin."""
 
 from __future__ import annotations
 
@@ -85,8 +86,7 @@ def test_an_export_for_vllm_holds_what_it_serves_and_nothing_else(bases, tmp_pat
 def test_stock_peft_loads_an_export_where_this_package_is_not(folder, model, tmp_path):
     export_lora(folder / "spam", tmp_path / "lora", pad_to="vllm")
     bert().save_pretrained(tmp_path / "base")
-    program = textwrap.dedent(
-        """
+    program = textwrap.dedent("""
         import sys
         sys.modules["subspace_peft"] = None  # importing it fails
         import torch
@@ -97,8 +97,7 @@ def test_stock_peft_loads_an_export_where_this_package_is_not(folder, model, tmp
         x = torch.randint(0, 100, (3, 7), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             torch.save(model(x).logits, out)
-        """
-    )
+        """)
     call = [sys.executable, "-c", program, tmp_path / "base", tmp_path / "lora", tmp_path / "logits.pt"]
     done = subprocess.run([str(part) for part in call], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -219,8 +218,12 @@ def vllm(monkeypatch):
         lora_int_id: int
         lora_path: str = ""
 
-    parts = {"vllm": {}, "vllm.lora": {}, "vllm.lora.request": {"LoRARequest": LoRARequest},
-             "vllm.lora.resolver": {"LoRAResolver": LoRAResolver, "LoRAResolverRegistry": Registry()}}  # fmt: skip
+    parts = {
+        "vllm": {},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": LoRARequest},
+        "vllm.lora.resolver": {"LoRAResolver": LoRAResolver, "LoRAResolverRegistry": Registry()},
+    }
     for name, values in parts.items():
         module = types.ModuleType(name)
         vars(module).update(values)

@@ -1,4 +1,5 @@
-"""Bases and tasks pushed to a Hub and loaded from it, over real HTTP on loopback, each client in a process of its own."""
+"""Bases and tasks pushed to a Hub and loaded from it, over real HTTP on loopback, each client in a process of its
+own."""
 
 from __future__ import annotations
 
@@ -58,14 +59,16 @@ def push(basis_folder: Path) -> str:
 
 def test_a_basis_and_a_task_are_pushed_pinned_and_loaded_elsewhere(hub, push, tmp_path):
     said = client(
-        hub, tmp_path / "one", push,
+        hub,
+        tmp_path / "one",
+        push,
         """
         sha = basis.push_to_hub("org/basis")
         print(sha, basis.location, basis.revision)
         print(model.push_to_hub("me/task", tags=["mine"]), model(inputs()).logits.double().sum().item())
         """,
         HF_TOKEN=TOKEN,
-    ).split()  # fmt: skip
+    ).split()
     sha, location, revision, commit, total = said
     assert (location, revision) == ("org/basis", sha) and hub.repos["org/basis"].names["main"] == sha
     assert hub.repos["me/task"].names["main"] == commit
@@ -95,9 +98,12 @@ def test_a_task_whose_basis_is_local_is_not_pushed_without_a_word(hub, push, bas
     assert json.loads(hub.files("me/other")["adapter_config.json"])["basis"] == "me/basis"
 
     client(
-        hub, tmp_path / "two", push, 'model.peft_config["default"].save_basis = True; model.push_to_hub("me/whole")',
+        hub,
+        tmp_path / "two",
+        push,
+        'model.peft_config["default"].save_basis = True; model.push_to_hub("me/whole")',
         HF_TOKEN=TOKEN,
-    )  # fmt: skip
+    )
     load = LOAD.replace("me/task", "me/whole").format(more={})
     whole = client(hub, tmp_path / "three", load).split()[0]
     assert whole == client(hub, tmp_path / "four", LOAD.format(more={})).split()[0]
@@ -132,13 +138,15 @@ def test_a_branch_a_revision_and_an_auto_class(hub, push, tmp_path):
         f"__import__('transformers').AutoModelForSequenceClassification.from_pretrained({str(tmp_path / 'bert')!r}),",
     )
     client(
-        hub, tmp_path / "one", train,
+        hub,
+        tmp_path / "one",
+        train,
         """
         basis.push_to_hub("me/basis", branch="v2")
         model.push_to_hub("me/task", revision="dev")
         """,
         HF_TOKEN=TOKEN,
-    )  # fmt: skip
+    )
     assert hub.files("me/task") == {} and "adapter_config.json" in hub.files("me/task", "dev")
     first = client(hub, tmp_path / "two", LOAD.format(more={"revision": "dev"})).split()[0]
     auto = """
@@ -192,20 +200,25 @@ def test_a_basis_that_was_changed_under_a_pin_is_refused(how, hub, push, fleets,
 
 def test_a_basis_is_fetched_once_for_all_tasks(hub, push, tmp_path):
     client(
-        hub, tmp_path / "one", push,
+        hub,
+        tmp_path / "one",
+        push,
         """
         model.push_to_hub("me/task", push_basis_to="me/basis")
         for i in range(3):
             randomise(model, seed=i).push_to_hub(f"me/task{i}")
         """,
         HF_TOKEN=TOKEN,
-    )  # fmt: skip
+    )
     home = tmp_path / "two"
     hub.log.clear()
     client(hub, home, LOAD.format(more={}))
     assert sorted(path.rpartition("/")[2] for path in hub.gets()) == [
-        "adapter_config.json", "adapter_model.safetensors", "basis.safetensors", "basis_config.json",
-    ]  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "basis.safetensors",
+        "basis_config.json",
+    ]
     # the basis is known by its content: not even the other cache is needed, nor where the next task says it is
     shutil.rmtree(home / "hub")
     hub.log.clear()
@@ -252,9 +265,13 @@ def test_paths_are_no_repositories(place, bases):
 def test_folders_are_pushed_from_the_command_line(hub, push, basis_folder, tmp_path):
     task = str(tmp_path / "task")
     calls = [
-        [task, "me/task"], [str(basis_folder), "org/basis"], [task, "me/task", "--branch", "tries", "--message", "Try"],
-        [task, "me/task"], [str(tmp_path), "me/nothing"], [task, "./here"],
-    ]  # fmt: skip
+        [task, "me/task"],
+        [str(basis_folder), "org/basis"],
+        [task, "me/task", "--branch", "tries", "--message", "Try"],
+        [task, "me/task"],
+        [str(tmp_path), "me/nothing"],
+        [task, "./here"],
+    ]
     run = f"""
     import contextlib, io
     from subspace_peft.cli import main

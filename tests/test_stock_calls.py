@@ -159,7 +159,8 @@ def test_every_auto_class_loads_its_task(task, tmp_path):
             assert not torch.equal(model(**batch)[0], loaded(**batch)[0])
 
 
-# -- what PEFT's own tests found ----------------------------------------------------------------------------------------
+# -- what PEFT's own tests found
+# ----------------------------------------------------------------------------------------
 
 
 def test_a_layer_zero_is_a_layer():

@@ -1,4 +1,5 @@
-"""What users do with LoRA, done with a task in a basis: the stock Trainer, AutoPeftModel, transformers' own adapter calls."""
+"""What users do with LoRA, done with a task in a basis: the stock Trainer, AutoPeftModel, transformers' own adapter
+calls."""
 
 from __future__ import annotations
 
@@ -51,10 +52,19 @@ def train(base_folder: Path, basis_folder: Path, out: Path, steps: int, resume: 
         for i in range(64)
     ]
     settings = TrainingArguments(
-        output_dir=str(out), max_steps=steps, save_steps=4, per_device_train_batch_size=8, learning_rate=1e-2, seed=1,
-        lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        output_dir=str(out),
+        max_steps=steps,
+        save_steps=4,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        seed=1,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
         **arguments,
-    )  # fmt: skip
+    )
     Trainer(model=model, args=settings, train_dataset=rows).train(resume_from_checkpoint=resume and str(resume))
     return model
 
@@ -91,9 +101,18 @@ def test_load_best_model_at_end_restores_the_best_coefficients(base_folder, basi
         AutoModelForSequenceClassification.from_pretrained(base_folder), SubspaceConfig(basis=str(basis_folder))
     )
     settings = TrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=6, save_steps=1, eval_steps=1, eval_strategy="steps", report_to=[],
-        load_best_model_at_end=True, learning_rate=1e-2, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "out"),
+        max_steps=6,
+        save_steps=1,
+        eval_steps=1,
+        eval_strategy="steps",
+        report_to=[],
+        load_best_model_at_end=True,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
     seen = {}
 
     class Watch(TrainerCallback):
@@ -111,7 +130,8 @@ def test_load_best_model_at_end_restores_the_best_coefficients(base_folder, basi
 
 
 def test_auto_find_batch_size_goes_on_with_a_smaller_batch(base_folder, basis_folder, tmp_path):
-    """Out of memory after the backward pass of a batch of 5, gradients there: the next size trains as if begun with it."""
+    """Out of memory after the backward pass of a batch of 5, gradients there: the next size trains as if begun with
+    it."""
 
     class Cramped(Trainer):
         def training_step(self, model, inputs, *args):
@@ -129,10 +149,18 @@ def test_auto_find_batch_size_goes_on_with_a_smaller_batch(base_folder, basis_fo
         )
         model = get_peft_model(model, SubspaceConfig(basis=str(basis_folder), task_type="SEQ_CLS"))
         settings = TrainingArguments(
-            output_dir=str(tmp_path / name), max_steps=3, per_device_train_batch_size=batch, learning_rate=1e-2, seed=1,
-            auto_find_batch_size=True, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+            output_dir=str(tmp_path / name),
+            max_steps=3,
+            per_device_train_batch_size=batch,
+            learning_rate=1e-2,
+            seed=1,
+            auto_find_batch_size=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
             dataloader_pin_memory=False,
-        )  # fmt: skip
+        )
         rows = [{"input_ids": torch.arange(7) + i, "labels": torch.tensor(i % 2)} for i in range(32)]
         trainer = make(model=model, args=settings, train_dataset=rows)
         trainer.train()
@@ -262,8 +290,13 @@ def test_two_adapters_by_transformers_own_calls(base_folder, basis_folder, tmp_p
 def test_a_decoder_trains_generates_and_exports(targets, tmp_path):
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=99
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+    )
     base = LlamaForCausalLM(config)
     model = get_peft_model(
         copy.deepcopy(base), SubspaceConfig(basis="random", k=4, target_modules=targets, task_type="CAUSAL_LM")

@@ -145,7 +145,7 @@ def test_a_streamed_basis_makes_up_no_directions(streamed):
     # 12 adapters, each of one of 3 sources' A and its own mixture of that one's B: all together span 6 directions
     draw = torch.Generator().manual_seed(0)
     states = [
-        {"q.lora_B.weight": (B.float() @ torch.randn(2, 2, generator=draw)), "q.lora_A.weight": A}
+        {"q.lora_B.weight": B.float() @ torch.randn(2, 2, generator=draw), "q.lora_A.weight": A}
         for B, A in shared_fleet(n=3, ranks=(2,)) * 4
     ]
     basis = build_basis(states, k=32, progress=False)
@@ -202,8 +202,13 @@ def squeezed(original):
 
 def test_sizes():
     assert [parse_size(s) for s in ("2GB", "512MiB", "1.5g", " 3 kb ", 7, "7")] == [
-        2 * 10**9, 512 * 2**20, 1_500_000_000, 3000, 7, 7,
-    ]  # fmt: skip
+        2 * 10**9,
+        512 * 2**20,
+        1_500_000_000,
+        3000,
+        7,
+        7,
+    ]
     for wrong in ("much", "-2GB", 0, "2XB", "", True, 1.5e9j):
         with pytest.raises(SubspaceError, match="max_memory"):
             parse_size(wrong)
@@ -218,7 +223,8 @@ def test_too_little_memory_is_refused_with_what_suffices(tmp_path):
 
 
 def test_a_build_stays_under_its_bound(tmp_path):
-    """200 adapters × 8 modules × 1024, r = 16: 105 MB of half precision, 210 MB as a stack in float32, 420 MB in float64."""
+    """200 adapters × 8 modules × 1024, r = 16: 105 MB of half precision, 210 MB as a stack in float32, 420 MB in
+    float64."""
     draw = torch.Generator().manual_seed(0)
     folders = []
     for number in range(200):
@@ -253,7 +259,8 @@ def test_a_build_stays_under_its_bound(tmp_path):
 
 
 def kinds_of(tmp_path, pairs):
-    """The same updates, 2 B A: as PEFT folders; and as a kohya file, a pickled folder, a state dict with its config, and a folder."""
+    """The same updates, 2 B A: as PEFT folders; and as a kohya file, a pickled folder, a state dict with its config,
+    and a folder."""
     plain = saved_fleet(tmp_path / "plain", pairs, modules=("unet.down_blocks.0.attentions.0.proj_in",))
     mixed = saved_fleet(tmp_path / "mixed", pairs, modules=("unet.down_blocks.0.attentions.0.proj_in",))
     kohya, pickled, memory, *rest = map(Path, mixed)

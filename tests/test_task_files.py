@@ -239,8 +239,12 @@ def test_needs_that_the_basis_cannot_serve(fleets, tmp_path):
 def fresh(script: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True, text=True, check=False, env={**os.environ, **env}, cwd=Path(__file__).parent.parent,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+        cwd=Path(__file__).parent.parent,
+    )
 
 
 LOAD = """
@@ -342,8 +346,10 @@ def test_transformers_own_loading_finds_the_basis(basis_folder, tmp_path, self_c
     if self_contained:
         shutil.rmtree(basis_folder)
     for load in (
-        f"model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / 'base')!r})\n"
-        f"    model.load_adapter({str(tmp_path / 'task')!r})",
+        (
+            f"model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / 'base')!r})\n"
+            f"    model.load_adapter({str(tmp_path / 'task')!r})"
+        ),
         f"model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / 'task')!r})",
     ):
         done = fresh(NATIVE.format(load=load), SUBSPACE_PEFT_CACHE=str(tmp_path / "empty-cache"))

@@ -34,9 +34,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def base() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(WORDS),
-        pad_token_id=1, bos_token_id=2, eos_token_id=3,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(WORDS),
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -78,13 +84,22 @@ def frozen(model: PeftModel) -> dict[str, torch.Tensor]:
 
 def test_sft_trains_only_coefficients_and_saves_kilobytes(basis, tmp_path):
     settings = trl.SFTConfig(
-        output_dir=str(tmp_path / "out"), max_steps=12, learning_rate=1e-2, per_device_train_batch_size=8, save_steps=12,
-        logging_steps=1, completion_only_loss=True, **PLAIN,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "out"),
+        max_steps=12,
+        learning_rate=1e-2,
+        per_device_train_batch_size=8,
+        save_steps=12,
+        logging_steps=1,
+        completion_only_loss=True,
+        **PLAIN,
+    )
     trainer = trl.SFTTrainer(
-        base(), args=settings, train_dataset=questions(completion="first"), processing_class=tokenizer(),
+        base(),
+        args=settings,
+        train_dataset=questions(completion="first"),
+        processing_class=tokenizer(),
         peft_config=config(basis),
-    )  # fmt: skip
+    )
     before = frozen(trainer.model)
     trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert len(trained) == 4 and all(".subspace_coef.default." in name for name in trained)

@@ -1,4 +1,5 @@
-"""Growing a basis: old directions stay bit for bit, new adapters are kept, and old tasks lose nothing, whatever their coefficients."""
+"""Growing a basis: old directions stay bit for bit, new adapters are kept, and old tasks lose nothing, whatever their
+coefficients."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def numerics(request, monkeypatch):
     return request.param
 
 
-# -- the basis ------------------------------------------------------------------------------------------------------------
+# -- the basis
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,8 @@ def test_a_random_basis_grows_too():
     assert new.info["columns"]["a.q"]["in"] == [["random", 4], ["version 2", 2]]
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------------
+# -- bad input
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_bad_sources_are_listed_or_left_out(fleets, bases, tmp_path):

@@ -19,7 +19,8 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 LOWEST = ROOT / "constraints-lowest.txt"
-# the matrix leaves these extras out: tools of the developer's machine, and the ecosystem's packages, which have floors of their own
+# the matrix leaves these extras out: tools of the developer's machine, and the ecosystem's packages, which have floors
+# of their own
 TOOLS = {"dev", "versions", "ecosystem", "quantization", "trl", "diffusers", "peft-suite", "vllm"}
 
 

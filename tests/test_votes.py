@@ -64,10 +64,16 @@ def test_a_file_of_votes_on_the_command_line_is_recorded_and_repeated(tmp_path, 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("frobenius", "no such file"), ({}, "numbers by source"), ({"a": 0}, "above 0"), ({"a": -1}, "above 0"), ({"a": True}, "above 0"),
-        ({"a": float("nan")}, "above 0"), ({"a": "2"}, "above 0"), ({"a": None}, "above 0"),
+        ("frobenius", "no such file"),
+        ({}, "numbers by source"),
+        ({"a": 0}, "above 0"),
+        ({"a": -1}, "above 0"),
+        ({"a": True}, "above 0"),
+        ({"a": float("nan")}, "above 0"),
+        ({"a": "2"}, "above 0"),
+        ({"a": None}, "above 0"),
     ],
-)  # fmt: skip
+)
 def test_votes_that_are_none(given, said):
     with pytest.raises(SubspaceError, match=said):
         read_weights(given)

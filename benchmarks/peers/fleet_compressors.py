@@ -1,10 +1,12 @@
-"""Other packages that put a fleet of LoRAs on shared components, run by benchmarks/build_basis.py in a virtual environment of their own.
+"""Other packages that put a fleet of LoRAs on shared components, run by benchmarks/build_basis.py in a virtual
+environment of their own.
 
     python fleet_compressors.py vlora-dev|lorashare FLEET COUNT NUMBERS
 
-Compresses FLEET/lora-0 … by the package's own `from_adapters`, with the most components whose numbers (components, means, loadings of all
-adapters) are at most NUMBERS. Prints seconds, peak memory above what the process held after its imports, and what is kept of the
-updates: the mean over adapters and modules of ``1 − ‖ΔW − ΔW'‖² / ‖ΔW‖²``, in factored form.
+Compresses FLEET/lora-0 … by the package's own `from_adapters`, with the most components whose numbers (components,
+means, loadings of all adapters) are at most NUMBERS. Prints seconds, peak memory above what the process held after its
+imports, and what is kept of the updates: the mean over adapters and modules of ``1 − ‖ΔW − ΔW'‖² / ‖ΔW‖²``, in
+factored form.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ VERSIONS = {"vlora-dev": "1.0.0", "lorashare": "0.1.3"}
 
 
 def environment(folder: Path) -> Path:
-    """The interpreter of a virtual environment with the packages, made where there is none; torch and the rest are this interpreter's.
+    """The interpreter of a virtual environment with the packages, made where there is none; torch and the rest are
+    this interpreter's.
 
     Raises:
         SystemExit: the packages cannot be installed.
@@ -68,7 +71,8 @@ def vlora(folders: list[str], most: int) -> tuple[dict[str, float], Any]:
     from vlora import SharedSubspace, load_adapter
 
     first = load_adapter(folders[0])
-    # per module and side a flattened factor is one vector: components and the mean of its length, one loading per adapter
+    # per module and side a flattened factor is one vector: components and the mean of its length, one loading per
+    # adapter
     sizes = [each[name].numel() for name in first.layer_names for each in (first.lora_a, first.lora_b)]
     components = max(1, (most - sum(sizes)) // sum(size + len(folders) for size in sizes))
     start, wall, cpu = status("VmRSS"), time.perf_counter(), time.process_time()
@@ -118,9 +122,10 @@ def lorashare(folders: list[str], most: int) -> tuple[dict[str, float], Any]:
 
 def spent(wall: float, cpu: float, start: int) -> dict[str, float]:
     return {
-        "wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,
+        "wall_seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
         "peak_bytes": max(0, status("VmHWM") - start),
-    }  # fmt: skip
+    }
 
 
 def main(name: str, fleet: str, count: str, most: str) -> None:

@@ -2,10 +2,10 @@
 
     python benchmarks/peers/llama_cpp_tokens.py --node /somewhere/with/1GB
 
-SmolLM2-135M-Instruct with a random task in a random basis (k=16, all linear layers), as large as a tenth of the weights it adapts.
-The LoRA is written by `export_gguf` and applied by llama.cpp, through node-llama-cpp, to the model's GGUF file of four bits, and to the same
-weights written out in float32, since llama.cpp rounds what goes into a quantised product. Needs npm; node-llama-cpp is installed into
---node and kept. Writes JSON to benchmarks/results/.
+SmolLM2-135M-Instruct with a random task in a random basis (k=16, all linear layers), as large as a tenth of the
+weights it adapts. The LoRA is written by `export_gguf` and applied by llama.cpp, through node-llama-cpp, to the
+model's GGUF file of four bits, and to the same weights written out in float32, since llama.cpp rounds what goes into a
+quantised product. Needs npm; node-llama-cpp is installed into --node and kept. Writes JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -127,17 +127,22 @@ def main() -> int:
         for kind, file in (("four bits", model), ("float32", root / "float32.gguf")):
             for side in ("base", "task"):
                 request = {
-                    "model": str(file), "lora": str(lora) if side == "task" else None, "prompts": ours["prompts"], "length": args.length,
-                }  # fmt: skip
+                    "model": str(file),
+                    "lora": str(lora) if side == "task" else None,
+                    "prompts": ours["prompts"],
+                    "length": args.length,
+                }
                 (root / "request.json").write_text(json.dumps(request), encoding="utf-8")
                 call = ["node", str(node / "tokens.mjs"), str(root / "request.json"), str(root / "tokens.json")]
                 subprocess.run(call, check=True, cwd=node)
                 theirs = json.loads((root / "tokens.json").read_text(encoding="utf-8"))
                 equal[f"{kind}, {side}"] = share(theirs, ours[side])
     result = {
-        "package": PACKAGE, "equal": equal, "task equal to the base model": share(ours["task"], ours["base"]),
+        "package": PACKAGE,
+        "equal": equal,
+        "task equal to the base model": share(ours["task"], ours["base"]),
         "tokens": sum(map(len, ours["base"])),
-    }  # fmt: skip
+    }
     out = HERE.parent / "results" / "llama_cpp_tokens.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -2,8 +2,9 @@
 
     python benchmarks/peers/olah_mirror.py
 
-A Hub of ours serves a basis and a task on loopback, olah mirrors it, and a client that knows only the mirror loads the task: its outputs
-have to be those of a client of the Hub itself. Prints both, and how many requests reached the Hub. Needs the test extra.
+A Hub of ours serves a basis and a task on loopback, olah mirrors it, and a client that knows only the mirror loads the
+task: its outputs have to be those of a client of the Hub itself. Prints both, and how many requests reached the Hub.
+Needs the test extra.
 """
 
 from __future__ import annotations
@@ -42,9 +43,12 @@ print(repr(model(inputs()).logits.double().sum().item()), config.basis, config.b
 
 def client(endpoint: str, home: Path) -> str:
     settings = {
-        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
         "SUBSPACE_PEFT_CACHE": str(home / "subspace"),
-    }  # fmt: skip
+    }
     done = subprocess.run(
         [sys.executable, "-c", CLIENT],
         capture_output=True,
@@ -100,10 +104,28 @@ def main() -> None:
         port, netloc = free_port(), hub.url.removeprefix("http://")
         mirror = f"http://127.0.0.1:{port}"
         command = [
-            environment / "bin" / "olah-cli", "--host", "127.0.0.1", "--port", str(port), "--hf-scheme", "http", "--hf-netloc", netloc,
-            "--hf-lfs-netloc", netloc, "--mirror-scheme", "http", "--mirror-netloc", f"127.0.0.1:{port}",
-            "--mirror-lfs-netloc", f"127.0.0.1:{port}", "--repos-path", root / "repos", "--log-path", root / "logs",
-        ]  # fmt: skip
+            environment / "bin" / "olah-cli",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--hf-scheme",
+            "http",
+            "--hf-netloc",
+            netloc,
+            "--hf-lfs-netloc",
+            netloc,
+            "--mirror-scheme",
+            "http",
+            "--mirror-netloc",
+            f"127.0.0.1:{port}",
+            "--mirror-lfs-netloc",
+            f"127.0.0.1:{port}",
+            "--repos-path",
+            root / "repos",
+            "--log-path",
+            root / "logs",
+        ]
         with open(root / "olah.txt", "w") as log:
             server = subprocess.Popen(command, cwd=root, stdout=log, stderr=subprocess.STDOUT)
             try:

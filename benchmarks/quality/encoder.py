@@ -16,7 +16,8 @@ VIT_HEADS = 6
 
 
 class Block(nn.Module):
-    """One transformer layer of width d: normalised behind its two halves as BERT is, or before them (`before`) as a ViT is."""
+    """One transformer layer of width d: normalised behind its two halves as BERT is, or before them (`before`) as a
+    ViT is."""
 
     def __init__(self, d: int, inner: int, heads: int, eps: float, before: bool) -> None:
         super().__init__()
@@ -68,7 +69,8 @@ class HalfLinear(nn.Linear):
 
 
 class HalfBlock(Block):
-    """A `Block` whose frozen layers, those that no row adapts, compute in bfloat16. Norms, residuals, query and value do not."""
+    """A `Block` whose frozen layers, those that no row adapts, compute in bfloat16. Norms, residuals, query and value
+    do not."""
 
     FROZEN = ("key", "out", "up", "down")
 
@@ -130,12 +132,14 @@ class Top(nn.Module):
         return (self.norm(hidden) * weight).sum(1) / weight.sum(1)
 
     def forward(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, outputs) for the lower layers' `hidden` (n, length, d), of which the first `lengths` (n,) are real."""
+        """Outputs (n, outputs) for the lower layers' `hidden` (n, length, d), of which the first `lengths` (n,) are
+        real."""
         return self.classifier(self.features(hidden, lengths))
 
 
 class Head(nn.Module):
-    """The `classifier` alone, on features (n, 1, d) that were computed before: `Top` where nothing below is trained."""
+    """The `classifier` alone, on features (n, 1, d) that were computed before: `Top` where nothing below is
+    trained."""
 
     def __init__(self, d: int, outputs: int, seed: int) -> None:
         super().__init__()
@@ -154,14 +158,25 @@ def make_head(d: int, outputs: int, seed: int) -> nn.Linear:
 
 
 BERT_NAMES = {
-    "attention.self.query": "query", "attention.self.key": "key", "attention.self.value": "value",
-    "attention.output.dense": "out", "attention.output.LayerNorm": "norm1",
-    "intermediate.dense": "up", "output.dense": "down", "output.LayerNorm": "norm2",
-}  # fmt: skip
+    "attention.self.query": "query",
+    "attention.self.key": "key",
+    "attention.self.value": "value",
+    "attention.output.dense": "out",
+    "attention.output.LayerNorm": "norm1",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+    "output.LayerNorm": "norm2",
+}
 VIT_NAMES = {
-    "attention.q_proj": "query", "attention.k_proj": "key", "attention.v_proj": "value", "attention.o_proj": "out",
-    "layernorm_before": "norm1", "layernorm_after": "norm2", "mlp.fc1": "up", "mlp.fc2": "down",
-}  # fmt: skip
+    "attention.q_proj": "query",
+    "attention.k_proj": "key",
+    "attention.v_proj": "value",
+    "attention.o_proj": "out",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+}
 
 
 def block_state(layer: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -2,8 +2,9 @@
 
     python benchmarks/quality/energy.py                 # after run.py; seconds, nothing is trained
 
-Reads the twelve text tasks' own adapters from the cache (trains those that are missing), measures by `report_basis` what a basis of the
-eleven others keeps of each, and writes energy.json beside the results. tables.py holds it against the scores.
+Reads the twelve text tasks' own adapters from the cache (trains those that are missing), measures by `report_basis`
+what a basis of the eleven others keeps of each, and writes energy.json beside the results. tables.py holds it against
+the scores.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def agreement(energy: dict[str, float], found: Difference, seed: int = 0) -> tuple[float, float]:
-    """Spearman's correlation over tasks between energy kept and a score difference, and the share of shufflings with one as large or
-    larger, of either sign.
+    """Spearman's correlation over tasks between energy kept and a score difference, and the share of shufflings with
+    one as large or larger, of either sign.
 
     Raises:
         ValueError: fewer than three tasks in common, or the same number for all.

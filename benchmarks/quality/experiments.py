@@ -43,9 +43,19 @@ DIGGING = (*FEW, "speech-parts")
 IMAGE_TASKS = ("tops", "footwear", "garments", "digits-low", "digits-high")
 MAIN = Budget()
 ORDER = (
-    "movies", "noun-kinds", "reviews", "newsgroups", "tweets", "reuters", "products", "speech-parts", "editorials",
-    "election", "moods", "mail",
-)  # fmt: skip
+    "movies",
+    "noun-kinds",
+    "reviews",
+    "newsgroups",
+    "tweets",
+    "reuters",
+    "products",
+    "speech-parts",
+    "editorials",
+    "election",
+    "moods",
+    "mail",
+)
 
 
 def main_rows(bench: Bench, name: str) -> list[Method]:
@@ -85,7 +95,8 @@ def _usual(bench: Bench, name: str, rows: list[Method]) -> list[Method]:
 
 
 def as_fleet(rows: Callable[[Bench, str], list[Method]]) -> Callable[[Bench, str], list[Method]]:
-    """The same rows at one rate, the one that the fleet's row has in ``one-rate``: their steps are of the same size."""
+    """The same rows at one rate, the one that the fleet's row has in ``one-rate``: their steps are of the same
+    size."""
 
     def at_one_rate(bench: Bench, name: str) -> list[Method]:
         assert bench.results is not None

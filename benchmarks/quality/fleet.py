@@ -37,10 +37,10 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
     Args:
         name: a task.
         folder: the benchmark's cache.
-        start: the seed of the LoRA's random start, each task's own without it; ``"axes"``: A starts at the leading principal axes
-            of the task's own inputs (as EVA does, arXiv 2410.07170), rows of the norm that PEFT's own start has; ``"pissa"``
-            (arXiv 2404.02948) and ``"lora_ga"`` (arXiv 2407.05000) as PEFT has them: the update of such an adapter, of rank 16, is what it
-            moved from its start.
+        start: the seed of the LoRA's random start, each task's own without it; ``"axes"``: A starts at the leading
+            principal axes of the task's own inputs (as EVA does, arXiv 2410.07170), rows of the norm that PEFT's own
+            start has; ``"pissa"`` (arXiv 2404.02948) and ``"lora_ga"`` (arXiv 2407.05000) as PEFT has them: the update
+            of such an adapter, of rank 16, is what it moved from its start.
         budget: of its training.
 
     Raises:
@@ -92,7 +92,8 @@ def _started(model: Top, task: Task, start: int | str | None) -> PeftModel:
 
 
 def _keep_start(wrapped: PeftModel, folder: Path) -> str:
-    """The folder in which `wrapped` is saved as it begins, as PEFT wants it for taking the start off the trained adapter."""
+    """The folder in which `wrapped` is saved as it begins, as PEFT wants it for taking the start off the trained
+    adapter."""
     config, begun = wrapped.peft_config["default"], folder / "start"
     how = config.init_lora_weights
     config.init_lora_weights = True
@@ -109,7 +110,8 @@ def some_inputs(task: Task, count: int = 300) -> list[tuple[torch.Tensor, torch.
 
 @torch.no_grad()
 def start_at(model: torch.nn.Module, axes: Mapping[str, torch.Tensor]) -> None:
-    """Set every LoRA's A (r, in) to the leading rows of its module's `axes` (in, in), at the norm that A's rows have."""
+    """Set every LoRA's A (r, in) to the leading rows of its module's `axes` (in, in), at the norm that A's rows
+    have."""
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             module = next(module for module in axes if f".{module}." in name)
@@ -139,7 +141,7 @@ def require_left_out(basis: SubspaceBasis, own: Path) -> SubspaceBasis:
     for each in sources:
         if each["sha256"] == digest or Path(str(each["location"])).name == own.name:
             raise SubspaceError(
-                f"The held-out task's own adapter {own} is among the basis's sources ({each['location']}): a score in that "
-                "basis says nothing about new tasks. Build it without that adapter."
+                f"The held-out task's own adapter {own} is among the basis's sources ({each['location']}): a score in"
+                " that basis says nothing about new tasks. Build it without that adapter."
             )
     return basis

@@ -21,8 +21,8 @@ Gradients = Mapping[str, torch.Tensor]
 
 
 def backward(model: Top, some: Split) -> None:
-    """Add the gradient of the mean squared error on `some` to the model's parameters, with a head that ridge regression has fitted to
-    it: a head drawn at random would give random directions. The model's own head is put back.
+    """Add the gradient of the mean squared error on `some` to the model's parameters, with a head that ridge
+    regression has fitted to it: a head drawn at random would give random directions. The model's own head is put back.
 
     Args:
         model: the top layers.
@@ -58,7 +58,8 @@ def first_gradients(model: Top, some: Split) -> dict[str, torch.Tensor]:
 
 
 def gradient_basis(like: SubspaceBasis, gradients: Sequence[Gradients]) -> SubspaceBasis:
-    """The leading left and right singular directions of `gradients`, each of norm 1, together; sizes and sources are those of `like`."""
+    """The leading left and right singular directions of `gradients`, each of norm 1, together; sizes and sources are
+    those of `like`."""
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:
         return leading(torch.stack([(g := each[name].double()) / g.norm() for each in gradients]), module)

@@ -43,13 +43,15 @@ class Difference:
 
 
 def difference(ours: Scores, theirs: Scores, *, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """`ours` − `theirs`, paired by task and seed: the seed draws the training examples, their order and the head's start of both.
+    """`ours` − `theirs`, paired by task and seed: the seed draws the training examples, their order and the head's
+    start of both.
 
-    The interval comes from resampling tasks, and within each drawn task its seeds, both with replacement, so it speaks of other tasks
-    like these. A run that diverged (None) counts as a score of 0.
+    The interval comes from resampling tasks, and within each drawn task its seeds, both with replacement, so it speaks
+    of other tasks like these. A run that diverged (None) counts as a score of 0.
 
     Args:
-        ours, theirs: task → a score in [0, 1] per seed, in the same order. Tasks that only one of them has are left out.
+        ours, theirs: task → a score in [0, 1] per seed, in the same order. Tasks that only one of them has are left
+            out.
 
     Raises:
         ValueError: no task in common, or another number of seeds.

@@ -14,7 +14,8 @@ def targets(labels: torch.Tensor, outputs: int) -> torch.Tensor:
 def ridge(
     features: torch.Tensor, labels: torch.Tensor, outputs: int, strength: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (outputs, d) and bias (outputs,) of a ridge regression of `targets` on features (n, d), the bias not held down."""
+    """Weight (outputs, d) and bias (outputs,) of a ridge regression of `targets` on features (n, d), the bias not held
+    down."""
     x, y = features.double(), targets(labels, outputs).double()
     middle, level = x.mean(0), y.mean(0)
     gram = (x - middle).T @ (x - middle) + strength * torch.eye(x.shape[1], dtype=torch.float64)

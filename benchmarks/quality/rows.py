@@ -55,7 +55,8 @@ def inside(name: str, basis: SubspaceBasis, rates: tuple[float, ...] = CORE_RATE
 
 
 def inside_per_seed(name: str, make: Callable[[int], SubspaceBasis], **config: Any) -> PerSeed:
-    """`inside` a basis that `make` makes from a seed's training examples. The sweep's, of seed 0, stands for all in what is kept."""
+    """`inside` a basis that `make` makes from a seed's training examples. The sweep's, of seed 0, stands for all in
+    what is kept."""
     made = cache(make)
     return PerSeed(
         name, lambda: _inside(made(0), **config), CORE_RATES, for_seed=lambda seed: _inside(made(seed), **config)

@@ -11,8 +11,17 @@ from .paired import Difference, difference, mean_score
 from .tasks import SENTIMENT
 
 MAIN_ORDER = (
-    "head only", "mean only", "LoRA r=8", "LoRA r=1", "VeRA r=384", "fleet", "hybrid", "eigenlora", "base weights", "random",
-)  # fmt: skip
+    "head only",
+    "mean only",
+    "LoRA r=8",
+    "LoRA r=1",
+    "VeRA r=384",
+    "fleet",
+    "hybrid",
+    "eigenlora",
+    "base weights",
+    "random",
+)
 SWEPT = ("a", "h")  # ablations whose rows have a sweep of their own, their steps being of another size
 WITHIN = 1.0  # points below LoRA r=8 that count as reaching it
 
@@ -63,8 +72,8 @@ def differences(pairs: Iterable[tuple[str, Rows, str, Rows, str]], only: Sequenc
 
 
 def reached(rows: Rows, method: str, target: str = "LoRA r=8") -> dict[int, float]:
-    """Step → share of (task, seed) runs of `method` whose validation score was, at that step or before, within a point of the mean
-    that `target` ended with on that task."""
+    """Step → share of (task, seed) runs of `method` whose validation score was, at that step or before, within a point
+    of the mean that `target` ended with on that task."""
     hits: dict[int, list[bool]] = {}
     for task, row in rows[method].items():
         if task not in rows[target]:
@@ -104,7 +113,8 @@ def rates_table(found: Mapping[str, Rows]) -> list[str]:
 
 
 def transfer_table(listed: Iterable[tuple[str, Rows]]) -> list[str]:
-    """Mean validation score, in points, of the fleet's row at each rate that was tried on all tasks, a line per name and rows."""
+    """Mean validation score, in points, of the fleet's row at each rate that was tried on all tasks, a line per name
+    and rows."""
     lines = {}
     for name, rows in listed:
         sweeps = [dict(row["sweep"]) for row in rows.get("fleet", {}).values()]
@@ -146,7 +156,8 @@ def ablation_lines(found: Mapping[str, Rows], swept: Rows, usual: Rows) -> list[
 
 
 def rate_lines(rates: Rows, usual: Rows) -> list[str]:
-    """Rates between, each against the usual one and core against LoRA, and what both gave in `usual`, an earlier run of the same."""
+    """Rates between, each against the usual one and core against LoRA, and what both gave in `usual`, an earlier run
+    of the same."""
     half = " at half the rate"
     lines = differences((f"{m}{half} − {m}", rates, f"{m}{half}", rates, m) for m in ("fleet", "LoRA r=8"))
     pairs = (("fleet", "LoRA r=8"), (f"fleet{half}", f"LoRA r=8{half}"))
@@ -187,7 +198,10 @@ def section(title: str, rows: Rows, order: Sequence[str], lines: list[str]) -> l
 def energy_section(energy: Mapping[str, Any], found: Mapping[str, Rows]) -> list[str]:
     """Left-out energy beside the score differences, tasks from least to most, and how well it ranks them."""
     kept = {task: entry["unseen"] for task, entry in energy["tasks_left_out"].items()}
-    title = f"Energy that a basis of the other tasks' adapters keeps of a task's own LoRA (k={energy['k']}; random directions {energy['random']:.2%}), and what came of it"
+    title = (
+        f"Energy that a basis of the other tasks' adapters keeps of a task's own LoRA (k={energy['k']}; random"
+        f" directions {energy['random']:.2%}), and what came of it"
+    )
     columns, lines = [], []
     for name, words in (("one-rate", "usual rates"), ("main", "swept")):
         for other in ("LoRA r=8", "random"):
@@ -206,6 +220,7 @@ def energy_section(energy: Mapping[str, Any], found: Mapping[str, Rows]) -> list
     for head, each in columns:
         value, chance = agreement(kept, each)
         lines.append(
-            f"- {head}: Spearman's correlation with the energy {value:+.2f}; {chance:.1%} of shufflings are as far from 0."
+            f"- {head}: Spearman's correlation with the energy {value:+.2f}; {chance:.1%} of shufflings are as far"
+            " from 0."
         )
     return [*out, "", *lines, ""]

@@ -1,4 +1,5 @@
-"""Where a core may start: at the nearest source, or at a convex mix of all of them, chosen on a few training examples."""
+"""Where a core may start: at the nearest source, or at a convex mix of all of them, chosen on a few training
+examples."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ MIX_RATE = 0.3  # of the mix's logits
 
 
 def nearest_source(bench: Bench, name: str, basis: SubspaceBasis) -> str:
-    """The name of the source whose projection on `basis` gives features that a ridge regression, fitted on 200 training examples,
-    predicts 100 others from best."""
+    """The name of the source whose projection on `basis` gives features that a ridge regression, fitted on 200
+    training examples, predicts 100 others from best."""
     task = bench.task(name)
     some = task.splits["train"].take(torch.arange(FIT + HELD))
     losses = {}
@@ -50,8 +51,9 @@ def ridge_loss(features: torch.Tensor, some: Split, outputs: int) -> float:
 
 
 def convex_mix(bench: Bench, name: str, basis: SubspaceBasis, budget: Budget, seed: int) -> torch.Tensor:
-    """Weights (N + 1,), none below 0, their sum 1, of the sources' cores and, last, of no update at all: what Adam makes of equal ones in
-    20 batches of the training examples that `seed` draws, together with a head that begins at a ridge regression.
+    """Weights (N + 1,), none below 0, their sum 1, of the sources' cores and, last, of no update at all: what Adam
+    makes of equal ones in 20 batches of the training examples that `seed` draws, together with a head that begins at a
+    ridge regression.
 
     Args:
         basis: one with its sources' cores.

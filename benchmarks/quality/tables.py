@@ -1,6 +1,7 @@
 """Tables and figures from the committed results: `python benchmarks/quality/tables.py`.
 
-Reads benchmarks/results/quality/*.json; writes tables.md, scores.png and differences.png there, and the generated part of docs/evidence.md.
+Reads benchmarks/results/quality/*.json; writes tables.md, scores.png and differences.png there, and the generated part
+of docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def read(folder: Path) -> dict[str, Rows]:
 
 
 def render(found: Mapping[str, Rows], energy: Mapping[str, Any] | None = None) -> str:
-    """All tables as Markdown; `energy` is what energy.json holds. Raises `KeyError` without the experiment ``main``."""
+    """All tables as Markdown; `energy` is what energy.json holds. Raises `KeyError` without the experiment
+    ``main``."""
     main = found["main"]
     count = len({task for tasks in main.values() for task in tasks})
     out = section(

@@ -1,4 +1,5 @@
-"""The benchmark's tasks: real texts and images, no example in two of them, and what the frozen lower layers make of them."""
+"""The benchmark's tasks: real texts and images, no example in two of them, and what the frozen lower layers make of
+them."""
 
 from __future__ import annotations
 
@@ -38,13 +39,19 @@ TOPIC = ("reuters", "newsgroups", "mail", "election", "speech-parts", "noun-kind
 IMAGES = ("tops", "footwear", "garments", "digits-low", "digits-mid", "digits-high", "scans-low", "scans-high")
 NUMBERS = ("movies", "moods", "products", "editorials")
 ABOUT = {
-    "movies": "film review sentence: mean human rating, −4…4", "moods": "tweet: mean human rating",
-    "products": "product review sentence: mean human rating", "editorials": "editorial sentence: mean human rating",
-    "tweets": "tweet: positive, neutral, negative", "reviews": "film, product or restaurant review sentence: good or bad",
-    "reuters": "news wire: 8 topics", "newsgroups": "posting: 20 groups", "mail": "e-mail: spam or not",
-    "election": "tweet: by which of two candidates", "speech-parts": "definition: noun, verb, adjective or adverb",
+    "movies": "film review sentence: mean human rating, −4…4",
+    "moods": "tweet: mean human rating",
+    "products": "product review sentence: mean human rating",
+    "editorials": "editorial sentence: mean human rating",
+    "tweets": "tweet: positive, neutral, negative",
+    "reviews": "film, product or restaurant review sentence: good or bad",
+    "reuters": "news wire: 8 topics",
+    "newsgroups": "posting: 20 groups",
+    "mail": "e-mail: spam or not",
+    "election": "tweet: by which of two candidates",
+    "speech-parts": "definition: noun, verb, adjective or adverb",
     "noun-kinds": "definition of a noun: which of 9 kinds of thing",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,16 +210,21 @@ def top_layers(kind: str, folder: Path) -> dict[str, Any]:
             model = text_encoder()[0]
             made = {
                 "blocks": [block_state(layer, BERT_NAMES) for layer in model.encoder.layer[-TOP:]],
-                "heads": HEADS, "eps": model.config.layer_norm_eps, "before": False, "final": None,
-            }  # fmt: skip
+                "heads": HEADS,
+                "eps": model.config.layer_norm_eps,
+                "before": False,
+                "final": None,
+            }
         else:
             model = image_encoder(folder)
             final = model.layernorm
             made = {
                 "blocks": [block_state(layer, VIT_NAMES) for layer in model.layers[-TOP:]],
-                "heads": VIT_HEADS, "eps": model.config.layer_norm_eps, "before": True,
+                "heads": VIT_HEADS,
+                "eps": model.config.layer_norm_eps,
+                "before": True,
                 "final": (final.weight.detach().clone(), final.bias.detach().clone()),
-            }  # fmt: skip
+            }
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(file, lambda path: torch.save(made, path))
     return torch.load(file, weights_only=True)

@@ -22,8 +22,8 @@ HEAD_RATE = 5e-3  # of the classifier, in every row that trains an adapter
 
 @dataclass(frozen=True)
 class Budget:
-    """What every row gets: training examples, optimiser steps, examples per step, the steps at which it is validated, and the norm to which
-    all gradients together are cut (none with 0)."""
+    """What every row gets: training examples, optimiser steps, examples per step, the steps at which it is validated,
+    and the norm to which all gradients together are cut (none with 0)."""
 
     examples: int = 300
     steps: int = 60
@@ -36,7 +36,8 @@ BRIEF = Budget(checks=())  # validated at its end only
 
 
 def make_model(top: dict[str, Any], outputs: int, seed: int) -> Top:
-    """The classifier on the top layers, its head drawn by `seed`; frozen layers in bfloat16 where that is the faster."""
+    """The classifier on the top layers, its head drawn by `seed`; frozen layers in bfloat16 where that is the
+    faster."""
     return Top(**top, outputs=outputs, seed=seed, half=half_is_faster())
 
 
@@ -60,10 +61,11 @@ def trained(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, *, curve: bool) -> dict[str, Any]:
-    """Train on `budget.examples` of the task's training examples, drawn by `seed`: AdamW, warm-up over 6 % of the steps, linear decay.
+    """Train on `budget.examples` of the task's training examples, drawn by `seed`: AdamW, warm-up over 6 % of the
+    steps, linear decay.
 
-    Where there is no adapter `rate` is the head's. Returns ``validation``, ``curve`` (pairs of step and validation score, only the
-    last without `curve`) and ``seconds`` of training.
+    Where there is no adapter `rate` is the head's. Returns ``validation``, ``curve`` (pairs of step and validation
+    score, only the last without `curve`) and ``seconds`` of training.
     """
     adapter, head = trained(model)
     groups = (
@@ -102,7 +104,8 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
 
 
 def make_loss(task: Task, known: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(outputs, labels) → cross-entropy, or the squared error of labels that are standardised as the `known` ones (n,) are."""
+    """(outputs, labels) → cross-entropy, or the squared error of labels that are standardised as the `known` ones (n,)
+    are."""
     if not task.number:
         return F.cross_entropy
     centre, spread = known.mean(), known.std()
@@ -117,7 +120,8 @@ def draw_examples(task: Task, budget: Budget, seed: int) -> tuple[list[int], ran
 
 
 def batches(data: Split, chosen: Sequence[int], budget: Budget, draw: random.Random) -> Iterator[torch.Tensor]:
-    """Places of `budget.steps` batches; within windows of four batches the examples are sorted by length, for little padding."""
+    """Places of `budget.steps` batches; within windows of four batches the examples are sorted by length, for little
+    padding."""
     done, queue = 0, []
     while done < budget.steps:
         if not queue:
@@ -150,7 +154,8 @@ def outputs_of(
 
 
 def score(model: nn.Module, task: Task, name: str) -> float:
-    """Accuracy, or Spearman's correlation where a number is predicted, on the split `name`; NaN where outputs are not finite."""
+    """Accuracy, or Spearman's correlation where a number is predicted, on the split `name`; NaN where outputs are not
+    finite."""
     split = task.splits[name]
     return measure(outputs_of(model, split), split.labels)
 

@@ -1,5 +1,6 @@
-"""What the recipes and the quality benchmark share: which methods are compared, each with a learning-rate sweep of its own, the
-cells (finished runs) that an interrupted comparison resumes from, the table, the curves, and the stages around them.
+"""What the recipes and the quality benchmark share: which methods are compared, each with a learning-rate sweep of its
+own, the cells (finished runs) that an interrupted comparison resumes from, the table, the curves, and the stages
+around them.
 
 Data, model and Trainer stay in the recipe, where a user reads and edits them.
 """

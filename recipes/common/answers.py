@@ -1,4 +1,5 @@
-"""Instruction tasks for causal language models: prompts that are not trained on, logits only where a label follows, generation."""
+"""Instruction tasks for causal language models: prompts that are not trained on, logits only where a label follows,
+generation."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from .task import InstructionTask
 
 
 def prompt_ids(tokenizer: Any, definition: str, text: str) -> list[int]:
-    """Token ids of what the model is asked, up to where its answer begins: by the tokenizer's chat template if it has one."""
+    """Token ids of what the model is asked, up to where its answer begins: by the tokenizer's chat template if it has
+    one."""
     asked = f"{definition}\n\nInput: {text}" if definition else text
     if tokenizer.chat_template is None:
         return list(tokenizer(f"{asked}\n\nOutput:\n")["input_ids"])
@@ -26,8 +28,9 @@ def prompt_ids(tokenizer: Any, definition: str, text: str) -> list[int]:
 
 
 def encode_answer(row: dict[str, Any], tokenizer: Any, tokens: int, new_tokens: int = 0) -> dict[str, list[int]]:
-    """One example of at most `tokens` ids, with labels, which are −100 on the prompt; with `new_tokens` the prompt alone, leaving
-    room for so many. Raises SubspaceError where even without its input a prompt leaves no room for the answer.
+    """One example of at most `tokens` ids, with labels, which are −100 on the prompt; with `new_tokens` the prompt
+    alone, leaving room for so many. Raises SubspaceError where even without its input a prompt leaves no room for the
+    answer.
     """
     definition, text = row["definition"], row["input"]
     answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -60,7 +63,8 @@ def instruction_task(
     most: Mapping[str, int],
     least: Mapping[str, int],
 ) -> InstructionTask:
-    """Check and tokenise: train and validation by `encode_answer`; test holds prompts alone, beside their input and output.
+    """Check and tokenise: train and validation by `encode_answer`; test holds prompts alone, beside their input and
+    output.
 
     Args:
         name: the task's.
@@ -71,7 +75,8 @@ def instruction_task(
         least: split → at least so many rows; one by default.
 
     Raises:
-        SubspaceError: a split or a column is missing, an output is empty or no text, a prompt leaves no room, too few rows.
+        SubspaceError: a split or a column is missing, an output is empty or no text, a prompt leaves no room, too few
+            rows.
     """
     task = InstructionTask(name=name)
     for split, count in most.items():
@@ -95,7 +100,8 @@ def instruction_task(
 
 @dataclass
 class AnswersOnly:
-    """Collates by `inner`; has the model compute its logits, each as wide as the vocabulary, only where a label of any row follows."""
+    """Collates by `inner`; has the model compute its logits, each as wide as the vocabulary, only where a label of any
+    row follows."""
 
     inner: Any
 
@@ -119,9 +125,13 @@ def generate_answers(
             rows = tokenizer.pad({"input_ids": own[start : start + batch]}, padding_side="left", return_tensors="pt")
             rows = rows.to(model.device)
             made = model.generate(
-                **rows, max_new_tokens=new_tokens, do_sample=False, use_cache=True,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+                **rows,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
             answers += tokenizer.batch_decode(made[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in gather_object(answers)]
 

@@ -1,5 +1,5 @@
-"""A recipe's arguments: a dataclass, read from the command line, a YAML file and a preset, the first over the last; and
-those that all recipes have."""
+"""A recipe's arguments: a dataclass, read from the command line, a YAML file and a preset, the first over the last;
+and those that all recipes have."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def knob(default: Any, help: str) -> Any:
 
 @dataclasses.dataclass
 class SubspaceKnobs:
-    """What every recipe can be told; a recipe's own dataclass inherits from it, adds model and data, and has defaults of its own."""
+    """What every recipe can be told; a recipe's own dataclass inherits from it, adds model and data, and has defaults
+    of its own."""
 
     stage: Literal["sources", "basis", "train", "evaluate", "compare", "all"] = knob("all", "what to do")
     preset: str = knob("none", "values for other knobs; those given by hand win")
     dry_run: bool = knob(False, "print downloads, steps, trained numbers and bytes; fetch and train nothing")
     out: str = knob("output", "folder of everything that is made")
     task: str = knob("", "the held-out task")
-    sources: list[str] = knob((), "source tasks, or adapters that exist (folder or Hub id); by default all others")  # noqa: RUF009
+    sources: list[str] = knob((), "source tasks, or adapters (folder or Hub id); all others by default")  # noqa: RUF009
     source_r: int = knob(8, "rank of the source adapters")
     source_examples: int = knob(10000, "at most so many training examples per source; 0: all")
     source_epochs: float = knob(5, "passes over them")
@@ -77,8 +78,8 @@ def parse_knobs(
 ) -> Knobs:
     """Read `knobs`, a dataclass with the fields `preset` and `task`, with transformers' `HfArgumentParser`.
 
-    A value given on the command line wins over one in the YAML file, which may come as the first argument; that over the
-    preset's; that over the dataclass's default. In YAML and presets names have underscores.
+    A value given on the command line wins over one in the YAML file, which may come as the first argument; that over
+    the preset's; that over the dataclass's default. In YAML and presets names have underscores.
 
     Args:
         knobs: the dataclass; its fields' ``metadata={"help": …}`` is what `--help` prints.

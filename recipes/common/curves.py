@@ -12,7 +12,8 @@ from subspace_peft._atomic import write_aside
 def draw_curves(
     results: Sequence[Mapping[str, Any]], file: str | Path, *, title: str = "", score: str = "validation score"
 ) -> Path:
-    """Draw validation score against steps into the PNG `file`: per method the mean over seeds, and the seeds' range as a band.
+    """Draw validation score against steps into the PNG `file`: per method the mean over seeds, and the seeds' range as
+    a band.
 
     Args:
         results: what `compare` returned. Untrained methods, whose curve is one point, become a dashed line.

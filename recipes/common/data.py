@@ -27,8 +27,8 @@ def check_rows(where: str, rows: Any, columns: Sequence[str], classes: int | Non
     """
     if missing := [column for column in (*columns, "label") if column not in rows.column_names]:
         raise SubspaceError(
-            f"{where}: there is no column {', '.join(missing)}; there are {', '.join(rows.column_names)}. Rename the data's "
-            "columns, or name the right ones in the task's keys."
+            f"{where}: there is no column {', '.join(missing)}; there are {', '.join(rows.column_names)}. Rename the"
+            " data's columns, or name the right ones in the task's keys."
         )
     for column in columns:
         if empty := sum(value is None for value in rows[column]):
@@ -43,8 +43,8 @@ def check_rows(where: str, rows: Any, columns: Sequence[str], classes: int | Non
     if bad:
         wanted = "finite numbers" if classes is None else f"whole numbers from 0 to {classes - 1}"
         raise SubspaceError(
-            f"{where}: {len(bad)} of {len(rows)} labels do not fit, such as {bad[0]!r}; they have to be {wanted}. -1 marks "
-            "hidden labels: use a split that has them."
+            f"{where}: {len(bad)} of {len(rows)} labels do not fit, such as {bad[0]!r}; they have to be {wanted}. -1"
+            " marks hidden labels: use a split that has them."
         )
 
 
@@ -105,7 +105,8 @@ def local_splits(data_dir: str | Path, task: str) -> dict[str, Any]:
 
 
 def draw(rows: Any, count: int, seed: int) -> Any:
-    """`count` of the rows of a `datasets.Dataset`, drawn under `seed`; all of them for 0 or where there are no more."""
+    """`count` of the rows of a `datasets.Dataset`, drawn under `seed`; all of them for 0 or where there are no
+    more."""
     return rows.shuffle(seed=seed).select(range(count)) if 0 < count < len(rows) else rows
 
 
@@ -115,8 +116,8 @@ def refuse_own_adapter(task: str, sources: Iterable[str], known: Iterable[str]) 
     Args:
         task: the held-out task.
         sources: names, folders or Hub ids of the sources.
-        known: names of tasks. A source with such a name is of that task; another one may be of any that its name contains,
-            as ``org/sts-b_lora_r_8`` is of stsb.
+        known: names of tasks. A source with such a name is of that task; another one may be of any that its name
+            contains, as ``org/sts-b_lora_r_8`` is of stsb.
 
     Raises:
         SubspaceError: names the sources that are, or by their names may be, of `task`.
@@ -128,8 +129,8 @@ def refuse_own_adapter(task: str, sources: Iterable[str], known: Iterable[str]) 
     own = [name for name in sources if (name == task if name in known else wanted & _parts(name))]
     if own:
         raise SubspaceError(
-            f"The basis for task {task!r} must not hold that task's own adapter, but {', '.join(own)} is one, or by its name "
-            "may be. Leave it out of the sources, or choose another held-out task."
+            f"The basis for task {task!r} must not hold that task's own adapter, but {', '.join(own)} is one, or by"
+            " its name may be. Leave it out of the sources, or choose another held-out task."
         )
 
 

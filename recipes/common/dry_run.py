@@ -1,4 +1,5 @@
-"""What a recipe would fetch, train and write (`--dry-run`), from a model on the meta device: nothing is fetched or computed."""
+"""What a recipe would fetch, train and write (`--dry-run`), from a model on the meta device: nothing is fetched or
+computed."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ def planned_numbers(
         head: the head's name, or a part of it; None where there is none.
 
     Returns:
-        ``modules`` (how many are adapted), ``parameters`` (of the whole model), ``head``, ``basis_bytes`` (U, V and M in
-        float32), and ``rows``: method → numbers of its adapter.
+        ``modules`` (how many are adapted), ``parameters`` (of the whole model), ``head``, ``basis_bytes`` (U, V and M
+        in float32), and ``rows``: method → numbers of its adapter.
 
     Raises:
         SubspaceError: `target_modules` matches no linear layer.
@@ -60,8 +61,8 @@ def planned_numbers(
     ]
     if not shapes:
         raise SubspaceError(
-            f"target_modules={target_modules!r}{f' in layers {list(layers)}' if layers else ''} match no linear layer of "
-            f"{type(model).__name__}. Name modules that it has; `print(model)` lists them."
+            f"target_modules={target_modules!r}{f' in layers {list(layers)}' if layers else ''} match no linear layer"
+            f" of {type(model).__name__}. Name modules that it has; `print(model)` lists them."
         )
 
     def inside(kind: str, gain: str) -> int:
@@ -103,8 +104,8 @@ def runs_of(knobs: SubspaceKnobs, *, head: bool = True) -> int:
 def planned_steps(
     knobs: SubspaceKnobs, known: Mapping[str, Mapping[str, Any]], *, head: bool = True
 ) -> dict[str, int]:
-    """Optimizer steps of each stage, or per 1,000 training examples where neither the knobs nor `known`, task → ``train`` (how many
-    it has), say how many there are.
+    """Optimizer steps of each stage, or per 1,000 training examples where neither the knobs nor `known`, task →
+    ``train`` (how many it has), say how many there are.
     """
     own = [name for name in knobs.sources if "/" not in name]
     budgets = {f"source {name}": (name, knobs.source_examples, knobs.source_epochs) for name in own}
@@ -187,12 +188,19 @@ def print_plan(
         print("Trained numbers: not known yet, since the base model's configuration is not on this machine.")
         return
     plan = planned_numbers(
-        model, k=min(knobs.k or knobs.basis_k, knobs.basis_k), coefficients=knobs.coefficients, r=knobs.r, head=head,
-        directions=knobs.directions, mean_gain=knobs.mean_gain, **where,
-    )  # fmt: skip
+        model,
+        k=min(knobs.k or knobs.basis_k, knobs.basis_k),
+        coefficients=knobs.coefficients,
+        r=knobs.r,
+        head=head,
+        directions=knobs.directions,
+        mean_gain=knobs.mean_gain,
+        **where,
+    )
     basis = planned_numbers(model, k=knobs.basis_k, head=head, **where)["basis_bytes"]
     print(
-        f"Trained numbers and float32 bytes, on {plan['modules']} modules of a model of {plan['parameters']:,} parameters:"
+        f"Trained numbers and float32 bytes, on {plan['modules']} modules of a model of {plan['parameters']:,}"
+        " parameters:"
     )
     for name, count in plan["rows"].items():
         print(f"  {name}: {count:,} = {4 * count:,} bytes")

@@ -14,11 +14,12 @@ from subspace_peft.errors import SubspaceError
 
 
 def local_images(data_dir: str | Path, task: str) -> tuple[dict[str, Any], list[str]]:
-    """A local image task: its splits, `datasets.Dataset`s with the columns image and label, and the labels' names in their order.
+    """A local image task: its splits, `datasets.Dataset`s with the columns image and label, and the labels' names in
+    their order.
 
     Raises:
-        SubspaceError: task.json names no labels; a split has no images of a class that it names, or has some of one that it
-            does not.
+        SubspaceError: task.json names no labels; a split has no images of a class that it names, or has some of one
+            that it does not.
     """
     from datasets import Dataset, Image
 
@@ -53,7 +54,8 @@ def class_group(
         where: the set's name, for messages.
 
     Raises:
-        SubspaceError: a split or a column is missing, the labels have no names, or the group has fewer than two classes.
+        SubspaceError: a split or a column is missing, the labels have no names, or the group has fewer than two
+            classes.
     """
     last = "test" if "test" in raw else "validation"
     if missing := {"train", last} - set(raw):
@@ -84,7 +86,8 @@ def class_group(
 
 
 def check_images(rows: Any, where: str) -> str:
-    """sha256 of the images and labels of a `datasets.Dataset`. Raises `SubspaceError` naming the first that cannot be read."""
+    """sha256 of the images and labels of a `datasets.Dataset`. Raises `SubspaceError` naming the first that cannot be
+    read."""
     from datasets import Image
 
     total = hashlib.sha256()

@@ -10,10 +10,11 @@ from torch import nn
 
 
 def measure(model: nn.Module) -> dict[str, int]:
-    """``trained_adapter``, ``trained_head`` (numbers that require grad) and ``bytes``, the adapter's saved file without the head.
+    """``trained_adapter``, ``trained_head`` (numbers that require grad) and ``bytes``, the adapter's saved file
+    without the head.
 
-    The head is what PEFT's `modules_to_save` hold; in a model without an adapter, everything that is trained. The adapter is
-    really saved, into a temporary folder, so ask before training: sizes do not depend on what was learnt.
+    The head is what PEFT's `modules_to_save` hold; in a model without an adapter, everything that is trained. The
+    adapter is really saved, into a temporary folder, so ask before training: sizes do not depend on what was learnt.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not isinstance(model, PeftModel):

@@ -40,8 +40,8 @@ class Method:
 
     Attributes:
         name: as the table prints it.
-        adapter: makes the PEFT configuration, a new one at every call, since PEFT fills it in when it is used; None where
-            nothing but the head is trained.
+        adapter: makes the PEFT configuration, a new one at every call, since PEFT fills it in when it is used; None
+            where nothing but the head is trained.
         rates: learning rates of its sweep, ascending; empty where nothing is trained at all.
 
     Raises:
@@ -106,20 +106,21 @@ def methods(
     modules_to_save: Sequence[str] | None = None,
     sweep: int = 0,
 ) -> list[Method]:
-    """The compared methods, all on the same modules: head only (or the base model), mean only, LoRA, VeRA, a random basis,
-    this basis.
+    """The compared methods, all on the same modules: head only (or the base model), mean only, LoRA, VeRA, a random
+    basis, this basis.
 
     Args:
         task_type: as PEFT's: ``SEQ_CLS``, ``CAUSAL_LM``, …, or None.
-        target_modules, layers, layers_pattern: the adapted modules, as LoRA's `target_modules`, `layers_to_transform` and
-            `layers_pattern`.
-        basis: the basis under test. Where it has no mean core (one not built from adapters) the mean-only row is left out.
+        target_modules, layers, layers_pattern: the adapted modules, as LoRA's `target_modules`, `layers_to_transform`
+            and `layers_pattern`.
+        basis: the basis under test. Where it has no mean core (one not built from adapters) the mean-only row is left
+            out.
         random: the control of equal size; None leaves its row out.
         coefficients, k, alpha, mean_gain: of "this basis"; the random basis has the same kind, `k` and `alpha`. With
             ``coefficients="none"`` the mean-only row is all there is of the basis, and the last two rows are left out.
         r: LoRA's rank, and that of the `factor` coefficients.
-        head: whether there is a trained head beside the adapter. Without one, as with every causal language model, the first
-            row is the base model, untrained.
+        head: whether there is a trained head beside the adapter. Without one, as with every causal language model, the
+            first row is the base model, untrained.
         modules_to_save: the head's name where `task_type` does not tell PEFT.
         sweep: keep at most so many rates of each, the middle ones; 0: all.
 

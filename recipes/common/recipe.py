@@ -50,10 +50,12 @@ class Recipe:
 
     Attributes:
         load_task: ``load_task(knobs, name)`` reads and checks a task.
-        make_model: ``make_model(knobs, task, seed)``, the base model for it, under a head drawn by `seed` if there is one.
-        make_trainer: ``make_trainer(knobs, model, task, rate=, epochs=, examples=, seed=, folder=)``, a Trainer that evaluates
-            every epoch, with checkpoints and a bar where a folder is given. Its defaults serve to evaluate.
-        test: ``test(knobs, model, task)`` → ``test``, the score; ``metrics``; and what else evaluating should print, by name.
+        make_model: ``make_model(knobs, task, seed)``, the base model for it, under a head drawn by `seed` if there is
+            one.
+        make_trainer: ``make_trainer(knobs, model, task, rate=, epochs=, examples=, seed=, folder=)``, a Trainer that
+            evaluates every epoch, with checkpoints and a bar where a folder is given. Its defaults serve to evaluate.
+        test: ``test(knobs, model, task)`` → ``test``, the score; ``metrics``; and what else evaluating should print,
+            by name.
         decisive: of the knobs those that decide how good any adapter gets; each stage adds its own.
         head: name of the trained head, or None.
         task_type: as PEFT's; None where PEFT has to be told the head's name.
@@ -105,9 +107,13 @@ class Recipe:
         """A stock LoRA adapter for each source task; adapters that exist are fetched, and checked."""
         where = self._where(knobs)
         lora = LoraConfig(
-            r=knobs.source_r, lora_alpha=2 * knobs.source_r, task_type=self.task_type, target_modules=where["target_modules"],
-            layers_to_transform=where["layers"] or None, modules_to_save=where["modules_to_save"],
-        )  # fmt: skip
+            r=knobs.source_r,
+            lora_alpha=2 * knobs.source_r,
+            task_type=self.task_type,
+            target_modules=where["target_modules"],
+            layers_to_transform=where["layers"] or None,
+            modules_to_save=where["modules_to_save"],
+        )
         for name in tqdm(knobs.sources, desc="source adapters", unit="adapter"):
             if "/" in name:
                 if not same_model(base := open_source(name).base_model, knobs.model):
@@ -125,7 +131,8 @@ class Recipe:
                 _on_main(save_finished, model, folder, chosen, result)
 
     def train(self, knobs: Any, task: Task, known: Mapping[str, Any]) -> None:
-        """Coefficients on the held-out task, saved by PEFT; an interrupted training goes on from its last checkpoint."""
+        """Coefficients on the held-out task, saved by PEFT; an interrupted training goes on from its last
+        checkpoint."""
         folder = task_folder(knobs)
         method = method_named(
             self.methods(knobs, known), "mean only" if knobs.coefficients == "none" else "this basis"
@@ -161,7 +168,8 @@ class Recipe:
         _on_main(print, "\n".join(lines))
 
     def compare(self, knobs: Any, task: Task, known: Mapping[str, Any]) -> None:
-        """Every method under one budget → results.json, table.md and curves.png, and a table in the trained task's card."""
+        """Every method under one budget → results.json, table.md and curves.png, and a table in the trained task's
+        card."""
         rows = self.methods(knobs, known, control=knobs.coefficients != "none")
         # a basis that does not fit the model is refused here, before the first run
         rows[-1].apply(self.make_model(knobs, task, 0), self.head)

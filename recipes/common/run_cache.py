@@ -21,7 +21,8 @@ LIBRARIES = ("torch", "transformers", "peft", "subspace-peft")
 
 
 def plain(value: Any) -> Any:
-    """`value` as strict JSON holds it: numbers that are not finite become null, NumPy's and torch's scalars numbers."""
+    """`value` as strict JSON holds it: numbers that are not finite become null, NumPy's and torch's scalars
+    numbers."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -50,8 +51,8 @@ def digest(value: Any) -> str:
 class Cells:
     """The finished runs of one comparison.
 
-    A run is known by everything that decides it: the comparison's settings, the method with its adapter's configuration (a
-    basis as its fingerprint), learning rate, seed, and the versions of the libraries that trained it.
+    A run is known by everything that decides it: the comparison's settings, the method with its adapter's
+    configuration (a basis as its fingerprint), learning rate, seed, and the versions of the libraries that trained it.
 
     Args:
         folder: where the files are; made when the first is written. Several comparisons may share one.

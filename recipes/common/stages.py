@@ -46,7 +46,8 @@ def finished(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def check_converged(folder: str | Path, result: dict[str, Any]) -> dict[str, Any]:
-    """`result`. Raises `SubspaceError` where its ``validation`` score is not finite: the training of `folder` diverged."""
+    """`result`. Raises `SubspaceError` where its ``validation`` score is not finite: the training of `folder`
+    diverged."""
     score = result["validation"]
     if score is None or not math.isfinite(score):
         raise SubspaceError(
@@ -99,16 +100,16 @@ def take_offline(preset: Literal["text", "images", "instructions"], knobs: Any) 
 
 
 def choose_sources(knobs: SubspaceKnobs, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The sources: those named, else none where a basis is given, else every task but the held-out one (and others that their
-    data calls ``held_out``).
+    """The sources: those named, else none where a basis is given, else every task but the held-out one (and others
+    that their data calls ``held_out``).
 
     Args:
         knobs: the recipe's.
         known: task → what is known of it.
 
     Raises:
-        SubspaceError: the held-out task, or a source without a slash in it, is no known task; a source is, or by its name may
-            be, the held-out task's own adapter; with no basis given, there are no sources.
+        SubspaceError: the held-out task, or a source without a slash in it, is no known task; a source is, or by its
+            name may be, the held-out task's own adapter; with no basis given, there are no sources.
     """
     if unknown := [name for name in (knobs.task, *knobs.sources) if "/" not in name and name not in known]:
         raise SubspaceError(f"There is no task {', '.join(unknown)}; there are {', '.join(known)}.")
@@ -143,7 +144,8 @@ def save_control(basis: SubspaceBasis, knobs: SubspaceKnobs) -> SubspaceBasis:
 
 
 def basis_stage(knobs: SubspaceKnobs) -> None:
-    """`--stage basis`: build the basis of the sources, or open the one that is given, and make its control; print both."""
+    """`--stage basis`: build the basis of the sources, or open the one that is given, and make its control; print
+    both."""
     if knobs.basis is None:
         folders = source_folders(knobs)
         basis = build_basis(folders, builder=knobs.builder, k=knobs.basis_k, directions=knobs.directions)
@@ -159,7 +161,8 @@ def task_folder(knobs: SubspaceKnobs) -> Path:
 
 
 def open_bases(knobs: SubspaceKnobs, known: Iterable[str]) -> tuple[SubspaceBasis, SubspaceBasis | None]:
-    """The basis that was built or is given, and the random one of equal size, or None where `--stage basis` has not made it.
+    """The basis that was built or is given, and the random one of equal size, or None where `--stage basis` has not
+    made it.
 
     Args:
         knobs: the recipe's.
@@ -195,9 +198,16 @@ def compared_methods(
     if control and random is None:
         raise SubspaceError(f"No random basis of the basis's size in {knobs.out}: run --stage basis first.")
     return methods(
-        basis=basis, random=random, coefficients=knobs.coefficients, k=knobs.k, r=knobs.r, alpha=knobs.alpha,
-        mean_gain=knobs.mean_gain, sweep=knobs.sweep, **where,
-    )  # fmt: skip
+        basis=basis,
+        random=random,
+        coefficients=knobs.coefficients,
+        k=knobs.k,
+        r=knobs.r,
+        alpha=knobs.alpha,
+        mean_gain=knobs.mean_gain,
+        sweep=knobs.sweep,
+        **where,
+    )
 
 
 def publish(
@@ -210,8 +220,8 @@ def publish(
 
 
 def put_beside_controls(task: str | Path, comparison: str | Path, settings: Mapping[str, Any]) -> None:
-    """Have the card of the trained task in `task`, if there is one, show the results in `comparison`: where both had the same
-    `settings`, as far as they name the same.
+    """Have the card of the trained task in `task`, if there is one, show the results in `comparison`: where both had
+    the same `settings`, as far as they name the same.
     """
     try:
         trained = json.loads((Path(task) / MARKER).read_text(encoding="utf-8"))["settings"]

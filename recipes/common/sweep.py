@@ -31,29 +31,33 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Train every method under one budget and report its test score over `seeds`.
 
-    Per method, every learning rate is tried with seed 0 and the one with the best validation score taken, the smaller of
-    equals. A best one at the edge of the sweep widens the sweep by its own ratio, at most twice. Then each of `seeds` is trained
-    at that rate; the test score decides nothing. A run whose score is not finite counts as −∞: it is kept and reported.
+    Per method, every learning rate is tried with seed 0 and the one with the best validation score taken, the smaller
+    of equals. A best one at the edge of the sweep widens the sweep by its own ratio, at most twice. Then each of
+    `seeds` is trained at that rate; the test score decides nothing. A run whose score is not finite counts as −∞: it
+    is kept and reported.
 
     Args:
         methods: the rows. One without rates is not trained: it is run once, with rate None.
-        run: ``run(method, rate, seed)`` trains and returns at least ``validation`` and ``test`` (scores, larger is better),
-            ``trained_adapter`` and ``trained_head`` (numbers), ``bytes`` (the adapter's file without the head), ``seconds``
-            (of training), ``curve`` (pairs of step and validation score); ``metrics``, a dict, and anything else that JSON
-            holds is kept beside them. ``test`` and ``metrics`` may be None where `seed` is not reported.
+        run: ``run(method, rate, seed)`` trains and returns at least ``validation`` and ``test`` (scores, larger is
+            better), ``trained_adapter`` and ``trained_head`` (numbers), ``bytes`` (the adapter's file without the
+            head), ``seconds`` (of training), ``curve`` (pairs of step and validation score); ``metrics``, a dict, and
+            anything else that JSON holds is kept beside them. ``test`` and ``metrics`` may be None where `seed` is not
+            reported.
         seeds: report seeds.
         cells: where finished runs are kept, and found again after an interruption.
         progress: show a bar.
 
     Returns:
-        Per method a dict that JSON holds: ``method``; ``rate`` and ``at_edge`` (whether it is still the smallest or largest of
-        those tried); ``sweep``, every rate tried with its ``validation``; ``seeds``, ``tests``, ``validations``, ``metrics`` and
-        ``curves``, an entry per seed; ``test`` and ``test_sd``, mean and sample standard deviation; ``diverged``, how many seeds;
-        ``trained_adapter``, ``trained_head``, ``bytes``; ``seconds``, the mean. None stands for a score that is not finite, and
-        for a standard deviation of fewer than two.
+        Per method a dict that JSON holds: ``method``; ``rate`` and ``at_edge`` (whether it is still the smallest or
+        largest of those tried); ``sweep``, every rate tried with its ``validation``; ``seeds``, ``tests``,
+        ``validations``, ``metrics`` and ``curves``, an entry per seed; ``test`` and ``test_sd``, mean and sample
+        standard deviation; ``diverged``, how many seeds; ``trained_adapter``, ``trained_head``, ``bytes``;
+        ``seconds``, the mean. None stands for a score that is not finite, and for a standard deviation of fewer than
+        two.
 
     Raises:
-        SubspaceError: no seeds; two methods of one name; a run whose result lacks a key. Before any training, but for the last.
+        SubspaceError: no seeds; two methods of one name; a run whose result lacks a key. Before any training, but for
+            the last.
     """
     names = [method.name for method in methods]
     if len(set(names)) != len(names):

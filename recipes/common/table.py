@@ -12,19 +12,20 @@ from subspace_peft._atomic import write_all_aside
 from .run_cache import plain
 
 HEADER = (
-    "| method | test score | seeds | trained (adapter) | trained (head) | adapter bytes, without head | train s | learning rate |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| method | test score | seeds | trained (adapter) | trained (head) | adapter bytes, without head | train s |"
+    " learning rate |\n|---|---|---|---|---|---|---|---|"
 )
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line per method of what `compare` returned, with notes on diverged runs and on sweeps that ended at their edge."""
+    """One line per method of what `compare` returned, with notes on diverged runs and on sweeps that ended at their
+    edge."""
     lines = [HEADER]
     for row in results:
         rate = "–" if row["rate"] is None else f"{row['rate']:g}{' *' if row['at_edge'] else ''}"
         lines.append(
-            f"| {row['method']} | {_score(row)} | {len(row['seeds'])} | {row['trained_adapter']:,} | {row['trained_head']:,} "
-            f"| {row['bytes']:,} | {row['seconds']:.1f} | {rate} |"
+            f"| {row['method']} | {_score(row)} | {len(row['seeds'])} | {row['trained_adapter']:,} |"
+            f" {row['trained_head']:,} | {row['bytes']:,} | {row['seconds']:.1f} | {rate} |"
         )
     if any(row["at_edge"] for row in results):
         lines += ["", "\\* the smallest or largest rate that was tried: a further one may be better."]

@@ -82,8 +82,8 @@ class LabelledTask(Task):
 
     @classmethod
     def local(cls, data_dir: str | Path, name: str) -> LabelledTask:
-        """Read the task from a local folder. Raises SubspaceError as `local_tasks` and `local_splits` do, and where its
-        task.json lacks ``keys``, ``labels`` or ``metric``.
+        """Read the task from a local folder. Raises SubspaceError as `local_tasks` and `local_splits` do, and where
+        its task.json lacks ``keys``, ``labels`` or ``metric``.
         """
         facts = local_tasks(data_dir)[name]
         if lacking := [key for key in ("keys", "labels", "metric") if key not in facts]:
@@ -108,7 +108,8 @@ class LabelledTask(Task):
         return {"score": next(iter(numbers.values())), **numbers}
 
     def test(self, trainer: Any) -> dict[str, Any]:
-        """`measure` of every test split, predicted by a `transformers.Trainer`: ``metrics``, and the first one's score as ``test``."""
+        """`measure` of every test split, predicted by a `transformers.Trainer`: ``metrics``, and the first one's score
+        as ``test``."""
         tests = {name: rows for name, rows in self.splits.items() if name.startswith("test")}
         metrics = {name: self.measure(trainer.predict(rows)) for name, rows in tests.items()}
         return {"test": metrics["test"]["score"], "metrics": metrics}

@@ -9,8 +9,8 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, head: str, rate: float, head_rate: float) -> list[dict[str, Any]]:
-    """What is trained, for the optimizer: the adapter at `rate`, the modules called `head` at `head_rate`; where nothing but the
-    head is trained, that at `rate`.
+    """What is trained, for the optimizer: the adapter at `rate`, the modules called `head` at `head_rate`; where
+    nothing but the head is trained, that at `rate`.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     top, rest = [p for name, p in trained if head in name], [p for name, p in trained if head not in name]
@@ -19,11 +19,13 @@ def parameter_groups(model: nn.Module, head: str, rate: float, head_rate: float)
 
 
 def fit(trainer: Any, resume: str | None = None) -> dict[str, Any]:
-    """Train, by a `transformers.Trainer` that evaluates every epoch, from the checkpoint `resume` on; with no epochs, evaluate alone.
+    """Train, by a `transformers.Trainer` that evaluates every epoch, from the checkpoint `resume` on; with no epochs,
+    evaluate alone.
 
     Returns:
-        ``validation``, the last validation score: what the Trainer's `compute_metrics` calls ``score``, or minus the loss without
-        it; ``curve``, pairs of step and validation score; ``seconds`` of training since `resume`, evaluations left out.
+        ``validation``, the last validation score: what the Trainer's `compute_metrics` calls ``score``, or minus the
+        loss without it; ``curve``, pairs of step and validation score; ``seconds`` of training since `resume`,
+        evaluations left out.
     """
     if not trainer.args.num_train_epochs:
         numbers = trainer.evaluate()

@@ -16,13 +16,15 @@ from subspace_peft.errors import BadFileError
 def unpack(archive: Path, folder: Path, members: Sequence[str] = ("*",)) -> int:
     """Write the regular files of `archive` whose names match one of the glob patterns `members` into `folder`.
 
-    Links, devices and empty folders are left out: no package of data needs them, and a link is one way out of the folder.
+    Links, devices and empty folders are left out: no package of data needs them, and a link is one way out of the
+        folder.
 
     Returns:
         How many files were written.
 
     Raises:
-        BadFileError: the archive is damaged or of another kind, or a member's name is absolute or climbs out with ``..``.
+        BadFileError: the archive is damaged or of another kind, or a member's name is absolute or climbs out with
+            ``..``.
     """
     written = 0
     try:
@@ -35,7 +37,8 @@ def unpack(archive: Path, folder: Path, members: Sequence[str] = ("*",)) -> int:
                 written += 1
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
         raise BadFileError(
-            f"{archive}: cannot be unpacked ({error}). The file is truncated or no archive: delete it and fetch it again."
+            f"{archive}: cannot be unpacked ({error}). The file is truncated or no archive: delete it and fetch it"
+            " again."
         ) from error
     return written
 
@@ -45,8 +48,8 @@ def inside(folder: Path, name: str, archive: Path) -> Path:
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or ".." in parts or parts[0].startswith("/") or ":" in parts[0]:
         raise BadFileError(
-            f"{archive}: member {name!r} would be written outside the folder it is unpacked into. Nothing was unpacked: "
-            "this archive is not to be trusted."
+            f"{archive}: member {name!r} would be written outside the folder it is unpacked into. Nothing was"
+            " unpacked: this archive is not to be trusted."
         )
     return folder.joinpath(*parts)
 

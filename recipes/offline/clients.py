@@ -1,4 +1,5 @@
-"""The clients that fetch a package's archive: pip, npm, apt-get. Each obeys the user's own mirrors, proxies and certificates."""
+"""The clients that fetch a package's archive: pip, npm, apt-get. Each obeys the user's own mirrors, proxies and
+certificates."""
 
 from __future__ import annotations
 
@@ -15,10 +16,17 @@ if TYPE_CHECKING:
     from .packages import Package
 
 REMEDIES = {
-    "pypi": "This needs pip (`python -m ensurepip`, or install subspace-peft[recipes]) and the package index or a mirror of it: "
-    "check the network and pip's own settings (`pip config list`)",
-    "npm": "This needs npm (Debian: `apt-get install npm`) and its registry or a mirror: check the network and `npm config list`",
-    "debian": "This needs apt-get on a Debian or Ubuntu system whose package lists are there: run `apt-get update` once",
+    "pypi": (
+        "This needs pip (`python -m ensurepip`, or install subspace-peft[recipes]) and the package index or a mirror"
+        " of it: check the network and pip's own settings (`pip config list`)"
+    ),
+    "npm": (
+        "This needs npm (Debian: `apt-get install npm`) and its registry or a mirror: check the network and `npm"
+        " config list`"
+    ),
+    "debian": (
+        "This needs apt-get on a Debian or Ubuntu system whose package lists are there: run `apt-get update` once"
+    ),
 }
 
 
@@ -127,7 +135,7 @@ def open_debian(archive: Path, folder: Path) -> Path:
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", b"") or str(error).encode()
         raise PackageError(
-            f"{archive.name} could not be unpacked: {said.decode(errors='replace').strip()}. This needs dpkg-deb (Debian: "
-            "`apt-get install dpkg`) and an undamaged package: fetch it again."
+            f"{archive.name} could not be unpacked: {said.decode(errors='replace').strip()}. This needs dpkg-deb"
+            " (Debian: `apt-get install dpkg`) and an undamaged package: fetch it again."
         ) from error
     return target

@@ -1,4 +1,5 @@
-"""Real image classification tasks out of packages: disjoint class subsets of three sets, none sharing an image with another."""
+"""Real image classification tasks out of packages: disjoint class subsets of three sets, none sharing an image with
+another."""
 
 from __future__ import annotations
 

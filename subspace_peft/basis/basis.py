@@ -25,8 +25,8 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 class SubspaceBasis(Mapping[str, ModuleBasis]):
     """A mapping from module name to `ModuleBasis`, with provenance. Immutable.
 
-    Built by `subspace_peft.build_basis`, or loaded by `SubspaceBasis.from_pretrained`, in which case a module's tensors
-    are read, and their sha256 verified, when they are asked for.
+    Built by `subspace_peft.build_basis`, or loaded by `SubspaceBasis.from_pretrained`, in which case a module's
+    tensors are read, and their sha256 verified, when they are asked for.
 
     Attributes:
         info: what `basis_config.json` holds beside the modules: base model, builder and its arguments, sources.
@@ -151,8 +151,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             key = self.find(name)
             if key is None:
                 raise BasisMismatchError(
-                    f"The basis has no module {name!r}; it has {len(self)}, such as {next(iter(self))!r}. Project only "
-                    "modules that the basis was built for, or build one from sources that adapt it."
+                    f"The basis has no module {name!r}; it has {len(self)}, such as {next(iter(self))!r}. Project only"
+                    " modules that the basis was built for, or build one from sources that adapt it."
                 )
             try:
                 cores[key] = self[key].project(value)
@@ -189,17 +189,19 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     def to_precision(self, precision: str) -> SubspaceBasis:
         """The same basis, stored in fewer bytes: what `save_pretrained` then writes, half or a quarter of U and V.
 
-        Modules are given in float32 as before, made from what is stored when they are asked for, with U and V orthonormal (the
-        nearest such matrices, see `restored`); the fingerprint is of the stored bytes, so tasks of this basis are other than the
-        float32 one's. ``info["precision"]`` says what is lost: ``energy_lost``, the mean over modules of the share of the energy
-        of the fleet's cores that the rounded directions do not keep, ``energy_lost_at_most``, the same of anything in the basis, of the
-        worst module, and ``orthonormality``, how far the stored numbers are from it. What is measured of the sources stays the float32 basis's.
+        Modules are given in float32 as before, made from what is stored when they are asked for, with U and V
+        orthonormal (the nearest such matrices, see `restored`); the fingerprint is of the stored bytes, so tasks of
+        this basis are other than the float32 one's. ``info["precision"]`` says what is lost: ``energy_lost``, the mean
+        over modules of the share of the energy of the fleet's cores that the rounded directions do not keep,
+        ``energy_lost_at_most``, the same of anything in the basis, of the worst module, and ``orthonormality``, how
+        far the stored numbers are from it. What is measured of the sources stays the float32 basis's.
 
         Args:
             precision: ``float32``, ``bfloat16``, ``float16``, or ``int8`` with one scale per direction.
 
         Raises:
-            SubspaceError: there is no such precision; the basis has a lower one already; rounding leaves too little of a module.
+            SubspaceError: there is no such precision; the basis has a lower one already; rounding leaves too little of
+                a module.
         """
         if precision not in PRECISIONS:
             raise SubspaceError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
@@ -207,8 +209,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             return self
         if self.precision is not None:
             raise SubspaceError(
-                f"This basis is stored as {self.precision} already, and {precision} would round it twice. Take the float32 basis it was made "
-                f"from, {self.info.get('precision', {}).get('of')}."
+                f"This basis is stored as {self.precision} already, and {precision} would round it twice. Take the"
+                f" float32 basis it was made from, {self.info.get('precision', {}).get('of')}."
             )
         made = {name: reduced(module, precision, name) for name, module in self.items()}
         modules = StoredModules(precision, {name: stored for name, (stored, _) in made.items()})
@@ -241,10 +243,12 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     ) -> str:
         """Upload the basis to the Hub, in one commit. Tasks saved from now on are pinned to that commit.
 
-        A README that somebody wrote in the repository stays; a generated card in one is made anew, with what is written around it kept.
+        A README that somebody wrote in the repository stays; a generated card in one is made anew, with what is
+        written around it kept.
 
         Args:
-            repo_id: ``org/name``; the repository is made where there is none, `private` as the Hub's default or as said.
+            repo_id: ``org/name``; the repository is made where there is none, `private` as the Hub's default or as
+                said.
             token: as in huggingface_hub.
             branch: other than main; made where there is none.
             commit_message: of the commit.
@@ -260,8 +264,14 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         from .push import push_basis
 
         return push_basis(
-            self, repo_id, private=private, token=token, branch=branch, commit_message=commit_message, create_pr=create_pr
-        )  # fmt: skip
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            branch=branch,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
 
     @classmethod
     def from_pretrained(
@@ -273,8 +283,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> SubspaceBasis:
-        """Open a basis from a folder or the Hub. Reads the config and the header now, tensors when asked for. Tasks loaded later
-        on this machine find it by its fingerprint.
+        """Open a basis from a folder or the Hub. Reads the config and the header now, tensors when asked for. Tasks
+        loaded later on this machine find it by its fingerprint.
 
         Args:
             path_or_id: a folder written by `save_pretrained`, or a Hub model repository id.
@@ -293,9 +303,9 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         basis = open_basis(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
         if fingerprint is not None and basis.fingerprint != fingerprint:
             raise BasisMismatchError(
-                f"The basis at {str(path_or_id)!r} has fingerprint {basis.fingerprint}, but {fingerprint} is asked for. "
-                "It is another basis, or it was rebuilt since: pass the one these coefficients were trained on as "
-                "`basis=`, or train the task again on this one."
+                f"The basis at {str(path_or_id)!r} has fingerprint {basis.fingerprint}, but {fingerprint} is asked"
+                " for. It is another basis, or it was rebuilt since: pass the one these coefficients were trained on"
+                " as `basis=`, or train the task again on this one."
             )
         # whatever loads a task later, with no word about its basis, finds this one
         note_location(basis)
@@ -303,7 +313,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
 
 
 def same_module(module_name: str, names: Mapping[str, Any]) -> list[str]:
-    """Those of `names` that mean the module `module_name`: itself alone, else all that differ by leading parts only."""
+    """Those of `names` that mean the module `module_name`: itself alone, else all that differ by leading parts
+    only."""
     if module_name in names:
         return [module_name]
     return [name for name in names if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")]

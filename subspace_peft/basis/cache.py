@@ -1,4 +1,5 @@
-"""The bases this machine has fetched, each once, in folders called by their fingerprints; and what may be done with them."""
+"""The bases this machine has fetched, each once, in folders called by their fingerprints; and what may be done with
+them."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ class CachedBasis:
 
 
 def keep(basis: SubspaceBasis, folder: Path) -> None:
-    """Keep the files of a basis that was fetched into `folder`. Links where the disk can, so that they lie there once; a cache that
-    cannot be written is no reason to fail.
+    """Keep the files of a basis that was fetched into `folder`. Links where the disk can, so that they lie there once;
+    a cache that cannot be written is no reason to fail.
     """
     from .files import CONFIG_FILE, TENSORS_FILE
 

@@ -63,7 +63,8 @@ def _source(entry: Mapping[str, Any]) -> SourceFacts:
 
 
 def place_of(folder: Path) -> Place:
-    """A folder as its card names it: from the working directory where it lies in there, so that the card is no machine's own."""
+    """A folder as its card names it: from the working directory where it lies in there, so that the card is no
+    machine's own."""
     folder = folder.resolve()
     here = Path.cwd()
     return Place(f"./{folder.relative_to(here).as_posix()}" if folder.is_relative_to(here) else str(folder))

@@ -32,7 +32,8 @@ def gaussian(key: str, d: int, k: int) -> torch.Tensor:
 
 
 def base_weight_module(weight: torch.Tensor, k: int) -> ModuleBasis:
-    """Top singular vectors of a base weight (out, in), as in LoRA-XS (arXiv 2405.17604) without its singular values."""
+    """Top singular vectors of a base weight (out, in), as in LoRA-XS (arXiv 2405.17604) without its singular
+    values."""
     P, _, Th = torch.linalg.svd(weight.detach().double().cpu(), full_matrices=False)
     k = min(k, P.shape[1])
     return ModuleBasis(U=fix_signs(P[:, :k]).float().contiguous(), V=fix_signs(Th[:k].T).T.float().contiguous())

@@ -75,8 +75,8 @@ class LazyModules(ByName):
 
 
 def write_basis(basis: SubspaceBasis, folder: Path, place: Place | None = None) -> Path:
-    """Write `basis` into `folder`: both files aside, and only when both are whole, renamed one after the other. A card there, with
-    what others wrote around it, is made anew; it says to load the basis from `place`, or from the folder.
+    """Write `basis` into `folder`: both files aside, and only when both are whole, renamed one after the other. A card
+    there, with what others wrote around it, is made anew; it says to load the basis from `place`, or from the folder.
     """
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a basis is saved into a folder.")
@@ -122,7 +122,8 @@ def open_basis(
     except (OSError, RuntimeError, ValueError) as error:
         # a name too long for the disk, a home of nobody, a NUL: what a task from elsewhere may say
         raise BasisNotFoundError(
-            f"There is no folder {str(path_or_id)[:200]!r} ({error}). Pass the folder of a basis, or a Hub id like 'org/basis'."
+            f"There is no folder {str(path_or_id)[:200]!r} ({error}). Pass the folder of a basis, or a Hub id like"
+            " 'org/basis'."
         ) from error
     if holds:
         return read_folder(folder, location=str(folder.resolve()), revision=None)
@@ -177,8 +178,8 @@ def read_folder(folder: Path, *, location: str, revision: str | None) -> Subspac
     # True counts as 1
     if isinstance(version, bool) or version not in FORMAT_VERSIONS:
         raise BadFileError(
-            f"{config_file}: format version {str(version)[:40]}, and this subspace_peft {__version__} reads {FORMAT_VERSIONS[0]} and {FORMAT_VERSIONS[1]}. "
-            "Upgrade with `pip install -U subspace-peft`."
+            f"{config_file}: format version {str(version)[:40]}, and this subspace_peft {__version__} reads"
+            f" {FORMAT_VERSIONS[0]} and {FORMAT_VERSIONS[1]}. Upgrade with `pip install -U subspace-peft`."
         )
     info = {key: value for key, value in config.items() if key not in ("modules", "fingerprint", "format_version")}
     problem = _modules_problem(modules) or info_problem(info)
@@ -187,14 +188,14 @@ def read_folder(folder: Path, *, location: str, revision: str | None) -> Subspac
     digests = {name: entry["sha256"] for name, entry in modules.items()}
     if combine_digests(digests) != config.get("fingerprint"):
         raise BadFileError(
-            f"{config_file}: its modules' hashes do not add up to its fingerprint {str(config.get('fingerprint'))[:64]}. The "
-            "file was altered: fetch or build it again."
+            f"{config_file}: its modules' hashes do not add up to its fingerprint"
+            f" {str(config.get('fingerprint'))[:64]}. The file was altered: fetch or build it again."
         )
     precision = (info.get("precision") or {}).get("stored")
     if (version == FORMAT_VERSIONS[1]) != (precision is not None):
         raise BadFileError(
-            f"{config_file}: format version {version} {'without' if precision is None else 'with'} a precision. The file was altered: "
-            "fetch or build it again."
+            f"{config_file}: format version {version} {'without' if precision is None else 'with'} a precision. The"
+            " file was altered: fetch or build it again."
         )
     check_header(tensors_file, modules, precision)
     lazy = LazyModules(tensors_file, modules, precision)
@@ -236,8 +237,8 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str 
                     kind = _kind(key, precision)
                     if kind is not None and tensors.get_slice(f"{name}.{key}").get_dtype() != kind:
                         raise BadFileError(
-                            f"{file}: module {name!r} has {key} of another dtype than {kind}, and {CONFIG_FILE} says {precision}. The two files "
-                            "do not belong together: fetch or build the basis again."
+                            f"{file}: module {name!r} has {key} of another dtype than {kind}, and {CONFIG_FILE} says"
+                            f" {precision}. The two files do not belong together: fetch or build the basis again."
                         )
     except (SafetensorError, OSError) as error:
         raise BadFileError(
@@ -249,9 +250,14 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str 
 def _expected(shape: dict[str, int], precision: str | None) -> dict[str, list[int | None]]:
     core = [shape["k_out"], shape["k_in"]]
     expected: dict[str, list[int | None]] = {
-        "U": [shape["out"], shape["k_out"]], "V": [shape["k_in"], shape["in"]], "M": [*core], "core_rms": [*core],
-        "cores": [None, *core], "spectrum_out": [None], "spectrum_in": [None],
-    }  # fmt: skip
+        "U": [shape["out"], shape["k_out"]],
+        "V": [shape["k_in"], shape["in"]],
+        "M": [*core],
+        "core_rms": [*core],
+        "cores": [None, *core],
+        "spectrum_out": [None],
+        "spectrum_in": [None],
+    }
     if precision == "int8":
         expected |= {SCALES["U"]: [shape["k_out"]], SCALES["V"]: [shape["k_in"]]}
     return expected | ({"G": [shape["directions"], *core]} if shape.get("directions") else {})

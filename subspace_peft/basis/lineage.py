@@ -24,11 +24,13 @@ def origins(basis: SubspaceBasis) -> dict[str, Sides]:
     for name, shape in basis.shapes().items():
         sides = known.get(name) if isinstance(known, Mapping) else None
         found[name] = {
-            side: recorded
-            # a file may say anything; what does not add up counts for nothing
-            if (recorded := sides.get(side) if isinstance(sides, Mapping) else None) is not None
-            and _adds_up(recorded, shape[size])
-            else [[builder, shape[size]]]
+            side: (
+                recorded
+                # a file may say anything; what does not add up counts for nothing
+                if (recorded := sides.get(side) if isinstance(sides, Mapping) else None) is not None
+                and _adds_up(recorded, shape[size])
+                else [[builder, shape[size]]]
+            )
             for side, size in (("out", "k_out"), ("in", "k_in"))
         }
     return found
@@ -45,7 +47,8 @@ def _adds_up(recorded: Any, size: int) -> bool:
 def next_version(
     old: SubspaceBasis, modules: Mapping[str, ModuleBasis], *, refitted: Container[str] = (), origin: str | None = None
 ) -> dict[str, Any]:
-    """The record that a basis made from `old` begins with: version, lineage and origins of its directions; nothing that was measured.
+    """The record that a basis made from `old` begins with: version, lineage and origins of its directions; nothing
+    that was measured.
 
     Args:
         modules: the new basis's.
@@ -55,8 +58,11 @@ def next_version(
     version = version_of(old) + 1
     origin = origin or f"version {version}"
     parent = {
-        "fingerprint": old.fingerprint, "version": version - 1, "location": old.location, "revision": old.revision,
-    }  # fmt: skip
+        "fingerprint": old.fingerprint,
+        "version": version - 1,
+        "location": old.location,
+        "revision": old.revision,
+    }
     columns, before = {}, origins(old)
     shapes = old.shapes()
     for name, module in modules.items():
@@ -69,5 +75,8 @@ def next_version(
     gone = ("measured", "update", "completed", "columns")
     kept = {key: value for key, value in old.info.items() if key not in gone}
     return {
-        **kept, "version": version, "lineage": [*(old.info.get("lineage") or []), parent], "columns": columns,
-    }  # fmt: skip
+        **kept,
+        "version": version,
+        "lineage": [*(old.info.get("lineage") or []), parent],
+        "columns": columns,
+    }

@@ -60,7 +60,8 @@ class ModuleBasis:
         return {name: value for name in TENSOR_NAMES if (value := getattr(self, name)) is not None}
 
     def check(self, name: str) -> None:
-        """Raise `SubspaceError` naming module `name` where shapes clash, a dtype is no float, or a value is not finite."""
+        """Raise `SubspaceError` naming module `name` where shapes clash, a dtype is no float, or a value is not
+        finite."""
         if self.U.dim() != 2 or self.V.dim() != 2:
             raise SubspaceError(
                 f"Basis of module {name!r}: U must be (out, k_out) and V (k_in, in), got {tuple(self.U.shape)} and "
@@ -87,12 +88,13 @@ class ModuleBasis:
                 )
             if value.device.type != "meta" and not torch.isfinite(value).all():
                 raise SubspaceError(
-                    f"Basis of module {name!r}: {key} holds NaN or infinite values. A source adapter was broken or the "
-                    "file is damaged: check the sources and build the basis again."
+                    f"Basis of module {name!r}: {key} holds NaN or infinite values. A source adapter was broken or the"
+                    " file is damaged: check the sources and build the basis again."
                 )
 
     def digest(self) -> str:
-        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors: a function of bytes, not of mathematics."""
+        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors: a function of bytes, not of
+        mathematics."""
         total = hashlib.sha256()
         for key, value in sorted(self.tensors().items()):
             total.update(f"{key}:{FLOAT_DTYPES[value.dtype]}:{list(value.shape)};".encode())
@@ -142,8 +144,8 @@ class ModuleBasis:
         G = None
         if self.G is not None:
             cut = self.G[:, :a, :b]
-            # directions whose weight lay outside the kept block shrink: they are made unit-norm again; dead ones stay, as
-            # zeros, so that a module's number of coefficients does not depend on how its directions happen to lie
+            # directions whose weight lay outside the kept block shrink: they are made unit-norm again; dead ones stay,
+            # as zeros, so that a module's number of coefficients does not depend on how its directions happen to lie
             norms = cut.flatten(1).norm(dim=1)[:, None, None]
             G = torch.where(norms > 1e-6, cut / norms.clamp_min(1e-6), torch.zeros_like(cut)).contiguous()
         return replace(

@@ -13,7 +13,8 @@ from .lazy_modules import ByName
 from .module import FLOAT_DTYPES, ModuleBasis, tensor_bytes
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-# largest entry of |UᵀU − 1| that stored directions may have; int8 of a direction with one entry far above the others comes close
+# largest entry of |UᵀU − 1| that stored directions may have; int8 of a direction with one entry far above the others
+# comes close
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.int8: 1e-1}
 SIDES = ("U", "V")
 SCALES = {"U": "U_scale", "V": "V_scale"}
@@ -33,11 +34,14 @@ class StoredModules(ByName):
     def shapes(self) -> dict[str, dict[str, int]]:
         return {
             name: {
-                "out": each["U"].shape[0], "in": each["V"].shape[1], "k_out": each["U"].shape[1], "k_in": each["V"].shape[0],
+                "out": each["U"].shape[0],
+                "in": each["V"].shape[1],
+                "k_out": each["U"].shape[1],
+                "k_in": each["V"].shape[0],
                 "directions": len(each["G"]) if "G" in each else 0,
             }
             for name, each in self.modules.items()
-        }  # fmt: skip
+        }
 
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
         return self.modules[name]
@@ -49,14 +53,14 @@ class StoredModules(ByName):
 def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """A module's tensors as they are stored, and what that loses.
 
-    U and V are rounded: to the dtype, or to int8 with one float32 scale per direction (its largest entry becomes 127). All that is of a
-    core's size stays float32; M, G and the sources' cores are turned to the directions that come back, so that they stay the
-    least-squares optimum there.
+    U and V are rounded: to the dtype, or to int8 with one float32 scale per direction (its largest entry becomes 127).
+    All that is of a core's size stays float32; M, G and the sources' cores are turned to the directions that come
+    back, so that they stay the least-squares optimum there.
 
     Returns:
         The tensors by their names in the file, and ``orthonormality``: the largest entry of |UᵀU − 1| and |VVᵀ − 1| as stored,
-        ``energy_lost``: share of the energy of cores of RMS `core_rms` (of equal entries where there is none) that the stored directions
-        do not keep, and ``energy_lost_at_most``: the same of whatever lies in the basis.
+        ``energy_lost``: share of the energy of cores of RMS `core_rms` (of equal entries where there is none) that the
+        stored directions do not keep, and ``energy_lost_at_most``: the same of whatever lies in the basis.
 
     Raises:
         SubspaceError: rounding leaves too little of the directions; names the module.
@@ -74,8 +78,9 @@ def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, t
         off = max(off, error)
     if not off <= TOLERANCE[PRECISIONS[precision]]:
         raise SubspaceError(
-            f"Module {name!r}: stored as {precision} its directions would be off orthonormal by {off:.2g} (at most "
-            f"{TOLERANCE[PRECISIONS[precision]]:g}): a few of their entries are far larger than the others. Choose bfloat16 or float32."
+            f"Module {name!r}: stored as {precision} its directions would be off orthonormal by {off:.2g} (at most"
+            f" {TOLERANCE[PRECISIONS[precision]]:g}): a few of their entries are far larger than the others. Choose"
+            " bfloat16 or float32."
         )
     # cosines between the old and the new directions
     left = new["U"].T.double() @ module.U.double()
@@ -104,11 +109,13 @@ def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, t
 def restored(stored: Mapping[str, torch.Tensor], precision: str, name: str) -> ModuleBasis:
     """The module that stored tensors stand for, float32, U and V made orthonormal again.
 
-    ``U (UᵀU)^(−1/2)`` is the orthonormal matrix nearest to U (Löwdin 1950; Higham 1986, polar decomposition): unlike QR it favours
-    no direction over another. It is made in float64 from the stored bytes, so it is the same every time on one platform.
+    ``U (UᵀU)^(−1/2)`` is the orthonormal matrix nearest to U (Löwdin 1950; Higham 1986, polar decomposition): unlike
+    QR it favours no direction over another. It is made in float64 from the stored bytes, so it is the same every time
+    on one platform.
 
     Raises:
-        BadFileError: dtypes or scales that this precision does not have, or directions that it does not explain; names the module.
+        BadFileError: dtypes or scales that this precision does not have, or directions that it does not explain; names
+            the module.
     """
     problem = stored_problem(stored, precision)
     if problem is not None:
@@ -163,7 +170,8 @@ def _to_int8(directions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _orthonormal(stored: Mapping[str, torch.Tensor], side: str) -> tuple[torch.Tensor, float]:
-    """Float32 directions from stored ones, and how far these were from orthonormal (infinite where they span too little)."""
+    """Float32 directions from stored ones, and how far these were from orthonormal (infinite where they span too
+    little)."""
     columns = stored[side].double()
     scale = stored.get(SCALES[side])
     if scale is not None:

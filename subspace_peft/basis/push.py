@@ -28,9 +28,14 @@ def push_basis(
 
     check_repo_id(repo_id)
     repo_id, commit = upload(
-        repo_id, lambda folder, place: write_basis(basis, folder, place), commit_message or f"Upload basis {basis.fingerprint[:12]}",
-        private=private, token=token, branch=branch, create_pr=create_pr,
-    )  # fmt: skip
+        repo_id,
+        lambda folder, place: write_basis(basis, folder, place),
+        commit_message or f"Upload basis {basis.fingerprint[:12]}",
+        private=private,
+        token=token,
+        branch=branch,
+        create_pr=create_pr,
+    )
     basis.location, basis.revision = repo_id, commit
     note_location(basis)
     return commit
@@ -40,7 +45,8 @@ def check_repo_id(repo_id: str) -> None:
     """Raise `SubspaceError` for what is a path, or names a revision."""
     if looks_like_path(repo_id) or split_revision(repo_id)[1] is not None:
         raise SubspaceError(
-            f"{repo_id!r} is no repository id on the Hub. Give it as 'name' or 'org/name', a branch as an argument of its own."
+            f"{repo_id!r} is no repository id on the Hub. Give it as 'name' or 'org/name', a branch as an argument of"
+            " its own."
         )
 
 
@@ -66,7 +72,8 @@ def upload(
     branch: str | None,
     create_pr: bool,
 ) -> tuple[str, str]:
-    """One commit of what `write` puts into a folder, where the repository's README lies already, so that what somebody wrote in it stays.
+    """One commit of what `write` puts into a folder, where the repository's README lies already, so that what somebody
+    wrote in it stays.
 
     Args:
         repo_id: made where it is not there, as is `branch`.

@@ -1,4 +1,5 @@
-"""What a reference's text means: a folder of this machine, or a Hub id with a revision and a place inside; and when two mean one model."""
+"""What a reference's text means: a folder of this machine, or a Hub id with a revision and a place inside; and when
+two mean one model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From a reference (object, path, Hub id, fingerprint) to the basis it means, in the order that docs/architecture.md gives."""
+"""From a reference (object, path, Hub id, fingerprint) to the basis it means, in the order that docs/architecture.md
+gives."""
 
 from __future__ import annotations
 
@@ -57,8 +58,9 @@ def resolve_basis(
 ) -> SubspaceBasis:
     """Find and verify a basis.
 
-    Looks among the bases alive in this process and those that were fetched before (both by fingerprint), then at `reference` (a folder,
-    relative to `near` or to the working directory, or a Hub id at `revision`), then where this machine saw the fingerprint before.
+    Looks among the bases alive in this process and those that were fetched before (both by fingerprint), then at
+    `reference` (a folder, relative to `near` or to the working directory, or a Hub id at `revision`), then where this
+    machine saw the fingerprint before.
 
     Raises:
         BasisNotFoundError: it is nowhere; says where was looked.
@@ -74,8 +76,8 @@ def resolve_basis(
     if reference is not None:
         if reference.startswith(("\\\\", "//")):
             raise BasisNotFoundError(
-                f"The basis's recorded place {reference!r} is on another machine's share, and asking there would tell that machine "
-                "who you are. If you trust it, say so yourself with `basis=`."
+                f"The basis's recorded place {reference!r} is on another machine's share, and asking there would tell"
+                " that machine who you are. If you trust it, say so yourself with `basis=`."
             )
         if near is not None and not os.path.isabs(reference):
             places.append((str(near / reference), None))

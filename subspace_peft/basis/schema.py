@@ -1,4 +1,5 @@
-"""What a config says of the modules of a basis, held against what a basis can be before anything is read or made of it."""
+"""What a config says of the modules of a basis, held against what a basis can be before anything is read or made of
+it."""
 
 from __future__ import annotations
 
@@ -36,9 +37,17 @@ def shape_problem(name: Any, shape: Any) -> str | None:
 def info_problem(info: Mapping[str, Any]) -> str | None:
     """What is wrong with what a basis's config says beside its modules, or None."""
     kinds = {
-        "builder": str, "build": dict, "measured": dict, "sources": list, "skipped": list, "precision": dict, "version": int,
-        "lineage": list, "update": dict, "columns": dict,
-    }  # fmt: skip
+        "builder": str,
+        "build": dict,
+        "measured": dict,
+        "sources": list,
+        "skipped": list,
+        "precision": dict,
+        "version": int,
+        "lineage": list,
+        "update": dict,
+        "columns": dict,
+    }
     for key, kind in kinds.items():
         if info.get(key) is not None and not isinstance(info[key], kind):
             return f"{key} is a {type(info[key]).__name__}, not a {kind.__name__}"

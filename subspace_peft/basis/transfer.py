@@ -17,8 +17,8 @@ class Transfer:
 
     Attributes:
         left, right: (k_out', k_out) and (k_in, k_in') float64.
-        leading: whether the new basis begins with the very columns and rows of the old one: then cores are padded with zeros, and
-            nothing is lost.
+        leading: whether the new basis begins with the very columns and rows of the old one: then cores are padded with
+            zeros, and nothing is lost.
 
     Raises:
         BasisMismatchError: the bases are for other shapes.
@@ -28,7 +28,8 @@ class Transfer:
         shapes = [(each.out_features, each.in_features) for each in (old, new)]
         if shapes[0] != shapes[1]:
             raise BasisMismatchError(
-                f"Module {name!r}: the old basis is for {shapes[0]}, the new one for {shapes[1]}. They belong to different base models."
+                f"Module {name!r}: the old basis is for {shapes[0]}, the new one for {shapes[1]}. They belong to"
+                " different base models."
             )
         self.old, self.new = old, new
         self.leading = (

@@ -1,4 +1,5 @@
-"""A total number of trained numbers, spread over modules and sides by what the fleet holds there above its strength-matched null."""
+"""A total number of trained numbers, spread over modules and sides by what the fleet holds there above its
+strength-matched null."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def check_budget(budget: int, modules: int) -> None:
     """Raise `SubspaceError` where there is less than a number per module."""
     if budget < modules:
         raise SubspaceError(
-            f"budget={budget}: {modules} modules take at least a number each. Give {modules} or more; {modules * 256} are k=16 everywhere."
+            f"budget={budget}: {modules} modules take at least a number each. Give {modules} or more; {modules * 256}"
+            " are k=16 everywhere."
         )
 
 
@@ -64,8 +66,8 @@ def check_asked(
 def measure(
     plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, team: Team, progress: bool
 ) -> dict[str, torch.Tensor]:
-    """Module → what its leading directions hold above its null, each measured by one process of the team and known to all; those that an
-    interrupted build measured are taken from there.
+    """Module → what its leading directions hold above its null, each measured by one process of the team and known to
+    all; those that an interrupted build measured are taken from there.
 
     Raises:
         ProcessError: a process has failed.
@@ -113,8 +115,13 @@ def above_null(plan: Plan, reader: Reader, name: str, most: int) -> torch.Tensor
         return own - held(other, *own.shape)
     stack = ModuleStack(
         lambda place: reader.pair(task.members[place], name),
-        task.ranks, task.shape, task.scales, task.weights, task.energy, keep=plan.keep,
-    )  # fmt: skip
+        task.ranks,
+        task.shape,
+        task.scales,
+        task.weights,
+        task.energy,
+        keep=plan.keep,
+    )
     own = _held_at_most(compress(stack, task.width, leading=task.leading, bound=False), most)
     stack.forget()
 
@@ -132,7 +139,8 @@ def _held_at_most(compressed: Compressed, most: int) -> torch.Tensor:
 
 
 def held(compressed: Compressed, a: int, b: int) -> torch.Tensor:
-    """(a, b): entry [i − 1, j − 1] is the weighted energy in the leading i × j directions; where there are no more, it stays."""
+    """(a, b): entry [i − 1, j − 1] is the weighted energy in the leading i × j directions; where there are no more, it
+    stays."""
     sides = compressed.out.Q.shape[1], compressed.inner.Q.shape[1]
     u, v = (torch.eye(width, min(n, width), dtype=torch.float64) for width, n in zip(sides, (a, b), strict=True))
     block = torch.zeros(u.shape[1], v.shape[1], dtype=torch.float64)
@@ -145,10 +153,10 @@ def held(compressed: Compressed, a: int, b: int) -> torch.Tensor:
 def spread(tables: Mapping[str, torch.Tensor], budget: int) -> dict[str, tuple[int, int]]:
     """k_out and k_in of every module, with Σ k_out·k_in ≤ `budget`.
 
-    Greedy: every module begins with 1 × 1. The next numbers go where they gain most apiece: of each module's larger sizes that can still be
-    paid for, the one to which the gain above the null rises most steeply (so that a direction which is worth nothing without the next one is
-    bought with it); of all modules the steepest, the first one among equals. What gains nothing above the null is not bought: then
-    less than the budget is spent.
+    Greedy: every module begins with 1 × 1. The next numbers go where they gain most apiece: of each module's larger
+    sizes that can still be paid for, the one to which the gain above the null rises most steeply (so that a direction
+    which is worth nothing without the next one is bought with it); of all modules the steepest, the first one among
+    equals. What gains nothing above the null is not bought: then less than the budget is spent.
 
     Args:
         tables: module → what `above_null` gives.
@@ -185,7 +193,8 @@ def spread(tables: Mapping[str, torch.Tensor], budget: int) -> dict[str, tuple[i
 def _steepest(
     table: torch.Tensor, size: tuple[int, int], left: int, least: float
 ) -> tuple[float, tuple[int, int]] | None:
-    """The gain per number of the best larger size that costs at most `left`, and that size; None where nothing is gained."""
+    """The gain per number of the best larger size that costs at most `left`, and that size; None where nothing is
+    gained."""
     a, b = size
     gains = table[a - 1 :, b - 1 :] - table[a - 1, b - 1]
     outs = torch.arange(a, a + gains.shape[0], dtype=torch.float64)
@@ -199,6 +208,7 @@ def _steepest(
 
 
 def what_was_spent(modules: dict[str, ModuleBasis], tables: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What a basis records of its budget: what was ``spent``, and per module the energy above the null, in units of Σ ‖w ΔW‖²."""
+    """What a basis records of its budget: what was ``spent``, and per module the energy above the null, in units of Σ
+    ‖w ΔW‖²."""
     above = {name: float(tables[name][m.k_out - 1, m.k_in - 1]) for name, m in modules.items()}
     return {"spent": sum(m.k_out * m.k_in for m in modules.values()), "energy_above_null_per_module": above}

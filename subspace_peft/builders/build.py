@@ -59,51 +59,55 @@ def build_basis(
     """Build a shared basis: per target module an orthonormal output basis U (out, k_out) and input basis V (k_in, in).
 
     Args:
-        sources: the fleet, a list (one alone counts as a list of one): LoRA folders, LoRA files of diffusers or kohya, Hub ids
-            (``org/name@revision:folder``), patterns (``loras/*``), text files of such references (``fleet.txt``), Hub collections
-            (``collection:owner/slug``), state dicts, ``(state_dict, config)`` pairs or live PeftModels. Rank, scaling and target
-            modules are read from each. Not needed by the last two builders.
+        sources: the fleet, a list (one alone counts as a list of one): LoRA folders, LoRA files of diffusers or kohya,
+            Hub ids (``org/name@revision:folder``), patterns (``loras/*``), text files of such references
+            (``fleet.txt``), Hub collections (``collection:owner/slug``), state dicts, ``(state_dict, config)`` pairs
+            or live PeftModels. Rank, scaling and target modules are read from each. Not needed by the last two
+            builders.
         k: directions per side, or a share of energy in (0, 1) that every module has to keep; default 32.
         k_in: directions on the input side where they differ from `k`.
-        budget: instead of `k`, what a task may train in all, Σ k_out·k_in over modules: spread over modules and sides to where the fleet
-            holds most above its strength-matched null, see `budget.spread`. What holds no more than the null is not bought, so less may
-            be spent. Takes three to five times as long (`adapters` only).
-        builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations (JD-Full,
-            arXiv 2407.00066). ``eigenlora``: PCA of the raw factors (arXiv 2502.04700), for comparison. ``random``:
-            zero-mean Gaussian, orthonormalised, the control. ``base-weights``: top singular vectors of the base model's
-            weights (LoRA-XS, arXiv 2405.17604), the other control.
-        weights: ``equal``: every source's ΔW counts as of norm 1 in every module. ``norm``: as large as it is. A mapping, or a JSON
-            file of one, from source (its name or place) to a number: as often as that, of norm 1; others once. In each case the
-            members of a shared-seed group share one vote.
+        budget: instead of `k`, what a task may train in all, Σ k_out·k_in over modules: spread over modules and sides
+            to where the fleet holds most above its strength-matched null, see `budget.spread`. What holds no more than
+            the null is not bought, so less may be spent. Takes three to five times as long (`adapters` only).
+        builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations
+            (JD-Full, arXiv 2407.00066). ``eigenlora``: PCA of the raw factors (arXiv 2502.04700), for comparison.
+            ``random``: zero-mean Gaussian, orthonormalised, the control. ``base-weights``: top singular vectors of the
+            base model's weights (LoRA-XS, arXiv 2405.17604), the other control.
+        weights: ``equal``: every source's ΔW counts as of norm 1 in every module. ``norm``: as large as it is. A
+            mapping, or a JSON file of one, from source (its name or place) to a number: as often as that, of norm 1;
+            others once. In each case the members of a shared-seed group share one vote.
         alternations: at most this many rounds after the HOSVD (`adapters` only).
         directions: how many direction tensors G to keep for the `directions` coefficients: the leading principal
             axes of the sources' cores, or random orthonormal ones where there is no fleet.
         keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
-        leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per shared-seed group,
-            of the modules that are decomposed exactly; default: for fleets of 2 to 8 groups.
-        complete: where the fleet spans fewer than `k` directions, fill up with ``random`` or ``base-weights`` ones, see `complete_basis`; None:
-            the basis is smaller then, and nothing is made up.
+        leave_one_out: measure what a basis built without a source keeps of it (`adapters` only): one more build per
+            shared-seed group, of the modules that are decomposed exactly; default: for fleets of 2 to 8 groups.
+        complete: where the fleet spans fewer than `k` directions, fill up with ``random`` or ``base-weights`` ones,
+            see `complete_basis`; None: the basis is smaller then, and nothing is made up.
         like: a basis whose modules and sizes the `random` builder takes over.
-        base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The other builders
-            need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is left as it was.
+        base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The
+            other builders need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is
+            left as it was.
         target_modules: names or ends of names of `base_model`'s modules, or a regular expression, as in PEFT.
         seed: of the `random` builder and of random directions.
         skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
         partial: allow modules that only some sources adapt; each is then built from those.
         allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
-        max_memory: what building may take beside the interpreter, its libraries and sources in memory (those given so, converted or
-            pickled ones): bytes, or a text like ``2GB``. The basis is the same whatever it is.
-        work_folder: where finished modules are kept, so that a call with the same sources and arguments goes on where an
-            interrupted one stopped, to the same bytes. Remove it when the basis is saved.
+        max_memory: what building may take beside the interpreter, its libraries and sources in memory (those given so,
+            converted or pickled ones): bytes, or a text like ``2GB``. The basis is the same whatever it is.
+        work_folder: where finished modules are kept, so that a call with the same sources and arguments goes on where
+            an interrupted one stopped, to the same bytes. Remove it when the basis is saved.
         token: as in huggingface_hub.
         progress: show bars for what takes over two seconds.
 
-    Small stacks of updates are decomposed exactly, in float64; large ones by block power iteration, products in float32. What that
-    can have missed is bounded: ``basis.info["measured"]["certificates"]`` holds per module the energy kept beside the bound.
+    Small stacks of updates are decomposed exactly, in float64; large ones by block power iteration, products in
+    float32. What that can have missed is bounded: ``basis.info["measured"]["certificates"]`` holds per module the
+    energy kept beside the bound.
 
-    In a script that `accelerate launch` (or torchrun) started as several processes, all of them have to call this, with the same
-    arguments. They divide the reading of files and the modules among them, and each returns the whole basis, with the bytes that
-    one process with as many threads would have given it. `max_memory` is each process's own. Disks need not be shared.
+    In a script that `accelerate launch` (or torchrun) started as several processes, all of them have to call this,
+    with the same arguments. They divide the reading of files and the modules among them, and each returns the whole
+    basis, with the bytes that one process with as many threads would have given it. `max_memory` is each process's
+    own. Disks need not be shared.
 
     Returns:
         A basis in memory, float32, every tensor's sign fixed: same bytes from same inputs on one platform.
@@ -123,26 +127,51 @@ def build_basis(
             check_filling(complete, base_model)
             if isinstance(k, float) or builder not in ("adapters", "eigenlora"):
                 raise SubspaceError(
-                    f"complete={complete!r}: a fleet's basis is filled up to a number of directions. Give k as a number, and the builder "
-                    "`adapters` or `eigenlora`."
+                    f"complete={complete!r}: a fleet's basis is filled up to a number of directions. Give k as a"
+                    " number, and the builder `adapters` or `eigenlora`."
                 )
         arguments = {
-            "k": k, "k_in": k_in, "builder": builder, "weights": votes or kind, "alternations": alternations,
-            "directions": directions, "seed": seed, "keep_cores": keep_cores, "partial": partial, "allow_bin": allow_bin,
-        }  # fmt: skip
+            "k": k,
+            "k_in": k_in,
+            "builder": builder,
+            "weights": votes or kind,
+            "alternations": alternations,
+            "directions": directions,
+            "seed": seed,
+            "keep_cores": keep_cores,
+            "partial": partial,
+            "allow_bin": allow_bin,
+        }
         if builder in ("random", "base-weights"):
             return build_generic(
-                builder, sources=sources, like=like, base_model=base_model, target_modules=target_modules,
-                k=k, k_in=k_in, directions=directions, seed=seed, token=token, progress=progress and team.main,
-                arguments=arguments, allow_bin=allow_bin, skip_bad=skip_bad,
-            )  # fmt: skip
+                builder,
+                sources=sources,
+                like=like,
+                base_model=base_model,
+                target_modules=target_modules,
+                k=k,
+                k_in=k_in,
+                directions=directions,
+                seed=seed,
+                token=token,
+                progress=progress and team.main,
+                arguments=arguments,
+                allow_bin=allow_bin,
+                skip_bad=skip_bad,
+            )
         if sources is None:
             raise SubspaceError(f"The builder {builder!r} needs source adapters; pass their folders or Hub ids.")
         memory = parse_size(max_memory)
         fleet = gather(
-            sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model,
+            sources,
+            skip_bad=skip_bad,
+            partial=partial,
+            token=token,
+            progress=progress,
+            allow_bin=allow_bin,
+            base_model=base_model,
             team=team,
-        )  # fmt: skip
+        )
         if votes:
             fleet = weighted(fleet, votes)
         if budget is not None:
@@ -172,7 +201,8 @@ def _build_modules(
     work_folder: str | Path | None,
     progress: bool,
 ) -> tuple[dict[str, tuple[ModuleBasis, dict[str, Any]]], dict[str, torch.Tensor]]:
-    """All modules' bases and what is known of them, each built by one process of the team; with a budget also what it was spread by."""
+    """All modules' bases and what is known of them, each built by one process of the team; with a budget also what it
+    was spread by."""
     builder, k_in, budget = arguments["builder"], arguments["k_in"], arguments.get("budget")
     keep_cores = arguments["keep_cores"]
     if keep_cores is None:
@@ -201,9 +231,15 @@ def _build_modules(
 
     def one(name: str) -> None:
         done[name] = _build_module(
-            plan, reader, name, *sizes[name], arguments["alternations"], directions=arguments["directions"],
-            keep_cores=keep_cores, held_out=held_out,
-        )  # fmt: skip
+            plan,
+            reader,
+            name,
+            *sizes[name],
+            arguments["alternations"],
+            directions=arguments["directions"],
+            keep_cores=keep_cores,
+            held_out=held_out,
+        )
         if kept is not None:
             kept.put(name, *done[name])
 
@@ -225,9 +261,10 @@ def _build_module(
 ) -> tuple[ModuleBasis, dict[str, Any]]:
     """One module's basis, and what is known of it.
 
-    That is ``energies``, per source the share of its energy kept (None where it does not adapt the module); ``left_out``, per member
-    the share that a basis without its group keeps of it, where that was asked for and the module is decomposed exactly: another
-    streamed build per group would cost as many passes over the files again; and the ``certificate``.
+    That is ``energies``, per source the share of its energy kept (None where it does not adapt the module);
+    ``left_out``, per member the share that a basis without its group keeps of it, where that was asked for and the
+    module is decomposed exactly: another streamed build per group would cost as many passes over the files again; and
+    the ``certificate``.
     """
     fleet, task = plan.fleet, plan.module(name)
     raw = plan.builder == "eigenlora"
@@ -249,8 +286,14 @@ def _build_module(
     else:
         stack = ModuleStack(
             lambda place: reader.pair(task.members[place], name),
-            task.ranks, task.shape, task.scales, task.weights, task.energy, raw=raw, keep=plan.keep,
-        )  # fmt: skip
+            task.ranks,
+            task.shape,
+            task.scales,
+            task.weights,
+            task.energy,
+            raw=raw,
+            keep=plan.keep,
+        )
         width = task.width
         while pair is None:
             compressed = compress(stack, width, leading=task.leading)
@@ -259,15 +302,23 @@ def _build_module(
             width *= 2
     assert pair is not None
     module, shares = module_basis(
-        pair, compressed, task.norms, task.votes, task.members,
-        directions=directions, fleet_size=len(fleet.sources), keep_cores=keep_cores,
-    )  # fmt: skip
+        pair,
+        compressed,
+        task.norms,
+        task.votes,
+        task.members,
+        directions=directions,
+        fleet_size=len(fleet.sources),
+        keep_cores=keep_cores,
+    )
     energies: list[float | None] = [None] * len(fleet.sources)
     for i, share in zip(task.members, shares, strict=True):
         energies[i] = share
     return module, {
-        "energies": energies, "left_out": left_out, "certificate": certificate(pair, compressed, both=not raw),
-    }  # fmt: skip
+        "energies": energies,
+        "left_out": left_out,
+        "certificate": certificate(pair, compressed, both=not raw),
+    }
 
 
 def _check_arguments(k: int | float, k_in: int | None, builder: str, directions: int) -> None:

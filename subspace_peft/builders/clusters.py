@@ -30,9 +30,9 @@ class Clusters:
 
     Attributes:
         bases: one per cluster, the one of most sources first.
-        sources: per source ``name``, ``location``, ``cluster``, and of the modules compared ``energy_kept`` by its cluster's basis and
-            ``energy_kept_single`` by one basis of all sources that is as large as all these (bases and a core per source), both
-            built with the source among theirs.
+        sources: per source ``name``, ``location``, ``cluster``, and of the modules compared ``energy_kept`` by its
+            cluster's basis and ``energy_kept_single`` by one basis of all sources that is as large as all these (bases
+            and a core per source), both built with the source among theirs.
         k, single_k: directions of each basis, and of that single one.
         modules: the modules compared.
         steps: finer partitions that were held against coarser ones on sources left out.
@@ -52,16 +52,25 @@ class Clusters:
     def to_dict(self) -> dict[str, Any]:
         """What `clusters.json` holds."""
         means = {
-            key: sum(each[key] for each in self.sources) / len(self.sources) for key in ("energy_kept", "energy_kept_single")
-        }  # fmt: skip
+            key: sum(each[key] for each in self.sources) / len(self.sources)
+            for key in ("energy_kept", "energy_kept_single")
+        }
         return {
             "clusters": [
-                {"folder": f"cluster-{number}", "fingerprint": basis.fingerprint, "sources": len(basis.info["sources"])}
+                {
+                    "folder": f"cluster-{number}",
+                    "fingerprint": basis.fingerprint,
+                    "sources": len(basis.info["sources"]),
+                }
                 for number, basis in enumerate(self.bases)
             ],
-            "k": self.k, "single_k": self.single_k, **means, "modules_compared": self.modules,
-            "steps": [asdict(step) for step in self.steps], "sources": self.sources,
-        }  # fmt: skip
+            "k": self.k,
+            "single_k": self.single_k,
+            **means,
+            "modules_compared": self.modules,
+            "steps": [asdict(step) for step in self.steps],
+            "sources": self.sources,
+        }
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write every basis to ``folder/cluster-<n>``, then `clusters.json`."""
@@ -90,20 +99,24 @@ def build_clusters(
 ) -> Clusters:
     """Divide a fleet into clusters and build a basis of each, where one basis keeps too little.
 
-    Each source goes to the basis that keeps most of it, the mean over modules of the share of ‖ΔW‖²; the bases are built again of the
-    sources they got, until no source moves (as k-means does, with subspaces for centres: Bradley and Mangasarian 2000). Starts are
-    without chance. Of several processes the first does this, all build the bases. It happens on up to 8 modules, evenly spread, as many as a third of `max_memory` holds.
+    Each source goes to the basis that keeps most of it, the mean over modules of the share of ‖ΔW‖²; the bases are
+    built again of the sources they got, until no source moves (as k-means does, with subspaces for centres: Bradley
+    and Mangasarian 2000). Starts are without chance. Of several processes the first does this, all build the bases. It
+    happens on up to 8 modules, evenly spread, as many as a third of `max_memory` holds.
 
-    ``auto`` takes a finer partition only where it keeps more of sources that were left out (with their shared-seed group, in up to 5
-    folds, each held against the best basis) than the coarser one does with as many stored numbers, bases and one core per source together, by
-    more than two standard errors of the paired differences. A single basis of n·k directions holds all that n of k do, but its cores
-    are n² times as large: what clusters save are cores, so they pay with many sources that have little in common.
+    ``auto`` takes a finer partition only where it keeps more of sources that were left out (with their shared-seed
+    group, in up to 5 folds, each held against the best basis) than the coarser one does with as many stored numbers,
+    bases and one core per source together, by more than two standard errors of the paired differences. A single basis
+    of n·k directions holds all that n of k do, but its cores are n² times as large: what clusters save are cores, so
+    they pay with many sources that have little in common.
 
     Args:
         sources: as in `build_basis`.
-        clusters: how many at most (some may turn out empty), or ``auto``: 1 to 6, as long as one of the next two numbers is worth it.
+        clusters: how many at most (some may turn out empty), or ``auto``: 1 to 6, as long as one of the next two
+            numbers is worth it.
         k: directions per side of every basis.
-        alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress, more: as in `build_basis`.
+        alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress, more: as in
+            `build_basis`.
 
     Raises:
         SourceError: bad sources; lists all of them.
@@ -119,8 +132,13 @@ def build_clusters(
             f"build_clusters has no {sorted(clash)[0]}=: clusters are of sources, each update counting as of norm 1."
         )
     common = {
-        "skip_bad": skip_bad, "partial": partial, "allow_bin": allow_bin, "base_model": base_model, "token": token, "progress": progress,
-    }  # fmt: skip
+        "skip_bad": skip_bad,
+        "partial": partial,
+        "allow_bin": allow_bin,
+        "base_model": base_model,
+        "token": token,
+        "progress": progress,
+    }
     with together() as team:
         fleet = gather(sources, **common, team=team)
         count = len(fleet.sources)
@@ -136,9 +154,14 @@ def build_clusters(
         bases = []
         for number, part in enumerate(parts):
             basis = build_basis(
-                [fleet.sources[i] for i in part], k=k, alternations=alternations, max_memory=max_memory, work_folder=work_folder,
-                **common, **more,
-            )  # fmt: skip
+                [fleet.sources[i] for i in part],
+                k=k,
+                alternations=alternations,
+                max_memory=max_memory,
+                work_folder=work_folder,
+                **common,
+                **more,
+            )
             basis.info["cluster"] = {"number": number, "of": len(parts)}
             basis.info["skipped"] = fleet.skipped
             bases.append(basis)
@@ -167,7 +190,10 @@ def _divided(sample: Sample, clusters: int | str, k: int) -> dict[str, Any]:
         for i, kept in zip(part, sample.kept(sample.fit(part, k), part), strict=True):
             source = fleet.sources[i]
             entries[i] = {
-                "name": source.name, "location": source.location, "cluster": number, "energy_kept": kept,
+                "name": source.name,
+                "location": source.location,
+                "cluster": number,
+                "energy_kept": kept,
                 "energy_kept_single": single[i],
-            }  # fmt: skip
+            }
     return {"parts": parts, "steps": steps, "sources": entries, "single_k": single_k, "modules": sample.names}

@@ -1,4 +1,5 @@
-"""A basis with fewer directions than wanted, filled up: with random ones, or with singular vectors of the base weights."""
+"""A basis with fewer directions than wanted, filled up: with random ones, or with singular vectors of the base
+weights."""
 
 from __future__ import annotations
 
@@ -35,24 +36,29 @@ def complete_basis(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> SubspaceBasis:
-    """A basis filled up to k directions per side and module; those it has stay bit for bit, so its tasks move to it exactly.
+    """A basis filled up to k directions per side and module; those it has stay bit for bit, so its tasks move to it
+    exactly.
 
-    A fleet that spans fewer than k directions, or whose further ones are noise, leaves room in which a new task may still need to move. M, G,
-    stored cores and their RMS are padded with zeros; energies are what they were, as the fleet has nothing in the new directions.
+    A fleet that spans fewer than k directions, or whose further ones are noise, leaves room in which a new task may
+    still need to move. M, G, stored cores and their RMS are padded with zeros; energies are what they were, as the
+    fleet has nothing in the new directions.
 
     Args:
         basis: a basis, its folder or its Hub id.
-        k: directions on the output side, and on the input side unless `k_in` is given. Modules that have as many stay as they are.
-        with_: ``random``: zero-mean Gaussian, orthogonal to what is there and orthonormal; a function of `seed`, the module's name, the
-            shapes and the directions that are there. ``base-weights``: the leading left and right singular vectors of the base weight (LoRA-XS,
-            arXiv 2405.17604), made orthogonal to what is there one after the other; at most min(out, in) of them.
+        k: directions on the output side, and on the input side unless `k_in` is given. Modules that have as many stay
+            as they are.
+        with_: ``random``: zero-mean Gaussian, orthogonal to what is there and orthonormal; a function of `seed`, the
+            module's name, the shapes and the directions that are there. ``base-weights``: the leading left and right
+            singular vectors of the base weight (LoRA-XS, arXiv 2405.17604), made orthogonal to what is there one after
+            the other; at most min(out, in) of them.
         base_model: the model whose weights `base-weights` takes, linear layers only. It is left as it was.
         seed: of the random directions.
         token: as in huggingface_hub.
         progress: show a bar where it takes longer than two seconds.
 
     Returns:
-        A basis in memory, a further version; its ``info["columns"]`` says per module and side which directions come from where.
+        A basis in memory, a further version; its ``info["columns"]`` says per module and side which directions come
+        from where.
 
     Raises:
         SubspaceError: arguments that clash; a module that the base model does not have as a linear layer.
@@ -136,7 +142,8 @@ def padded(module: ModuleBasis, U: torch.Tensor, V: torch.Tensor) -> ModuleBasis
 
 
 def _beside(old: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` of the candidates (d, n) that lie outside what is there, orthonormal to it and to each other; (d, ≤ count)."""
+    """The first `count` of the candidates (d, n) that lie outside what is there, orthonormal to it and to each other;
+    (d, ≤ count)."""
     basis = torch.linalg.qr(old.double())[0]
     found: list[torch.Tensor] = []
     for candidate in candidates.T:
@@ -157,8 +164,8 @@ def _weight(name: str, weights: Mapping[str, torch.Tensor], module: ModuleBasis)
     shape = (module.out_features, module.in_features)
     if len(hits) != 1 or tuple(weights[hits[0]].shape) != shape:
         raise SubspaceError(
-            f"Module {name!r} of shape {shape} is no linear layer of the base model ({len(hits)} have its name). Pass the model that the basis "
-            "was built for, or complete with random directions."
+            f"Module {name!r} of shape {shape} is no linear layer of the base model ({len(hits)} have its name). Pass"
+            " the model that the basis was built for, or complete with random directions."
         )
     return weights[hits[0]]
 

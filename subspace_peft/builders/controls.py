@@ -48,8 +48,14 @@ def build_generic(
         shapes = {name: (*weight.shape, int(k), k_in or int(k)) for name, weight in weights.items()}
     elif sources is not None:
         fleet = gather(
-            sources, skip_bad=skip_bad, partial=True, token=token, progress=progress, allow_bin=allow_bin, keep_duplicates=True
-        )  # fmt: skip
+            sources,
+            skip_bad=skip_bad,
+            partial=True,
+            token=token,
+            progress=progress,
+            allow_bin=allow_bin,
+            keep_duplicates=True,
+        )
         base_name = fleet.base_model
         for source in fleet.sources:
             shapes |= {name: (*source.shape(name)[:2], int(k), k_in or int(k)) for name in source.keys}
@@ -92,8 +98,8 @@ def linear_weights(model: nn.Module, target_modules: str | Sequence[str] | None)
         ):
             if not module.weight.is_floating_point():
                 raise SubspaceError(
-                    f"Module {name!r} of the base model is quantised ({type(module).__name__}). Pass the unquantised base model, or "
-                    "let SubspaceConfig(basis='base-weights') make the basis on this one."
+                    f"Module {name!r} of the base model is quantised ({type(module).__name__}). Pass the unquantised"
+                    " base model, or let SubspaceConfig(basis='base-weights') make the basis on this one."
                 )
             found[name] = module.weight.T if isinstance(module, Conv1D) else module.weight
     if not found:
@@ -105,7 +111,7 @@ def _weight_for(name: str, weights: Mapping[str, torch.Tensor], shape: tuple[int
     hits = same_module(name, weights)
     if len(hits) != 1 or tuple(weights[hits[0]].shape) != shape:
         raise SubspaceError(
-            f"Module {name!r} of shape {shape} is not among the base model's given target_modules. Pass the base model "
-            "with base_model= and the same modules with target_modules=."
+            f"Module {name!r} of shape {shape} is not among the base model's given target_modules. Pass the base model"
+            " with base_model= and the same modules with target_modules=."
         )
     return weights[hits[0]]

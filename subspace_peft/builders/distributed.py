@@ -1,4 +1,5 @@
-"""The processes that build together, as `accelerate launch` started them: what each tells the others, and how they fail as one."""
+"""The processes that build together, as `accelerate launch` started them: what each tells the others, and how they
+fail as one."""
 
 from __future__ import annotations
 
@@ -25,13 +26,15 @@ FACTS = "facts"
 class Team:
     """The processes of a build; one alone unless `together` says otherwise.
 
-    They meet in `exchange` only, all of them and in the same order. Where one fails, the others are told so at their next exchange.
+    They meet in `exchange` only, all of them and in the same order. Where one fails, the others are told so at their
+    next exchange.
 
     Attributes:
         index, count: which of how many.
         machines: per process its machine's name.
         run: the same text in all of them, another one in every run.
-        marker: a file that a process which fails writes, where one is agreed on and the disk is shared: the others need not finish first.
+        marker: a file that a process which fails writes, where one is agreed on and the disk is shared: the others
+            need not finish first.
     """
 
     def __init__(self) -> None:
@@ -65,7 +68,8 @@ class Team:
         self.machines, self.run = [each[0] for each in told], told[0][1]
 
     def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """What each process is to do, by costs: the dearest first, each to whoever has least so far. The same in every process."""
+        """What each process is to do, by costs: the dearest first, each to whoever has least so far. The same in every
+        process."""
         filled = [0.0] * self.count
         dealt = {}
         for name in sorted(costs, key=lambda name: -costs[name]):
@@ -127,8 +131,9 @@ class Team:
                 given.append(payload if index == self.index else buffer.numpy().tobytes())
         except RuntimeError as error:
             raise ProcessError(
-                f"{self.name}: another process has gone, or was silent for {LONGEST.days * 24} hours ({str(error).splitlines()[0]}). See "
-                "what it printed last; with a work folder, the same call goes on from what is finished."
+                f"{self.name}: another process has gone, or was silent for {LONGEST.days * 24} hours"
+                f" ({str(error).splitlines()[0]}). See what it printed last; with a work folder, the same call goes on"
+                " from what is finished."
             ) from error
         for index, (bad, _) in enumerate(torch.stack(sizes).tolist()):
             if bad and not failed:
@@ -144,8 +149,8 @@ _active: Team | None = None
 def together() -> Iterator[Team]:
     """The team of this process, for as long as the block lasts; the block of an inner call is its caller's.
 
-    Processes are those of accelerate's `PartialState`, or of the process group that is there. They leave the block together: an error
-    in one is raised in all, in the others as a `ProcessError` that names it.
+    Processes are those of accelerate's `PartialState`, or of the process group that is there. They leave the block
+    together: an error in one is raised in all, in the others as a `ProcessError` that names it.
     """
     global _active
     if _active is not None:
@@ -181,8 +186,9 @@ def _join(team: Team) -> None:
         atexit.register(_end)
         if not dist.is_initialized():
             raise SubspaceError(
-                f"This process was started as one of {os.environ['WORLD_SIZE']}, but has no process group of torch.distributed: PartialState "
-                "was made before, alone, or the launcher is one for TPUs. Build in one process."
+                f"This process was started as one of {os.environ['WORLD_SIZE']}, but has no process group of"
+                " torch.distributed: PartialState was made before, alone, or the launcher is one for TPUs. Build in"
+                " one process."
             )
     if dist.get_world_size() > 1:
         # a group of its own: on the CPU, and patient, since shares of a large fleet take longer than a training step

@@ -1,4 +1,5 @@
-"""What a build would do, before it does it: every source is read and checked, one module is timed, nothing is built."""
+"""What a build would do, before it does it: every source is read and checked, one module is timed, nothing is
+built."""
 
 from __future__ import annotations
 
@@ -24,10 +25,13 @@ class BuildPlan:
 
     Attributes:
         base_model: of the sources, or None.
-        sources: per usable source its name, location, revision, base_model, ranks, modules, norm (of ΔW, Frobenius), bytes, seed_group.
+        sources: per usable source its name, location, revision, base_model, ranks, modules, norm (of ΔW, Frobenius),
+            bytes, seed_group.
         skipped: the others, each with its reason; without ``skip_bad`` they are what the build would raise.
-        modules: per module its ``out``, ``in``, how many ``sources`` adapt it, the sum of their ``ranks``, ``k_out`` and ``k_in``.
-        bytes_to_read: of the sources' files; a build reads them twice, of a module whose factors do not fit in `max_memory` more often.
+        modules: per module its ``out``, ``in``, how many ``sources`` adapt it, the sum of their ``ranks``, ``k_out``
+            and ``k_in``.
+        bytes_to_read: of the sources' files; a build reads them twice, of a module whose factors do not fit in
+            `max_memory` more often.
         bytes_of_basis: of U, V and the cores in the basis's file.
         memory: estimated peak in bytes, beside Python, its libraries and sources held in memory.
         seconds: estimated time of building, reading aside, on this machine.
@@ -63,8 +67,8 @@ def plan_build(
 ) -> BuildPlan:
     """Read and check a fleet as `build_basis` would, and say what building its basis takes. Arguments as there.
 
-    What comes from the Hub is fetched. Where `k` is a share of energy, sizes are those of the largest basis it could ask for; with a
-    `budget`, which only building can spread, those of an even spread.
+    What comes from the Hub is fetched. Where `k` is a share of energy, sizes are those of the largest basis it could
+    ask for; with a `budget`, which only building can spread, those of an even spread.
 
     Raises:
         SourceError: no source is usable.
@@ -73,8 +77,14 @@ def plan_build(
     check_asked(budget, k, k_in, "adapters", complete)
     memory = parse_size(max_memory)
     fleet = gather(
-        sources, skip_bad=True, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
-    )  # fmt: skip
+        sources,
+        skip_bad=True,
+        partial=partial,
+        token=token,
+        progress=progress,
+        allow_bin=allow_bin,
+        base_model=base_model,
+    )
     if budget is not None:
         check_budget(budget, len(fleet.modules))
         k = even(budget, len(fleet.modules))
@@ -93,13 +103,19 @@ def plan_build(
     numbers += cores * sum(m["k_out"] * m["k_in"] for m in modules.values())
     entries = [
         {
-            "name": source.name, "location": source.location, "revision": source.revision, "sha256": source.sha256,
-            "base_model": source.base_model, "ranks": source.ranks, "modules": len(source.keys),
+            "name": source.name,
+            "location": source.location,
+            "revision": source.revision,
+            "sha256": source.sha256,
+            "base_model": source.base_model,
+            "ranks": source.ranks,
+            "modules": len(source.keys),
             "norm": sum(norm**2 for norm in source.norms.values()) ** 0.5,
-            "bytes": source.file.stat().st_size if source.file else 0, "seed_group": group,
+            "bytes": source.file.stat().st_size if source.file else 0,
+            "seed_group": group,
         }
         for source, group in zip(fleet.sources, fleet.groups, strict=True)
-    ]  # fmt: skip
+    ]
     return BuildPlan(
         base_model=fleet.base_model,
         sources=entries,
@@ -114,7 +130,8 @@ def plan_build(
 
 
 def _seconds(plan: Plan, tasks: dict[str, Module], k: int | float, k_in: int | None, alternations: int) -> float:
-    """Of each kind, exact and streamed, one module of a few sources is built and timed; the rest follows from how the work grows."""
+    """Of each kind, exact and streamed, one module of a few sources is built and timed; the rest follows from how the
+    work grows."""
     total = 0.0
     for exactly in (True, False):
         costs = {name: cost(task) for name, task in tasks.items() if task.exact == exactly}

@@ -10,18 +10,22 @@ import torch
 from ..sources.factors import Factors
 from ..sources.source import Source
 
-SAME = 0.999  # cosine of updates: another dtype moves it by 1e-5 at most, another seed or another task to far below (docs/architecture.md)
+# cosine of updates: another dtype moves it by 1e-5 at most, another seed or another task to far below
+# (docs/architecture.md)
+SAME = 0.999
 PROBES = 16
 CANDIDATE = 0.9  # cosine of sketches; those of equal updates are equal
 
 
 def sketch(update: Factors, probes: int = PROBES) -> torch.Tensor:
-    """``yᵢᵀ ΔW xᵢ`` (probes,) for fixed random x and y, which depend on the shape alone: where updates agree, so do these."""
+    """``yᵢᵀ ΔW xᵢ`` (probes,) for fixed random x and y, which depend on the shape alone: where updates agree, so do
+    these."""
     return (half_sketch(update.B.T, "B", probes) * half_sketch(update.A, "A", probes)).sum(0)
 
 
 def half_sketch(rows: torch.Tensor, side: str, probes: int = PROBES) -> torch.Tensor:
-    """One factor's part of `sketch`: Bᵀy, or A x, (r, probes) float64, of Bᵀ (r, out) or A (r, in) in any float dtype."""
+    """One factor's part of `sketch`: Bᵀy, or A x, (r, probes) float64, of Bᵀ (r, out) or A (r, in) in any float
+    dtype."""
     vectors = drawn(rows.shape[1], side, probes)
     return rows @ vectors if rows.dtype == torch.float64 else (rows.float() @ vectors.float()).double()
 
@@ -47,7 +51,8 @@ def cosine(a: Source, b: Source) -> float:
 def duplicates(
     sources: Sequence[Source], sketches: Sequence[torch.Tensor], same: float = SAME
 ) -> list[tuple[int, int, float | None]]:
-    """For each source that repeats an earlier one: its number, the earlier one's, and their cosine (None: the same bytes).
+    """For each source that repeats an earlier one: its number, the earlier one's, and their cosine (None: the same
+    bytes).
 
     Args:
         sources: the fleet, of which only pairs with similar sketches are read again.

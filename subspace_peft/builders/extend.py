@@ -45,8 +45,8 @@ def grow(
 ) -> Pair | None:
     """U and V of a module with further columns and rows behind those it has, which stay bit for bit.
 
-    The new ones begin as the leading singular vectors of what the old ones leave of the stack, and alternate as JD-Full does, the old
-    ones held.
+    The new ones begin as the leading singular vectors of what the old ones leave of the stack, and alternate as
+    JD-Full does, the old ones held.
 
     Args:
         compressed: the new updates, in the old directions first.
@@ -78,7 +78,8 @@ def grow(
 
 
 def refit(compressed: Compressed, k: tuple[int, int], alternations: int) -> Pair:
-    """U and V of at most k columns and rows for all updates alike, the old ones' parts among them, by HOSVD and alternations."""
+    """U and V of at most k columns and rows for all updates alike, the old ones' parts among them, by HOSVD and
+    alternations."""
     widths = compressed.out.Q.shape[1], compressed.inner.Q.shape[1]
     u, v = (torch.eye(width, min(size, width), dtype=torch.float64) for width, size in zip(widths, k, strict=True))
     u, v = turned(compressed, u, None, output=True), turned(compressed, None, v, output=False)
@@ -91,7 +92,8 @@ def refit(compressed: Compressed, k: tuple[int, int], alternations: int) -> Pair
 
 
 def orthogonal_to(columns: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (d, n) float64 of n columns, orthogonal to the orthonormal columns of `old` (d, k) in float64."""
+    """An orthonormal basis (d, n) float64 of n columns, orthogonal to the orthonormal columns of `old` (d, k) in
+    float64."""
     for _ in range(2):
         columns = columns - old @ (old.T @ columns)
         columns = torch.linalg.qr(columns)[0]

@@ -62,7 +62,10 @@ def facts(source: Source) -> dict[str, Any]:
         scale = "folded in by convert_to_lora"
     elif source.scales:
         values = sorted({float(f"{value:.6g}") for value in source.scales.values()})
-        scale = f"alpha / rank of its file: {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
+        scale = (
+            "alpha / rank of its file:"
+            f" {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
+        )
     else:
         scale = "from its config" if source.config else "1: it came without its alpha"
     converted = {} if kind == "LORA" else {"converted_from": kind, "energy_lost_in_conversion": source.lost}
@@ -85,8 +88,8 @@ def gather(
 ) -> Fleet:
     """Open every source and check it against the others.
 
-    The processes of one machine divide the reading of the files among them; each machine reads all of them once, so that files of
-    machines that share no disk are held against one another by their sha256.
+    The processes of one machine divide the reading of the files among them; each machine reads all of them once, so
+    that files of machines that share no disk are held against one another by their sha256.
 
     Args:
         references: what `expand` takes, one or a list of them.
@@ -167,8 +170,9 @@ def _measure(source: Source) -> torch.Tensor:
     """Read a source once: its hash, shapes and norms; returns what `scan` does."""
     if source.biases:
         raise SourceError(
-            f"{source.location}: {source.biases[0]}: it was trained with bias={source.config['bias']!r} ({len(source.biases)} biases), "
-            "which no basis holds, and without which it is another adapter. Train it with bias='none'."
+            f"{source.location}: {source.biases[0]}: it was trained with bias={source.config['bias']!r}"
+            f" ({len(source.biases)} biases), which no basis holds, and without which it is another adapter. Train it"
+            " with bias='none'."
         )
     sketches = scan(source)
     if not any(source.norms.values()):
@@ -188,7 +192,8 @@ def _repeats(sources: list[Source], sketches: list[torch.Tensor]) -> list[tuple[
 
 
 def common_base(names: Sequence[str | None]) -> str | None:
-    """The base model that most sources name, with its owner where one of them says it; names of one model count as one."""
+    """The base model that most sources name, with its owner where one of them says it; names of one model count as
+    one."""
     counts = Counter(name for name in names if name)
 
     def votes(name: str) -> int:
@@ -221,12 +226,15 @@ def _misfits(sources: list[Source], partial: bool) -> list[tuple[Source, str]]:
             )
         elif odd:
             reason = (
-                f"module {odd[0]!r} is {own[odd[0]]}, the others' {usual[odd[0]]} ({len(odd)} such modules). It belongs to another "
-                "base model."
+                f"module {odd[0]!r} is {own[odd[0]]}, the others' {usual[odd[0]]} ({len(odd)} such modules). It"
+                " belongs to another base model."
             )
         elif not partial and (missing or extra):
             what = f"lacks {len(missing)} modules, such as {missing[0]!r}" if missing else f"also adapts {extra[0]!r}"
-            reason = f"{what}, unlike the others. partial=True (--partial) builds each module from the sources that have it."
+            reason = (
+                f"{what}, unlike the others. partial=True (--partial) builds each module from the sources that"
+                " have it."
+            )
         else:
             continue
         found.append((source, f"{source.location}: {reason}"))

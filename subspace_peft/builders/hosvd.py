@@ -56,7 +56,8 @@ class Compressed:
     def cores(
         self, factors: Sequence[float], u: torch.Tensor | None = None, v: torch.Tensor | None = None
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Places of a few sources and their cores (n, a, b) in Q_out u and Q_in v, float64, each times its own of `factors`.
+        """Places of a few sources and their cores (n, a, b) in Q_out u and Q_in v, float64, each times its own of
+        `factors`.
 
         Args:
             factors: `scales` or `weights`.
@@ -127,7 +128,8 @@ def hosvd(compressed: Compressed, k: int | float, k_in: int | None, alternations
 def alternate(
     compressed: Compressed, u: torch.Tensor, v: torch.Tensor, most: int, fixed: tuple[int, int] = (0, 0)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most `most` rounds of JD-Full's alternations from u and v on, whose leading `fixed` columns stay as they are."""
+    """At most `most` rounds of JD-Full's alternations from u and v on, whose leading `fixed` columns stay as they
+    are."""
     kept = _kept(compressed, u, v)
     for _ in range(most):
         u = turned(compressed, u, v, output=True, fixed=fixed[0])
@@ -145,7 +147,8 @@ def pair_of(compressed: Compressed, U: torch.Tensor, V: torch.Tensor) -> Pair:
 
 
 def exact(updates: Sequence[Factors], weights: Sequence[float]) -> Compressed:
-    """The updates in the directions of an exact SVD of their stack: ``[w_1 P_1 S_1 … w_N P_N S_N]``, with ``ΔW = P S Tᵀ``.
+    """The updates in the directions of an exact SVD of their stack: ``[w_1 P_1 S_1 … w_N P_N S_N]``, with ``ΔW = P S
+    Tᵀ``.
 
     Args:
         updates: the sources' updates of one module.
@@ -162,7 +165,8 @@ def exact(updates: Sequence[Factors], weights: Sequence[float]) -> Compressed:
 def factor_pca(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scales: Sequence[float], weights: Sequence[float], total: float
 ) -> Compressed:
-    """EigenLoRAx's directions (arXiv 2502.04700): PCA, centred over columns, of the stacked raw B's and of the stacked Aᵀ's.
+    """EigenLoRAx's directions (arXiv 2502.04700): PCA, centred over columns, of the stacked raw B's and of the stacked
+    Aᵀ's.
 
     Kept for comparison. It depends on each source's gauge and takes no notice of its scale. Where the stack has fewer
     than k directions the released code returns arbitrary ones from the null space; here k is cut instead.
@@ -178,7 +182,8 @@ def factor_pca(
 
 
 def smallest_k(compressed: Compressed, share: float) -> int:
-    """The smallest k whose leading k × k block of all cores holds `share` of the energy; all there are where none does."""
+    """The smallest k whose leading k × k block of all cores holds `share` of the energy; all there are where none
+    does."""
     n = min(compressed.out.Q.shape[1], compressed.inner.Q.shape[1])
     eye = [torch.eye(side.Q.shape[1], n, dtype=torch.float64) for side in (compressed.out, compressed.inner)]
     block = torch.zeros(n, n, dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""How much of a source a basis keeps that was built without it: the only energy that says anything about new adapters."""
+"""How much of a source a basis keeps that was built without it: the only energy that says anything about new
+adapters."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ def left_out_energy(
 ) -> list[float | None]:
     """Per source the share ‖UᵀΔW Vᵀ‖² / ‖ΔW‖² that a basis of the other groups' sources keeps of it, in one module.
 
-    A whole shared-seed group is left out at once, since its members span each other's input side. The bases are of the same size as
-    `pair`, or smaller where the rest spans less.
+    A whole shared-seed group is left out at once, since its members span each other's input side. The bases are of the
+    same size as `pair`, or smaller where the rest spans less.
 
     Args:
         updates, weights: as `exact` takes them.
@@ -35,7 +36,8 @@ def left_out_energy(
         One share per source; None for each where there is one group only.
     """
     shares: list[float | None] = [None] * len(updates)
-    # all that happens lies within what the fleet spans: there the same numbers come out of matrices no larger than its ranks
+    # all that happens lies within what the fleet spans: there the same numbers come out of matrices no larger than its
+    # ranks
     Qb = torch.linalg.qr(torch.cat([update.B for update in updates], 1))[0]
     Qa = torch.linalg.qr(torch.cat([update.A.T for update in updates], 1))[0]
     updates = [Factors(Qb.T @ update.B, update.A @ Qa) for update in updates]

@@ -100,8 +100,9 @@ class Plan:
         if self.needed > memory:
             enough = -(-self.needed * 11 // 10**7)
             raise SubspaceError(
-                f"max_memory={memory / 1e6:.0f}MB is too little: building module {name!r} takes {most / 1e6:.0f}MB, what is known of "
-                f"{len(fleet.sources)} sources and the basis itself {fixed / 1e6:.0f}MB. Give at least {enough}MB."
+                f"max_memory={memory / 1e6:.0f}MB is too little: building module {name!r} takes {most / 1e6:.0f}MB,"
+                f" what is known of {len(fleet.sources)} sources and the basis itself {fixed / 1e6:.0f}MB. Give at"
+                f" least {enough}MB."
             )
         rest = memory - self.needed
         self.keep = factors if 3 * factors <= 2 * rest else 0
@@ -121,13 +122,19 @@ class Plan:
         own = [vote**0.5 / (norm if self.weights == "equal" else 1.0) for vote, norm in zip(votes, norms, strict=True)]
         columns = sum(ranks)
         return Module(
-            members, (out, inner), ranks, norms, votes, scales, own,
+            members,
+            (out, inner),
+            ranks,
+            norms,
+            votes,
+            scales,
+            own,
             weighted=[w * s for w, s in zip(own, scales, strict=True)],
             energy=sum((w * norm) ** 2 for w, norm in zip(own, norms, strict=True)),
             exact=columns <= EXACT_COLUMNS and columns * max(out, inner) <= EXACT_NUMBERS,
             leading=self.k,
             width=min(width_of(self.k, columns), columns, max(out, inner)),
-        )  # fmt: skip
+        )
 
 
 def cost(task: Module) -> float:

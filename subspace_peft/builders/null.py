@@ -1,4 +1,5 @@
-"""What updates would look like if they had nothing in common: the same singular values in random directions (a strength-matched null)."""
+"""What updates would look like if they had nothing in common: the same singular values in random directions (a
+strength-matched null)."""
 
 from __future__ import annotations
 

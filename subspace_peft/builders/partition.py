@@ -1,4 +1,5 @@
-"""Which sources of a fleet belong on a basis of their own: a partition found, and held against one basis of equal size."""
+"""Which sources of a fleet belong on a basis of their own: a partition found, and held against one basis of equal
+size."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from .streaming import ModuleStack, compress, width_of
 
 MODULES = 8  # compared at most, evenly spread over the model
 ROUNDS = 10
-COMPARING = 2  # alternations where sources left out are measured: more change what is kept there by under 1 % and take most of the time
+# alternations where sources left out are measured: more change what is kept there by under 1 % and take most of the
+# time
+COMPARING = 2
 FOLDS = 5
 SIGNIFICANT = 2.0  # standard errors by which a finer partition has to keep more of sources that were left out
 
@@ -71,9 +74,11 @@ class Sample:
             self.modules.append(_sampled(fleet, reader, name, members))
 
     def alike(self) -> torch.Tensor:
-        """How much sources' second moments agree (N, N): the mean over modules and sides of ``tr(M_i M_j) / ‖M_i‖ ‖M_j‖``.
+        """How much sources' second moments agree (N, N): the mean over modules and sides of ``tr(M_i M_j) / ‖M_i‖
+        ‖M_j‖``.
 
-        With ``M = ΔW ΔWᵀ = X Xᵀ`` this is ``‖X_iᵀ X_j‖²_F``. Unlike the cosine of the updates it does not ask for equal cores.
+        With ``M = ΔW ΔWᵀ = X Xᵀ`` this is ``‖X_iᵀ X_j‖²_F``. Unlike the cosine of the updates it does not ask for
+        equal cores.
         """
         n = len(self.fleet.sources)
         total, count = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
@@ -96,8 +101,8 @@ class Sample:
         return total / count.clamp_min(1)
 
     def fit(self, members: Sequence[int], k: int, most: int | None = None) -> Pairs:
-        """Per module U (out, k) and V (k, in) of these sources' basis, float64; without columns where none adapts it. At most `most`
-        alternations, as many as the sample has without it."""
+        """Per module U (out, k) and V (k, in) of these sources' basis, float64; without columns where none adapts it.
+        At most `most` alternations, as many as the sample has without it."""
         rounds = self.alternations if most is None else min(most, self.alternations)
         found = [self._fit(module, [i for i in members if i in module.updates], k, rounds) for module in self.modules]
         self.built()
@@ -116,9 +121,14 @@ class Sample:
         else:
             # its pieces are kept from pass to pass: a copy of one module's factors, where the sample holds several
             stack = ModuleStack(
-                lambda place: (updates[place].B, updates[place].A), ranks, (out, inner), [1.0] * len(members), weights, sum(votes),
+                lambda place: (updates[place].B, updates[place].A),
+                ranks,
+                (out, inner),
+                [1.0] * len(members),
+                weights,
+                sum(votes),
                 keep=4 * sum(ranks) * (out + inner),
-            )  # fmt: skip
+            )
             compressed = compress(stack, min(width_of(k, sum(ranks)), sum(ranks)), leading=k, bound=False)
         pair = hosvd(compressed, k, None, rounds)
         assert pair is not None  # only a share of energy can ask for more
@@ -149,8 +159,9 @@ class Sample:
 def partition(sample: Sample, clusters: int, k: int) -> list[list[int]]:
     """The sources in at most `clusters` parts, each source with the basis of k directions that keeps most of it.
 
-    Two starts without chance, sources far from one another as centres and average linkage, both by `Sample.alike`; then bases are
-    built of the parts and sources go where most is kept, of the better start's until none moves. The largest part first.
+    Two starts without chance, sources far from one another as centres and average linkage, both by `Sample.alike`;
+    then bases are built of the parts and sources go where most is kept, of the better start's until none moves. The
+    largest part first.
     """
     count = len(sample.fleet.sources)
     if clusters == 1:
@@ -170,7 +181,8 @@ def partition(sample: Sample, clusters: int, k: int) -> list[list[int]]:
 
 
 def _moved(sample: Sample, owner: list[int], k: int) -> tuple[float, list[int], list[int]]:
-    """The energy kept of all sources by the best of the parts' bases each, the parts' numbers, and where the sources go."""
+    """The energy kept of all sources by the best of the parts' bases each, the parts' numbers, and where the sources
+    go."""
     count, parts = len(owner), _parts(owner)
     shares = torch.tensor([sample.kept(sample.fit(part, k), range(count)) for part in parts])
     best, moved = shares.max(0)
@@ -183,7 +195,8 @@ def _moved(sample: Sample, owner: list[int], k: int) -> tuple[float, list[int], 
 
 
 def left_out(sample: Sample, parts: Sequence[Sequence[int]], k: int) -> torch.Tensor:
-    """Per source the share that the best basis keeps which was built without it and its shared-seed group, in up to 5 folds."""
+    """Per source the share that the best basis keeps which was built without it and its shared-seed group, in up to 5
+    folds."""
     groups = sample.fleet.groups
     # a part's groups go round the folds, so that every fold takes about as much of every part
     fold, turn = {}, 0
@@ -277,7 +290,8 @@ def _far_apart(alike: torch.Tensor, clusters: int) -> list[int]:
 
 
 def _linked(alike: torch.Tensor, clusters: int) -> list[int]:
-    """Average linkage: the two parts whose sources are most alike on average become one, until there are few enough."""
+    """Average linkage: the two parts whose sources are most alike on average become one, until there are few
+    enough."""
     parts = [[i] for i in range(len(alike))]
     sums = alike.clone()
     sizes = torch.ones(len(alike), dtype=alike.dtype)

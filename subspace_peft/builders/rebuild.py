@@ -41,8 +41,9 @@ def rebuild_basis(
 ) -> SubspaceBasis:
     """Repeat a build: the same sources, held against their hashes on record, with the same arguments.
 
-    Of an updated basis the last update is repeated, on the version before it. On the platform and with the versions of the first build, the fingerprint is the same; compare the two. Sources that are paths are
-    looked for as they were given, relative ones from the working directory. Those that were left out stay out.
+    Of an updated basis the last update is repeated, on the version before it. On the platform and with the versions of
+    the first build, the fingerprint is the same; compare the two. Sources that are paths are looked for as they were
+    given, relative ones from the working directory. Those that were left out stay out.
 
     Args:
         basis: the basis, its folder or its Hub id. Only its config is read, and of a random basis the shapes.
@@ -50,7 +51,8 @@ def rebuild_basis(
         max_memory, work_folder: as in `build_basis`.
 
     Raises:
-        SourceError: sources that are gone, that are others than they were, or that only ever were in memory; lists all of them.
+        SourceError: sources that are gone, that are others than they were, or that only ever were in memory; lists all
+            of them.
         SubspaceError: the config does not say how the basis was built.
     """
     # what one process cannot find has to reach the others before they wait for it
@@ -73,20 +75,25 @@ def _rebuild(
     if builder in ("random", "base-weights"):
         if builder == "base-weights" and base_model is None:
             raise SubspaceError(
-                f"{old.location}: a basis from the base model's weights. Pass {old.base_model or 'that model'} as base_model= "
-                "(--base-model)."
+                f"{old.location}: a basis from the base model's weights. Pass {old.base_model or 'that model'} as"
+                " base_model= (--base-model)."
             )
         new = build_basis(
-            builder=builder, like=old, base_model=base_model, target_modules=list(old) if base_model is not None else None,
-            directions=build.get("directions", 0), seed=build.get("seed", 0), progress=progress,
-        )  # fmt: skip
+            builder=builder,
+            like=old,
+            base_model=base_model,
+            target_modules=list(old) if base_model is not None else None,
+            directions=build.get("directions", 0),
+            seed=build.get("seed", 0),
+            progress=progress,
+        )
         new.info["build"] = build
         return new.to_precision(old.precision or "float32")
     update = old.info.get("update")
     if update is None and (old.info.get("version") or 1) != 1:
         raise SubspaceError(
-            f"{old.location}: version {old.info['version']} was not made from sources alone. Build the version before it again (its "
-            "lineage has the fingerprint), and do to it what was done."
+            f"{old.location}: version {old.info['version']} was not made from sources alone. Build the version before"
+            " it again (its lineage has the fingerprint), and do to it what was done."
         )
     if update is not None:
         lineage = old.info.get("lineage") or [{}]
@@ -94,23 +101,38 @@ def _rebuild(
             raise SubspaceError(f"{old.location}: its basis_config.json has no record of how it was updated.")
         build = {**build, "allow_bin": update["arguments"].get("allow_bin")}
     found, problems = sources_on_record(
-        old, base_model=base_model, token=token, version=None if update is None else old.info["version"],
+        old,
+        base_model=base_model,
+        token=token,
+        version=None if update is None else old.info["version"],
         allow_bin=bool(build.get("allow_bin")),
-    )  # fmt: skip
+    )
     if problems or not found:
         lines = "\n  ".join(problems) or "no source is on record"
         raise SourceError(f"{old.location}: {len(problems)} of its sources are not what they were:\n  {lines}")
     if update is not None:
         new = _update_again(
-            old, found, base_model=base_model, max_memory=max_memory, work_folder=work_folder, token=token, progress=progress
-        )  # fmt: skip
+            old,
+            found,
+            base_model=base_model,
+            max_memory=max_memory,
+            work_folder=work_folder,
+            token=token,
+            progress=progress,
+        )
         new.info["skipped"] = old.info.get("skipped", [])
         return new
     given = {key: build[key] for key in ARGUMENTS if key in build}
     new = build_basis(
-        found, builder=builder, base_model=base_model, max_memory=max_memory, work_folder=work_folder, token=token,
-        progress=progress, **given,
-    )  # fmt: skip
+        found,
+        builder=builder,
+        base_model=base_model,
+        max_memory=max_memory,
+        work_folder=work_folder,
+        token=token,
+        progress=progress,
+        **given,
+    )
     new.info["skipped"] = old.info.get("skipped", [])
     new.info["build"] = build
     return new.to_precision(old.precision or "float32")
@@ -124,8 +146,8 @@ def sources_on_record(
     version: int | None = None,
     allow_bin: bool | None = None,
 ) -> tuple[list[Source], list[str]]:
-    """The sources that a basis's config names (of one version alone, where it has several) and that are still what they were, and for each
-    of the others the reason. `allow_bin` by default as when it was built.
+    """The sources that a basis's config names (of one version alone, where it has several) and that are still what
+    they were, and for each of the others the reason. `allow_bin` by default as when it was built.
     """
     found, problems = [], []
     pickled = bool((basis.info.get("build") or {}).get("allow_bin")) if allow_bin is None else allow_bin
@@ -143,8 +165,8 @@ def _update_again(old: SubspaceBasis, sources: list[Source], **how: Any) -> Subs
     arguments, parent = old.info["update"]["arguments"], old.info["lineage"][-1]
     if arguments.get("tasks"):
         raise SubspaceError(
-            f"{old.location}: it was fitted to the cores of {arguments['tasks']} tasks as well, which it does not record. Call `update_basis` "
-            "with them again."
+            f"{old.location}: it was fitted to the cores of {arguments['tasks']} tasks as well, which it does not"
+            " record. Call `update_basis` with them again."
         )
     before = resolve_basis(
         parent.get("location"), revision=parent.get("revision"), fingerprint=parent["fingerprint"], token=how["token"]
@@ -163,12 +185,15 @@ def _same_source(
     name, colon, inside = location.partition(":")
     reference = f"{name}@{revision}{colon}{inside}" if revision else location
     source = open_source(
-        reference, token=token, allow_bin=bool(build.get("allow_bin")), base_model=base_model if entry.get("converted_from") else None
-    )  # fmt: skip
+        reference,
+        token=token,
+        allow_bin=bool(build.get("allow_bin")),
+        base_model=base_model if entry.get("converted_from") else None,
+    )
     if source.sha256 != entry["sha256"]:
         raise SourceError(
-            f"{reference}: its file has sha256 {source.sha256}, and had {entry['sha256']} when the basis was built. Restore that file, or "
-            "build a new basis."
+            f"{reference}: its file has sha256 {source.sha256}, and had {entry['sha256']} when the basis was built."
+            " Restore that file, or build a new basis."
         )
     source.name = entry["name"]
     return source

@@ -20,9 +20,17 @@ def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -
     total = sum(norm**2 for norm in norms.values())
     held = sum((kept.get(name) or 0.0) * norms[name] ** 2 for name in norms)
     return {
-        "name": source.name, "location": source.location, "revision": source.revision,
-        "sha256": source.sha256, "base_model": source.base_model, "license": source.license,
-        "task_type": source.task_type, "ranks": source.ranks,
-        "modules": len(norms), "norm": total**0.5, "seed_group": group, "energy_kept": held / total,
+        "name": source.name,
+        "location": source.location,
+        "revision": source.revision,
+        "sha256": source.sha256,
+        "base_model": source.base_model,
+        "license": source.license,
+        "task_type": source.task_type,
+        "ranks": source.ranks,
+        "modules": len(norms),
+        "norm": total**0.5,
+        "seed_group": group,
+        "energy_kept": held / total,
         **facts(source),
-    }  # fmt: skip
+    }

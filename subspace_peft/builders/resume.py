@@ -30,16 +30,19 @@ TABLE = "table"
 class WorkFolder:
     """The finished modules of one build, one file each, written aside and renamed.
 
-    They lie in a folder of their own, named after what the build is made from: the sources' sha256, names, configs and norms, the
-    arguments, and the versions of this package and of torch, whose rounding may differ. Another build does not see them.
+    They lie in a folder of their own, named after what the build is made from: the sources' sha256, names, configs and
+    norms, the arguments, and the versions of this package and of torch, whose rounding may differ. Another build does
+    not see them.
     """
 
     def __init__(self, folder: Path, sources: Sequence[Source], arguments: Mapping[str, Any]) -> None:
         made_from = {
             # the norms tell sources apart that one file became on different base models
             "sources": [[s.name, s.sha256, s.config, list(s.keys), s.scales, s.norms] for s in sources],
-            "arguments": dict(arguments), "subspace_peft": __version__, "torch": torch.__version__,
-        }  # fmt: skip
+            "arguments": dict(arguments),
+            "subspace_peft": __version__,
+            "torch": torch.__version__,
+        }
         text = json.dumps(made_from, sort_keys=True, default=_plain)
         if folder.exists() and not folder.is_dir():
             raise SubspaceError(
@@ -71,8 +74,8 @@ class WorkFolder:
             number = error.errno if isinstance(error, OSError) else None
             raise OSError(
                 number,
-                f"{self.folder}: module {name!r} cannot be written ({error}). {done} finished modules are kept there: make "
-                "room, and the same call goes on from them.",
+                f"{self.folder}: module {name!r} cannot be written ({error}). {done} finished modules are kept there:"
+                " make room, and the same call goes on from them.",
             ) from error
 
     def get_table(self, name: str) -> torch.Tensor | None:

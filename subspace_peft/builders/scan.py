@@ -1,4 +1,5 @@
-"""Reading a fleet's bytes as few times as memory allows: one pass to check and hash, one to build, whatever the number of adapters."""
+"""Reading a fleet's bytes as few times as memory allows: one pass to check and hash, one to build, whatever the number
+of adapters."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def _header(text: bytes) -> dict[str, Span]:
 
 
 def scan(source: Source) -> torch.Tensor:
-    """Check a source's tensors and note its norms and, of a file, the sha256: every byte is read once, a tensor at a time.
+    """Check a source's tensors and note its norms and, of a file, the sha256: every byte is read once, a tensor at a
+    time.
 
     Norms are those of ``Source.norm``: from r × r Gram matrices in float64, of half-precision files in float32, whose
     rounding lies far below that of such files.
@@ -93,7 +95,8 @@ def scan(source: Source) -> torch.Tensor:
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
-    """``X Xᵀ`` (…, r, r) in float64 of X (…, r, d), computed in float32 where X is of half precision and that does not overflow."""
+    """``X Xᵀ`` (…, r, r) in float64 of X (…, r, d), computed in float32 where X is of half precision and that does not
+    overflow."""
     if rows.dtype in HALF:
         wide = rows.float()
         found = (wide @ wide.mT).double()
@@ -167,7 +170,8 @@ class Reader:
         self._held: dict[tuple[int, str], torch.Tensor] = {}
 
     def groups(self, modules: Sequence[str]) -> Iterator[list[str]]:
-        """The modules in their order, as many at a time as can be held; one that is too large by itself is alone and not held."""
+        """The modules in their order, as many at a time as can be held; one that is too large by itself is alone and
+        not held."""
         group: list[str] = []
         filled = 0
         for module in modules:

@@ -18,7 +18,8 @@ def seed_groups(sources: Sequence[Source], modules: Sequence[str]) -> list[int]:
     """For each source the number of its group; sources alone in theirs have one of their own.
 
     Two sources are of one group when the cosine of their stored A's, averaged over a few modules that both have, is
-    above 0.5. Of large A's the same 1,024 entries of each are compared. Sources of different rank are never of one group.
+    above 0.5. Of large A's the same 1,024 entries of each are compared. Sources of different rank are never of one
+    group.
     """
     samples: dict[tuple[str, tuple[int, ...]], tuple[list[int], list[torch.Tensor]]] = {}
     for number, source in enumerate(sources):

@@ -28,7 +28,8 @@ def divide(team: Team, costs: Mapping[str, float], done: Collection[str]) -> tup
 def work(
     team: Team, reader: Reader, mine: Sequence[str], every: int, title: str, progress: bool, do: Callable[[str], None]
 ) -> None:
-    """Do something with each module of this process's share, its factors held as they fit, until a process is known to have failed.
+    """Do something with each module of this process's share, its factors held as they fit, until a process is known to
+    have failed.
 
     Args:
         mine: the share, of `every` modules in all.

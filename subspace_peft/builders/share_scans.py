@@ -41,21 +41,26 @@ def share_scans(
         "reasons": {str(number): reason for number, reason in reasons.items()},
         "scanned": {
             str(number): [
-                list(source.norms.values()), source.digest, sorted(source.dtypes), source.stamp,
+                list(source.norms.values()),
+                source.digest,
+                sorted(source.dtypes),
+                source.stamp,
             ]
-            for number, source in opened.items() if number in sketches
+            for number, source in opened.items()
+            if number in sketches
         },
         # a state dict is hashed where it is opened: every process has its own
         "hashes": {str(number): source.digest for number, source in opened.items() if source.digest},
-    }  # fmt: skip
+    }
     told = team.share(facts, {str(number): value for number, value in sketches.items()})
     # main's word goes first where several say something of one source, and all processes hear the same
     reasons.clear()
     odd = disagreeing([each["listed"] for each, _ in told])
     if odd is not None:
         raise SourceError(
-            f"{team.name_of(odd)} was given {len(told[odd][0]['listed'])} sources, {team.name_of(0)} {len(told[0][0]['listed'])}, and not the same "
-            "ones. Give all processes the same list; a pattern finds what lies on its own machine."
+            f"{team.name_of(odd)} was given {len(told[odd][0]['listed'])} sources, {team.name_of(0)}"
+            f" {len(told[0][0]['listed'])}, and not the same ones. Give all processes the same list; a pattern finds"
+            " what lies on its own machine."
         )
     several = len(set(team.machines)) > 1
     for index, (each, tensors) in enumerate(told):
@@ -77,6 +82,6 @@ def share_scans(
             (first, one), (second, other) = known[0], known[odd]
             reasons.setdefault(
                 int(key),
-                f"{listed[int(key) - 1]}: it has sha256 {one} for {team.name_of(first)}, and {other} for {team.name_of(second)}. Give all "
-                "processes the same adapter.",
+                f"{listed[int(key) - 1]}: it has sha256 {one} for {team.name_of(first)}, and {other} for"
+                f" {team.name_of(second)}. Give all processes the same adapter.",
             )

@@ -67,8 +67,9 @@ def certificate(pair: Pair, compressed: Compressed, both: bool) -> dict[str, obj
         both: whether what each side holds bounds what both hold together, as it does where both see the updates.
 
     Returns:
-        ``numerics``: exact or streamed; ``passes`` over the stack; ``kept`` by U and V together, and ``at_most``: no U and V
-        of these sizes keep more; ``out`` and ``in``: per side ``[held, at_most]`` of the leading directions alone.
+        ``numerics``: exact or streamed; ``passes`` over the stack; ``kept`` by U and V together, and ``at_most``: no U
+        and V of these sizes keep more; ``out`` and ``in``: per side ``[held, at_most]`` of the leading directions
+        alone.
     """
     sides, sizes = (compressed.out, compressed.inner), (pair.U.shape[1], pair.V.shape[0])
     held = [min(1.0, float(side.values[:k].sum())) for side, k in zip(sides, sizes, strict=True)]

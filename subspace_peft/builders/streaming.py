@@ -1,9 +1,10 @@
-"""A module's bases from stacks too large for an exact SVD: block power iteration over pieces of the stack, and a bound on what it missed.
+"""A module's bases from stacks too large for an exact SVD: block power iteration over pieces of the stack, and a bound
+on what it missed.
 
 With the updates ``ΔW_i = s_i B_i A_i`` and their weights w_i, the second moments ``M_out = Σ w_i² ΔW_i ΔW_iᵀ`` and
-``M_in = Σ w_i² ΔW_iᵀ ΔW_i`` are applied to blocks of vectors as ``Σ B_i G_i (B_iᵀ Q)``, with ``G_i = w_i² s_i² A_i A_iᵀ`` of r × r:
-nothing of size out × in, d × d or d × N·r is formed. Products with B and A are in float32, everything of size r × r or of the
-subspaces' width in float64.
+``M_in = Σ w_i² ΔW_iᵀ ΔW_i`` are applied to blocks of vectors as ``Σ B_i G_i (B_iᵀ Q)``, with ``G_i = w_i² s_i² A_i
+A_iᵀ`` of r × r: nothing of size out × in, d × d or d × N·r is formed. Products with B and A are in float32, everything
+of size r × r or of the subspaces' width in float64.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Piece:
         members: their places in the module's list of sources.
         B: (out, n·r) float32, the sources' B side by side.
         A: (n·r, in) float32, their A one below the other.
-        over_B, over_A: (n, r, r) float64, what ``Bᵀ Q`` and ``A Q`` are multiplied by on the way back: w² s² A Aᵀ and w² s² BᵀB.
+        over_B, over_A: (n, r, r) float64, what ``Bᵀ Q`` and ``A Q`` are multiplied by on the way back: w² s² A Aᵀ and
+            w² s² BᵀB.
     """
 
     members: list[int]
@@ -136,15 +138,16 @@ def compress(
 ) -> Compressed:
     """Subspaces of both sides by block power iteration with Rayleigh–Ritz, and bounds on what they missed.
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) on both second moments at once, from one
-    fixed Gaussian block, until the energy of the leading directions has settled.
+    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) on both second moments at once,
+    from one fixed Gaussian block, until the energy of the leading directions has settled.
 
     Args:
         stack: the module's factors.
         width: of the subspaces; cut to what the sides and the stack have.
         leading: how many directions have to have settled.
         bound: whether to probe for what was missed, in two more passes.
-        fixed: orthonormal columns (out, a) and (in, b) float64 that the subspaces begin with; what is sought lies beside them.
+        fixed: orthonormal columns (out, a) and (in, b) float64 that the subspaces begin with; what is sought lies
+            beside them.
     """
     out, inner = stack.shape
     draw = torch.Generator().manual_seed(0)
@@ -190,7 +193,8 @@ def _beside(fixed: torch.Tensor, columns: torch.Tensor, orthonormal: bool = Fals
 
 
 def _ritz(H: torch.Tensor, fixed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """What the columns hold, the turn that makes them Ritz vectors behind the `fixed` ones, and how many of them hold anything."""
+    """What the columns hold, the turn that makes them Ritz vectors behind the `fixed` ones, and how many of them hold
+    anything."""
     values, turn = torch.linalg.eigh(H[fixed:, fixed:])
     values, turn = values.flip(0), turn.flip(1)
     if not fixed:
@@ -206,7 +210,8 @@ def _apply(
     means: tuple[torch.Tensor, torch.Tensor] | None,
     parts: list[tuple[list[int], torch.Tensor, torch.Tensor]] | None = None,
 ) -> list[torch.Tensor]:
-    """``M_out Q[0]`` and ``M_in Q[1]``, float64, in one pass; appends ``Q[0]ᵀ B`` and ``A Q[1]`` of every piece to `parts`."""
+    """``M_out Q[0]`` and ``M_in Q[1]``, float64, in one pass; appends ``Q[0]ᵀ B`` and ``A Q[1]`` of every piece to
+    `parts`."""
     QU, QV = (q.float() for q in Q)
     Z = [torch.zeros_like(q) for q in Q]
     for piece in stack.pieces():
@@ -246,11 +251,12 @@ def _centred_energies(stack: ModuleStack, means: tuple[torch.Tensor, torch.Tenso
 def _probe(
     stack: ModuleStack, Q: Sequence[torch.Tensor], means: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[float, float]:
-    """Per side an upper bound on the largest eigenvalue of ``E = (I − QQᵀ) M (I − QQᵀ)``, sure but for a chance of `DOUBT`.
+    """Per side an upper bound on the largest eigenvalue of ``E = (I − QQᵀ) M (I − QQᵀ)``, sure but for a chance of
+    `DOUBT`.
 
-    For a Gaussian block X of s columns, drawn without regard to Q, ``‖Eᵖ X‖₂ ≥ λᵖ ‖xᵀX‖₂`` with x E's first eigenvector, and
-    ``‖xᵀX‖₂²`` is χ² distributed with s degrees of freedom, so ``λ ≤ (‖Eᵖ X‖₂ / √q)^(1/p)`` with q its quantile (after Dixon 1983).
-    ``P(χ²_s ≤ q) ≤ (q/2)^(s/2) / (s/2)!`` gives q.
+    For a Gaussian block X of s columns, drawn without regard to Q, ``‖Eᵖ X‖₂ ≥ λᵖ ‖xᵀX‖₂`` with x E's first
+    eigenvector, and ``‖xᵀX‖₂²`` is χ² distributed with s degrees of freedom, so ``λ ≤ (‖Eᵖ X‖₂ / √q)^(1/p)`` with q
+    its quantile (after Dixon 1983). ``P(χ²_s ≤ q) ≤ (q/2)^(s/2) / (s/2)!`` gives q.
     """
     draw = torch.Generator().manual_seed(1)
     X = [torch.randn(len(q), PROBES, generator=draw, dtype=torch.float32).double() for q in Q]
@@ -275,8 +281,8 @@ def _reach(
     """k → an upper bound on the share of the trace that M's k leading eigenvectors hold.
 
     In the basis of Q and its complement ``M = [[H, Rᵀ], [R, E]]`` with ``E ⪯ missed``. For every ε > 0 that is
-    ``⪯ (H + RᵀR/ε) ⊕ (E + ε)``, so the k leading eigenvalues of M add up to at most ``Σ max(λ_i(H + RᵀR/ε), missed + ε)``
-    (Ky Fan's maximum principle); the best ε of a few is taken. Never more than the whole trace.
+    ``⪯ (H + RᵀR/ε) ⊕ (E + ε)``, so the k leading eigenvalues of M add up to at most ``Σ max(λ_i(H + RᵀR/ε), missed +
+    ε)`` (Ky Fan's maximum principle); the best ε of a few is taken. Never more than the whole trace.
     """
     R = Z - Q @ H
     square = _symmetric(R.T @ R)
@@ -297,13 +303,15 @@ def _reach(
 
 
 def width_of(k: int, rows: int) -> int:
-    """How wide subspaces should be for k directions: wide ones lose less in alternations, and on small stacks they cost little."""
+    """How wide subspaces should be for k directions: wide ones lose less in alternations, and on small stacks they
+    cost little."""
     low, high = OVERSAMPLED
     return k * min(high, max(low, round(2**13 / rows)))
 
 
 def working_memory(shape: tuple[int, int], ranks: Sequence[int], width: int) -> int:
-    """Bytes that `compress` takes at most beside what pieces are kept in: three pieces, blocks of vectors, compressed factors."""
+    """Bytes that `compress` takes at most beside what pieces are kept in: three pieces, blocks of vectors, compressed
+    factors."""
     rows = sum(ranks)
     piece = min(rows * sum(shape), max(PIECE, max(ranks) * sum(shape)))
     return 3 * 4 * piece + 10 * 8 * width * sum(shape) + 4 * 4 * width * rows

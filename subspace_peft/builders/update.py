@@ -49,36 +49,39 @@ def update_basis(
 ) -> SubspaceBasis:
     """A new version of a basis, for further adapters; `convert.migrate_task` carries the old one's tasks over.
 
-    By default the new U and V begin with the old ones, bit for bit, and go on with directions orthogonal to them: the leading ones of
-    what the old basis leaves of the new adapters' updates (HOSVD, then JD-Full's alternations with the old directions held). Tasks then
-    lose nothing: their cores are padded with zeros. With `k` both are fitted anew within k directions, for the old sources' stored cores, the
-    tasks' `cores` and the new adapters alike: the basis stays small, and tasks drift.
+    By default the new U and V begin with the old ones, bit for bit, and go on with directions orthogonal to them: the
+    leading ones of what the old basis leaves of the new adapters' updates (HOSVD, then JD-Full's alternations with the
+    old directions held). Tasks then
+    lose nothing: their cores are padded with zeros. With `k` both are fitted anew within k directions, for the old
+    sources' stored cores, the tasks' `cores` and the new adapters alike: the basis stays small, and tasks drift.
 
-    The mean core M stays the one that the old basis's tasks use (with `k`: its projection), as do direction tensors G and the spectra, which
-    are those of the first version's fleet. Stored source cores are joined by the new sources', of which an old source's say what the old
-    basis kept of it. Modules that no new adapter changes stay as they are.
+    The mean core M stays the one that the old basis's tasks use (with `k`: its projection), as do direction tensors G
+    and the spectra, which are those of the first version's fleet. Stored source cores are joined by the new sources',
+    of which an old source's say what the old basis kept of it. Modules that no new adapter changes stay as they are.
 
     Args:
         basis: a basis, its folder or its Hub id.
         sources: the new adapters, as in `build_basis`. One that is in the basis already (by sha256) is a bad source.
-        add: at most so many new directions per side and module, or the share of the new adapters' energy in (0, 1) that old and new
-            directions have to keep together in every module.
+        add: at most so many new directions per side and module, or the share of the new adapters' energy in (0, 1)
+            that old and new directions have to keep together in every module.
         add_in: on the input side, where that differs.
         k, k_in: instead of growing, fit so many directions anew.
-        cores: with `k`: per task of the old basis its module → core (k_out, k_in) in units of ΔW, such as ``read_task(task).cores``. Each
-            counts as much as a new adapter.
-        max_drift: with `k`: refuse a basis in which a stored source's core or one of `cores` loses more than this share of its norm in
-            a module.
-        weights, alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress: as in `build_basis`. New
-            adapters that leave modules of the basis alone need no `partial`.
+        cores: with `k`: per task of the old basis its module → core (k_out, k_in) in units of ΔW, such as
+            ``read_task(task).cores``. Each counts as much as a new adapter.
+        max_drift: with `k`: refuse a basis in which a stored source's core or one of `cores` loses more than this
+            share of its norm in a module.
+        weights, alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress: as
+            in `build_basis`. New adapters that leave modules of the basis alone need no `partial`.
 
     Returns:
-        A basis in memory. Its ``info`` has ``version``, ``lineage`` (the fingerprints it came from) and ``update``: the arguments, and per module
-        how many directions were added and what the old and the new basis keep of the new adapters. ``measured`` is of the new adapters.
+        A basis in memory. Its ``info`` has ``version``, ``lineage`` (the fingerprints it came from) and ``update``:
+        the arguments, and per module how many directions were added and what the old and the new basis keep of the new
+        adapters. ``measured`` is of the new adapters.
 
     Raises:
         SourceError: bad sources; lists all of them.
-        SubspaceError: arguments that clash; too little memory; more drift than `max_drift`; nothing says what `k` has to keep.
+        SubspaceError: arguments that clash; too little memory; more drift than `max_drift`; nothing says what `k` has
+            to keep.
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
     _check(add, add_in, k, k_in, weights, max_drift)
@@ -86,9 +89,16 @@ def update_basis(
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
     known = old.info.get("sources") or []
     fleet = gather(
-        sources, skip_bad=skip_bad, partial=partial, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model,
-        judge=lambda source: _misfit(source, old), taken=[str(entry.get("name")) for entry in known],
-    )  # fmt: skip
+        sources,
+        skip_bad=skip_bad,
+        partial=partial,
+        token=token,
+        progress=progress,
+        allow_bin=allow_bin,
+        base_model=base_model,
+        judge=lambda source: _misfit(source, old),
+        taken=[str(entry.get("name")) for entry in known],
+    )
     names = {str(old.find(name)): name for name in fleet.modules}
     changed = {
         key: name
@@ -103,9 +113,17 @@ def update_basis(
     protected = [_by_basis_name(old, each) for each in cores]
     wanted = None if k is None else (k, k_in or k)
     arguments = {
-        "add": add, "add_in": add_in, "k": k, "k_in": k_in, "tasks": len(protected), "max_drift": max_drift, "weights": weights,
-        "alternations": alternations, "partial": partial, "allow_bin": allow_bin,
-    }  # fmt: skip
+        "add": add,
+        "add_in": add_in,
+        "k": k,
+        "k_in": k_in,
+        "tasks": len(protected),
+        "max_drift": max_drift,
+        "weights": weights,
+        "alternations": alternations,
+        "partial": partial,
+        "allow_bin": allow_bin,
+    }
     kept = None
     if work_folder is not None:
         held_too = [{key: tensor_sha256(core) for key, core in each.items()} for each in protected]
@@ -142,8 +160,8 @@ def update_basis(
     worst = max(drifts, key=drifts.__getitem__)
     if max_drift is not None and drifts[worst] > max_drift:
         raise SubspaceError(
-            f"Within k={k} module {worst!r} would lose {drifts[worst]:.3g} of the norm of what the old basis holds, more than "
-            f"max_drift={max_drift:g}. Give a larger k, or grow with add= instead, which loses nothing."
+            f"Within k={k} module {worst!r} would lose {drifts[worst]:.3g} of the norm of what the old basis holds,"
+            f" more than max_drift={max_drift:g}. Give a larger k, or grow with add= instead, which loses nothing."
         )
     untouched = {
         key: _with_absent(_checked(key, old[key], len(known)), len(fleet.sources)) for key in old if key not in modules
@@ -158,8 +176,8 @@ def update_basis(
 def _checked(name: str, module: ModuleBasis, sources: int) -> ModuleBasis:
     if module.cores is not None and len(module.cores) != sources:
         raise SubspaceError(
-            f"Module {name!r} of the basis holds {len(module.cores)} sources' cores, and its config lists {sources} sources. The two do not "
-            "belong together: fetch or build the basis again."
+            f"Module {name!r} of the basis holds {len(module.cores)} sources' cores, and its config lists {sources}"
+            " sources. The two do not belong together: fetch or build the basis again."
         )
     return module
 
@@ -176,16 +194,22 @@ def _misfit(source: Source, basis: SubspaceBasis) -> str | None:
         if entry.get("sha256") == source.sha256:
             return f"it is in the basis already, as {entry.get('name')!r} (the same sha256). Leave it out."
     if not same_model(source.base_model, basis.base_model):
-        return f"trained on {source.base_model!r}, but the basis is for {basis.base_model!r}. Use adapters of that base model."
+        return (
+            f"trained on {source.base_model!r}, but the basis is for {basis.base_model!r}. Use adapters of that base"
+            " model."
+        )
     shapes = basis.shapes()
     for name in source.keys:
         key = basis.find(name)
         if key is None:
-            return f"it adapts {name!r}, which the basis does not have. Build a basis of its own for such adapters, or leave it out."
+            return (
+                f"it adapts {name!r}, which the basis does not have. Build a basis of its own for such adapters, or"
+                " leave it out."
+            )
         if source.shape(name)[:2] != (shapes[key]["out"], shapes[key]["in"]):
             return (
-                f"module {name!r} is {source.shape(name)[:2]}, in the basis {(shapes[key]['out'], shapes[key]['in'])}. It belongs to "
-                "another base model."
+                f"module {name!r} is {source.shape(name)[:2]}, in the basis {(shapes[key]['out'], shapes[key]['in'])}."
+                " It belongs to another base model."
             )
     return None
 
@@ -197,8 +221,8 @@ def _by_basis_name(basis: SubspaceBasis, cores: Mapping[str, torch.Tensor]) -> d
         size = None if key is None else (shapes[key]["k_out"], shapes[key]["k_in"])
         if key is None or size is None or any(n > m for n, m in zip(core.shape, size, strict=True)):
             raise SubspaceError(
-                f"cores: module {name!r} has a core {tuple(core.shape)}, the basis {size or 'no such module'}. Give cores of tasks on "
-                "this very basis."
+                f"cores: module {name!r} has a core {tuple(core.shape)}, the basis {size or 'no such module'}. Give"
+                " cores of tasks on this very basis."
             )
         # a task that uses the leading directions only
         padded = torch.zeros(size, dtype=torch.float64)

@@ -51,8 +51,13 @@ def update_module(
         else:
             stack = ModuleStack(
                 lambda place: reader.pair(task.members[place], name),
-                task.ranks, task.shape, task.scales, task.weights, task.energy, keep=plan.keep,
-            )  # fmt: skip
+                task.ranks,
+                task.shape,
+                task.scales,
+                task.weights,
+                task.energy,
+                keep=plan.keep,
+            )
             compressed = compress(stack, width, leading=task.leading, bound=False, fixed=fixed)
         if k is None:
             pair = grow(compressed, old.module, add, add_in, alternations)
@@ -84,9 +89,13 @@ def update_module(
     ]
     return module, {
         "added": [pair.U.shape[1] - a, pair.V.shape[0] - b],
-        "kept_before": min(1.0, kept_before / compressed.total), "kept": min(1.0, kept / compressed.total),
-        "numerics": "streamed" if compressed.passes else "exact", "drift": drift, "shares": shares, "squares": squares,
-    }  # fmt: skip
+        "kept_before": min(1.0, kept_before / compressed.total),
+        "kept": min(1.0, kept / compressed.total),
+        "numerics": "streamed" if compressed.passes else "exact",
+        "drift": drift,
+        "shares": shares,
+        "squares": squares,
+    }
 
 
 def _joined(compressed: Compressed, old: OldModule) -> Compressed:
@@ -100,8 +109,9 @@ def _joined(compressed: Compressed, old: OldModule) -> Compressed:
                 weights.append(vote**0.5 / size)
     if not cores:
         raise SubspaceError(
-            f"Module {old.name!r}: with k= the directions are fitted anew, and nothing says what the old basis's tasks need: it does not keep "
-            "its sources' cores. Pass the tasks' cores with cores= (--tasks), or grow with add=, which loses nothing."
+            f"Module {old.name!r}: with k= the directions are fitted anew, and nothing says what the old basis's tasks"
+            " need: it does not keep its sources' cores. Pass the tasks' cores with cores= (--tasks), or grow with"
+            " add=, which loses nothing."
         )
     parts, places = list(compressed.parts), len(compressed.scales)
     room = [side.Q.shape[1] for side in (compressed.out, compressed.inner)]
@@ -111,9 +121,12 @@ def _joined(compressed: Compressed, old: OldModule) -> Compressed:
     parts.append((list(range(places, places + len(cores))), left, right))
     total = compressed.total + sum(w * w * float(core.square().sum()) for w, core in zip(weights, cores, strict=True))
     return replace(
-        compressed, parts=parts, total=total, scales=[*compressed.scales, *[1.0] * len(cores)],
+        compressed,
+        parts=parts,
+        total=total,
+        scales=[*compressed.scales, *[1.0] * len(cores)],
         weights=[*compressed.weights, *weights],
-    )  # fmt: skip
+    )
 
 
 def _stored(old: ModuleBasis, new: ModuleBasis) -> list[tuple[torch.Tensor, torch.Tensor]]:

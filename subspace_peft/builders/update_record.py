@@ -28,7 +28,7 @@ def record(
     first = 1 + max((_group(entry, -1) for entry in known), default=-1)
     entries = []
     for i, source in enumerate(fleet.sources):
-        kept = {name: (facts[by_name[name]]["shares"][i] if by_name[name] in facts else None) for name in source.norms}
+        kept = {name: facts[by_name[name]]["shares"][i] if by_name[name] in facts else None for name in source.norms}
         entry = source_entry(source, kept, first + fleet.groups[i])
         entries.append({**entry, "version": info["version"]})
     shares = {key: [share for share in each.pop("shares") if share is not None] for key, each in facts.items()}
@@ -37,7 +37,8 @@ def record(
         "sources": [*known, *entries],
         "skipped": [*(old.info.get("skipped") or []), *fleet.skipped],
         "update": {"arguments": arguments, "modules": facts, **({"drift": drifts} if drifts else {})},
-        # where all was fitted anew, what is kept of old sources is known as far as their stored cores go, not per module
+        # where all was fitted anew, what is kept of old sources is known as far as their stored cores go, not per
+        # module
         **({} if arguments["k"] is not None else {"measured": _measured(old, shares, modules)}),
     }
 
@@ -45,7 +46,8 @@ def record(
 def _measured(
     old: SubspaceBasis, shares: Mapping[str, list[float]], modules: Mapping[str, ModuleBasis]
 ) -> dict[str, Any]:
-    """The energy kept of old and new sources together: of the old ones what the old basis kept, which is less or the same."""
+    """The energy kept of old and new sources together: of the old ones what the old basis kept, which is less or the
+    same."""
     measured = old.info.get("measured")
     before = measured.get("energy_kept_per_module") if isinstance(measured, Mapping) else None
     count = len(old.info.get("sources") or [])
@@ -66,7 +68,8 @@ def _measured(
 
 
 def after_refit(entry: dict[str, Any], number: int, squares: list[list[tuple[float, float]]]) -> dict[str, Any]:
-    """An old source's entry when its directions were fitted anew: what is kept of its stored cores, and None where there are none."""
+    """An old source's entry when its directions were fitted anew: what is kept of its stored cores, and None where
+    there are none."""
     pairs = [each[number] for each in squares if each]
     before = sum(was for was, _ in pairs)
     share = sum(now for _, now in pairs) / before if before else None

@@ -17,10 +17,12 @@ KINDS = ("equal", "norm")
 
 
 def read_weights(weights: str | Path | Mapping[str, float]) -> tuple[str, dict[str, float]]:
-    """``equal`` or ``norm``, and the votes by source: given as a mapping, or in a file of one JSON object ``{"source": 2.0, …}``.
+    """``equal`` or ``norm``, and the votes by source: given as a mapping, or in a file of one JSON object ``{"source":
+    2.0, …}``.
 
     Raises:
-        SubspaceError: neither a known word nor a file; a file that holds something else; a vote that is no number above 0.
+        SubspaceError: neither a known word nor a file; a file that holds something else; a vote that is no number
+            above 0.
     """
     if isinstance(weights, str) and weights in KINDS:
         return weights, {}
@@ -30,8 +32,8 @@ def read_weights(weights: str | Path | Mapping[str, float]) -> tuple[str, dict[s
         file = Path(weights).expanduser()
         if not file.is_file():
             raise SubspaceError(
-                f"There is no weighting {str(weights)!r}, and no such file; choose one of {', '.join(KINDS)}, or give a JSON file of "
-                'numbers by source: {"org/lora": 2.0}.'
+                f"There is no weighting {str(weights)!r}, and no such file; choose one of {', '.join(KINDS)}, or give"
+                ' a JSON file of numbers by source: {"org/lora": 2.0}.'
             )
         where = str(file)
         try:
@@ -63,7 +65,8 @@ def weighted(fleet: Fleet, votes: Mapping[str, float]) -> Fleet:
         found.append(votes[hits[0]] if hits else 1.0)
     if strangers := [name for name in votes if name not in used]:
         raise SubspaceError(
-            f"weights: {', '.join(map(repr, strangers[:5]))} {'is' if len(strangers) == 1 else 'are'} no source's name or place. The fleet has "
+            f"weights: {', '.join(map(repr, strangers[:5]))} {'is' if len(strangers) == 1 else 'are'} no source's name"
+            " or place. The fleet has "
             f"{', '.join(repr(source.name) for source in fleet.sources[:5])}{', …' if len(fleet.sources) > 5 else ''}."
         )
     return replace(fleet, weights=found)

@@ -1,4 +1,5 @@
-"""Many tasks on one basis in one file: packing, adding, reading one by one, pushing, and compressing a fleet of LoRAs into it."""
+"""Many tasks on one basis in one file: packing, adding, reading one by one, pushing, and compressing a fleet of LoRAs
+into it."""
 
 from .bundle import Bundle, BundledTask, open_bundle
 from .compress import FleetReport, compress_fleet

@@ -116,18 +116,24 @@ class Bundle(Mapping[str, BundledTask]):
         labels = config.get("id2label")
         start, end = self.span(name)
         return BundledTask(
-            name, entry["sha256"], end - start, entry.get("source", {}), entry.get("metrics", {}),
+            name,
+            entry["sha256"],
+            end - start,
+            entry.get("source", {}),
+            entry.get("metrics", {}),
             None if labels is None else {int(index): str(label) for index, label in labels.items()},
-            config.get("modules_to_save"), int(entry.get("residual_rank", 0)), entry.get("energy_kept"),
-        )  # fmt: skip
+            config.get("modules_to_save"),
+            int(entry.get("residual_rank", 0)),
+            entry.get("energy_kept"),
+        )
 
     def entry(self, name: str) -> dict[str, Any]:
         """The index's own entry of a task. Raises `SubspaceError` where there is none of that name."""
         if name not in self:
             near = sorted(str(each) for each in self)[:5]
             raise SubspaceError(
-                f"{self.location}: there is no task {name!r} among its {len(self)}, such as {', '.join(near) or '(none)'}. "
-                f"`subspace-peft bundle ls {self.location}` lists them."
+                f"{self.location}: there is no task {name!r} among its {len(self)}, such as"
+                f" {', '.join(near) or '(none)'}. `subspace-peft bundle ls {self.location}` lists them."
             )
         return self.index["entries"][name]
 
@@ -157,7 +163,8 @@ class Bundle(Mapping[str, BundledTask]):
         block = sorted(self._block(name).items(), key=lambda item: (item[1].start, item[1].end))
         return [(key, piece.dtype, piece.shape) for key, piece in block if key != "pad"]
 
-    # -- reading --------------------------------------------------------------------------------------------------------
+    # -- reading
+    # --------------------------------------------------------------------------------------------------------
 
     def raw(self, name: str) -> bytes:
         """A task's bytes, held against their hash: from the Hub in one request, and nothing else of the file.
@@ -170,8 +177,8 @@ class Bundle(Mapping[str, BundledTask]):
         found = hashlib.sha256(data).hexdigest()
         if found != entry["sha256"]:
             raise BadFileError(
-                f"{self.location}: task {name!r} has sha256 {found}, but the index says {entry['sha256']}. The file was altered or "
-                "damaged after it was written: fetch the bundle again, or replace the task in it."
+                f"{self.location}: task {name!r} has sha256 {found}, but the index says {entry['sha256']}. The file"
+                " was altered or damaged after it was written: fetch the bundle again, or replace the task in it."
             )
         return data
 
@@ -214,11 +221,13 @@ class Bundle(Mapping[str, BundledTask]):
     def _finite(self, name: str, key: str, value: torch.Tensor) -> None:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise BadFileError(
-                f"{self.location}: {key} of task {name!r} holds NaN or infinite values. Leave it out, or train it again."
+                f"{self.location}: {key} of task {name!r} holds NaN or infinite values. Leave it out, or train it"
+                " again."
             )
 
     def config(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> SubspaceConfig:
-        """A task's configuration: `core` coefficients, its basis pinned by fingerprint, the bundle and its commit recorded.
+        """A task's configuration: `core` coefficients, its basis pinned by fingerprint, the bundle and its commit
+        recorded.
 
         Args:
             name: the task.
@@ -232,8 +241,11 @@ class Bundle(Mapping[str, BundledTask]):
         except (TypeError, AttributeError, ValueError) as error:
             raise BadFileError(f"{self.location}: the configuration of task {name!r} is damaged: {error}") from error
         config.bundle = {
-            "location": self.location, "revision": self.revision, "task": name, "sha256": entry["sha256"],
-        }  # fmt: skip
+            "location": self.location,
+            "revision": self.revision,
+            "task": name,
+            "sha256": entry["sha256"],
+        }
         config._near, config._token = self._near, self._token
         if basis is not None:
             config.basis = basis if isinstance(basis, SubspaceBasis) else str(basis)
@@ -263,8 +275,8 @@ class Bundle(Mapping[str, BundledTask]):
             for side, (axis, part) in zip(numbers.residual.get(module, ()), ((0, "out"), (1, "in")), strict=False):
                 if side.dim() != 2 or side.shape[axis] != shapes[key][part]:
                     raise BasisMismatchError(
-                        f"{self.location}: task {name!r} has a residual {tuple(side.shape)} in module {module!r}, whose {part} is "
-                        f"{shapes[key][part]}. The bundle was altered: fetch or make it again."
+                        f"{self.location}: task {name!r} has a residual {tuple(side.shape)} in module {module!r},"
+                        f" whose {part} is {shapes[key][part]}. The bundle was altered: fetch or make it again."
                     )
             keys[module] = key
         cores = {module: core.double() for module, core in numbers.cores.items()}
@@ -284,8 +296,8 @@ class Bundle(Mapping[str, BundledTask]):
         return wrong
 
     def download(self) -> Path:
-        """The whole file on this machine, fetched into huggingface_hub's cache where it is on the Hub: for `TaskBank.load`, and for
-        machines that will be offline."""
+        """The whole file on this machine, fetched into huggingface_hub's cache where it is on the Hub: for
+        `TaskBank.load`, and for machines that will be offline."""
         return self.store.local()
 
 
@@ -305,8 +317,8 @@ def open_bundle(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Bundle:
-    """Open a bundle: reads its header, which holds the index. One that this process has open is not read again; a branch of the Hub
-    therefore stays at the commit that was seen first, until `reopen_bundle`.
+    """Open a bundle: reads its header, which holds the index. One that this process has open is not read again; a
+    branch of the Hub therefore stays at the commit that was seen first, until `reopen_bundle`.
 
     Args:
         path_or_id: folder of a bundle, its file, or a Hub id, with ``@revision`` if wanted.

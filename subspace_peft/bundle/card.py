@@ -34,9 +34,11 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
     headed = next((bundle[name] for name in bundle if bundle[name].id2label), None)
     first = headed.name if headed is not None else tasks[0].name
     base = BaseFacts(
-        reference=bundle.base_model, revision=config.get("revision"), auto_class=AUTO_CLASSES.get(task_type or ""),
+        reference=bundle.base_model,
+        revision=config.get("revision"),
+        auto_class=AUTO_CLASSES.get(task_type or ""),
         num_labels=None if headed is None or headed.id2label is None else len(headed.id2label),
-    )  # fmt: skip
+    )
     return BundleFacts(
         place=place,
         basis=BasisReference(

@@ -125,16 +125,16 @@ def compress_fleet(
 ) -> FleetReport:
     """Project existing LoRAs on a basis and pack them into one bundle.
 
-    An adapter of which the basis keeps less than `min_energy` gets the best low-rank approximation of what is missing, at the smallest
-    rank up to `residual`, the same in all modules, that lifts it there; where none does, it is refused. Loaded again (`load_task`,
-    `extract_task`), such a task is a stock LoRA: projection and residual, exactly.
+    An adapter of which the basis keeps less than `min_energy` gets the best low-rank approximation of what is missing,
+    at the smallest rank up to `residual`, the same in all modules, that lifts it there; where none does, it is
+    refused. Loaded again (`load_task`, `extract_task`), such a task is a stock LoRA: projection and residual, exactly.
 
     Args:
         loras: folders, Hub ids with ``@revision``, state dicts, ``(state_dict, config)`` or PeftModels.
         basis: the basis, its folder or its Hub id; it has to be stored.
         out: the bundle's folder.
-        min_energy: share of ‖ΔW‖² from 0 to 1 that has to be in basis and residual together. Whether the *function* survives is for
-            the task's own metric to say.
+        min_energy: share of ‖ΔW‖² from 0 to 1 that has to be in basis and residual together. Whether the *function*
+            survives is for the task's own metric to say.
         residual: highest rank of a residual; 0 keeps none.
         skip_bad: leave out what is refused or cannot be read, and report it; else that is an error, which lists all.
         check_base_model: refuse a LoRA whose config names another base model than the basis.
@@ -146,8 +146,8 @@ def compress_fleet(
         The energy kept per adapter and module, and the storage table.
 
     Raises:
-        SubspaceError: some adapters are refused and `skip_bad` is off, or all are; a basis in memory only; two of one name; a threshold
-            or rank that cannot be.
+        SubspaceError: some adapters are refused and `skip_bad` is off, or all are; a basis in memory only; two of one
+            name; a threshold or rank that cannot be.
         OSError: the disk refuses; an earlier bundle stays.
     """
     if not 0 <= min_energy <= 1:
@@ -211,11 +211,16 @@ def _one(
         if not enough(total, min_energy):
             with_it = f" and {total.residual:.3f} in a residual of rank {rank}" if rank else ""
             more = "a higher residual rank" if most else "a residual (residual=, --residual)"
-            return replace(
-                what,
-                refused=f"the basis keeps {total.kept:.3f} of its energy{with_it}, less than min_energy={min_energy}: allow {more}, "
-                "lower the threshold, or build the basis from adapters like this one",
-            ), None
+            return (
+                replace(
+                    what,
+                    refused=(
+                        f"the basis keeps {total.kept:.3f} of its energy{with_it}, less than min_energy={min_energy}:"
+                        f" allow {more}, lower the threshold, or build the basis from adapters like this one"
+                    ),
+                ),
+                None,
+            )
         (task,) = named_tasks([projection])
         kept = {module: residuals[module].factors(rank) for module in residuals} if rank else {}
         task = replace(task, task=replace(task.task, residual=kept))
@@ -235,13 +240,14 @@ def _residuals(projection: Projection) -> dict[str, Residual]:
 
 
 def enough(share: Share, min_energy: float) -> bool:
-    """Whether basis and residual hold that much. A residual of full rank is all there is, but shares sum to 1 only as far as a stored
-    basis is orthonormal: to float32's precision."""
+    """Whether basis and residual hold that much. A residual of full rank is all there is, but shares sum to 1 only as
+    far as a stored basis is orthonormal: to float32's precision."""
     return share.kept + share.residual >= min_energy - 1e-6
 
 
 def shares(projection: Projection, residuals: dict[str, Residual], rank: int) -> tuple[Share, dict[str, Share]]:
-    """The whole adapter's shares, and every module's: each computed by itself, so that their sum tells whether the algebra holds."""
+    """The whole adapter's shares, and every module's: each computed by itself, so that their sum tells whether the
+    algebra holds."""
     modules, sums = {}, [0.0, 0.0, 0.0, 0.0]
     for key in projection.source.keys:
         name, core = projection.source.aliases.get(key, key), projection.cores[str(projection.basis.find(key))]

@@ -1,4 +1,5 @@
-"""What lies where in a bundle's file: a safetensors header, held against the file's size before anything is allocated."""
+"""What lies where in a bundle's file: a safetensors header, held against the file's size before anything is
+allocated."""
 
 from __future__ import annotations
 
@@ -20,9 +21,17 @@ HEADER_LIMIT = 100_000_000  # as in safetensors itself
 NAME_LIMIT = 200
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -46,8 +55,8 @@ def check_name(name: object, where: str = "") -> str:
     """`name`, where a task may be called so: it becomes a folder's name on extraction.
 
     Raises:
-        SubspaceError: it is no text, empty, too long, means another folder, holds a separator or a control character, or means the
-            base model.
+        SubspaceError: it is no text, empty, too long, means another folder, holds a separator or a control character,
+            or means the base model.
     """
     bad = (
         not isinstance(name, str)
@@ -59,7 +68,8 @@ def check_name(name: object, where: str = "") -> str:
     )
     if bad:
         raise SubspaceError(
-            f"{where}{name!r} cannot be a task's name, which is also a folder's: give up to {NAME_LIMIT} characters without "
+            f"{where}{name!r} cannot be a task's name, which is also a folder's: give up to {NAME_LIMIT} characters"
+            " without "
             f'separators and any of :*?"<>|, not beginning with a dot, and not {BASE!r}.'
         )
     return str(name)
@@ -74,7 +84,8 @@ def parse_length(data: bytes, size: int, where: str) -> int:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length < 2 or length > min(size - 8, HEADER_LIMIT):
         raise BadFileError(
-            f"{where}: its header claims {length:,} bytes in a file of {size:,}. It is truncated or no bundle: fetch or make it again."
+            f"{where}: its header claims {length:,} bytes in a file of {size:,}. It is truncated or no bundle: fetch"
+            " or make it again."
         )
     return length
 
@@ -88,7 +99,8 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, Piece], 
         where: for messages.
 
     Raises:
-        BadFileError: no bundle, a newer format, or tensors that are not what their offsets, shapes and the file's size say.
+        BadFileError: no bundle, a newer format, or tensors that are not what their offsets, shapes and the file's size
+            say.
     """
     try:
         header = json.loads(data)
@@ -102,7 +114,8 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, Piece], 
         _check_index(index, pieces)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadFileError(
-            f"{where}: no bundle that can be read ({type(error).__name__}: {error}). Fetch it again, or make it with `bundle_tasks`."
+            f"{where}: no bundle that can be read ({type(error).__name__}: {error}). Fetch it again, or make it with"
+            " `bundle_tasks`."
         ) from error
     return pieces, index
 

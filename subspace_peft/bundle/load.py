@@ -40,17 +40,17 @@ def load_task(
     cache_dir: str | Path | None = None,
     **loading: Any,
 ) -> PeftModel | PeftMixedModel:
-    """Make one task of a bundle an adapter of the model, as `model.load_adapter` does, reading no other task. Its trained modules
-    (a classifier) come with it; `model.peft_config[adapter_name]` says what it is: `id2label`, `bundle` (place, commit, name, sha256) and
-    the basis's fingerprint.
+    """Make one task of a bundle an adapter of the model, as `model.load_adapter` does, reading no other task. Its
+    trained modules (a classifier) come with it; `model.peft_config[adapter_name]` says what it is: `id2label`,
+    `bundle` (place, commit, name, sha256) and the basis's fingerprint.
 
     Args:
         model: a PeftModel, which is changed; or a plain model, around which one is made.
         bundle: folder, file or Hub id of a bundle, or an open one.
         task: the name in it.
         adapter_name: default that name, with ``_`` for dots, which torch allows in no module's name.
-        as_lora: load it as a stock LoRA (projection and residual in one, exact) instead of a subspace adapter. None: only where it has
-            a residual, which a subspace adapter does not hold. False leaves a residual out.
+        as_lora: load it as a stock LoRA (projection and residual in one, exact) instead of a subspace adapter. None:
+            only where it has a residual, which a subspace adapter does not hold. False leaves a residual out.
         basis: where the basis is, if not where the bundle says.
         is_trainable: whether it may be trained.
         revision: branch, tag or commit sha on the Hub; `token`, `cache_dir` as in huggingface_hub.
@@ -60,7 +60,8 @@ def load_task(
         The PeftModel. As in PEFT, a further adapter is not made the active one.
 
     Raises:
-        SubspaceError: no such bundle or task, the adapter's name is taken, or the model holds adapters of another method.
+        SubspaceError: no such bundle or task, the adapter's name is taken, or the model holds adapters of another
+            method.
         BadFileError: the task's bytes are damaged.
         BasisNotFoundError, BasisMismatchError: as with `PeftModel.from_pretrained`, before the model is touched.
     """
@@ -70,7 +71,8 @@ def load_task(
     _check_model(model, found, task, name, wants_lora)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "task")
-        # held until the model holds it: PEFT reads the configuration from a folder, and finds the basis in this process
+        # held until the model holds it: PEFT reads the configuration from a folder, and finds the basis in this
+        # process
         held = _write(found, task, folder, wants_lora, basis)
         if isinstance(model, (PeftModel, PeftMixedModel)):
             model.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
@@ -93,7 +95,8 @@ def extract_task(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Write one task of a bundle as a stock PEFT adapter folder, a subspace task or a LoRA (`as_lora`, as in `load_task`).
+    """Write one task of a bundle as a stock PEFT adapter folder, a subspace task or a LoRA (`as_lora`, as in
+    `load_task`).
 
     Returns:
         The folder.
@@ -143,8 +146,8 @@ def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora
     known: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
     if known and not isinstance(model, (PeftModel, PeftMixedModel)):
         raise SubspaceError(
-            f"{type(model).__name__} has injected adapters. Extract the task, with `extract_task`, and load its folder with "
-            "`subspace_peft.load_adapter`."
+            f"{type(model).__name__} has injected adapters. Extract the task, with `extract_task`, and load its folder"
+            " with `subspace_peft.load_adapter`."
         )
     if name in known:
         raise SubspaceError(
@@ -160,8 +163,8 @@ def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora
             "as_lora=False leaves the residual out" if as_lora else "as_lora=True loads it as one, where LoRAs are"
         )
         raise SubspaceError(
-            f"{bundle.location}: task {task!r} {why}, and the model holds {', '.join(others)}. Load it into a model of its own or into a "
-            f"PeftMixedModel; {remedy}."
+            f"{bundle.location}: task {task!r} {why}, and the model holds {', '.join(others)}. Load it into a model of"
+            f" its own or into a PeftMixedModel; {remedy}."
         )
 
 
@@ -175,9 +178,11 @@ def _write(
     config, numbers = bundle.config(task, basis), bundle.read(task)
     config.resolve()
     tensors = {
-        f"base_model.model.{module}.subspace_coef.weight": (core.double() * (math.sqrt(core.numel()) / config.alpha)).float().contiguous()
+        f"base_model.model.{module}.subspace_coef.weight": (
+            (core.double() * (math.sqrt(core.numel()) / config.alpha)).float().contiguous()
+        )
         for module, core in numbers.cores.items()
-    }  # fmt: skip
+    }
     tensors |= numbers.extras
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     writers: dict[Path, Callable[[Path], object]] = {

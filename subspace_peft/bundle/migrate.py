@@ -29,14 +29,15 @@ def migrate_bundle(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> tuple[Bundle, dict[str, dict[str, float]]]:
-    """Write a bundle of the same tasks on another basis; see `migrate_task`. Cores are padded or projected; trained modules, residuals and what
-    the index says of a task (scores, where it came from, energies) go along.
+    """Write a bundle of the same tasks on another basis; see `migrate_task`. Cores are padded or projected; trained
+    modules, residuals and what the index says of a task (scores, where it came from, energies) go along.
 
     Args:
         bundle: folder, file or Hub id of a bundle, or an open one.
         basis: the basis to carry its tasks to, stored somewhere.
         out: the folder to write; another one than the bundle's.
-        max_drift: refuse where a module's ``U core V`` changes by more than this share of its norm; the default admits rounding only.
+        max_drift: refuse where a module's ``U core V`` changes by more than this share of its norm; the default admits
+            rounding only.
         old_basis: where the bundle's own basis is, if not where it says.
         token: as in huggingface_hub.
         progress: show a bar where it takes longer than two seconds.
@@ -45,7 +46,8 @@ def migrate_bundle(
         The new bundle, and per task its modules' drifts, of the cores as they are stored.
 
     Raises:
-        SubspaceError: more drift than `max_drift`, naming the task; a basis in memory only; `out` is the bundle itself.
+        SubspaceError: more drift than `max_drift`, naming the task; a basis in memory only; `out` is the bundle
+            itself.
         BasisMismatchError: the new basis lacks a module of a task.
         BadFileError: a task's bytes are damaged.
     """

@@ -77,7 +77,8 @@ def _saved(reference: str | Path, basis: Any, token: str | bool | None) -> Named
     near = Path(str(task.config._near))
     sha = near.name if not folder.is_dir() and near.parent.name == "snapshots" else None
     where = {
-        "location": str(folder.resolve()) if folder.is_dir() else repo, "revision": sha,
+        "location": str(folder.resolve()) if folder.is_dir() else repo,
+        "revision": sha,
         "sha256": file_sha256(near / WEIGHTS_FILE),
-    }  # fmt: skip
+    }
     return Named(Path(folder.resolve() if folder.is_dir() else repo).name, task, where)

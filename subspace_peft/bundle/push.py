@@ -24,8 +24,9 @@ def push_bundle(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload a bundle in one commit. Its basis is pinned first, in what is uploaded: to the commit it was fetched from or pushed as, on
-    this machine. A README that somebody wrote in the repository stays. Every task is verified on the way.
+    """Upload a bundle in one commit. Its basis is pinned first, in what is uploaded: to the commit it was fetched from
+    or pushed as, on this machine. A README that somebody wrote in the repository stays. Every task is verified on the
+    way.
 
     Args:
         bundle: its folder.
@@ -48,14 +49,24 @@ def push_bundle(
     if basis is None:
         raise BadFileError(f"{found.location}: its index does not say which basis it is on. Make it again.")
     place = place_on_hub(
-        basis, f"the bundle {found.location}", "keep the bundle in a folder", push_basis_to=push_basis_to,
-        force=force, private=private, token=token,
-    )  # fmt: skip
+        basis,
+        f"the bundle {found.location}",
+        "keep the bundle in a folder",
+        push_basis_to=push_basis_to,
+        force=force,
+        private=private,
+        token=token,
+    )
 
     def write(folder: Path, there: Place) -> None:
         write_bundle([kept(found, name) for name in found], folder, found.dtype, found, place, there)
 
     return upload(
-        repo_id, write, commit_message or f"Upload a bundle of {len(found)} tasks", private=private, token=token, branch=revision,
+        repo_id,
+        write,
+        commit_message or f"Upload a bundle of {len(found)} tasks",
+        private=private,
+        token=token,
+        branch=revision,
         create_pr=create_pr,
-    )[1]  # fmt: skip
+    )[1]

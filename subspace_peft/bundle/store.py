@@ -31,12 +31,14 @@ class FileBytes:
             self.state = state_of(file)
         except OSError as error:
             raise SubspaceError(
-                f"{self.where}: there is no bundle ({error}). Make one with `bundle_tasks`, or pass its folder or Hub id."
+                f"{self.where}: there is no bundle ({error}). Make one with `bundle_tasks`, or pass its folder or"
+                " Hub id."
             ) from error
         self.size = self.state[1]
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end`. Raises `BadFileError` where they are not there, or no longer those that were opened."""
+        """Bytes `start` to `end`. Raises `BadFileError` where they are not there, or no longer those that were
+        opened."""
         try:
             with open(self.file, "rb") as stream:
                 if state_of(stream.fileno()) != self.state:
@@ -134,15 +136,15 @@ class HubBytes:
             self.size, end = total, min(end, total)
         if (begin, last + 1, total) != (start, end, self.size) or len(data) != end - start:
             raise BadFileError(
-                f"{self.where}: asked for bytes {start} to {end} of {self.size}, the Hub sent {len(data)} as {span!r}. Try again, or "
-                "fetch the whole bundle first with `open_bundle(…).download()`."
+                f"{self.where}: asked for bytes {start} to {end} of {self.size}, the Hub sent {len(data)} as {span!r}."
+                " Try again, or fetch the whole bundle first with `open_bundle(…).download()`."
             )
         return data
 
     def _failed(self, error: Exception) -> SubspaceError:
         return SubspaceError(
-            f"{self.where}: there is no such folder, and no {BUNDLE_FILE} could be read from the Hub under that id (revision "
-            f"{self.revision}): {error}"
+            f"{self.where}: there is no such folder, and no {BUNDLE_FILE} could be read from the Hub under that id"
+            f" (revision {self.revision}): {error}"
         )
 
 
@@ -159,7 +161,8 @@ def cached(repo_id: str, revision: str | None, cache_dir: Any) -> FileBytes | No
 def on_hub(
     repo_id: str, revision: str | None, token: str | bool | None, cache_dir: Any = None
 ) -> FileBytes | HubBytes:
-    """A bundle on the Hub; out of the cache where it is whole in there at that very commit, or where the machine is offline.
+    """A bundle on the Hub; out of the cache where it is whole in there at that very commit, or where the machine is
+    offline.
 
     Raises:
         SubspaceError: it is not there; or offline and not in the cache.
@@ -175,8 +178,9 @@ def on_hub(
                 return found
         if constants.is_offline_mode():
             raise SubspaceError(
-                f"{repo_id}: there is no such folder, this machine is offline (HF_HUB_OFFLINE), and the bundle is not in the cache at "
-                f"revision {revision or 'main'}. Fetch it whole while online: `open_bundle({repo_id!r}).download()`."
+                f"{repo_id}: there is no such folder, this machine is offline (HF_HUB_OFFLINE), and the bundle is not"
+                f" in the cache at revision {revision or 'main'}. Fetch it whole while online:"
+                f" `open_bundle({repo_id!r}).download()`."
             )
         return HubBytes(repo_id, revision, token, cache_dir)
     except HFValidationError as error:

@@ -1,4 +1,5 @@
-"""Tasks → a bundle; more tasks into a bundle, whose bytes are copied, verified, and only replaced when the new file is whole."""
+"""Tasks → a bundle; more tasks into a bundle, whose bytes are copied, verified, and only replaced when the new file is
+whole."""
 
 from __future__ import annotations
 
@@ -25,12 +26,24 @@ from .card import write_card
 from .layout import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width
 from .named import Named, named_tasks
 
-# what is the same for every task of a bundle, whatever the tasks said: their cores are stored, not how these were trained
+# what is the same for every task of a bundle, whatever the tasks said: their cores are stored, not how these were
+# trained
 PLAIN = {
-    "coefficients": "core", "mean_gain": "none", "start": "zero", "r": 8, "dropout": 0.0, "seed": 0, "save_basis": None,
-    "basis_modules": None, "init_weights": True, "inference_mode": True, "exclude_modules": None, "layers_to_transform": None,
-    "layers_pattern": None, "bundle": None,
-}  # fmt: skip
+    "coefficients": "core",
+    "mean_gain": "none",
+    "start": "zero",
+    "r": 8,
+    "dropout": 0.0,
+    "seed": 0,
+    "save_basis": None,
+    "basis_modules": None,
+    "init_weights": True,
+    "inference_mode": True,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "bundle": None,
+}
 
 
 @dataclass(eq=False)
@@ -68,9 +81,9 @@ def bundle_tasks(
     """Pack tasks on one basis into one file.
 
     Args:
-        tasks: a list of saved tasks (folders, Hub ids with ``@revision``), of PeftModels (all their subspace adapters), `TaskBank`s
-            (all their tasks), `Projection`s and `Task`s; or a mapping, name → such a task. Without names, a folder's or repository's
-            own last part is the name.
+        tasks: a list of saved tasks (folders, Hub ids with ``@revision``), of PeftModels (all their subspace
+            adapters), `TaskBank`s (all their tasks), `Projection`s and `Task`s; or a mapping, name → such a task.
+            Without names, a folder's or repository's own last part is the name.
         out: the folder to write; a bundle that is there is replaced when the new one is whole.
         basis: where the basis is, if not where the tasks say.
         metrics: name → scores to record, JSON-ready.
@@ -81,7 +94,8 @@ def bundle_tasks(
 
     Raises:
         BasisMismatchError: the tasks are on different bases; names them.
-        SubspaceError: no tasks, two of one name, a name that could not be a folder's, a basis in memory only, metrics for nobody.
+        SubspaceError: no tasks, two of one name, a name that could not be a folder's, a basis in memory only, metrics
+            for nobody.
         BadFileError: NaN or infinite values; names the task.
         OSError: the disk refuses; an earlier bundle stays.
     """
@@ -102,8 +116,8 @@ def add_tasks(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> Bundle:
-    """Add tasks to a bundle in a folder. What is in it is copied byte for byte, and verified; the file is replaced when the new one is
-    whole, so a failure leaves it as it was.
+    """Add tasks to a bundle in a folder. What is in it is copied byte for byte, and verified; the file is replaced
+    when the new one is whole, so a failure leaves it as it was.
 
     Args:
         bundle: its folder.
@@ -118,8 +132,8 @@ def add_tasks(
     folder = Path(bundle.location if isinstance(bundle, Bundle) else bundle).expanduser()
     if not (folder / BUNDLE_FILE).is_file():
         raise SubspaceError(
-            f"{folder}: there is no {BUNDLE_FILE} to add to. Make a bundle with `bundle_tasks`; one on the Hub is fetched, added to, "
-            "and pushed again."
+            f"{folder}: there is no {BUNDLE_FILE} to add to. Make a bundle with `bundle_tasks`; one on the Hub is"
+            " fetched, added to, and pushed again."
         )
     with _locked(folder):
         old = open_bundle(folder)
@@ -129,8 +143,8 @@ def add_tasks(
         taken = sorted(name for name in new if name in old)
         if taken and not replace:
             raise SubspaceError(
-                f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Name it otherwise, with a "
-                "mapping of names to tasks, or replace it with replace=True (--replace)."
+                f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Name it"
+                " otherwise, with a mapping of names to tasks, or replace it with replace=True (--replace)."
             )
         return write_bundle([*(kept(old, name) for name in old if name not in new), *packed], folder, dtype, old)
 
@@ -143,8 +157,9 @@ def write_bundle(
     basis: tuple[str, str | None] | None = None,
     shown_as: Place | None = None,
 ) -> Bundle:
-    """Write `bundle.safetensors` and a card into `folder`: like `old` in what is common to all tasks, and with `basis` (location, commit)
-    as its basis's place, where given. The card loads from `shown_as`, or else from the folder. Raises as `bundle_tasks`."""
+    """Write `bundle.safetensors` and a card into `folder`: like `old` in what is common to all tasks, and with `basis`
+    (location, commit) as its basis's place, where given. The card loads from `shown_as`, or else from the folder.
+    Raises as `bundle_tasks`."""
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a bundle is written into a folder.")
     index = _index(packed, None if old is None else old.index)
@@ -183,20 +198,27 @@ def write_bundle(
 
 
 def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Which tasks are rows, which lie apart, and what is common to all. A bundle that is there keeps its own order of modules."""
+    """Which tasks are rows, which lie apart, and what is common to all. A bundle that is there keeps its own order of
+    modules."""
     first = packed[0]
     modules = first.modules if old is None else old["modules"]
     common = first.config if old is None else old["config"]
     fingerprint = common["basis_fingerprint"]
     index: dict[str, Any] = {
-        "format_version": FORMAT_VERSION, "subspace_peft_version": __version__, "basis_fingerprint": fingerprint,
-        "modules": modules, "config": common, "tasks": [], "apart": [], "entries": {},
-    }  # fmt: skip
+        "format_version": FORMAT_VERSION,
+        "subspace_peft_version": __version__,
+        "basis_fingerprint": fingerprint,
+        "modules": modules,
+        "config": common,
+        "tasks": [],
+        "apart": [],
+        "entries": {},
+    }
     for task in packed:
         if task.config["basis_fingerprint"] != fingerprint:
             raise BasisMismatchError(
-                f"Task {task.name!r} is on the basis {task.config['basis_fingerprint']}, {first.name!r} and so the bundle on "
-                f"{fingerprint}. Make a bundle of its own for it."
+                f"Task {task.name!r} is on the basis {task.config['basis_fingerprint']}, {first.name!r} and so the"
+                f" bundle on {fingerprint}. Make a bundle of its own for it."
             )
         place = ("basis", "basis_revision")
         differs = {key: value for key, value in task.config.items() if key not in place and common.get(key) != value}
@@ -209,7 +231,8 @@ def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str,
     return index
 
 
-# -- packing ------------------------------------------------------------------------------------------------------------
+# -- packing
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _pack_all(
@@ -263,9 +286,11 @@ def pack(
             raise SubspaceError(f"Task {name!r}: {key} has dtype {value.dtype}, which a bundle does not hold.")
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise BadFileError(
-                f"Task {name!r}: {key} holds NaN or infinite values (in {value.dtype}). Leave it out, or train it again."
+                f"Task {name!r}: {key} holds NaN or infinite values (in {value.dtype}). Leave it out, or train it"
+                " again."
             )
-    # wide numbers first, so that within a task's bytes every tensor lies where its dtype may lie; a lone core stays first
+    # wide numbers first, so that within a task's bytes every tensor lies where its dtype may lie; a lone core stays
+    # first
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     data = b"".join(tensor_bytes(tensors[key]) for key in order)
     more = {"source": named.source, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **entry}
@@ -281,9 +306,13 @@ def pack(
             f"Task {name!r}: its metrics are no JSON ({error}). Give finite numbers and texts."
         ) from error
     return Packed(
-        name, config, {module: list(task.cores[module].shape) for module in modules},
-        [(key, NAMES[tensors[key].dtype], tuple(tensors[key].shape)) for key in order], lambda: data, more,
-    )  # fmt: skip
+        name,
+        config,
+        {module: list(task.cores[module].shape) for module in modules},
+        [(key, NAMES[tensors[key].dtype], tuple(tensors[key].shape)) for key in order],
+        lambda: data,
+        more,
+    )
 
 
 def _natural(name: str) -> list[Any]:
@@ -297,26 +326,36 @@ def kept(bundle: Bundle, name: str) -> Packed:
     start, end = bundle.span(name)
     config = {**bundle.index["config"], **bundle.entry(name).get("config", {})}
     return Packed(
-        name, config, {module: list(size) for module, size in bundle.sizes(name).items()}, bundle.tensors(name),
-        lambda: bundle.raw(name), {**entry, "bytes": end - start},
-    )  # fmt: skip
+        name,
+        config,
+        {module: list(size) for module, size in bundle.sizes(name).items()},
+        bundle.tensors(name),
+        lambda: bundle.raw(name),
+        {**entry, "bytes": end - start},
+    )
 
 
 def _config(task: Task, name: str, id2label: Mapping[int, str] | None) -> dict[str, Any]:
     basis = task.config.resolve()
     if basis is None:
         raise SubspaceError(
-            f"Task {name!r} carries its basis in its own file. A bundle refers to a stored one: save that basis by itself, and say "
-            "where it is with basis=…."
+            f"Task {name!r} carries its basis in its own file. A bundle refers to a stored one: save that basis by"
+            " itself, and say where it is with basis=…."
         )
     if basis.location is None:
         raise SubspaceError(
-            f"The basis of task {name!r} lives in memory only: `basis.save_pretrained(folder)` before the tasks are packed."
+            f"The basis of task {name!r} lives in memory only: `basis.save_pretrained(folder)` before the tasks are"
+            " packed."
         )
     config = {
-        **task.config.to_dict(), **PLAIN, "target_modules": sorted(task.cores), "subspace_version": __version__,
-        "basis": basis.location, "basis_revision": basis.revision, "basis_fingerprint": basis.fingerprint,
-    }  # fmt: skip
+        **task.config.to_dict(),
+        **PLAIN,
+        "target_modules": sorted(task.cores),
+        "subspace_version": __version__,
+        "basis": basis.location,
+        "basis_revision": basis.revision,
+        "basis_fingerprint": basis.fingerprint,
+    }
     if id2label is not None:
         config["id2label"] = {int(index): str(label) for index, label in id2label.items()}
     return json.loads(json.dumps(config))

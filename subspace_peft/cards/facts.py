@@ -19,7 +19,8 @@ AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where the thing that a card describes is loaded from: a Hub id or a folder, with a subfolder and a revision of it."""
+    """Where the thing that a card describes is loaded from: a Hub id or a folder, with a subfolder and a revision of
+    it."""
 
     reference: str
     subfolder: str | None = None
@@ -84,8 +85,8 @@ class SourceFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BasisFacts:
-    """A basis. `k` says its sizes in words; `frozen` and `core` count its numbers and those of a task with dense cores; `per_module` has per
-    module what is known of the energy ``kept``, ``left_out`` and ``random``.
+    """A basis. `k` says its sizes in words; `frozen` and `core` count its numbers and those of a task with dense
+    cores; `per_module` has per module what is known of the energy ``kept``, ``left_out`` and ``random``.
     """
 
     place: Place

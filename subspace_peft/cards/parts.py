@@ -9,8 +9,8 @@ from typing import Any
 from .facts import BaseFacts, BasisReference, Place
 
 REMEDY = (
-    "`KeyError: 'SUBSPACE'` means that the process has not imported `subspace_peft`: `pip install subspace-peft`, and `import "
-    "subspace_peft` before loading; a stock script runs unchanged with `subspace-peft run script.py`."
+    "`KeyError: 'SUBSPACE'` means that the process has not imported `subspace_peft`: `pip install subspace-peft`, and"
+    " `import subspace_peft` before loading; a stock script runs unchanged with `subspace-peft run script.py`."
 )
 IMPORT = "import subspace_peft  # registers the SUBSPACE method with PEFT"
 PIPELINES = {
@@ -43,7 +43,8 @@ def front_matter(
     title: str = "",
     results: Sequence[tuple[str | None, str, float]] = (),
 ) -> dict[str, Any]:
-    """The Hub's metadata, `results` (split, metric, number) as a model index where they belong to one known dataset."""
+    """The Hub's metadata, `results` (split, metric, number) as a model index where they belong to one known
+    dataset."""
     from huggingface_hub import EvalResult, ModelCardData
 
     pipeline = pipeline_tag(task_type, base)
@@ -52,17 +53,26 @@ def front_matter(
     if pipeline and len(datasets) == 1 and results:
         made = [
             EvalResult(
-                task_type=pipeline, dataset_type=datasets[0], dataset_name=datasets[0], dataset_split=split,
-                metric_type=metric, metric_value=value,
+                task_type=pipeline,
+                dataset_type=datasets[0],
+                dataset_name=datasets[0],
+                dataset_split=split,
+                metric_type=metric,
+                metric_value=value,
             )
             for split, metric, value in results
-        ]  # fmt: skip
+        ]
         index = {"model_name": title, "eval_results": made}
     more = {"base_model_relation": "adapter"} if base.hub_id and kind != "basis" else {}
     data = ModelCardData(
-        library_name="peft", base_model=base.hub_id, pipeline_tag=pipeline, datasets=list(datasets) or None,
-        tags=sorted(tags | ({base.family} if base.family else set())), **index, **more,
-    )  # fmt: skip
+        library_name="peft",
+        base_model=base.hub_id,
+        pipeline_tag=pipeline,
+        datasets=list(datasets) or None,
+        tags=sorted(tags | ({base.family} if base.family else set())),
+        **index,
+        **more,
+    )
     return dict(data.to_dict())
 
 

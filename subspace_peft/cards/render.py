@@ -42,9 +42,11 @@ SETTINGS = {
 def basis_card(facts: BasisFacts) -> Card:
     """A basis: what it was built from, what it keeps, how to train in it."""
     parts = [
-        f"A frozen basis for {facts.modules} modules ({facts.k}) of {base_words(facts.base)}, for "
-        f"subspace_peft. {facts.frozen:,} frozen numbers, stored once; a task in it is "
-        f"{facts.core:,} numbers with the default `core` coefficients.",
+        (
+            f"A frozen basis for {facts.modules} modules ({facts.k}) of {base_words(facts.base)}, for "
+            f"subspace_peft. {facts.frozen:,} frozen numbers, stored once; a task in it is "
+            f"{facts.core:,} numbers with the default `core` coefficients."
+        ),
         "\n".join(
             [f"- fingerprint: `{facts.fingerprint}`"]
             + ([f"- builder: `{facts.builder}`"] if facts.builder else [])
@@ -168,10 +170,16 @@ def task_card(facts: TaskFacts) -> Card:
     if facts.controls:
         parts.append(section("Beside its controls", *_controls(facts.controls)))
     front = front_matter(
-        "task", facts.base, task_type=facts.task_type, coefficients=[facts.coefficients], datasets=facts.datasets,
+        "task",
+        facts.base,
+        task_type=facts.task_type,
+        coefficients=[facts.coefficients],
+        datasets=facts.datasets,
         title=facts.place.name,
-        results=[(split if split != "evaluation" else None, name, value) for split, name, value in results if name != "loss"],
-    )  # fmt: skip
+        results=[
+            (split if split != "evaluation" else None, name, value) for split, name, value in results if name != "loss"
+        ],
+    )
     return Card(facts.place.name, "\n\n".join(parts), front)
 
 
@@ -194,7 +202,10 @@ def _controls(controls: Mapping[str, Any]) -> list[str]:
         rate = "–" if row.get("rate") is None else f"{row['rate']:g}"
         rows.append((row["method"], score, row["seeds"], *trained, rate))
     header = ["method", f"test {controls.get('score') or 'score'}", "seeds", "trained (adapter)", "trained (head)"]
-    said = "Every row was trained anew under one budget, at the learning rate that was best for it on the validation split; mean ± sample "
+    said = (
+        "Every row was trained anew under one budget, at the learning rate that was best for it on the validation"
+        " split; mean ± sample "
+    )
     said += "standard deviation over the seeds. The row in this task's manner is not of this file's very numbers."
     return [f"{controls.get('title') or ''}", table([*header, "adapter bytes", "learning rate"], rows), said]
 

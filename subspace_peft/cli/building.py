@@ -70,10 +70,19 @@ def _built(args: Namespace, beside: Path | None) -> SubspaceBasis:
 def _common(args: Namespace, beside: Path | None) -> dict[str, Any]:
     """What bases and clusters of them are built with alike."""
     return {
-        "alternations": args.alternations, "directions": args.directions, "leave_one_out": args.leave_one_out, "complete": args.complete,
-        "base_model": base_model(args), "seed": args.seed, "skip_bad": args.skip_bad, "partial": args.partial, "allow_bin": args.allow_bin,
-        "max_memory": args.max_memory, "work_folder": beside, "progress": not args.quiet,
-    }  # fmt: skip
+        "alternations": args.alternations,
+        "directions": args.directions,
+        "leave_one_out": args.leave_one_out,
+        "complete": args.complete,
+        "base_model": base_model(args),
+        "seed": args.seed,
+        "skip_bad": args.skip_bad,
+        "partial": args.partial,
+        "allow_bin": args.allow_bin,
+        "max_memory": args.max_memory,
+        "work_folder": beside,
+        "progress": not args.quiet,
+    }
 
 
 def _clustered(args: Namespace, beside: Path | None) -> Clusters:
@@ -99,17 +108,18 @@ def _say(clusters: Clusters, args: Namespace, out: Path) -> int:
         return print_json(facts)
     for step in facts["steps"]:
         print(
-            f"  {step['clusters']} clusters (k={step['k']}) keep {step['left_out']:.4f} of sources left out, {step['against']} of equal size "
-            f"(k={step['against_k']}) {step['against_left_out']:.4f}: gain {step['gain']:.4f} ± {step['standard_error']:.4f}"
+            f"  {step['clusters']} clusters (k={step['k']}) keep {step['left_out']:.4f} of sources left out,"
+            f" {step['against']} of equal size (k={step['against_k']}) {step['against_left_out']:.4f}: gain"
+            f" {step['gain']:.4f} ± {step['standard_error']:.4f}"
         )
     for source in facts["sources"]:
         print(
-            f"  {source['name']}: cluster {source['cluster']}, energy kept {source['energy_kept']:.4f} (by one basis of equal size "
-            f"{source['energy_kept_single']:.4f})"
+            f"  {source['name']}: cluster {source['cluster']}, energy kept {source['energy_kept']:.4f} (by one basis"
+            f" of equal size {source['energy_kept_single']:.4f})"
         )
     print(
-        f"{out}: {len(facts['clusters'])} bases, k={facts['k']}, energy kept {facts['energy_kept']:.4f}; one basis of as many numbers, "
-        f"k={facts['single_k']}, {facts['energy_kept_single']:.4f}"
+        f"{out}: {len(facts['clusters'])} bases, k={facts['k']}, energy kept {facts['energy_kept']:.4f}; one basis of"
+        f" as many numbers, k={facts['single_k']}, {facts['energy_kept_single']:.4f}"
     )
     return 0
 
@@ -123,7 +133,7 @@ def _rebuilt(args: Namespace, beside: Path | None) -> tuple[str, SubspaceBasis]:
     old = SubspaceBasis.from_pretrained(args.from_config)
     new = rebuild_basis(
         old, base_model=base_model(args), max_memory=args.max_memory, work_folder=beside, progress=not args.quiet
-    )  # fmt: skip
+    )
     other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
     return f"built again; the fingerprint {'is the one on record' if new == old else other}", new
 
@@ -134,26 +144,37 @@ def _plan(args: Namespace) -> int:
     if args.builder in ("random", "base-weights"):
         raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
     plan = plan_build(
-        args.sources, k=None if args.k is None else number(args.k), k_in=args.k_in, budget=args.budget,
-        alternations=args.alternations, complete=args.complete, partial=args.partial, allow_bin=args.allow_bin, max_memory=args.max_memory, base_model=base_model(args), progress=not args.quiet,
-    )  # fmt: skip
+        args.sources,
+        k=None if args.k is None else number(args.k),
+        k_in=args.k_in,
+        budget=args.budget,
+        alternations=args.alternations,
+        complete=args.complete,
+        partial=args.partial,
+        allow_bin=args.allow_bin,
+        max_memory=args.max_memory,
+        base_model=base_model(args),
+        progress=not args.quiet,
+    )
     refused = bool(plan.skipped) and not args.skip_bad
     if args.json:
         print_json(plan.to_dict())
         return int(refused)
     for entry in plan.sources:
         print(
-            f"  {entry['name']}: {entry['location']}, ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, "
-            f"seed group {entry['seed_group']}"
+            f"  {entry['name']}: {entry['location']}, ranks {entry['ranks']}, {entry['modules']} modules, norm"
+            f" {entry['norm']:.4g}, seed group {entry['seed_group']}"
         )
     for entry in plan.skipped:
         print(f"  {'would be refused' if refused else 'would be left out'}: {entry['reason']}")
     for name, size in plan.modules.items():
         print(
-            f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k {size['k_out']}, {size['k_in']}"
+            f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k"
+            f" {size['k_out']}, {size['k_in']}"
         )
     print(
-        f"{len(plan.sources)} sources of {plan.base_model}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes to read, "
-        f"{plan.bytes_of_basis:,} bytes of basis, about {plan.memory:,} bytes of memory and {plan.seconds:.1f} seconds"
+        f"{len(plan.sources)} sources of {plan.base_model}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes"
+        f" to read, {plan.bytes_of_basis:,} bytes of basis, about {plan.memory:,} bytes of memory and"
+        f" {plan.seconds:.1f} seconds"
     )
     return int(refused)

@@ -96,9 +96,14 @@ def extract(args: Namespace) -> int:
         raise SubspaceError("bundle extract: name the tasks, or pass --all. `subspace-peft bundle ls` lists them.")
     as_lora = True if args.as_lora else False if args.no_residual else None
     folders = extract_tasks(
-        args.bundle, args.out, None if args.all else args.tasks, as_lora=as_lora, basis=args.basis,
-        revision=args.revision, progress=not args.quiet,
-    )  # fmt: skip
+        args.bundle,
+        args.out,
+        None if args.all else args.tasks,
+        as_lora=as_lora,
+        basis=args.basis,
+        revision=args.revision,
+        progress=not args.quiet,
+    )
     if args.json:
         return print_json({folder.name: str(folder) for folder in folders})
     for folder in folders:
@@ -112,9 +117,16 @@ def compress(args: Namespace) -> int:
     from ..bundle import compress_fleet
 
     report = compress_fleet(
-        args.loras, args.basis, args.out, min_energy=number(args.min_energy), residual=args.residual, skip_bad=args.skip_bad,
-        check_base_model=not args.no_base_check, dtype=getattr(torch, args.dtype), progress=not args.quiet,
-    )  # fmt: skip
+        args.loras,
+        args.basis,
+        args.out,
+        min_energy=number(args.min_energy),
+        residual=args.residual,
+        skip_bad=args.skip_bad,
+        check_base_model=not args.no_base_check,
+        dtype=getattr(torch, args.dtype),
+        progress=not args.quiet,
+    )
     if args.json:
         return print_json(report.to_dict())
     for each in report.adapters:
@@ -124,8 +136,8 @@ def compress(args: Namespace) -> int:
         rank = f" in a residual of rank {each.residual_rank}" if each.residual_rank else ""
         alone = ", the projection alone" if each.residual_rank else ""
         print(
-            f"{each.name}: kept {each.total.kept:.4f}, residual {each.total.residual:.4f}{rank}, lost {each.total.lost:.4f} "
-            f"({each.verdict}{alone})"
+            f"{each.name}: kept {each.total.kept:.4f}, residual {each.total.residual:.4f}{rank}, lost"
+            f" {each.total.lost:.4f} ({each.verdict}{alone})"
         )
         for module, share in each.modules.items():
             print(f"  {share.kept:.4f}  {share.residual:.4f}  {share.lost:.4f}  {module}")

@@ -26,21 +26,23 @@ def inspect(args: Namespace) -> int:
     print(f"{facts['location']}: a basis for {facts['modules']} modules of {facts['base_model']}, {facts['k']}")
     print(f"fingerprint {facts['fingerprint']}" + (" (every tensor verified)" if facts["verified"] else ""))
     print(
-        f"{facts['frozen_numbers']:,} frozen numbers, {facts['bytes'] or 0:,} bytes; a task: {facts['core_numbers_per_task']:,} numbers"
+        f"{facts['frozen_numbers']:,} frozen numbers, {facts['bytes'] or 0:,} bytes; a task:"
+        f" {facts['core_numbers_per_task']:,} numbers"
     )
     if "energy_kept" in facts:
         print(f"energy kept {facts['energy_kept']:.4f}; a random basis of equal size {facts['energy_random']:.4f}")
     if facts["precision"]:
         lost = facts["precision"]
         print(
-            f"stored as {lost['stored']}, which loses {lost['energy_lost']:.2g} of that energy (at most {lost['energy_lost_at_most']:.2g} of "
-            "any update's)"
+            f"stored as {lost['stored']}, which loses {lost['energy_lost']:.2g} of that energy (at most"
+            f" {lost['energy_lost_at_most']:.2g} of any update's)"
         )
     if "energy_left_out" in facts:
         print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
     for source in facts["sources"]:
         print(
-            f"  {source['name']}: ranks {source['ranks']}, energy kept {_share(source['energy_kept'])}, seed group {source['seed_group']}"
+            f"  {source['name']}: ranks {source['ranks']}, energy kept {_share(source['energy_kept'])}, seed group"
+            f" {source['seed_group']}"
         )
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
@@ -58,8 +60,8 @@ def validate(args: Namespace) -> int:
         print(f"  {problem}")
     verdict = f"{len(facts['problems'])} problems" if facts["problems"] else "valid"
     print(
-        f"{facts['location']}: {verdict}; {facts['modules']} modules read and hashed, fingerprint {facts['fingerprint']}, directions "
-        f"orthonormal to {facts['orthonormality']:.1e}"
+        f"{facts['location']}: {verdict}; {facts['modules']} modules read and hashed, fingerprint"
+        f" {facts['fingerprint']}, directions orthonormal to {facts['orthonormality']:.1e}"
     )
     return int(bool(facts["problems"]))
 
@@ -73,7 +75,10 @@ def analyze(args: Namespace) -> int:
     if args.json:
         return print_json(found.to_dict())
     for entry in found.sources:
-        line = f"  {entry['name']}: ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, seed group {entry['seed_group']}"
+        line = (
+            f"  {entry['name']}: ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, seed"
+            f" group {entry['seed_group']}"
+        )
         if "nearest" in entry:
             line += f", nearest {entry['nearest']} (cosine {entry['nearest_cosine']:.3f})"
         if "energy_kept" in entry:
@@ -94,9 +99,15 @@ def report(args: Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise SubspaceError("A report's figures need matplotlib: pip install subspace-peft[report].")
     found = report_basis(
-        args.basis, args.fleet, sample=args.sample, modules=args.modules, seed=args.seed, allow_bin=args.allow_bin,
-        base_model=base_model(args), progress=not args.quiet,
-    )  # fmt: skip
+        args.basis,
+        args.fleet,
+        sample=args.sample,
+        modules=args.modules,
+        seed=args.seed,
+        allow_bin=args.allow_bin,
+        base_model=base_model(args),
+        progress=not args.quiet,
+    )
     page = found.save(args.out)
     if args.json:
         return print_json({"page": str(page), **found.to_dict()})
@@ -139,9 +150,13 @@ def export_lora(args: Namespace) -> int:
 
     pad = args.pad_to if args.pad_to in (None, "vllm") else number(args.pad_to)
     result = export(
-        args.task, args.out, basis=args.basis, rank=args.rank, pad_to=pad,
+        args.task,
+        args.out,
+        basis=args.basis,
+        rank=args.rank,
+        pad_to=pad,
         modules_to_save=False if args.no_modules_to_save else None,
-    )  # fmt: skip
+    )
     if args.json:
         return print_json(result.to_dict())
     print(
@@ -187,9 +202,13 @@ def cache(args: Namespace) -> int:
     facts = []
     for entry in chosen:
         fact = {
-            "fingerprint": entry.fingerprint, "location": entry.location, "revision": entry.revision, "bytes": entry.bytes,
-            "modules": entry.modules, "base_model": entry.base_model,
-        }  # fmt: skip
+            "fingerprint": entry.fingerprint,
+            "location": entry.location,
+            "revision": entry.revision,
+            "bytes": entry.bytes,
+            "modules": entry.modules,
+            "base_model": entry.base_model,
+        }
         if args.what == "verify":
             fact["problem"] = kept.verify(entry)
         if args.what == "rm":
@@ -203,8 +222,8 @@ def cache(args: Namespace) -> int:
         for fact in facts:
             done = {"rm": "removed: ", "verify": f"{fact.get('problem') or 'intact'}: ", "ls": ""}[args.what]
             print(
-                f"{done}{fact['fingerprint'][:12]}  {fact['bytes']:,} bytes, {fact['modules']} modules of {fact['base_model']}, from "
-                f"{fact['location']}@{(fact['revision'] or '')[:12]}"
+                f"{done}{fact['fingerprint'][:12]}  {fact['bytes']:,} bytes, {fact['modules']} modules of"
+                f" {fact['base_model']}, from {fact['location']}@{(fact['revision'] or '')[:12]}"
             )
     return 1 if any(fact.get("problem") for fact in facts) else 0
 
@@ -254,7 +273,8 @@ def number(text: str) -> int | float:
 
 
 def unfinished(out: str | Path) -> Path | None:
-    """Where finished modules of what goes to `out` are kept until all are: ``<out>.partial``; nowhere where `out` has no name."""
+    """Where finished modules of what goes to `out` are kept until all are: ``<out>.partial``; nowhere where `out` has
+    no name."""
     out = Path(out).expanduser()
     return out.with_name(f"{out.name}.partial") if out.name else None
 

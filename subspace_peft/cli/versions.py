@@ -14,16 +14,22 @@ from .verbs import base_model, inspect, number, print_json, unfinished
 def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     """The verb `update`."""
     verb = add(
-        "update", help="grow a basis by what new adapters need, and carry its tasks over",
-        description="A new version of a basis for further LoRA adapters. Old directions stay bit for bit, so tasks lose nothing; -k fits all "
-        "directions anew instead. Interrupted, the same command goes on from the modules kept in FOLDER.partial.",
-    )  # fmt: skip
+        "update",
+        help="grow a basis by what new adapters need, and carry its tasks over",
+        description=(
+            "A new version of a basis for further LoRA adapters. Old directions stay bit for bit, so tasks lose"
+            " nothing; -k fits all directions anew instead. Interrupted, the same command goes on from the modules"
+            " kept in FOLDER.partial."
+        ),
+    )
     verb.add_argument("basis", help="folder or Hub id of the basis")
     verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
     verb.add_argument(
-        "--add", default="8", help="most new directions per side, or a share of the new adapters' energy to keep (default: %(default)s)"
-    )  # fmt: skip
+        "--add",
+        default="8",
+        help="most new directions per side, or a share of the new adapters' energy to keep (default: %(default)s)",
+    )
     verb.add_argument("--add-in", type=int, help="on the input side, where they differ")
     verb.add_argument("-k", "--k", type=int, help="fit so many directions anew; tasks drift")
     verb.add_argument("--k-in", type=int, help="on the input side, where they differ")
@@ -46,9 +52,12 @@ def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
 def add_migrate(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     """The verb `migrate`."""
     verb = add(
-        "migrate", help="carry tasks over to another version of their basis",
-        description="Carry tasks and bundles over to another basis, and say how much of their updates' norm that changes.",
-    )  # fmt: skip
+        "migrate",
+        help="carry tasks over to another version of their basis",
+        description=(
+            "Carry tasks and bundles over to another basis, and say how much of their updates' norm that changes."
+        ),
+    )
     verb.add_argument("tasks", nargs="+", metavar="TASK", help="folder or Hub id of a task, or a bundle's folder")
     verb.add_argument("--basis", required=True, help="folder or Hub id of the basis to carry them to")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write them, each under its own name")
@@ -61,9 +70,13 @@ def add_migrate(add: Callable[..., ArgumentParser]) -> ArgumentParser:
 def add_complete(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     """The verb `complete`."""
     verb = add(
-        "complete", help="fill a basis up to more directions",
-        description="Fill a basis up to k directions with random ones or the base weights' singular vectors. Those it has stay bit for bit.",
-    )  # fmt: skip
+        "complete",
+        help="fill a basis up to more directions",
+        description=(
+            "Fill a basis up to k directions with random ones or the base weights' singular vectors. Those it has stay"
+            " bit for bit."
+        ),
+    )
     verb.add_argument("basis", help="folder or Hub id of the basis")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
     verb.add_argument("-k", "--k", type=int, required=True, help="directions per side")
@@ -79,9 +92,11 @@ def add_complete(add: Callable[..., ArgumentParser]) -> ArgumentParser:
 
 def _add_drift(verb: ArgumentParser) -> None:
     verb.add_argument(
-        "--max-drift", type=float, metavar="SHARE",
+        "--max-drift",
+        type=float,
+        metavar="SHARE",
         help="refuse where more than this share of an update's norm changes in a module (default: rounding only)",
-    )  # fmt: skip
+    )
 
 
 def update(args: Namespace) -> int:
@@ -98,26 +113,45 @@ def update(args: Namespace) -> int:
     tasks = _Tasks(args.tasks, args.tasks_out, bound, not args.quiet)
     beside = unfinished(args.out)
     new = update_basis(
-        old, args.sources, add=number(args.add), add_in=args.add_in, k=args.k, k_in=args.k_in,
-        cores=tasks.cores() if args.k is not None else (), weights=args.weights, alternations=args.alternations,
-        max_drift=args.max_drift if args.k is not None else None, skip_bad=args.skip_bad, partial=args.partial,
-        allow_bin=args.allow_bin, base_model=base_model(args), max_memory=args.max_memory, work_folder=beside, progress=not args.quiet,
-    )  # fmt: skip
+        old,
+        args.sources,
+        add=number(args.add),
+        add_in=args.add_in,
+        k=args.k,
+        k_in=args.k_in,
+        cores=tasks.cores() if args.k is not None else (),
+        weights=args.weights,
+        alternations=args.alternations,
+        max_drift=args.max_drift if args.k is not None else None,
+        skip_bad=args.skip_bad,
+        partial=args.partial,
+        allow_bin=args.allow_bin,
+        base_model=base_model(args),
+        max_memory=args.max_memory,
+        work_folder=beside,
+        progress=not args.quiet,
+    )
     tasks.try_out(new)
     new.save_pretrained(args.out)
     if beside is not None:
         forget(beside)
     facts = {
-        "out": str(Path(args.out).resolve()), "fingerprint": new.fingerprint, "version": new.info["version"], "k": new.describe_k(),
-        "from": old.fingerprint, "skipped": new.info["skipped"], **new.info["update"], "tasks": tasks.write(new),
-    }  # fmt: skip
+        "out": str(Path(args.out).resolve()),
+        "fingerprint": new.fingerprint,
+        "version": new.info["version"],
+        "k": new.describe_k(),
+        "from": old.fingerprint,
+        "skipped": new.info["skipped"],
+        **new.info["update"],
+        "tasks": tasks.write(new),
+    }
     if args.json:
         return print_json(facts)
     for name, each in facts["modules"].items():
         more, less = each["added"]
         print(
-            f"  {name}: {more:+d} output and {less:+d} input directions; of the new adapters' energy {each['kept_before']:.4f} was kept, now "
-            f"{each['kept']:.4f}"
+            f"  {name}: {more:+d} output and {less:+d} input directions; of the new adapters' energy"
+            f" {each['kept_before']:.4f} was kept, now {each['kept']:.4f}"
         )
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
@@ -130,8 +164,14 @@ def complete(args: Namespace) -> int:
     from ..builders import complete_basis
 
     new = complete_basis(
-        args.basis, args.k, k_in=args.k_in, with_=args.filling, base_model=base_model(args), seed=args.seed, progress=not args.quiet
-    )  # fmt: skip
+        args.basis,
+        args.k,
+        k_in=args.k_in,
+        with_=args.filling,
+        base_model=base_model(args),
+        seed=args.seed,
+        progress=not args.quiet,
+    )
     new.save_pretrained(args.out)
     return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
 
@@ -154,7 +194,8 @@ def _say(tasks: list[dict[str, Any]]) -> int:
         worst = max(each["drift_per_module"], key=each["drift_per_module"].__getitem__)
         converted = f", {each['converted_from']} coefficients became core" if each.get("converted_from") else ""
         print(
-            f"  {each['out']}: drift {each['drift']:.1e}, at most {each['drift_per_module'][worst]:.1e} ({worst}){converted}"
+            f"  {each['out']}: drift {each['drift']:.1e}, at most {each['drift_per_module'][worst]:.1e}"
+            f" ({worst}){converted}"
         )
     return 0
 
@@ -219,8 +260,13 @@ class _Tasks:
             facts.append({"out": str(found.save_pretrained(self.out / name)), **found.to_dict()})
         for name, folder in self.bundles.items():
             _, drifts = migrate_bundle(
-                folder, basis, self.out / name, max_drift=self.max_drift, old_basis=self.old_basis, progress=self.progress
-            )  # fmt: skip
+                folder,
+                basis,
+                self.out / name,
+                max_drift=self.max_drift,
+                old_basis=self.old_basis,
+                progress=self.progress,
+            )
             worst: dict[str, float] = {}
             for each in drifts.values():
                 for module, drift in each.items():

@@ -60,20 +60,20 @@ def export_lora(
 ) -> Export:
     """Write a task as a stock PEFT LoRA folder.
 
-    With k_in ≤ k_out, ``lora_A = V`` and ``lora_B = s·U·C``; else ``lora_A = s·C·V`` and ``lora_B = U``: the same ΔW, no
-    SVD. A smaller `rank` takes the SVD of the small core alone, which is optimal since U and V are orthonormal. Every
-    module gets the same rank (zeros fill up) and ``lora_alpha = r``, so that no patterns are needed.
+    With k_in ≤ k_out, ``lora_A = V`` and ``lora_B = s·U·C``; else ``lora_A = s·C·V`` and ``lora_B = U``: the same ΔW,
+    no SVD. A smaller `rank` takes the SVD of the small core alone, which is optimal since U and V are orthonormal.
+    Every module gets the same rank (zeros fill up) and ``lora_alpha = r``, so that no patterns are needed.
 
     Args:
-        task: folder or Hub id of a saved task, a live PeftModel, exported at its configured scale (`set_scale` aside), or a `Task`,
-            such as a bundle's, whose residual goes along.
+        task: folder or Hub id of a saved task, a live PeftModel, exported at its configured scale (`set_scale` aside),
+            or a `Task`, such as a bundle's, whose residual goes along.
         out: the folder to write.
         adapter_name: which adapter of a live model; default the active one.
         basis: where the basis is, if not where the task's config says.
         rank: at most this rank, by truncation; None keeps all.
         pad_to: a rank to fill up to with zeros, or ``"vllm"`` for the next one that vLLM serves.
-        modules_to_save: whether the task's other trained modules (a classifier) go along. None: yes, but not with ``pad_to="vllm"``,
-            which warns of what stays behind; vLLM refuses most of them.
+        modules_to_save: whether the task's other trained modules (a classifier) go along. None: yes, but not with
+            ``pad_to="vllm"``, which warns of what stays behind; vLLM refuses most of them.
         dtype: of the written factors.
         hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
 
@@ -87,8 +87,8 @@ def export_lora(
         modules_to_save = pad_to != "vllm"
         if read.extras and not modules_to_save:
             warnings.warn(
-                f"{task}: the task has trained {names_of(read.extras, 3)} as well, which stays behind since vLLM refuses it. Pass "
-                "modules_to_save=True to keep it, or False to leave it out without this warning.",
+                f"{task}: the task has trained {names_of(read.extras, 3)} as well, which stays behind since vLLM"
+                " refuses it. Pass modules_to_save=True to keep it, or False to leave it out without this warning.",
                 stacklevel=2,
             )
     return write_lora(read, out, rank=rank, pad_to=pad_to, modules_to_save=modules_to_save, dtype=dtype)
@@ -140,9 +140,13 @@ def write_lora(
         }
     )
     return Export(
-        str(folder), r, len(factors), weights.stat().st_size, kept / total if total else 1.0,
+        str(folder),
+        r,
+        len(factors),
+        weights.stat().st_size,
+        kept / total if total else 1.0,
         list(config["modules_to_save"] or []),
-    )  # fmt: skip
+    )
 
 
 def lora_factors(
@@ -178,8 +182,8 @@ def _as_peft_has_it(
     rows, columns = weight_shape[0], math.prod(weight_shape[1:])
     if (len(B), A.shape[1]) != ((columns, rows) if len(weight_shape) == 2 else (rows, columns)):
         raise BadFileError(
-            f"{name}: the task's config says that the weight is {weight_shape}, which its basis of {len(B)} × {A.shape[1]} does not "
-            "fit. The config was altered: fetch or save the task again."
+            f"{name}: the task's config says that the weight is {weight_shape}, which its basis of {len(B)} ×"
+            f" {A.shape[1]} does not fit. The config was altered: fetch or save the task again."
         )
     if len(weight_shape) == 2:
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}

@@ -34,14 +34,14 @@ def export_gguf(
     Args:
         task: folder or Hub id of a saved task, or a live PeftModel, exported at its configured scale.
         out: the ``.gguf`` file to write; returned.
-        base: the base model as a GGUF file, of any quantisation. Its architecture, heads and shapes are read from it. Of llama.cpp's
-            architectures ``llama`` is supported: the Llama and Mistral classes of transformers.
+        base: the base model as a GGUF file, of any quantisation. Its architecture, heads and shapes are read from it.
+            Of llama.cpp's architectures ``llama`` is supported: the Llama and Mistral classes of transformers.
         adapter_name, basis, hub: as in `export_lora`.
         rank: at most this rank, by truncation; None keeps all.
 
     Raises:
-        SubspaceError: the package `gguf` is missing, the architecture is another one, the rank cannot be, or the task has trained modules
-            that a LoRA of llama.cpp cannot hold.
+        SubspaceError: the package `gguf` is missing, the architecture is another one, the rank cannot be, or the task
+            has trained modules that a LoRA of llama.cpp cannot hold.
         BadFileError: `base` is no GGUF file of a model.
         BasisMismatchError: it has no such module, or one of another shape.
     """
@@ -55,8 +55,8 @@ def export_gguf(
     if read.extras or read.config.weight_shapes:
         name = sorted(read.extras or read.config.weight_shapes or ())[0]
         raise SubspaceError(
-            f"{task}: the task has trained {name} as well, which is no linear layer's update. Train it without, or export it with "
-            "export_lora."
+            f"{task}: the task has trained {name} as well, which is no linear layer's update. Train it without, or"
+            " export it with export_lora."
         )
     facts, shapes = _read_base(gguf, Path(base))
     heads = {"q": facts["llama.attention.head_count"], "k": facts["llama.attention.head_count_kv"]}
@@ -68,8 +68,8 @@ def export_gguf(
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name not in shapes or shapes[name] != (len(B), A.shape[1]):
             raise BasisMismatchError(
-                f"{base}: module {module!r} of shape {(len(B), A.shape[1])} is {name} there, of shape {shapes.get(name)}. Pass the GGUF file "
-                "of the base model that the task was trained on."
+                f"{base}: module {module!r} of shape {(len(B), A.shape[1])} is {name} there, of shape"
+                f" {shapes.get(name)}. Pass the GGUF file of the base model that the task was trained on."
             )
         if found := ROTATED.fullmatch(str(name)):
             B = _rotary_order(B, heads[found[1]])
@@ -102,8 +102,8 @@ def _read_base(gguf: Any, base: Path) -> tuple[dict[str, int], dict[str, tuple[i
         architecture = str(reader.fields["general.architecture"].contents())
         if architecture != "llama":
             raise SubspaceError(
-                f"{base}: its architecture is {architecture!r}; supported is 'llama'. Write a LoRA with `export_lora`, and convert it by "
-                "llama.cpp's own convert_lora_to_gguf.py."
+                f"{base}: its architecture is {architecture!r}; supported is 'llama'. Write a LoRA with `export_lora`,"
+                " and convert it by llama.cpp's own convert_lora_to_gguf.py."
             )
         keys = ("llama.block_count", "llama.attention.head_count", "llama.attention.head_count_kv")
         facts = {key: int(reader.fields[key].contents()) for key in keys}
@@ -118,7 +118,8 @@ def _read_base(gguf: Any, base: Path) -> tuple[dict[str, int], dict[str, tuple[i
 
 
 def _rotary_order(B: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of (heads · d, r) from transformers' order, halves of a head's rotated pairs one behind the other, to pairs side by side."""
+    """Rows of (heads · d, r) from transformers' order, halves of a head's rotated pairs one behind the other, to pairs
+    side by side."""
     if heads < 1 or len(B) % (2 * heads):
         raise BadFileError(f"{len(B)} rows cannot be those of {heads} heads. Pass the base model's .gguf file.")
     return B.view(heads, 2, len(B) // heads // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)

@@ -1,4 +1,5 @@
-"""A task from one basis to another, such as a basis's next version: closed form, what is lost measured on the numbers that are written."""
+"""A task from one basis to another, such as a basis's next version: closed form, what is lost measured on the numbers
+that are written."""
 
 from __future__ import annotations
 
@@ -51,9 +52,12 @@ class Migration:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors."""
         return {
-            "fingerprint": self.config.basis_fingerprint, "coefficients": self.config.coefficients, "converted_from": self.converted,
-            "drift": self.total_drift, "drift_per_module": self.drift,
-        }  # fmt: skip
+            "fingerprint": self.config.basis_fingerprint,
+            "coefficients": self.config.coefficients,
+            "converted_from": self.converted,
+            "drift": self.total_drift,
+            "drift_per_module": self.drift,
+        }
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the task as a folder that `PeftModel.from_pretrained` loads. Returns it.
@@ -92,18 +96,21 @@ def migrate_task(
     token: str | bool | None = None,
     **hub: Any,
 ) -> Migration:
-    """Carry a task over to another basis: ``C' = (U'ᵀ U) C (V V'ᵀ)``, and the trained numbers such that ``s'·C(θ') + g·M'`` is that.
+    """Carry a task over to another basis: ``C' = (U'ᵀ U) C (V V'ᵀ)``, and the trained numbers such that ``s'·C(θ') +
+    g·M'`` is that.
 
-    Onto a basis grown by `update_basis` or filled up by `complete_basis` it is exact for all kinds: the new basis begins with the old
-    directions, so numbers are padded with zeros, and multiplied by s/s' where the number of directions changes the scale. A task that was told
-    its `k` keeps it there, and its numbers stay as they are. Onto another basis: `core`, `factor` and `none` are projected;
-    `directions` where the basis has the old direction tensors' projections; otherwise, and always with `diagonal`, the task becomes one with `core`
-    coefficients, as it does where the new mean core is not the old one's projection (the mean update then becomes part of the core).
+    Onto a basis grown by `update_basis` or filled up by `complete_basis` it is exact for all kinds: the new basis
+    begins with the old directions, so numbers are padded with zeros, and multiplied by s/s' where the number of
+    directions changes the scale. A task that was told its `k` keeps it there, and its numbers stay as they are. Onto
+    another basis: `core`, `factor` and `none` are projected; `directions` where the basis has the old direction
+    tensors' projections; otherwise, and always with `diagonal`, the task becomes one with `core` coefficients, as it
+    does where the new mean core is not the old one's projection (the mean update then becomes part of the core).
 
     Args:
         task: folder or Hub id of a saved task (also one that carries its own basis), or a live PeftModel.
         basis: the basis to carry it to, its folder or its Hub id.
-        max_drift: refuse where a module's ΔW changes by more than this share of its norm; the default admits rounding only.
+        max_drift: refuse where a module's ΔW changes by more than this share of its norm; the default admits rounding
+            only.
         adapter_name: which adapter of a live model; default the active one.
         old_basis: where the task's own basis is, if not where its config says.
         token: as in huggingface_hub, as `hub` is.
@@ -161,8 +168,8 @@ def moves_of(old: Task, new: SubspaceBasis, what: str) -> dict[str, Transfer]:
     absent = [name for name in old.cores if new.find(name) is None]
     if absent:
         raise BasisMismatchError(
-            f"{what}: {len(absent)} of its modules are not in the new basis, such as {names_of(absent, 3)}; it has {names_of(new, 3)}. "
-            "Carry it to a version of its own basis."
+            f"{what}: {len(absent)} of its modules are not in the new basis, such as {names_of(absent, 3)}; it has"
+            f" {names_of(new, 3)}. Carry it to a version of its own basis."
         )
     return {name: Transfer(old.modules[name], new[str(new.find(name))], name) for name in old.cores}
 
@@ -190,7 +197,8 @@ def used_moves(moved: SubspaceConfig, moves: Mapping[str, Transfer]) -> dict[str
 def drifts_of(
     old: Task, now: Task, moves: Mapping[str, Transfer], what: str, max_drift: float
 ) -> tuple[dict[str, float], float]:
-    """Per module, and over all, how much of ΔW's norm has changed. Raises `SubspaceError` above `max_drift` in a module."""
+    """Per module, and over all, how much of ΔW's norm has changed. Raises `SubspaceError` above `max_drift` in a
+    module."""
     drift, lost, total = {}, 0.0, 0.0
     for name, core in old.cores.items():
         drift[name] = moves[name].drift(core, now.cores[name])
@@ -199,9 +207,9 @@ def drifts_of(
     worst = max(drift, key=drift.__getitem__)
     if drift[worst] > max_drift:
         raise SubspaceError(
-            f"{what}: on the new basis module {worst!r} would change by {drift[worst]:.3g} of its update's norm, more than "
-            f"max_drift={max_drift:g}. Grow the basis with `update_basis(…, add=…)`, which loses nothing, give it a larger k, or allow more "
-            "with max_drift= (--max-drift)."
+            f"{what}: on the new basis module {worst!r} would change by {drift[worst]:.3g} of its update's norm, more"
+            f" than max_drift={max_drift:g}. Grow the basis with `update_basis(…, add=…)`, which loses nothing, give"
+            " it a larger k, or allow more with max_drift= (--max-drift)."
         )
     return drift, (lost / total) ** 0.5 if total else 0.0
 
@@ -219,7 +227,8 @@ def _same_kind(
     move: Transfer,
     shape: Mapping[str, int],
 ) -> Coefficients | None:
-    """The trained numbers of the same kind in the new basis of the given sizes, float64; None where it cannot hold them."""
+    """The trained numbers of the same kind in the new basis of the given sizes, float64; None where it cannot hold
+    them."""
     ratio = _old_scale(config, name, move.old) / scale_of(moved, name, shape)
     old, new = move.old, move.new
     if config.mean_gain != "none" and not (
@@ -260,7 +269,8 @@ def _factors(numbers: Coefficients, move: Transfer, r: int, ratio: float) -> Coe
     if r < have:
         P, S, Th = torch.linalg.svd(up @ down, full_matrices=False)
         return {"up": P[:, :r] * S[:r], "down": Th[:r]}
-    # where r is more than the old basis had directions: rows for the new ones, which `up` leaves at zero, as at the start of training
+    # where r is more than the old basis had directions: rows for the new ones, which `up` leaves at zero, as at the
+    # start of training
     rows = torch.eye(down.shape[1], dtype=torch.float64).flip(0)[: r - have]
     return {"up": torch.nn.functional.pad(up, (0, r - have)), "down": torch.cat([down, rows])}
 

@@ -55,7 +55,8 @@ class Projection:
 
     @property
     def verdict(self) -> str:
-        """``faithful``, ``partial`` or ``poor``, by the energy kept; measure the task's own score before relying on it."""
+        """``faithful``, ``partial`` or ``poor``, by the energy kept; measure the task's own score before relying on
+        it."""
         return "faithful" if self.energy_kept >= FAITHFUL else "partial" if self.energy_kept >= POOR else "poor"
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,11 +73,12 @@ class Projection:
         }
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the coefficients as a task that `PeftModel.from_pretrained` loads; the LoRA's `modules_to_save` go along.
+        """Write the coefficients as a task that `PeftModel.from_pretrained` loads; the LoRA's `modules_to_save` go
+        along.
 
         Raises:
-            SubspaceError: the basis lives in memory only and would not be found again; or the LoRA has trained tensors that
-                a task cannot hold (token embeddings, biases of the base model).
+            SubspaceError: the basis lives in memory only and would not be found again; or the LoRA has trained tensors
+                that a task cannot hold (token embeddings, biases of the base model).
         """
         task, folder = self.as_task(), Path(folder)
         config, tensors = task.config, dict(task.extras)
@@ -113,9 +115,12 @@ class Projection:
             if source.get(key)
         }
         config = SubspaceConfig(
-            basis=self.basis.location, target_modules=targets, base_model_name_or_path=self.source.base_model,
-            inference_mode=True, **kept,
-        )  # fmt: skip
+            basis=self.basis.location,
+            target_modules=targets,
+            base_model_name_or_path=self.source.base_model,
+            inference_mode=True,
+            **kept,
+        )
         config.adopt(self.basis)
         shapes = {self.source.aliases.get(key, key): self.source.weight_shape(key) for key in self.source.keys}
         config.weight_shapes = {name: shape for name, shape in shapes.items() if shape is not None} or None
@@ -142,14 +147,14 @@ def project_lora(
         basis = SubspaceBasis.from_pretrained(basis, token=token)
     if check_base_model and not same_model(source.base_model, basis.base_model):
         raise BasisMismatchError(
-            f"{source.location}: trained on {source.base_model!r}, but the basis was built for {basis.base_model!r}. Use a "
-            "basis of the same base model, or pass check_base_model=False if they are copies of one."
+            f"{source.location}: trained on {source.base_model!r}, but the basis was built for {basis.base_model!r}."
+            " Use a basis of the same base model, or pass check_base_model=False if they are copies of one."
         )
     absent = [name for name in source.keys if basis.find(name) is None]
     if absent:
         raise BasisMismatchError(
-            f"{source.location}: {len(absent)} of its modules are not in the basis, such as {names_of(absent, 3)}; it has "
-            f"{names_of(basis, 3)}. Build a basis from sources that adapt these modules."
+            f"{source.location}: {len(absent)} of its modules are not in the basis, such as {names_of(absent, 3)}; it"
+            f" has {names_of(basis, 3)}. Build a basis from sources that adapt these modules."
         )
     cores, energy, random, kept, total = {}, {}, 0.0, 0.0, 0.0
     for name in source.keys:
@@ -175,8 +180,8 @@ def _extras(source: Source) -> dict[str, torch.Tensor]:
     for key in source.other_keys:
         if not any(f".{name}." in f".{key}" for name in saved):
             raise SubspaceError(
-                f"{source.location}: {key} was trained with the LoRA, and is neither a factor nor of its modules_to_save "
-                f"({', '.join(saved) or 'none'}). A projected task cannot hold it, and without it the adapter is another: train "
-                "without trainable_token_indices and with bias='none'."
+                f"{source.location}: {key} was trained with the LoRA, and is neither a factor nor of its"
+                f" modules_to_save ({', '.join(saved) or 'none'}). A projected task cannot hold it, and without it the"
+                " adapter is another: train without trainable_token_indices and with bias='none'."
             )
     return {key: source.read(key).detach().cpu().contiguous() for key in source.other_keys}

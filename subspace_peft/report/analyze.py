@@ -27,9 +27,10 @@ class FleetAnalysis:
     """What `analyze_fleet` found.
 
     Attributes:
-        sources: per adapter name, location, base_model, ranks, modules, norm (‖ΔW‖_F), seed_group, ``nearest`` (the most similar
-            other's name) and ``nearest_cosine``; with a basis also ``energy_kept``, ``energy_random`` (what a random basis of equal
-            size keeps, in expectation), or ``not_covered``, the reason why it cannot be projected.
+        sources: per adapter name, location, base_model, ranks, modules, norm (‖ΔW‖_F), seed_group, ``nearest`` (the
+            most similar other's name) and ``nearest_cosine``; with a basis also ``energy_kept``, ``energy_random``
+            (what a random basis of equal size keeps, in expectation), or ``not_covered``, the reason why it cannot be
+            projected.
         cosines: N × N, cosine between the updates ΔW, modules that only one of two has counting as zero in the other.
         near_duplicates: ``[name, name, cosine]`` of pairs from 0.95 on.
         outliers: ``{"name", "reason"}``.
@@ -57,7 +58,8 @@ def analyze_fleet(
 ) -> FleetAnalysis:
     """Compare the adapters of a fleet with one another, and with a basis.
 
-    Everything is computed from the updates ΔW in factored form, so ranks may differ and the factors' gauge does not matter.
+    Everything is computed from the updates ΔW in factored form, so ranks may differ and the factors' gauge does not
+    matter.
 
     Args:
         sources: as `build_basis` takes them.
@@ -71,18 +73,28 @@ def analyze_fleet(
     if basis is not None and not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis, token=token)
     fleet = gather(
-        sources, skip_bad=True, partial=True, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model,
+        sources,
+        skip_bad=True,
+        partial=True,
+        token=token,
+        progress=progress,
+        allow_bin=allow_bin,
+        base_model=base_model,
         keep_duplicates=True,
-    )  # fmt: skip
+    )
     cosines = cosine_matrix(fleet.sources)
     norms = [sum(norm**2 for norm in source.norms.values()) ** 0.5 for source in fleet.sources]
     entries, pairs = [], []
     for i, source in enumerate(fleet.sources):
         entry: dict[str, Any] = {
-            "name": source.name, "location": source.location, "base_model": source.base_model,
-            "ranks": source.ranks, "modules": len(source.keys), "norm": norms[i],
+            "name": source.name,
+            "location": source.location,
+            "base_model": source.base_model,
+            "ranks": source.ranks,
+            "modules": len(source.keys),
+            "norm": norms[i],
             "seed_group": fleet.groups[i],
-        }  # fmt: skip
+        }
         others = [(float(cosines[i, j]), j) for j in range(len(fleet.sources)) if j != i]
         if others:
             value, j = max(others)

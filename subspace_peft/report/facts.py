@@ -34,14 +34,17 @@ class FleetReport:
 
     Attributes:
         basis: its place, fingerprint, builder, base model, number of modules, k, bytes, numbers per task.
-        numbers: means over the modules measured: ``kept`` (energy the basis keeps of its own fleet, that of the sources it was built
-            from), ``kept_of_new`` (of adapters that it was not built from), ``null_kept`` (a basis of noise adapters of equal strength,
-            of them), ``unseen`` (a basis of the other folds, of those left out), ``random``, ``mean_only``, ``k_for_share``, ``above``
-            (output and input directions above the null, medians), ``k_for_new_tasks`` (see `useful_k`), ``break_even`` adapters, ``bytes_per_lora``,
-            ``bytes_per_task``, ``bytes_of_basis``, ``sources``, ``in_seed_groups``. None where it could not be measured.
+        numbers: means over the modules measured: ``kept`` (energy the basis keeps of its own fleet, that of the
+            sources it was built from), ``kept_of_new`` (of adapters that it was not built from), ``null_kept`` (a
+            basis of noise adapters of equal strength, of them), ``unseen`` (a basis of the other folds, of those left
+            out), ``random``, ``mean_only``, ``k_for_share``, ``above`` (output and input directions above the null,
+            medians), ``k_for_new_tasks`` (see `useful_k`), ``break_even`` adapters, ``bytes_per_lora``,
+            ``bytes_per_task``, ``bytes_of_basis``, ``sources``, ``in_seed_groups``. None where it could not be
+            measured.
         verdict: sentences.
         modules: per measured module what `ModuleFindings` says.
-        sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen`` and ``mean_only``, means over modules.
+        sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen`` and ``mean_only``,
+            means over modules.
         skipped: adapters that could not be used, each with its reason.
         how: how it was measured: modules and sources of how many, folds, seed.
     """
@@ -59,7 +62,8 @@ class FleetReport:
         return _plain(asdict(self))
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``report.html`` (one file, readable offline), ``report.json`` and the figures' PNGs; returns the page's path.
+        """Write ``report.html`` (one file, readable offline), ``report.json`` and the figures' PNGs; returns the
+        page's path.
 
         Raises:
             ImportError: matplotlib is missing; install subspace-peft[report].
@@ -89,14 +93,16 @@ def report_basis(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> FleetReport:
-    """Hold a basis against a fleet of adapters: what it keeps of them, and what a basis keeps of adapters that it has not seen.
+    """Hold a basis against a fleet of adapters: what it keeps of them, and what a basis keeps of adapters that it has
+    not seen.
 
-    Everything comes from the updates ΔW in factored form; no model is run. Energies are means over adapters and modules.
+    Everything comes from the updates ΔW in factored form; no model is run. Energies are means over adapters and
+    modules.
 
     Args:
         basis: the basis, its folder or its Hub id.
-        sources: the fleet, as `build_basis` takes it; default: the sources that the basis's config names, where they still are
-            what they were. With none at hand the report says what the config knows.
+        sources: the fleet, as `build_basis` takes it; default: the sources that the basis's config names, where they
+            still are what they were. With none at hand the report says what the config knows.
         sample: measure on at most so many adapters, drawn at random; whole shared-seed groups come together.
         modules: measure so many modules, spread over the depth; default: all of small fleets, 16 of large ones.
         seed: of the sample, the folds and the null.
@@ -119,8 +125,14 @@ def report_basis(
             return _from_config(basis, missing)
         sources = found
     fleet = gather(
-        sources, skip_bad=True, partial=True, token=token, progress=progress, allow_bin=allow_bin, base_model=base_model
-    )  # fmt: skip
+        sources,
+        skip_bad=True,
+        partial=True,
+        token=token,
+        progress=progress,
+        allow_bin=allow_bin,
+        base_model=base_model,
+    )
     return _measured(basis, fleet, missing, sample, modules, seed, progress)
 
 
@@ -136,8 +148,8 @@ def _measured(
     places = {name: found for name in fleet.modules if (found := basis.find(name)) is not None}
     if not places:
         raise SubspaceError(
-            f"{basis.location or 'The basis'}: its modules ({next(iter(basis))!r}, …) are none of the adapters' ({fleet.modules[0]!r}, "
-            "…). They belong to different base models."
+            f"{basis.location or 'The basis'}: its modules ({next(iter(basis))!r}, …) are none of the adapters'"
+            f" ({fleet.modules[0]!r}, …). They belong to different base models."
         )
     drawn = draw_sample(fleet.groups, sample, seed)
     folds = draw_folds([fleet.groups[i] for i in drawn], seed)
@@ -177,17 +189,22 @@ def _measured(
         source = fleet.sources[i]
         entries.append(
             {
-                "name": source.name, "location": source.location, "seed_group": fleet.groups[i],
-                "norm": math.sqrt(sum(norm**2 for norm in source.norms.values())), "in_basis": source.sha256 in own,
+                "name": source.name,
+                "location": source.location,
+                "seed_group": fleet.groups[i],
+                "norm": math.sqrt(sum(norm**2 for norm in source.norms.values())),
+                "in_basis": source.sha256 in own,
                 **{key: mean(each) for key, each in values.items()},
             }
-        )  # fmt: skip
+        )
     numbers = _numbers(basis, fleet, drawn, measured, entries)
     how = {
-        "modules": [len(measured), len(basis)], "sources": [len(drawn), len(fleet.sources)],
-        "folds": len(set(folds)), "left_out": "one by one" if len(set(folds)) == len({fleet.groups[i] for i in drawn}) else "in folds",
+        "modules": [len(measured), len(basis)],
+        "sources": [len(drawn), len(fleet.sources)],
+        "folds": len(set(folds)),
+        "left_out": "one by one" if len(set(folds)) == len({fleet.groups[i] for i in drawn}) else "in folds",
         "seed": seed,
-    }  # fmt: skip
+    }
     skipped = [*fleet.skipped, *missing]
     return FleetReport(_basis_facts(basis), numbers, verdict(numbers), measured, entries, skipped, how)
 
@@ -227,7 +244,8 @@ def _numbers(
 
 
 def _curves(modules: Sequence[ModuleFindings]) -> tuple[list[int], list[float], list[float]]:
-    """Sizes that all modules have, and the means over modules of what is kept of adapters left out, and by random directions."""
+    """Sizes that all modules have, and the means over modules of what is kept of adapters left out, and by random
+    directions."""
     ks = [k for k in modules[0].ks if all(k in module.ks for module in modules)]
     means = [
         [statistics.mean(getattr(module, key)[module.ks.index(k)] for module in modules) for k in ks]
@@ -250,13 +268,27 @@ def _from_config(basis: SubspaceBasis, missing: list[dict[str, str]]) -> FleetRe
     groups = Counter(entry.get("seed_group") for entry in basis.info.get("sources") or [])
     facts = _basis_facts(basis)
     numbers = {
-        "kept": found.get("energy_kept"), "kept_of_new": None, "null_kept": None, "unseen": found.get("energy_left_out"),
-        "random": found.get("energy_random"), "mean_only": None, "k_for_share": None, "above": None, "k_for_new_tasks": None,
-        "bytes_per_lora": None, "bytes_per_task": facts["bytes_per_task"], "bytes_of_basis": facts["bytes"], "break_even": None,
-        "sources": sum(groups.values()), "in_seed_groups": sum(size for size in groups.values() if size > 1),
-    }  # fmt: skip
+        "kept": found.get("energy_kept"),
+        "kept_of_new": None,
+        "null_kept": None,
+        "unseen": found.get("energy_left_out"),
+        "random": found.get("energy_random"),
+        "mean_only": None,
+        "k_for_share": None,
+        "above": None,
+        "k_for_new_tasks": None,
+        "bytes_per_lora": None,
+        "bytes_per_task": facts["bytes_per_task"],
+        "bytes_of_basis": facts["bytes"],
+        "break_even": None,
+        "sources": sum(groups.values()),
+        "in_seed_groups": sum(size for size in groups.values() if size > 1),
+    }
     words = [
-        "None of its source adapters is at hand: this is what its config says. Pass the fleet with --fleet to have it measured.",
+        (
+            "None of its source adapters is at hand: this is what its config says. Pass the fleet with --fleet to have"
+            " it measured."
+        ),
         *verdict(numbers),
     ]
     return FleetReport(facts, numbers, words, skipped=missing, how={"modules": [0, len(basis)], "sources": [0, 0]})

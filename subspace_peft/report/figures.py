@@ -17,7 +17,8 @@ SHOWN = 64  # adapters in the figure of adapters
 
 
 def draw(report: FleetReport, folder: Path) -> dict[str, Path]:
-    """Draw what was measured into PNGs in `folder`, written aside; returns title → file, none where nothing was measured.
+    """Draw what was measured into PNGs in `folder`, written aside; returns title → file, none where nothing was
+    measured.
 
     Raises:
         ImportError: matplotlib is missing; install subspace-peft[report].
@@ -68,9 +69,11 @@ def _energies(plt: Any, report: FleetReport) -> Any:
     modules = list(report.modules.values())
     shared = [k for k in modules[0].ks if all(k in module.ks for module in modules)]
     lines = (
-        ("seen", "of adapters it was built from", FLEET, "-"), ("unseen", "of adapters left out", UNSEEN, "-"),
-        ("null", "of noise it was built from", NULL, "--"), ("random", "random directions, of anything", RANDOM, "--"),
-    )  # fmt: skip
+        ("seen", "of adapters it was built from", FLEET, "-"),
+        ("unseen", "of adapters left out", UNSEEN, "-"),
+        ("null", "of noise it was built from", NULL, "--"),
+        ("random", "random directions, of anything", RANDOM, "--"),
+    )
     for key, label, colour, style in lines:
         values = [sum(getattr(module, key)[module.ks.index(k)] for module in modules) / len(modules) for k in shared]
         axis.plot(shared, values, style, marker="o", markersize=3, label=label, color=colour)

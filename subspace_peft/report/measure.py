@@ -1,4 +1,5 @@
-"""What one module's updates have in common: spectra beside a strength-matched null, and the energy a basis keeps of updates it has seen and has not."""
+"""What one module's updates have in common: spectra beside a strength-matched null, and the energy a basis keeps of
+updates it has seen and has not."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ class ModuleFindings:
         above_out, above_in: how many eigenvalues are larger than the null's largest.
         k_for_share: directions per side that keep 0.9 of the fleet's energy.
         ks: sizes of the curves.
-        seen, unseen, null: energy that the truncated HOSVD with k directions per side keeps: of the updates it was made of, of those of
-            folds it was not made of (nan where there is one fold), and of the null's own; means over the updates.
+        seen, unseen, null: energy that the truncated HOSVD with k directions per side keeps: of the updates it was
+            made of, of those of folds it was not made of (nan where there is one fold), and of the null's own; means
+            over the updates.
         random: what random directions keep of anything, in expectation: k² / (out·in).
         unseen_here: per update, as `unseen` at the reported basis's size; None where there is one fold.
         mean_only: per update the squared cosine with the mean of the other folds' updates, each scaled to norm 1.
@@ -78,7 +80,8 @@ def measure_module(
     weights = [vote**0.5 / norm for vote, norm in zip(votes, norms, strict=True)]
     draw = torch.Generator().manual_seed(seed)
     noise = [null_update(*update.shape, update.canonical()[1], draw) for update in updates]
-    # all that matters lies in what the fleet spans: there the same numbers come out of matrices no larger than its ranks
+    # all that matters lies in what the fleet spans: there the same numbers come out of matrices no larger than its
+    # ranks
     Qb = torch.linalg.qr(torch.cat([update.B for update in updates], 1))[0]
     Qa = torch.linalg.qr(torch.cat([update.A.T for update in updates], 1))[0]
     inside = [Factors(Qb.T @ update.B, update.A @ Qa) for update in updates]
@@ -101,17 +104,22 @@ def measure_module(
     return ModuleFindings(
         shape=(out, inner),
         size=size,
-        spectrum_out=sides[0][0], spectrum_in=sides[0][1], null_out=sides[1][0], null_in=sides[1][1],
+        spectrum_out=sides[0][0],
+        spectrum_in=sides[0][1],
+        null_out=sides[1][0],
+        null_in=sides[1][1],
         above_out=_above(whole.out, null.out),
         above_in=_above(whole.inner, null.inner),
         k_for_share=smallest_k(whole, SHARE),
         ks=ks,
-        seen=_means(seen), unseen=_means(judged) if judged else [float("nan")] * len(ks), null=_means(of_null),
+        seen=_means(seen),
+        unseen=_means(judged) if judged else [float("nan")] * len(ks),
+        null=_means(of_null),
         random=[min(k, out) * min(k, inner) / (out * inner) for k in ks],
         unseen_here=here,
         mean_only=_mean_only(inside, norms, folds),
         kept=list(kept),
-    )  # fmt: skip
+    )
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -34,7 +34,8 @@ def page(report: FleetReport, figures: Mapping[str, Path]) -> str:
     title = f"Basis report: {basis['location'] or 'a basis in memory'}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="small">fingerprint <code>{basis["fingerprint"]}</code> · {escape(str(basis["builder"]))} · {basis["modules"]} modules · '
+        f'<p class="small">fingerprint <code>{basis["fingerprint"]}</code> · {escape(str(basis["builder"]))} ·'
+        f" {basis['modules']} modules · "
         f"{escape(basis['k'])} · base model {escape(str(basis['base_model']))}</p>",
         '<div class="verdict" id="verdict">' + "".join(f"<p>{escape(line)}</p>" for line in report.verdict) + "</div>",
         "<h2>Numbers</h2>",
@@ -48,11 +49,16 @@ def page(report: FleetReport, figures: Mapping[str, Path]) -> str:
     if report.modules:
         rows = [
             (
-                name, f"{m.shape[0]} × {m.shape[1]}", f"{m.size[0]}, {m.size[1]}", percent(mean(m.kept)), percent(mean(m.unseen_here)),
-                f"{m.above_out}, {m.above_in}", str(m.k_for_share),
+                name,
+                f"{m.shape[0]} × {m.shape[1]}",
+                f"{m.size[0]}, {m.size[1]}",
+                percent(mean(m.kept)),
+                percent(mean(m.unseen_here)),
+                f"{m.above_out}, {m.above_in}",
+                str(m.k_for_share),
             )
             for name, m in report.modules.items()
-        ]  # fmt: skip
+        ]
         head = ["module", "out × in", "k", "kept", "left out", "above noise (out, in)", "k for 90 %"]
         parts += ["<h2>Modules</h2>", _table(head, rows, "modules")]
     if report.skipped:
@@ -109,11 +115,16 @@ def _adapters(report: FleetReport) -> list[str]:
     worst = ", ".join(f"{entry['name']} ({percent(entry['kept'])})" for entry in entries[:WORST])
     rows = [
         (
-            entry["name"], "yes" if entry["in_basis"] else "no", percent(entry["kept"]), percent(entry["unseen"]),
-            percent(entry["mean_only"]), str(entry["seed_group"]), f"{entry['norm']:.4g}",
+            entry["name"],
+            "yes" if entry["in_basis"] else "no",
+            percent(entry["kept"]),
+            percent(entry["unseen"]),
+            percent(entry["mean_only"]),
+            str(entry["seed_group"]),
+            f"{entry['norm']:.4g}",
         )
         for entry in entries
-    ]  # fmt: skip
+    ]
     head = ["adapter", "in the basis", "kept", "left out", "mean only", "seed group", "norm"]
     return ["<h2>Adapters</h2>", f"<p>Worst kept: {escape(worst)}.</p>", _table(head, rows, "adapters")]
 
@@ -128,9 +139,10 @@ def _how(how: Mapping[str, Any]) -> str:
         else f"in {how['folds']} folds of whole shared-seed groups"
     )
     return (
-        f"{modules} of {all_modules} modules, {sources} of {all_sources} adapters, left out {apart}; bases of the curves are truncated HOSVDs "
-        f"of the updates, each update of weight 1; noise: the same singular values in random directions; seed {how['seed']}. Energies are "
-        "shares of ‖ΔW‖², means over adapters and modules. A basis of more adapters than were measured here keeps no less of new ones."
+        f"{modules} of {all_modules} modules, {sources} of {all_sources} adapters, left out {apart}; bases of the"
+        " curves are truncated HOSVDs of the updates, each update of weight 1; noise: the same singular values in"
+        f" random directions; seed {how['seed']}. Energies are shares of ‖ΔW‖², means over adapters and modules. A"
+        " basis of more adapters than were measured here keeps no less of new ones."
     )
 
 

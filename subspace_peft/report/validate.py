@@ -17,15 +17,15 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 5e-3, torc
 def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | None = None) -> dict[str, Any]:
     """Read every tensor of a basis and check all that can be checked without its sources.
 
-    Per module: sha256, shapes, finite values, orthonormal U and V, core statistics that go together. In all: the fingerprint, and a
-    record of sources that fits the stored cores.
+    Per module: sha256, shapes, finite values, orthonormal U and V, core statistics that go together. In all: the
+    fingerprint, and a record of sources that fits the stored cores.
 
     Args:
         basis: a basis, its folder or its Hub id.
 
     Returns:
-        ``{"location", "fingerprint", "modules", "problems": ["module …: …"], "orthonormality": largest error found}``; valid where
-        `problems` is empty.
+        ``{"location", "fingerprint", "modules", "problems": ["module …: …"], "orthonormality": largest error found}``;
+        valid where `problems` is empty.
 
     Raises:
         SubspaceError: there is no basis, or its config or file header cannot be read at all.
@@ -48,16 +48,21 @@ def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | Non
             worst = max(worst, error)
             if error > TOLERANCE[directions.dtype]:
                 problems.append(
-                    f"module {name!r}: {side} is not orthonormal: its Gram matrix is off by {error:.2g} (at most "
-                    f"{TOLERANCE[directions.dtype]:g} for {str(directions.dtype).removeprefix('torch.')}). Build the basis again."
+                    f"module {name!r}: {side} is not orthonormal: its Gram matrix is off by {error:.2g} (at most"
+                    f" {TOLERANCE[directions.dtype]:g} for {str(directions.dtype).removeprefix('torch.')}). Build the"
+                    " basis again."
                 )
         if module.cores is not None and module.cores.shape[0] != sources:
             problems.append(
-                f"module {name!r}: {module.cores.shape[0]} cores, but {sources} sources are on record. Build the basis again."
+                f"module {name!r}: {module.cores.shape[0]} cores, but {sources} sources are on record. Build the basis"
+                " again."
             )
         if module.core_rms is not None and bool((module.core_rms < 0).any()):
             problems.append(f"module {name!r}: core_rms has negative values. Build the basis again.")
     return {
-        "location": basis.location, "fingerprint": basis.fingerprint, "modules": len(basis), "orthonormality": worst,
+        "location": basis.location,
+        "fingerprint": basis.fingerprint,
+        "modules": len(basis),
+        "orthonormality": worst,
         "problems": problems,
-    }  # fmt: skip
+    }

@@ -6,21 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# shares of an unseen adapter's energy between which a basis holds a part of it. Of the twelve text tasks of docs/evidence.md, the five of which
-# less was kept ended 3.2 points behind LoRA r=8, the seven others 0.7 ahead
+# shares of an unseen adapter's energy between which a basis holds a part of it. Of the twelve text tasks of
+# docs/evidence.md, the five of which less was kept ended 3.2 points behind LoRA r=8, the seven others 0.7 ahead
 LITTLE, MUCH = 0.06, 0.5
 FAITHFUL, PARTIAL = 0.9, 0.5  # shares of a seen adapter's energy
 RARE = 3.0  # times what random directions keep; below that a fleet's directions are not told from them
 
 
 def verdict(numbers: Mapping[str, Any]) -> list[str]:
-    """Sentences about a basis, from `FleetReport.numbers`: for adapters that exist, for new tasks, and what cannot be said."""
+    """Sentences about a basis, from `FleetReport.numbers`: for adapters that exist, for new tasks, and what cannot be
+    said."""
     return [*_existing(numbers), *_new(numbers), *_groups(numbers), LIMITS]
 
 
 LIMITS = (
-    "Energy is no score: a direction of little energy may be what a task needs. Before you rely on the basis, train a task in it beside a "
-    "random basis of equal size and a LoRA, each with its own learning rate (the recipes' `compare` does that)."
+    "Energy is no score: a direction of little energy may be what a task needs. Before you rely on the basis, train a"
+    " task in it beside a random basis of equal size and a LoRA, each with its own learning rate (the recipes'"
+    " `compare` does that)."
 )
 
 
@@ -36,7 +38,10 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
         if null is not None and null >= FAITHFUL * kept:
             words += " They fit because they are few, not because they are alike: others will not."
     elif kept >= PARTIAL:
-        words = f"{share}: compressed, these adapters lose a part. Measure their scores, or let `compress` keep a residual."
+        words = (
+            f"{share}: compressed, these adapters lose a part. Measure their scores, or let `compress` keep a"
+            " residual."
+        )
     else:
         words = f"{share}: compressed, these adapters are no longer themselves. Keep the LoRAs, or take a larger k."
     if k is not None and kept < FAITHFUL:
@@ -53,42 +58,54 @@ def _new(numbers: Mapping[str, Any]) -> list[str]:
     unseen, random, mean = numbers["unseen"], numbers["random"], numbers["mean_only"]
     if unseen is None:
         return [
-            "Of adapters that it was not built from nothing can be said: there are too few sources of own seeds to leave one out. Pass "
-            "more with --fleet."
+            "Of adapters that it was not built from nothing can be said: there are too few sources of own seeds to"
+            " leave one out. Pass more with --fleet."
         ]
-    words = f"Of an adapter left out, a basis of the others keeps {percent(unseen)}; random directions keep {percent(random)}."
+    words = (
+        f"Of an adapter left out, a basis of the others keeps {percent(unseen)}; random directions keep"
+        f" {percent(random)}."
+    )
     if unseen < RARE * random:
         words += (
-            " By its weights, this fleet does not tell where a new task will go: expect of the basis about what a random one of equal size "
-            "gives, and a LoRA to do better."
+            " By its weights, this fleet does not tell where a new task will go: expect of the basis about what a"
+            " random one of equal size gives, and a LoRA to do better."
         )
     elif unseen < LITTLE:
         words += (
-            " It holds little of where new tasks go. Tasks of which as little was kept ended behind a LoRA in our own measurements, though not behind a "
-            "random basis of equal size (docs/evidence.md)."
+            " It holds little of where new tasks go. Tasks of which as little was kept ended behind a LoRA in our own"
+            " measurements, though not behind a random basis of equal size (docs/evidence.md)."
         )
     elif unseen < MUCH:
         words += (
-            " It holds a part of where new tasks go. It may help where examples are few and the fleet has kin of the task; where they are "
-            "many, expect a LoRA to be as good or better."
+            " It holds a part of where new tasks go. It may help where examples are few and the fleet has kin of the"
+            " task; where they are many, expect a LoRA to be as good or better."
         )
     else:
         words += " New tasks of this kind lie mostly within it: training in it is the natural choice."
     if mean is not None and unseen >= LITTLE and mean > unseen / 2:
-        words += f" Much of that is the fleet's mean, which alone keeps {percent(mean)}: try `coefficients='none'` with a trained gain."
+        words += (
+            f" Much of that is the fleet's mean, which alone keeps {percent(mean)}: try `coefficients='none'` with a"
+            " trained gain."
+        )
     above, k = numbers["above"], numbers["k_for_new_tasks"]
     if above is not None and max(above) == 0:
         words += " No direction stands out from noise of the same strength."
     elif above is not None:
-        words += f" {above[0]} output and {above[1]} input directions stand out from noise of the same strength (median over modules)."
+        words += (
+            f" {above[0]} output and {above[1]} input directions stand out from noise of the same strength (median"
+            " over modules)."
+        )
     if k is not None:
-        words += f" Up to k={k}, further directions keep at least {RARE:g} times as much of adapters left out as random ones would."
+        words += (
+            f" Up to k={k}, further directions keep at least {RARE:g} times as much of adapters left out as random"
+            " ones would."
+        )
     return [words]
 
 
 def useful_k(ks: Sequence[int], unseen: Sequence[float], random: Sequence[float]) -> int | None:
-    """The largest of the sizes `ks` up to which every step keeps at least RARE times as much more of adapters left out as random
-    directions would; None where the first does not.
+    """The largest of the sizes `ks` up to which every step keeps at least RARE times as much more of adapters left out
+    as random directions would; None where the first does not.
     """
     best, before, before_random = None, 0.0, 0.0
     for k, share, chance in zip(ks, unseen, random, strict=True):
@@ -103,8 +120,8 @@ def _groups(numbers: Mapping[str, Any]) -> list[str]:
     if not shared:
         return []
     return [
-        f"{shared} of {numbers['sources']} adapters began from a random A that another one shares. That alone makes input directions common; "
-        "they share one vote, and are left out together here."
+        f"{shared} of {numbers['sources']} adapters began from a random A that another one shares. That alone makes"
+        " input directions common; they share one vote, and are left out together here."
     ]
 
 

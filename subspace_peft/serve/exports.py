@@ -1,4 +1,5 @@
-"""`TaskExports`: a task's name → a LoRA folder, written when it is first asked for, in a cache addressed by content."""
+"""`TaskExports`: a task's name → a LoRA folder, written when it is first asked for, in a cache addressed by
+content."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ EXPORT_VERSION = 1
 class TaskExports:
     """The tasks of a bank's file, or of a folder of saved tasks, as LoRA folders that other programs read.
 
-    A folder is called by the task's name and a hash of all that goes into it. A task that is trained again gets another folder, and
-    whoever holds the earlier one keeps reading what it had. Nothing is ever deleted: the cache may be emptied while no server runs.
+    A folder is called by the task's name and a hash of all that goes into it. A task that is trained again gets
+    another folder, and whoever holds the earlier one keeps reading what it had. Nothing is ever deleted: the cache may
+    be emptied while no server runs.
 
     Args:
         tasks: a file that `TaskBank.save` wrote, or a folder whose subfolders are saved tasks.
@@ -108,7 +110,8 @@ class TaskExports:
         ids = [text for text in (own, asked) if isinstance(text, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)]
         if len(ids) == 2 and ids[0] != ids[1] and not os.path.exists(ids[1]):
             raise BasisMismatchError(
-                f"Task {name!r} belongs to the base model {own!r}, not to {asked!r}. Serve that one, or leave the task out."
+                f"Task {name!r} belongs to the base model {own!r}, not to {asked!r}. Serve that one, or leave the task"
+                " out."
             )
 
     def _of_bank(self, index: dict[str, Any], cores: dict[str, torch.Tensor]) -> Task:
@@ -122,7 +125,8 @@ class TaskExports:
             )
         if basis.fingerprint != fingerprint:
             raise BasisMismatchError(
-                f"{self.tasks}: its tasks are on the basis {fingerprint}, but {basis.fingerprint} was given. Pass that one."
+                f"{self.tasks}: its tasks are on the basis {fingerprint}, but {basis.fingerprint} was given. Pass that"
+                " one."
             )
         config = SubspaceConfig(
             basis=basis,
@@ -136,8 +140,8 @@ class TaskExports:
             known = None if names[module] is None else shapes[str(names[module])]
             if known is None or core.shape[0] > known["k_out"] or core.shape[1] > known["k_in"]:
                 raise BasisMismatchError(
-                    f"{self.tasks}: module {module!r} has cores {tuple(core.shape)}, for which the basis {fingerprint} has no room. "
-                    "The file was altered: fetch or save it again."
+                    f"{self.tasks}: module {module!r} has cores {tuple(core.shape)}, for which the basis {fingerprint}"
+                    " has no room. The file was altered: fetch or save it again."
                 )
         parts = Parts({module: tuple(core.shape) for module, core in cores.items()}, basis, names)  # type: ignore[arg-type]
         return Task(config, {module: core.double() for module, core in cores.items()}, parts, {})
@@ -153,8 +157,8 @@ class TaskExports:
         task = make()
         if task.extras:
             raise SubspaceError(
-                f"Task {name!r} has trained {sorted(task.extras)[0]} as well, which vLLM cannot serve with a LoRA. Leave it out, or "
-                "train it without modules_to_save."
+                f"Task {name!r} has trained {sorted(task.extras)[0]} as well, which vLLM cannot serve with a LoRA."
+                " Leave it out, or train it without modules_to_save."
             )
         self.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=self.cache) as scratch:

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes: offers the tasks that `SUBSPACE_PEFT_TASKS` names; without it, does nothing.
+    """What vLLM calls in each of its processes: offers the tasks that `SUBSPACE_PEFT_TASKS` names; without it, does
+    nothing.
 
     Raises:
         SubspaceError: it names nothing that is there, or `SUBSPACE_PEFT_RANK` is no number.

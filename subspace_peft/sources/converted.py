@@ -65,9 +65,9 @@ def convert(
         raise
     except Exception as error:  # PEFT's methods raise whatever they raise
         raise SourceError(
-            f"{location}: PEFT could not convert this {kind} adapter on {type(base_model).__name__} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Convert it with PEFT's `save_as_lora` "
-            "where it was trained, or leave it out."
+            f"{location}: PEFT could not convert this {kind} adapter on {type(base_model).__name__}"
+            f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Convert it with PEFT's"
+            " `save_as_lora` where it was trained, or leave it out."
         ) from error
     finally:
         if model is not None:
@@ -77,7 +77,8 @@ def convert(
 
 
 def _under_names_of(model: Any, base_model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under this model's names: a task head puts a prefix such as ``bert.`` before its backbone's."""
+    """The adapter's tensors under this model's names: a task head puts a prefix such as ``bert.`` before its
+    backbone's."""
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, save_embedding_layers=False).keys()

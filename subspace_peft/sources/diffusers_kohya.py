@@ -1,4 +1,5 @@
-"""LoRA files of diffusers and kohya: which tensors are a module's two factors, what the module is called, and its scale."""
+"""LoRA files of diffusers and kohya: which tensors are a module's two factors, what the module is called, and its
+scale."""
 
 from __future__ import annotations
 
@@ -30,9 +31,13 @@ REFUSED = {
 }
 # which model of a pipeline kohya means
 PARTS = {
-    "lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
-    "lora_transformer_": "transformer", "lycoris_": "",
-}  # fmt: skip
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_transformer_": "transformer",
+    "lycoris_": "",
+}
 # kohya writes a module's name with "_" for ".": only where the words are known can it be read back
 UNET = """down_blocks up_blocks mid_block attentions resnets transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj
     proj_in proj_out conv1 conv2 conv_shortcut time_emb_proj downsamplers upsamplers conv conv_in conv_out time_embedding
@@ -52,7 +57,8 @@ class Foreign:
     """What a file holds.
 
     Attributes:
-        keys: ``{module: {"A": key, "B": key}}``; modules of a pipeline's parts begin with ``unet.``, ``text_encoder.`` …
+        keys: ``{module: {"A": key, "B": key}}``; modules of a pipeline's parts begin with ``unet.``, ``text_encoder.``
+            …
         scales: module → the factor by which B·A is multiplied.
         problems: why it cannot be used; each names a key and the remedy.
         others: keys that are no LoRA's.
@@ -79,8 +85,8 @@ def read_foreign(
 ) -> Foreign:
     """Sort the keys of a diffusers or kohya file.
 
-    The scale is alpha / rank where the file says alpha (an ``.alpha`` tensor, or diffusers' metadata). Elsewhere it counts as 1, as
-    diffusers takes it.
+    The scale is alpha / rank where the file says alpha (an ``.alpha`` tensor, or diffusers' metadata). Elsewhere it
+    counts as 1, as diffusers takes it.
 
     Args:
         names: the file's keys.
@@ -120,7 +126,8 @@ def read_foreign(
     found.others = tuple(sorted(others))
     if unknown:
         found.problems.append(
-            f"{unknown[0]}: which module of the model that is cannot be told for certain ({len(unknown)} such keys): {HOW}"
+            f"{unknown[0]}: which module of the model that is cannot be told for certain ({len(unknown)} such keys):"
+            f" {HOW}"
         )
     found.problems += [
         f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"

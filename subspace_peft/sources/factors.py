@@ -29,7 +29,8 @@ class Factors:
         return self.B.shape[1]
 
     def canonical(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``P (out, r), S (r,), T (in, r)`` with ``ΔW = P diag(S) Tᵀ``: the thin SVD, by QR of both factors and an SVD of r × r.
+        """``P (out, r), S (r,), T (in, r)`` with ``ΔW = P diag(S) Tᵀ``: the thin SVD, by QR of both factors and an SVD
+        of r × r.
 
         The same for every gauge ``(B R⁻¹, R A)`` of one ΔW, up to the signs and ties of any SVD.
         """

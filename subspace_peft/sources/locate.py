@@ -1,4 +1,5 @@
-"""Where a source adapter's files are: a folder, a single file, or a Hub repository at a revision, with a place inside it."""
+"""Where a source adapter's files are: a folder, a single file, or a Hub repository at a revision, with a place inside
+it."""
 
 from __future__ import annotations
 
@@ -85,8 +86,8 @@ def open_tensors(file: Path, location: str) -> tuple[list[str], Callable[[str], 
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a stranger's file may raise anything, pickle's own errors among it
             raise SourceError(
-                f"{location}: {file.name} cannot be read with weights_only=True ({str(error).splitlines()[0]}). It is damaged, "
-                "or it holds code: ask for a safetensors file."
+                f"{location}: {file.name} cannot be read with weights_only=True ({str(error).splitlines()[0]}). It is"
+                " damaged, or it holds code: ask for a safetensors file."
             ) from error
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise SourceError(f"{location}: {file.name} is no plain dict of tensors. Ask for a safetensors file.")
@@ -141,8 +142,8 @@ def _file(path: Path, location: str, allow_bin: bool, revision: str | None = Non
 def _allowed(file: Path, location: str, allow_bin: bool) -> Path:
     if not allow_bin:
         raise SourceError(
-            f"{location}: it holds {file.name}, which would have to be unpickled. Load it with PEFT and save it with safetensors, or "
-            "read it with torch's weights_only=True by allow_bin=True (--allow-bin)."
+            f"{location}: it holds {file.name}, which would have to be unpickled. Load it with PEFT and save it with"
+            " safetensors, or read it with torch's weights_only=True by allow_bin=True (--allow-bin)."
         )
     return file
 
@@ -206,12 +207,12 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Place:
         ) from error
     if config is None and found is None:
         raise SourceError(
-            f"{reference}: the repository has no {folder}{CONFIG_FILE}. {NO_ADAPTER}. Name a folder or file inside it as "
-            f"{repo}{'@' + revision if revision else ''}:folder."
+            f"{reference}: the repository has no {folder}{CONFIG_FILE}. {NO_ADAPTER}. Name a folder or file inside it"
+            f" as {repo}{'@' + revision if revision else ''}:folder."
         )
     if found is None:
         raise SourceError(
-            f"{reference}: the repository has no {folder}{WEIGHTS_FILE}. Older adapters have {PICKLED_FILE}: allow_bin=True "
-            "(--allow-bin) reads it with torch's weights_only=True."
+            f"{reference}: the repository has no {folder}{WEIGHTS_FILE}. Older adapters have {PICKLED_FILE}:"
+            " allow_bin=True (--allow-bin) reads it with torch's weights_only=True."
         )
     return Place(name, location, found, None if config is None else _config(config, location), sha())

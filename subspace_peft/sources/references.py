@@ -1,4 +1,5 @@
-"""From what a user lists to single source adapters: text files, patterns and Hub collections are expanded here, and nowhere else."""
+"""From what a user lists to single source adapters: text files, patterns and Hub collections are expanded here, and
+nowhere else."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ MAGIC = re.compile(r"[*?\[]")
 def expand(references: Any, *, token: str | bool | None = None) -> tuple[list[Any], list[dict[str, str]]]:
     """One reference or many → the single sources that they stand for, in order.
 
-    A text file (``*.txt``) stands for the references on its lines (``#`` begins a comment; paths may be relative to the file), a
-    pattern (``loras/*``, ``loras/**/adapter_config.json``) for the folders and ``.safetensors`` files that it matches, sorted, and
-    ``collection:owner/slug`` (or the collection's URL) for the models in a Hub collection.
+    A text file (``*.txt``) stands for the references on its lines (``#`` begins a comment; paths may be relative to
+    the file), a pattern (``loras/*``, ``loras/**/adapter_config.json``) for the folders and ``.safetensors`` files
+    that it matches, sorted, and ``collection:owner/slug`` (or the collection's URL) for the models in a Hub
+    collection.
 
     Returns:
-        The references, as `open_source` takes them; and what could not be expanded, as ``{"name", "location", "reason"}``.
+        The references, as `open_source` takes them; and what could not be expanded, as ``{"name", "location",
+        "reason"}``.
     """
     found: list[Any] = []
     bad: list[dict[str, str]] = []
@@ -109,7 +112,8 @@ def _collection(slug: str, token: str | bool | None) -> list[str]:
         items = HfApi(token=token).get_collection(slug).items
     except (OSError, ValueError) as error:
         raise SourceError(
-            f"collection:{slug}: the Hub gave no such collection ({error}). Its slug is the end of its address, owner/title-0123…."
+            f"collection:{slug}: the Hub gave no such collection ({error}). Its slug is the end of its address,"
+            " owner/title-0123…."
         ) from error
     models = [item.item_id for item in items if item.item_type == "model"]
     if not models:

@@ -49,7 +49,8 @@ class Source:
         scales: scale per module (under the source's own names) where no configuration has it, as in kohya's files.
         lost: share of its update's energy that its conversion from another method to LoRA lost.
         dtypes: of the tensors read so far.
-        in_file: whether `file` is a safetensors file whose byte ranges are the tensors that `read` gives; else `read` has them in memory.
+        in_file: whether `file` is a safetensors file whose byte ranges are the tensors that `read` gives; else `read`
+            has them in memory.
         spans: tensor name → where it lies in such a file, and
         stamp: the file's size in bytes and time of change in ns, both from when it was scanned.
     """
@@ -99,7 +100,8 @@ class Source:
         ]
 
     def raw(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stored ``lora_B`` (out, r) and ``lora_A`` (r, in) in float64, without their scale; a convolution's as matrices."""
+        """The stored ``lora_B`` (out, r) and ``lora_A`` (r, in) in float64, without their scale; a convolution's as
+        matrices."""
         pair = []
         for side in ("B", "A"):
             key = self.keys[module][side]
@@ -113,13 +115,14 @@ class Source:
         return B, A
 
     def check(self, key: str, value: torch.Tensor) -> None:
-        """Raise `SourceError` where a factor's dtype or number of dimensions is none that is supported; else note the dtype."""
+        """Raise `SourceError` where a factor's dtype or number of dimensions is none that is supported; else note the
+        dtype."""
         if value.dtype not in FLOAT_DTYPES:
             raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
         if value.dim() not in (2, 4):
             raise SourceError(
-                f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional "
-                "convolutions are supported. Leave the others out of the adapter's target_modules."
+                f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional"
+                " convolutions are supported. Leave the others out of the adapter's target_modules."
             )
         if not value.numel():
             raise SourceError(
@@ -134,12 +137,13 @@ class Source:
         """Raise `SourceError` where factors of these shapes do not multiply."""
         if B[1] != A[0]:
             raise SourceError(
-                f"{self.location}: module {module!r} has lora_B {B} and lora_A {A}, which do not multiply. The file is "
-                "damaged: save the adapter again."
+                f"{self.location}: module {module!r} has lora_B {B} and lora_A {A}, which do not multiply. The file is"
+                " damaged: save the adapter again."
             )
 
     def shape(self, module: str) -> tuple[int, int, int]:
-        """``out``, ``in`` and rank of the update of one module, from the file's header where the source was scanned."""
+        """``out``, ``in`` and rank of the update of one module, from the file's header where the source was
+        scanned."""
         keys = (self.keys[module][side] for side in ("B", "A"))
         B, A = (self.read(key).shape if self.spans is None else self.spans[key].shape for key in keys)
         return B[0], math.prod(A[1:]), A[0]
@@ -150,7 +154,8 @@ class Source:
         return sorted({self.shape(module)[2] for module in self.keys})
 
     def weight_shape(self, module: str) -> list[int] | None:
-        """The base weight's shape, where it is no linear layer's: of an embedding (tokens, dimension), of a convolution its four."""
+        """The base weight's shape, where it is no linear layer's: of an embedding (tokens, dimension), of a
+        convolution its four."""
         A, B = (self.read(self.keys[module][side]) for side in ("A", "B"))
         if A.dim() == 4:
             return [B.shape[0], *A.shape[1:]]
@@ -162,7 +167,8 @@ class Source:
         return Factors(B * self.scale(module, A.shape[0]), A)
 
     def scale(self, module: str, rank: int) -> float:
-        """What B A of rank `rank` is multiplied by to be the module's update. Raises `SourceError` where the config says another rank."""
+        """What B A of rank `rank` is multiplied by to be the module's update. Raises `SourceError` where the config
+        says another rank."""
         own = self.aliases.get(module, module)
         try:
             known = self.scales.get(own, None if self.config else 1.0)
@@ -185,13 +191,14 @@ def open_source(
     """Open a source adapter.
 
     Args:
-        reference: the folder of a PEFT LoRA; a LoRA file of diffusers or kohya; a Hub id, ``org/name[@revision][:folder or file
-            inside]``; a LoRA state dict, alone (its scale then counts as 1) or as ``(state_dict, LoraConfig or dict)``; or a live
-            PeftModel (its active adapter).
+        reference: the folder of a PEFT LoRA; a LoRA file of diffusers or kohya; a Hub id,
+            ``org/name[@revision][:folder or file inside]``; a LoRA state dict, alone (its scale then counts as 1) or
+            as ``(state_dict, LoraConfig or dict)``; or a live PeftModel (its active adapter).
         token: as in huggingface_hub.
         allow_bin: take pickled weights, read with ``weights_only=True``.
-        base_model: the model that the adapter adapts: needed for adapters of PEFT's other methods, which `convert_to_lora` then turns
-            into LoRA factors, and for kohya files whose modules' names cannot be told otherwise. It is left as it was.
+        base_model: the model that the adapter adapts: needed for adapters of PEFT's other methods, which
+            `convert_to_lora` then turns into LoRA factors, and for kohya files whose modules' names cannot be told
+            otherwise. It is left as it was.
 
     Raises:
         SourceError: it is none of these, or it cannot be read; names what and the remedy.
@@ -207,8 +214,8 @@ def open_source(
     if hasattr(reference, "peft_config"):
         return _from_model(reference)
     raise SourceError(
-        f"A source adapter is a LoRA folder or file, a Hub id, a state dict, (state_dict, config), or a PeftModel; got "
-        f"{type(reference).__name__}."
+        "A source adapter is a LoRA folder or file, a Hub id, a state dict, (state_dict, config), or a PeftModel; got"
+        f" {type(reference).__name__}."
     )
 
 
@@ -251,9 +258,16 @@ def _from_files(place: Place, base_model: nn.Module | None) -> Source:
         saved = tuple(name for name in state if _is_saved(name, place.config))
         tensors = factors | {name: state[name] for name in saved}
         return Source(
-            place.name, place.location, place.config, keys, tensors.__getitem__, **common, other_keys=saved,
-            scales=dict.fromkeys(keys, 1.0), lost=lost,
-        )  # fmt: skip
+            place.name,
+            place.location,
+            place.config,
+            keys,
+            tensors.__getitem__,
+            **common,
+            other_keys=saved,
+            scales=dict.fromkeys(keys, 1.0),
+            lost=lost,
+        )
     common |= {"in_file": place.weights.suffix not in PICKLED}
     if place.config is None or is_foreign(names):
         bases = [] if base_model is None else [name for name, _ in base_model.named_modules()]
@@ -265,9 +279,15 @@ def _from_files(place: Place, base_model: nn.Module | None) -> Source:
                 f"{place.location}: {place.weights.name} holds no LoRA tensors. It is no LoRA, or it was saved empty."
             )
         return Source(
-            place.name, place.location, place.config or {}, found.keys, read, **common, other_keys=found.others,
+            place.name,
+            place.location,
+            place.config or {},
+            found.keys,
+            read,
+            **common,
+            other_keys=found.others,
             scales=found.scales,
-        )  # fmt: skip
+        )
     keys = _keys(names, place.config, place.location)
     return Source(place.name, place.location, place.config, keys, read, **common, other_keys=_others(names))
 
@@ -293,12 +313,13 @@ def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[s
     kind = _method(config)
     if kind == "SUBSPACE":
         raise SourceError(
-            f"{location}: the adapter's peft_type is SUBSPACE, not LORA: a task in a basis. Export it with `subspace-peft export-lora`."
+            f"{location}: the adapter's peft_type is SUBSPACE, not LORA: a task in a basis. Export it with"
+            " `subspace-peft export-lora`."
         )
     if kind != "LORA":
         raise SourceError(
-            f"{location}: the adapter's peft_type is {kind}, not LORA. Pass its base model, base_model= (--base-model), and it is "
-            "converted, or convert it with PEFT's `save_as_lora` first."
+            f"{location}: the adapter's peft_type is {kind}, not LORA. Pass its base model, base_model="
+            " (--base-model), and it is converted, or convert it with PEFT's `save_as_lora` first."
         )
     keys, problems = sort_keys(names)
     if problem := config_problem(config):
@@ -308,8 +329,9 @@ def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[s
     start = str(config.get("init_lora_weights") or "")
     if start.startswith(MUTATED):
         problems.append(
-            f"it was trained with init_lora_weights={start!r}, which changes the base weights, so its update does not belong "
-            "to the base model: save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            f"it was trained with init_lora_weights={start!r}, which changes the base weights, so its update does not"
+            " belong to the base model: save it with PEFT's path_initial_model_for_weight_conversion, which makes a"
+            " plain LoRA of it"
         )
     if problems:
         raise SourceError(f"{location}: " + "; ".join(problems[:5]) + ".")

@@ -1,4 +1,5 @@
-"""Saving and loading adapters of models that PEFT does not wrap: diffusers' UNets and transformers, anything injected."""
+"""Saving and loading adapters of models that PEFT does not wrap: diffusers' UNets and transformers, anything
+injected."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
     if not isinstance(config, SubspaceConfig):
         kind = "no adapter" if config is None else f"a {config.peft_type} adapter, not a SUBSPACE one,"
         raise SubspaceError(
-            f"{type(model).__name__} has {kind} named {name!r}; its adapters are {', '.join(sorted(known)) or '(none)'}. Add it by "
-            "`model.add_adapter(SubspaceConfig(…), name)` first."
+            f"{type(model).__name__} has {kind} named {name!r}; its adapters are"
+            f" {', '.join(sorted(known)) or '(none)'}. Add it by `model.add_adapter(SubspaceConfig(…), name)` first."
         )
     state = {
         f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach().cpu().contiguous()
@@ -77,7 +78,8 @@ def load_adapter(
 ) -> None:
     """Inject a saved task into `model` itself, in place and active, where there is no `load_adapter` that takes it.
 
-    diffusers' `load_lora_adapter` reads LoRA only; afterwards `set_adapters`, `fuse_lora` and the rest of diffusers' calls work.
+    diffusers' `load_lora_adapter` reads LoRA only; afterwards `set_adapters`, `fuse_lora` and the rest of diffusers'
+    calls work.
 
     Args:
         model: a diffusers model, or any module. Coefficients can be trained, all else is frozen.
@@ -104,8 +106,8 @@ def load_adapter(
         raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
     if not isinstance(config, SubspaceConfig):
         raise SubspaceError(
-            f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own load_lora_adapter, or "
-            "projected into a basis by `project_lora` first."
+            f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own"
+            " load_lora_adapter, or projected into a basis by `project_lora` first."
         )
     file = weights_of(task, config)
     state = {key.removeprefix(PREFIX): value for key, value in load_file(file).items()}
@@ -118,6 +120,6 @@ def load_adapter(
     unused = set_peft_model_state_dict(model, state, adapter_name=adapter_name).unexpected_keys
     if unused:
         raise SubspaceError(
-            f"{task}: {type(model).__name__} has no place for {', '.join(sorted(unused)[:3])}. Modules that are trained whole "
-            "(modules_to_save) can only be loaded by `PeftModel.from_pretrained`."
+            f"{task}: {type(model).__name__} has no place for {', '.join(sorted(unused)[:3])}. Modules that are"
+            " trained whole (modules_to_save) can only be loaded by `PeftModel.from_pretrained`."
         )

@@ -1,4 +1,5 @@
-"""`TaskBank`: thousands of tasks on one basis as rows of one tensor, beside PEFT's adapters and served by the same layers."""
+"""`TaskBank`: thousands of tasks on one basis as rows of one tensor, beside PEFT's adapters and served by the same
+layers."""
 
 from __future__ import annotations
 
@@ -30,11 +31,12 @@ EMPTY = 0  # the slot of zeros, for rows of the base model
 
 
 class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
-    """Tasks by name, each a row of one tensor (slots, numbers): per module its core (k_in, k_out), transposed, in units of ΔW.
+    """Tasks by name, each a row of one tensor (slots, numbers): per module its core (k_in, k_out), transposed, in
+    units of ΔW.
 
-    Rows of a batch name their tasks, in ``with bank.tasks([...]):`` or in stock `adapter_names=[...]`, where they mix freely with
-    the model's own adapters and ``__base__``. Adding, replacing and removing a task costs its own bytes; PEFT's walk over all
-    modules is not made. A bank holds no trained modules of other kinds (`modules_to_save`).
+    Rows of a batch name their tasks, in ``with bank.tasks([...]):`` or in stock `adapter_names=[...]`, where they mix
+    freely with the model's own adapters and ``__base__``. Adding, replacing and removing a task costs its own bytes;
+    PEFT's walk over all modules is not made. A bank holds no trained modules of other kinds (`modules_to_save`).
 
     As a mapping it gives a task's cores, module → (k_out, k_in) float32.
 
@@ -48,7 +50,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
 
     Args:
         model: a PeftModel, or any model with subspace layers.
-        adapter: the adapter on whose basis, and in whose modules and sizes, the bank's tasks are; the active one by default.
+        adapter: the adapter on whose basis, and in whose modules and sizes, the bank's tasks are; the active one by
+            default.
         capacity: slots to begin with; it grows by itself.
 
     Raises:
@@ -77,7 +80,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         self.slots: dict[str, int] = {}
         self.free: list[int] = []
 
-    # -- tasks ----------------------------------------------------------------------------------------------------------
+    # -- tasks
+    # ----------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
         row = self.rows[self._slot(name)]
@@ -97,8 +101,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
 
         Args:
             name: as rows will name it.
-            task: the folder or Hub id of a saved task; None: the model's own adapter of this name; or its cores, module →
-                (k_out, k_in) in units of ΔW, such as another bank's.
+            task: the folder or Hub id of a saved task; None: the model's own adapter of this name; or its cores,
+                module → (k_out, k_in) in units of ΔW, such as another bank's.
             hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
 
         Raises:
@@ -140,8 +144,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             )
         if read.extras:
             raise SubspaceError(
-                f"Task {name!r} has trained {sorted(read.extras)[0]} as well, which a bank does not hold. Load it as an adapter, with "
-                "`model.load_adapter`; batches may mix both."
+                f"Task {name!r} has trained {sorted(read.extras)[0]} as well, which a bank does not hold. Load it as"
+                " an adapter, with `model.load_adapter`; batches may mix both."
             )
         return read.cores
 
@@ -151,8 +155,9 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         if given != wanted:
             wrong = sorted(module for module in {*given, *wanted} if given.get(module) != wanted.get(module))
             raise BasisMismatchError(
-                f"Task {name!r} has {given.get(wrong[0], 'nothing')} in module {wrong[0]!r}, this bank {wanted.get(wrong[0], 'nothing')}. "
-                "All tasks of a bank have the modules and sizes of the adapter that it was made for."
+                f"Task {name!r} has {given.get(wrong[0], 'nothing')} in module {wrong[0]!r}, this bank"
+                f" {wanted.get(wrong[0], 'nothing')}. All tasks of a bank have the modules and sizes of the adapter"
+                " that it was made for."
             )
 
     def _slot(self, name: str) -> int:
@@ -174,11 +179,13 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         start, k_in, k_out = layer.bank_place
         return rows[..., start : start + k_in * k_out].unflatten(-1, (k_in, k_out))
 
-    # -- batches --------------------------------------------------------------------------------------------------------
+    # -- batches
+    # --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def tasks(self, names: Sequence[str], *, copies: int = 1) -> Iterator[None]:
-        """While open, row i of every batch is task `names[i]`: of the bank, one of the model's adapters, or ``__base__``.
+        """While open, row i of every batch is task `names[i]`: of the bank, one of the model's adapters, or
+        ``__base__``.
 
         Args:
             names: a name per row.
@@ -212,7 +219,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         rows = None if places is None else places.to(U.device)
         return Group(rows, self._part(gathered, layer).to(U.device), U, V)
 
-    # -- files and adapters ---------------------------------------------------------------------------------------------
+    # -- files and adapters
+    # ---------------------------------------------------------------------------------------------
 
     def save(self, file: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write all tasks into one safetensors file: ``cores`` (tasks, numbers), and an index in its metadata.
@@ -221,22 +229,28 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         """
         names = list(self.slots)
         index = {
-            "format_version": FORMAT_VERSION, "subspace_peft_version": __version__, "tasks": names,
+            "format_version": FORMAT_VERSION,
+            "subspace_peft_version": __version__,
+            "tasks": names,
             "basis_fingerprint": self.config.basis_fingerprint,
             "modules": {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()},
-            "weight_shapes": self.config.weight_shapes, "base_model_name_or_path": self.config.base_model_name_or_path,
-        }  # fmt: skip
+            "weight_shapes": self.config.weight_shapes,
+            "base_model_name_or_path": self.config.base_model_name_or_path,
+        }
         rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
         metadata = {"bank": json.dumps(index)}
         write_aside(Path(file), lambda path: save_file({"cores": rows}, path, metadata=metadata))
         return Path(file)
 
     def load(self, file: str | Path, *, cores_only: bool = False) -> list[str]:
-        """Add every task of a file that `save` or `bundle_tasks` wrote; those of the same names are replaced. Returns their names.
+        """Add every task of a file that `save` or `bundle_tasks` wrote; those of the same names are replaced. Returns
+        their names.
 
         Args:
-            file: the file; of a bundle in a folder ``folder/bundle.safetensors``, of one on the Hub `open_bundle(…).download()`.
-            cores_only: take the cores of tasks, too, whose trained modules or residuals a bank cannot hold, and leave these out.
+            file: the file; of a bundle in a folder ``folder/bundle.safetensors``, of one on the Hub
+                `open_bundle(…).download()`.
+            cores_only: take the cores of tasks, too, whose trained modules or residuals a bank cannot hold, and leave
+                these out.
 
         Raises:
             BadFileError: the file is damaged or no bank.
@@ -250,19 +264,19 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             modules_of = index["entries"][name].get("modules", modules)
             if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
                 raise BasisMismatchError(
-                    f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with "
-                    "`load_task`, or make a bundle without it."
+                    f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with"
+                    " `load_task`, or make a bundle without it."
                 )
         if apart and not cores_only:
             raise SubspaceError(
-                f"{file}: {len(apart)} of its {len(names) + len(apart)} tasks, such as {apart[0]!r}, have trained modules or a "
-                "residual, which a bank does not hold. Load these as adapters, with `load_task`; or take their cores alone, with "
-                "cores_only=True."
+                f"{file}: {len(apart)} of its {len(names) + len(apart)} tasks, such as {apart[0]!r}, have trained"
+                " modules or a residual, which a bank does not hold. Load these as adapters, with `load_task`; or"
+                " take their cores alone, with cores_only=True."
             )
         if index["basis_fingerprint"] != self.config.basis_fingerprint or modules != own:
             raise BasisMismatchError(
-                f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this bank's on "
-                f"{self.config.basis_fingerprint} in {len(own)}. They belong to another model or basis."
+                f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this"
+                f" bank's on {self.config.basis_fingerprint} in {len(own)}. They belong to another model or basis."
             )
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -306,7 +320,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         return folder
 
     def load_adapter(self, name: str) -> None:
-        """Make one task an adapter of the model, to train it on or merge it. Raises `SubspaceError` where one has that name."""
+        """Make one task an adapter of the model, to train it on or merge it. Raises `SubspaceError` where one has that
+        name."""
         if name in self.model.peft_config:
             raise SubspaceError(f"The model has an adapter {name!r} already: delete it first.")
         config, tensors = self._as_adapter(name)
@@ -319,9 +334,16 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         import dataclasses
 
         config = dataclasses.replace(
-            self.config, coefficients="core", mean_gain="none", start="zero", subspace_version=None, basis_modules=None, card=None,
-            target_modules=set(self.layers), modules_to_save=None,
-        )  # fmt: skip
+            self.config,
+            coefficients="core",
+            mean_gain="none",
+            start="zero",
+            subspace_version=None,
+            basis_modules=None,
+            card=None,
+            target_modules=set(self.layers),
+            modules_to_save=None,
+        )
         config._basis, config._given = self.config._basis, self.config._given
         scaled = {}
         for module, core in self[name].items():

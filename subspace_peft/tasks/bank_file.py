@@ -21,8 +21,8 @@ def read_index(file: Path) -> dict[str, Any]:
     """The index of a file that `TaskBank.save` wrote, held against the file's header; no numbers are read.
 
     Returns:
-        ``tasks``, names in the order of their rows; ``basis_fingerprint``; ``modules``, module → [k_out, k_in], in the order
-        in which a row has them; maybe ``weight_shapes`` and ``base_model_name_or_path``, as in a task's config.
+        ``tasks``, names in the order of their rows; ``basis_fingerprint``; ``modules``, module → [k_out, k_in], in the
+        order in which a row has them; maybe ``weight_shapes`` and ``base_model_name_or_path``, as in a task's config.
 
     Raises:
         BadFileError: the file is damaged, no bank, or of another version.

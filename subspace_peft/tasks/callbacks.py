@@ -28,8 +28,8 @@ HUB_DATASET = re.compile(r"hf://datasets/([^@]+)@")
 
 
 class SubspaceCardCallback(TrainerCallback):
-    """``Trainer(…, callbacks=[SubspaceCardCallback()])``: the trained task's card then says how it was trained and what it scored, in
-    every checkpoint, in `save_pretrained` and `push_to_hub`.
+    """``Trainer(…, callbacks=[SubspaceCardCallback()])``: the trained task's card then says how it was trained and
+    what it scored, in every checkpoint, in `save_pretrained` and `push_to_hub`.
 
     Args:
         datasets: Hub ids of what it is trained on; by default those that the training set says it was fetched from.
@@ -80,7 +80,8 @@ class SubspaceCardCallback(TrainerCallback):
 
 
 def note_metrics(model: Any, split: str, metrics: Mapping[str, Any]) -> None:
-    """Have the cards of the model's active tasks say what they scored on `split`; what is no finite number is left out."""
+    """Have the cards of the model's active tasks say what they scored on `split`; what is no finite number is left
+    out."""
     numbers = {name: float(value) for name, value in metrics.items() if _finite(value)}
     for config in _trained(model):
         if numbers:
@@ -100,8 +101,9 @@ def write_card(
 
     Args:
         folder: of the task.
-        trainer_state: a Trainer's `trainer_state.json`, by default the one in `folder`: steps, epochs, loss and metrics. Learning rates are in no file
-            that can be read without unpickling it; use `SubspaceCardCallback` for them.
+        trainer_state: a Trainer's `trainer_state.json`, by default the one in `folder`: steps, epochs, loss and
+            metrics. Learning rates are in no file that can be read without unpickling it; use `SubspaceCardCallback`
+            for them.
         controls: `results.json` of a recipe's `--stage compare`.
         metrics: split → metric → number.
         datasets: Hub ids of what the task was trained on.
@@ -162,7 +164,8 @@ def _trained(model: Any) -> list[SubspaceConfig]:
 
 
 def _settings(args: Any, optimizer: Any, model: Any, data: Any) -> dict[str, Any]:
-    """What the training is run with; learning rates from the optimizer itself, which may not be the one that `args` describe."""
+    """What the training is run with; learning rates from the optimizer itself, which may not be the one that `args`
+    describe."""
     inner = getattr(optimizer, "optimizer", optimizer)
     groups = getattr(inner, "param_groups", None) or []
     ours = {id(p) for name, p in model.named_parameters() if "subspace_coef" in name}
@@ -227,7 +230,8 @@ def _from_state(file: Path) -> dict[str, Any]:
         found = _evaluation(history, step)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFileError(
-            f"{file}: no Trainer's state ({type(error).__name__}: {error}). Pass the trainer_state.json of a checkpoint."
+            f"{file}: no Trainer's state ({type(error).__name__}: {error}). Pass the trainer_state.json of a"
+            " checkpoint."
         ) from error
     return {"training": training, **({"metrics": {"evaluation": found}} if found else {})}
 
@@ -240,5 +244,6 @@ def _from_results(file: Path) -> dict[str, Any]:
         return {"title": body["title"], "score": body["settings"].get("score"), "rows": rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFileError(
-            f"{file}: no results of a comparison ({type(error).__name__}: {error}). Pass the results.json of a recipe's --stage compare."
+            f"{file}: no results of a comparison ({type(error).__name__}: {error}). Pass the results.json of a"
+            " recipe's --stage compare."
         ) from error

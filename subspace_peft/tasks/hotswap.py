@@ -21,18 +21,19 @@ SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", 
 
 
 def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub: Any) -> None:
-    """Put the saved `task` in the place of the loaded `adapter`, under its name. No tensor, and nothing that a compiler guards
-    on, is replaced: a compiled model is not compiled again.
+    """Put the saved `task` in the place of the loaded `adapter`, under its name. No tensor, and nothing that a
+    compiler guards on, is replaced: a compiled model is not compiled again.
 
     Args:
-        model: a PeftModel, or a model adapted by `inject_adapter_in_model` or transformers; also the result of `torch.compile`.
+        model: a PeftModel, or a model adapted by `inject_adapter_in_model` or transformers; also the result of
+            `torch.compile`.
         task: folder or Hub id of a saved task on the same basis, of the same kind and size, for the same modules.
         adapter: which adapter to replace.
         hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
 
     Raises:
-        SubspaceError: there is no such adapter, it is merged, or the two tasks differ in more than their numbers. The model is
-            then as it was.
+        SubspaceError: there is no such adapter, it is merged, or the two tasks differ in more than their numbers. The
+            model is then as it was.
         BadFileError, BasisMismatchError: see `SubspaceConfig.from_pretrained`.
     """
     inner = getattr(model, "_orig_mod", model)
@@ -46,8 +47,8 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     for name in SAME:
         if getattr(old, name) != getattr(new, name):
             raise BasisMismatchError(
-                f"{task}: its {name} is {getattr(new, name)!r}, that of adapter {adapter!r} {getattr(old, name)!r}: they cannot "
-                "be swapped in place. Load it beside the other with `model.load_adapter`."
+                f"{task}: its {name} is {getattr(new, name)!r}, that of adapter {adapter!r} {getattr(old, name)!r}:"
+                " they cannot be swapped in place. Load it beside the other with `model.load_adapter`."
             )
     targets = _targets(inner, adapter)
     found: dict[str, torch.Tensor] = {}
@@ -59,13 +60,14 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     if absent or extra:
         what = f"lacks {absent[0]}" if absent else f"also has {extra[0]}"
         raise BasisMismatchError(
-            f"{task} {what}, unlike adapter {adapter!r}: they cannot be swapped in place. Load it beside the other with "
-            "`model.load_adapter`."
+            f"{task} {what}, unlike adapter {adapter!r}: they cannot be swapped in place. Load it beside the other"
+            " with `model.load_adapter`."
         )
     for key, value in found.items():
         if value.shape != targets[key].shape:
             raise BasisMismatchError(
-                f"{task}: {key} has shape {tuple(value.shape)}, that of adapter {adapter!r} {tuple(targets[key].shape)}."
+                f"{task}: {key} has shape {tuple(value.shape)}, that of adapter {adapter!r}"
+                f" {tuple(targets[key].shape)}."
             )
     with torch.no_grad():
         for key, value in found.items():

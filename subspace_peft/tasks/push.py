@@ -1,4 +1,5 @@
-"""A task on its way to the Hub: its basis pinned to a commit that others can fetch, or a word about what is missing."""
+"""A task on its way to the Hub: its basis pinned to a commit that others can fetch, or a word about what is
+missing."""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ def push_task(
     tags: list[str] | None = None,
     **saving: Any,
 ) -> str:
-    """Save a model's tasks and upload them in one commit: what `model.push_to_hub` does where one of them is a subspace task.
+    """Save a model's tasks and upload them in one commit: what `model.push_to_hub` does where one of them is a
+    subspace task.
 
-    The basis of each is pinned first: to the commit it was fetched from or pushed as, on this machine. A README that somebody wrote in
-    the repository stays.
+    The basis of each is pinned first: to the commit it was fetched from or pushed as, on this machine. A README that
+    somebody wrote in the repository stays.
 
     Args:
         model: the model.
@@ -56,7 +58,8 @@ def push_task(
         The commit's sha.
 
     Raises:
-        SubspaceError: a basis is in a local folder or in memory only, and nothing was said about it; or `repo_id` is a path.
+        SubspaceError: a basis is in a local folder or in memory only, and nothing was said about it; or `repo_id` is a
+            path.
     """
     check_repo_id(repo_id)
     for name in saving.get("selected_adapters") or list(model.peft_config):
@@ -93,8 +96,8 @@ def push_saved_task(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload the folder of a saved task in one commit, its basis pinned first in what is uploaded; no model is loaded. Arguments, result
-    and errors are those of `push_task`; also `BadFileError` where the folder is damaged.
+    """Upload the folder of a saved task in one commit, its basis pinned first in what is uploaded; no model is loaded.
+    Arguments, result and errors are those of `push_task`; also `BadFileError` where the folder is damaged.
     """
     check_repo_id(repo_id)
     folder = Path(folder).expanduser()
@@ -170,7 +173,8 @@ def place_on_hub(
     private: bool | None = None,
     token: str | bool | None = None,
 ) -> tuple[str, str | None] | None:
-    """Repository and commit where others find `basis`, as far as this machine knows, or after pushing it there; None by force.
+    """Repository and commit where others find `basis`, as far as this machine knows, or after pushing it there; None
+    by force.
 
     Raises:
         SubspaceError: it is in a local folder or in memory only; names `what` needs it, and the remedies.
@@ -190,14 +194,15 @@ def place_on_hub(
         )
         return None
     raise SubspaceError(
-        f"The basis of {what} (fingerprint {basis.fingerprint}) is {where}, where nobody who loads it from the Hub would find "
-        f"it. Push the basis too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before), {remedy}, or push anyway "
-        "with force=True."
+        f"The basis of {what} (fingerprint {basis.fingerprint}) is {where}, where nobody who loads it from the Hub"
+        " would find it. Push the basis too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before),"
+        f" {remedy}, or push anyway with force=True."
     )
 
 
 def teach_push_to_hub() -> None:
-    """Have `PeftModel.push_to_hub` do as `push_task` for models with a subspace task; other models go the way they went. Idempotent."""
+    """Have `PeftModel.push_to_hub` do as `push_task` for models with a subspace task; other models go the way they
+    went. Idempotent."""
     original: Callable[..., Any] = PeftModel.push_to_hub
     if getattr(original, "subspace", False):
         return

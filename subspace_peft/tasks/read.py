@@ -27,7 +27,8 @@ class Task:
         cores: module → ``s·C(θ) + g·M`` (k_out, k_in) float64: the core in units of ΔW.
         modules: module → the part of the basis that it uses.
         extras: other saved tensors by key, such as a classifier's (`modules_to_save`).
-        residual: module → ``(B, A)``, (out, r) and (r, in): what is added to ``U core V``, where a bundle kept it; see `compress_fleet`.
+        residual: module → ``(B, A)``, (out, r) and (r, in): what is added to ``U core V``, where a bundle kept it; see
+            `compress_fleet`.
     """
 
     config: SubspaceConfig
@@ -59,7 +60,8 @@ def read_task(
 def read_tensors(
     task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
 ) -> tuple[SubspaceConfig, dict[str, torch.Tensor]]:
-    """A task's configuration, and its tensors as they are saved: by their keys in its file. Arguments and errors as in `read_task`."""
+    """A task's configuration, and its tensors as they are saved: by their keys in its file. Arguments and errors as in
+    `read_task`."""
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
 
@@ -153,8 +155,8 @@ def _core(
     module = parts_of[name] if needs_module else None
     if config.mean_gain != "none" and module is not None and module.M is None:
         raise BasisMismatchError(
-            f"mean_gain={config.mean_gain!r}, but the basis has no mean core in module {name!r}. Pass the basis that the task was "
-            "trained on."
+            f"mean_gain={config.mean_gain!r}, but the basis has no mean core in module {name!r}. Pass the basis that"
+            " the task was trained on."
         )
     mean, directions = (None, None) if module is None else (module.M, module.G)
     made = make_coefficients(

@@ -29,8 +29,8 @@ def check_base_name(model: nn.Module, config: SubspaceConfig, basis: SubspaceBas
     both_ids = all(text.count("/") == 1 and text[0] not in "./~" for text in (own, other) if text) and own and other
     if config.check_base_model and both_ids and own != other:
         raise BasisMismatchError(
-            f"The basis was built for {other!r}, but the model is {own!r}. Load that one, build a basis for this one, or "
-            "pass check_base_model=False if you know that they share their weights."
+            f"The basis was built for {other!r}, but the model is {own!r}. Load that one, build a basis for this one,"
+            " or pass check_base_model=False if you know that they share their weights."
         )
 
 
@@ -49,9 +49,10 @@ def check_probe(model: nn.Module, modules: Mapping[str, nn.Module], plan: Plan) 
         config.base_probe = [float(f"{value:.4g}") for value in probe.tolist()]
     elif config.check_base_model and not _same(config.base_probe, probe):
         raise BasisMismatchError(
-            f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}): this "
-            f"{type(model).__name__} ({getattr(getattr(model, 'config', None), '_name_or_path', '')}) has other numbers in "
-            f"{names_of(_probed(plan), 2)}. Load that base model, or pass check_base_model=False in the config to try anyway."
+            f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}):"
+            f" this {type(model).__name__} ({getattr(getattr(model, 'config', None), '_name_or_path', '')}) has other"
+            f" numbers in {names_of(_probed(plan), 2)}. Load that base model, or pass check_base_model=False in the"
+            " config to try anyway."
         )
 
 

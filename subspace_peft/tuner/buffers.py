@@ -20,7 +20,8 @@ class SharedBuffers(nn.Module):
     """A dict of frozen tensors, adapter name → tensor, in which adapters on the same basis hold the same object.
 
     Not PEFT's `BufferDict`: PEFT upcasts and moves that one adapter at a time, which makes copies. Moves and casts go
-    through `_apply` here, once per distinct tensor. Tensors are in the state dict only for adapters that save their basis.
+    through `_apply` here, once per distinct tensor. Tensors are in the state dict only for adapters that save their
+    basis.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,8 @@ class SharedBuffers(nn.Module):
         self._origins: dict[str, tuple[Arrivals, str, str]] = {}
 
     def put(self, adapter: str, value: torch.Tensor, config: SubspaceConfig, sha256: str | None = None) -> None:
-        """Hold `value` for `adapter`, whose `config` says whether it is in the state dict; a loaded tensor has to have `sha256`."""
+        """Hold `value` for `adapter`, whose `config` says whether it is in the state dict; a loaded tensor has to have
+        `sha256`."""
         # not register_buffer, which refuses adapters named like any attribute of this class
         self._buffers[adapter] = value
         self._configs[adapter] = config
@@ -70,7 +72,8 @@ class SharedBuffers(nn.Module):
         if not torch.isfinite(value).all():
             return f"{key} holds NaN or infinite values: the file is damaged"
         want = self._expected.get(adapter)
-        # a file saved after model.half() holds other bytes than were hashed: then only shape and finiteness can be held
+        # a file saved after model.half() holds other bytes than were hashed: then only shape and finiteness can be
+        # held
         if want is not None and value.dtype == torch.float32 and tensor_sha256(value) != want:
             return (
                 f"{key} has sha256 {tensor_sha256(value)}, but the task's config says {want}: the basis in this file "

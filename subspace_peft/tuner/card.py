@@ -28,9 +28,12 @@ MEASURED = ("training", "metrics", "controls", "datasets")
 HEADED = ("SEQ_CLS", "TOKEN_CLS")
 HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 MORE_AUTO_CLASSES = (
-    "AutoModelForImageClassification", "AutoModelForAudioClassification", "AutoModelForMaskedLM", "AutoModelForSpeechSeq2Seq",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
+    "AutoModelForMaskedLM",
+    "AutoModelForSpeechSeq2Seq",
     "AutoModelForImageTextToText",
-)  # fmt: skip
+)
 # a config of ten thousand names would outweigh the task
 MOST_LABELS = 64
 
@@ -97,7 +100,8 @@ def _sizes(file: Path) -> dict[str, Any]:
 
 
 def note(config: SubspaceConfig, **facts: Any) -> None:
-    """Have the card say `facts` (`training`, `metrics`, `datasets`, `controls`, `base`); metrics are added to those of other splits."""
+    """Have the card say `facts` (`training`, `metrics`, `datasets`, `controls`, `base`); metrics are added to those of
+    other splits."""
     card = dict(config.card or {})
     for key, value in facts.items():
         card[key] = {**card.get(key, {}), **value} if key == "metrics" else value
@@ -105,7 +109,8 @@ def note(config: SubspaceConfig, **facts: Any) -> None:
 
 
 def forget_others(folder: Path, config: SubspaceConfig) -> None:
-    """Have `config.card` say nothing of other numbers than those in `folder`: it may have been trained on since it was read."""
+    """Have `config.card` say nothing of other numbers than those in `folder`: it may have been trained on since it was
+    read."""
     card = config.card
     if not card or not any(key in card for key in MEASURED):
         return
@@ -172,8 +177,8 @@ def _auto_class(base: Any, settings: Any, config: SubspaceConfig) -> str | None:
 
 
 def teach_cards() -> None:
-    """Have `PeftModel.create_or_update_model_card`, which writes a page of gaps to fill in, leave a subspace task's README to its own
-    card, and note how to make the base model. Other models go the way they went. Idempotent.
+    """Have `PeftModel.create_or_update_model_card`, which writes a page of gaps to fill in, leave a subspace task's
+    README to its own card, and note how to make the base model. Other models go the way they went. Idempotent.
     """
     from peft import PeftModel
 

@@ -20,8 +20,8 @@ KINDS = ("core", "factor", "diagonal", "directions", "none")
 class Coefficients(nn.Module):
     """The trained numbers of one task in one module.
 
-    A call gives the core ``C(θ) + g·M`` (k_out, k_in). Every trained tensor lies on this module and is used inside its call, so
-    that hooks which gather or onload parameters (ZeRO, FSDP, CPU offload) see it.
+    A call gives the core ``C(θ) + g·M`` (k_out, k_in). Every trained tensor lies on this module and is used inside its
+    call, so that hooks which gather or onload parameters (ZeRO, FSDP, CPU offload) see it.
 
     Attributes:
         steps: how many numbers one Adam step moves the core by; the scale makes that step's size the same for all.
@@ -48,8 +48,8 @@ class Coefficients(nn.Module):
         if name in self.__dict__.get("_parameters", ()) and isinstance(value, nn.Parameter):
             if value.device.type != "meta" and not torch.isfinite(value).all():
                 raise BadFileError(
-                    f"{'coefficients' if self._origin is None else self._origin[1]}: {name} holds NaN or infinite values. The "
-                    "task's training diverged, or the file is damaged: fetch or train it again."
+                    f"{'coefficients' if self._origin is None else self._origin[1]}: {name} holds NaN or infinite"
+                    " values. The task's training diverged, or the file is damaged: fetch or train it again."
                 )
             self._came(name)
         super().__setattr__(name, value)
@@ -185,9 +185,7 @@ class MeanOnly(Coefficients):
         """Nothing to set: this kind has no θ."""
 
 
-def make_coefficients(
-    kind: str, k_out: int, k_in: int, *, r: int, directions: int, mean_gain: str
-) -> Coefficients:  # fmt: skip
+def make_coefficients(kind: str, k_out: int, k_in: int, *, r: int, directions: int, mean_gain: str) -> Coefficients:
     """The coefficients of one module, at zero. `r` is for `factor`, `directions` (m) for `directions`."""
     if kind == "none":
         return MeanOnly(k_out, k_in, mean_gain)

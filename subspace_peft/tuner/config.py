@@ -32,9 +32,11 @@ class SubspaceConfig(PeftConfig):
     basis: Any = field(
         default=None,
         metadata={
-            "help": "The shared basis: a `SubspaceBasis`, its folder, or its Hub id. 'random' (zero-mean Gaussian, "
-            "orthonormalised) and 'base-weights' (top singular vectors of the base model's weights, LoRA-XS) make one "
-            "at injection, of size `k`; it then travels in the task's own file."
+            "help": (
+                "The shared basis: a `SubspaceBasis`, its folder, or its Hub id. 'random' (zero-mean Gaussian,"
+                " orthonormalised) and 'base-weights' (top singular vectors of the base model's weights, LoRA-XS) make"
+                " one at injection, of size `k`; it then travels in the task's own file."
+            )
         },
     )
     basis_revision: str | None = field(
@@ -46,14 +48,19 @@ class SubspaceConfig(PeftConfig):
     save_basis: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether the task's own file carries its basis. None: only a basis that is stored nowhere else does."
+            "help": (
+                "Whether the task's own file carries its basis. None: only a basis that is stored nowhere else does."
+            )
         },
     )
     coefficients: Literal["core", "factor", "diagonal", "directions", "none"] = field(
         default="core",
         metadata={
-            "help": "'core': C itself, k_out × k_in numbers per module. 'factor': C = up · down of rank `r`. 'diagonal': k "
-            "numbers. 'directions': one number per direction tensor of the basis. 'none': only the mean core's gain."
+            "help": (
+                "'core': C itself, k_out × k_in numbers per module. 'factor': C = up · down of rank `r`. 'diagonal': k"
+                " numbers. 'directions': one number per direction tensor of the basis. 'none': only the mean core's"
+                " gain."
+            )
         },
     )
     k: int | None = field(
@@ -72,23 +79,29 @@ class SubspaceConfig(PeftConfig):
     alpha: float = field(
         default=256.0,
         metadata={
-            "help": "Scale: s = alpha / √(how many numbers an Adam step moves C by), so that a step of learning rate η "
-            "changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind."
+            "help": (
+                "Scale: s = alpha / √(how many numbers an Adam step moves C by), so that a step of learning rate η "
+                "changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind."
+            )
         },
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input while training."})
     mean_gain: Literal["none", "fixed", "trainable"] = field(
         default="none",
         metadata={
-            "help": "The fleet's mean core M: 'none' leaves it out, 'fixed' adds it (g = 1), 'trainable' trains g per "
-            "module, from 0."
+            "help": (
+                "The fleet's mean core M: 'none' leaves it out, 'fixed' adds it (g = 1), 'trainable' trains g per "
+                "module, from 0."
+            )
         },
     )
     start: str = field(
         default="zero",
         metadata={
-            "help": "Where training starts: 'zero' (the base model's function), 'mean' (the fleet's mean update), or the "
-            "name of one of the basis's sources (its projection)."
+            "help": (
+                "Where training starts: 'zero' (the base model's function), 'mean' (the fleet's mean update), or the "
+                "name of one of the basis's sources (its projection)."
+            )
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of a generated 'random' basis."})
@@ -107,8 +120,11 @@ class SubspaceConfig(PeftConfig):
     bias: str = field(
         default="none",
         metadata={
-            "help": "'none', 'all' or 'subspace_only' (of the adapted layers): biases of the base model that are trained too. As in "
-            "LoRA, for one adapter only, and disabling the adapter then does not give the base model's outputs."
+            "help": (
+                "'none', 'all' or 'subspace_only' (of the adapted layers): biases of the base model that are trained"
+                " too. As in LoRA, for one adapter only, and disabling the adapter then does not give the base model's"
+                " outputs."
+            )
         },
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
@@ -153,8 +169,10 @@ class SubspaceConfig(PeftConfig):
     card: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "What the README says beside the other fields: base model's class, training, metrics, controls. Filled in when the "
-            "task is saved, by `SubspaceCardCallback` and by `write_card`."
+            "help": (
+                "What the README says beside the other fields: base model's class, training, metrics, controls. Filled"
+                " in when the task is saved, by `SubspaceCardCallback` and by `write_card`."
+            )
         },
     )
     subspace_version: str | None = field(
@@ -235,9 +253,9 @@ class SubspaceConfig(PeftConfig):
             return None
         elif self.basis is None and self.basis_fingerprint is None:
             raise BasisNotFoundError(
-                "SubspaceConfig has no basis. Build one from LoRA adapters with `subspace_peft.build_basis([...])` or "
-                "`subspace-peft build`, and pass it, its folder or its Hub id as basis=…; or ask for a random one with "
-                "basis='random', k=16."
+                "SubspaceConfig has no basis. Build one from LoRA adapters with `subspace_peft.build_basis([...])` or"
+                " `subspace-peft build`, and pass it, its folder or its Hub id as basis=…; or ask for a random one"
+                " with basis='random', k=16."
             )
         elif self._given:
             # said by hand: that place and no other, whatever this process or machine has seen before
@@ -306,7 +324,8 @@ class SubspaceConfig(PeftConfig):
         """As PEFT's, which `from_pretrained` calls.
 
         Raises:
-            BadFileError: no JSON object, a method that PEFT does not know, or keys that nobody writes into a saved task.
+            BadFileError: no JSON object, a method that PEFT does not know, or keys that nobody writes into a saved
+                task.
         """
         try:
             values = read_json(Path(path_json_file))
@@ -317,14 +336,14 @@ class SubspaceConfig(PeftConfig):
         kind = values.get("peft_type", SUBSPACE)
         if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise BadFileError(
-                f"{path_json_file}: its peft_type is {str(kind)[:80]!r}, which this PEFT does not know. Upgrade PEFT, or fetch the "
-                "adapter again."
+                f"{path_json_file}: its peft_type is {str(kind)[:80]!r}, which this PEFT does not know. Upgrade PEFT,"
+                " or fetch the adapter again."
             )
         unknown = unknown_keys(values, [item.name for item in fields(cls)]) if kind == SUBSPACE else []
         if unknown:
             raise BadFileError(
-                f"{path_json_file}: it has {', '.join(unknown[:5])}, which neither the version that saved it nor this one knows. The "
-                "file was altered: fetch it again, or take that out."
+                f"{path_json_file}: it has {', '.join(unknown[:5])}, which neither the version that saved it nor this"
+                " one knows. The file was altered: fetch it again, or take that out."
             )
         return super().from_json_file(path_json_file, **kwargs)
 
@@ -337,8 +356,8 @@ class SubspaceConfig(PeftConfig):
         touched.
 
         Raises:
-            BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers. Of JSON that is no configuration it is a
-                TypeError as well, as with PEFT's other methods.
+            BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers. Of JSON that is no
+                configuration it is a TypeError as well, as with PEFT's other methods.
             BasisNotFoundError, BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
         """
         from .task_file import check_task, locate_task
@@ -352,8 +371,8 @@ class SubspaceConfig(PeftConfig):
             # PEFT's own methods raise a TypeError for JSON that is no configuration
             kind = NoConfigurationError if isinstance(error, TypeError) else BadFileError
             raise kind(
-                f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}). Fetch or save the "
-                "task again."
+                f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}). Fetch or"
+                " save the task again."
             ) from error
         if not isinstance(config, SubspaceConfig):
             return config

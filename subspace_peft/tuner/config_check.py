@@ -1,4 +1,5 @@
-"""Whether a configuration's values are of the kinds they are meant to be: a saved task's config may come from anywhere."""
+"""Whether a configuration's values are of the kinds they are meant to be: a saved task's config may come from
+anywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Check = Callable[[Any], "str | None"]
 
 
 def check_values(config: SubspaceConfig) -> None:
-    """Raise `SubspaceError` naming the first value of `config` that is of a wrong kind or size, and what it should be."""
+    """Raise `SubspaceError` naming the first value of `config` that is of a wrong kind or size, and what it should
+    be."""
     for name, check in CHECKS.items():
         value = getattr(config, name)
         wanted = check(value)
@@ -32,7 +34,8 @@ def check_values(config: SubspaceConfig) -> None:
 
 
 def check_choices(config: SubspaceConfig) -> None:
-    """Raise `SubspaceError` naming the first choice of `config` that there is not, or that does not go with another."""
+    """Raise `SubspaceError` naming the first choice of `config` that there is not, or that does not go with
+    another."""
     for name, choices in (("coefficients", KINDS), ("mean_gain", ("none", "fixed", "trainable"))):
         if getattr(config, name) not in choices:
             raise SubspaceError(f"{name}={getattr(config, name)!r}: choose one of {', '.join(choices)}.")
@@ -40,13 +43,13 @@ def check_choices(config: SubspaceConfig) -> None:
         raise SubspaceError("coefficients='none' trains only the mean core's gain, so it needs mean_gain='trainable'.")
     if config.coefficients == "none" and config.start not in ("zero", "mean"):
         raise SubspaceError(
-            f"start={config.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source; start at "
-            "'zero' or 'mean'."
+            f"start={config.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source;"
+            " start at 'zero' or 'mean'."
         )
     if config.target_parameters:
         raise SubspaceError(
-            f"target_parameters={config.target_parameters!r} is not supported: a basis has two sides, which such a stack of weights "
-            "shares among experts. Name layers in target_modules; LoRA can adapt parameters."
+            f"target_parameters={config.target_parameters!r} is not supported: a basis has two sides, which such a"
+            " stack of weights shares among experts. Name layers in target_modules; LoRA can adapt parameters."
         )
     if config.bias not in ("none", "all", "subspace_only"):
         raise SubspaceError(f"bias={config.bias!r}: choose one of none, all, subspace_only.")
@@ -61,7 +64,8 @@ def check_choices(config: SubspaceConfig) -> None:
 
 
 def unknown_keys(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """Keys of a saved task's config that nobody writes: none where a newer PEFT or subspace_peft saved it, which may know more."""
+    """Keys of a saved task's config that nobody writes: none where a newer PEFT or subspace_peft saved it, which may
+    know more."""
     if values.get("subspace_version") is None:
         return []
     import peft
@@ -129,7 +133,10 @@ def _sizes_by_pattern(value: Any) -> str | None:
         if problem := _one_pattern(pattern):
             return f"[{str(pattern)[:80]!r}]: {problem}"
         if not is_whole(k):
-            return f"[{str(pattern)[:80]!r}]={_short(k)}: give a whole number of at least 1 and at most {MOST_DIRECTIONS:,}"
+            return (
+                f"[{str(pattern)[:80]!r}]={_short(k)}: give a whole number of at least 1 and at most"
+                f" {MOST_DIRECTIONS:,}"
+            )
     return None
 
 

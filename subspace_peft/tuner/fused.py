@@ -1,5 +1,5 @@
-"""``result + s · x Vᵀ Cᵀ Uᵀ`` in place, keeping only the k-wide ``x Vᵀ`` for the backward pass; and the same with the base layer's
-own product, whose gradient for x then takes the update's in place too."""
+"""``result + s · x Vᵀ Cᵀ Uᵀ`` in place, keeping only the k-wide ``x Vᵀ`` for the backward pass; and the same with the
+base layer's own product, whose gradient for x then takes the update's in place too."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def linear_with_update(
     """``x Wᵀ + bias + s · x Vᵀ Cᵀ Uᵀ`` (…, out).
 
     Args:
-        x: (…, in). W: (out, in). bias: (out,) or None. V: (k_in, in). C: (k_out, k_in). U: (out, k_out). All of one dtype, outside
-            autocast. Gradients go to x and C only.
+        x: (…, in). W: (out, in). bias: (out,) or None. V: (k_in, in). C: (k_out, k_in). U: (out, k_out). All of one
+            dtype, outside autocast. Gradients go to x and C only.
         scale: s.
     """
     return _LinearWithUpdate.apply(x, W, bias, V, C, U, scale)
@@ -104,7 +104,8 @@ def add_update(
 
     Args:
         result: contiguous; not needed by the operation it came from, which holds for a linear layer's output.
-        x: (…, in). V: (k_in, in). C: (k_out, k_in). U: (out, k_out). All in result's dtype. No gradient goes to U and V.
+        x: (…, in). V: (k_in, in). C: (k_out, k_in). U: (out, k_out). All in result's dtype. No gradient goes to U and
+            V.
         scale: s.
     """
     needed = torch.is_grad_enabled() and (result.requires_grad or x.requires_grad or C.requires_grad)

@@ -52,7 +52,8 @@ class Plan:
         return used_part(self.config, key, self.basis[self.names[key]])
 
     def basis_key(self, key: str) -> tuple[Any, ...] | None:
-        """What two adapters have to agree in to share the basis's tensors at `key`; None where they are yet to come."""
+        """What two adapters have to agree in to share the basis's tensors at `key`; None where they are yet to
+        come."""
         shape = self.shapes[self.names[key]]
         used = used_size(self.config, key, shape["k_out"], shape["k_in"])
         return None if self.basis is None else (self.config.basis_fingerprint, self.names[key], *used)
@@ -74,8 +75,9 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
         inside = {name for name in found if _in_layers(config, name)}
         if not inside:
             raise SubspaceError(
-                f"layers_to_transform={config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}) leaves none of "
-                f"the basis's modules, such as {names_of(found, 3)}. Name layers that it has, and their list's name."
+                f"layers_to_transform={config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}) leaves"
+                f" none of the basis's modules, such as {names_of(found, 3)}. Name layers that it has, and their"
+                " list's name."
             )
         return inside
     if not found:
@@ -87,7 +89,8 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
 
 
 def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> None:
-    """Where the config names no targets: those that its basis has. A generated basis has none, and leaves them to PEFT.
+    """Where the config names no targets: those that its basis has. A generated basis has none, and leaves them to
+    PEFT.
 
     Raises:
         BasisNotFoundError, BasisMismatchError, SubspaceError: see `SubspaceConfig.resolve` and `modules_of_basis`.
@@ -119,15 +122,16 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     """
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise SubspaceError(
-            f"This {type(model).__name__} is split by tensor parallelism (tp_plan, size {model._tp_size}), whose parts of a weight a shared "
-            "basis does not fit. Load it without tp_plan; device_map, DDP and FSDP work."
+            f"This {type(model).__name__} is split by tensor parallelism (tp_plan, size {model._tp_size}), whose parts"
+            " of a weight a shared basis does not fit. Load it without tp_plan; device_map, DDP and FSDP work."
         )
     modules = dict(outer_modules(model))
     for name in targets:
         if not supported(modules[name]):
             raise SubspaceError(
-                f"Target module {name!r} is a {type(modules[name]).__name__}; supported are nn.Linear and quantised kinds of it, "
-                "transformers' Conv1D, nn.Conv2d without groups, and nn.Embedding. Narrow target_modules, or leave it out with exclude_modules."
+                f"Target module {name!r} is a {type(modules[name]).__name__}; supported are nn.Linear and quantised"
+                " kinds of it, transformers' Conv1D, nn.Conv2d without groups, and nn.Embedding. Narrow"
+                " target_modules, or leave it out with exclude_modules."
             )
     basis = config.resolve()
     again = basis is not None and config.generated and not config.loaded
@@ -148,15 +152,15 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     ]
     if clashes:
         raise BasisMismatchError(
-            f"{len(clashes)} modules have other shapes than the basis: {'; '.join(clashes[:3])}. The basis was built for "
-            f"{(basis.base_model if basis else None) or 'another base model'}: load that one."
+            f"{len(clashes)} modules have other shapes than the basis: {'; '.join(clashes[:3])}. The basis was built"
+            f" for {(basis.base_model if basis else None) or 'another base model'}: load that one."
         )
     if config._file_modules is not None and config._file_modules != set(targets):
         absent, extra = config._file_modules - set(targets), set(targets) - config._file_modules
         what = f"has no module {names_of(absent, 3)}" if absent else f"also targets {names_of(extra, 3)}"
         raise BasisMismatchError(
-            f"The saved task adapts {len(config._file_modules)} modules, but this {type(model).__name__} {what}. Load the "
-            f"base model that it was trained on ({config.base_model_name_or_path})."
+            f"The saved task adapts {len(config._file_modules)} modules, but this {type(model).__name__} {what}. Load"
+            f" the base model that it was trained on ({config.base_model_name_or_path})."
         )
     config.fan_in_fan_out = any(is_conv1d(modules[name]) for name in targets)
     config.weight_shapes = {
@@ -172,8 +176,8 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
     check_probe(model, modules, plan)
     if basis is not None and config.save_basis is False and basis.location is None:
         warnings.warn(
-            "save_basis=False, and the basis lives in memory only: a saved task could not be loaded again. Save the basis with "
-            "`basis.save_pretrained(folder)` before `get_peft_model`, or leave save_basis out.",
+            "save_basis=False, and the basis lives in memory only: a saved task could not be loaded again. Save the"
+            " basis with `basis.save_pretrained(folder)` before `get_peft_model`, or leave save_basis out.",
             stacklevel=2,
         )
     if basis is not None and config.basis_modules is None and _carries_basis(config, basis):
@@ -183,9 +187,9 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
                 value.numel() * value.element_size() for n in targets for value in (plan.module(n).U, plan.module(n).V)
             )
             warnings.warn(
-                f"This basis lives in memory only, so the task's own file will carry a copy of it ({size:,} bytes). Save it "
-                "with `basis.save_pretrained(folder)` before `get_peft_model` for a task of kilobytes, or pass "
-                "save_basis=True if this is meant.",
+                f"This basis lives in memory only, so the task's own file will carry a copy of it ({size:,} bytes)."
+                " Save it with `basis.save_pretrained(folder)` before `get_peft_model` for a task of kilobytes, or"
+                " pass save_basis=True if this is meant.",
                 stacklevel=2,
             )
     return plan
@@ -201,8 +205,9 @@ def generate(config: SubspaceConfig, targets: Mapping[str, nn.Module]) -> Subspa
             module = random_module(name, out, inner, k, k, config.seed)
         elif not readable(layer):
             raise SubspaceError(
-                f"basis='base-weights': the weight of {name!r} ({type(base_of(layer)).__name__}) cannot be read back from its "
-                "quantised form. Build the basis from the unquantised model by `build_basis(builder='base-weights', …)`, and pass that."
+                f"basis='base-weights': the weight of {name!r} ({type(base_of(layer)).__name__}) cannot be read back"
+                " from its quantised form. Build the basis from the unquantised model by"
+                " `build_basis(builder='base-weights', …)`, and pass that."
             )
         else:
             module = base_weight_module(base_weight(layer), k)
@@ -255,16 +260,17 @@ def _match(config: SubspaceConfig, basis: SubspaceBasis | None, targets: list[st
     absent = [name for name, key in matches.items() if key is None]
     if absent:
         raise BasisMismatchError(
-            f"{len(absent)} of {len(targets)} target modules are not in the basis, such as {names_of(absent, 3)}; it has "
-            f"{names_of(basis if basis is not None else known, 3)}. Narrow target_modules (None takes the basis's own), or "
-            "build a basis from sources that adapt these modules."
+            f"{len(absent)} of {len(targets)} target modules are not in the basis, such as {names_of(absent, 3)}; it"
+            f" has {names_of(basis if basis is not None else known, 3)}. Narrow target_modules (None takes the basis's"
+            " own), or build a basis from sources that adapt these modules."
         )
     uses = Counter(matches.values())
     twice = sorted(name for name, key in matches.items() if uses[key] > 1)
     if twice:
         raise BasisMismatchError(
-            f"Target modules {names_of(twice, 3)} are one module of the basis ({matches[twice[0]]}), leading parts of their "
-            "names aside. It was built for one of them: narrow target_modules, or leave the others out with exclude_modules."
+            f"Target modules {names_of(twice, 3)} are one module of the basis ({matches[twice[0]]}), leading parts of"
+            " their names aside. It was built for one of them: narrow target_modules, or leave the others out with"
+            " exclude_modules."
         )
     return {name: str(key) for name, key in matches.items()}
 
@@ -290,8 +296,8 @@ def _check_coefficients(
         source_index(config, basis)
         if basis[first].cores is None:
             raise SubspaceError(
-                f"start={config.start!r}: this basis does not keep its sources' cores. Build it with keep_cores=True, or "
-                "start at 'zero' or 'mean'."
+                f"start={config.start!r}: this basis does not keep its sources' cores. Build it with keep_cores=True,"
+                " or start at 'zero' or 'mean'."
             )
 
 

@@ -37,10 +37,10 @@ class SubspaceLayer(BaseTunerLayer):
         configured_scaling: adapter → s as its config has it.
         r: adapter → (k_out, k_in).
         basis_key: adapter → fingerprint and size of the basis, by which adapters find one to share.
-        arrivals: adapter → what has come of its own file, its module's name there, the basis tensors it has to bring; gone
-            after the first forward pass.
-        bank, bank_place: further tasks on the basis of one of the adapters, or None; where in a row of it this layer's core
-            begins, and its (k_in, k_out).
+        arrivals: adapter → what has come of its own file, its module's name there, the basis tensors it has to bring;
+            gone after the first forward pass.
+        bank, bank_place: further tasks on the basis of one of the adapters, or None; where in a row of it this layer's
+            core begins, and its (k_in, k_out).
         batch_names: while `mixed.task_names_passed` is open, a task name per row.
     """
 
@@ -116,7 +116,8 @@ class SubspaceLayer(BaseTunerLayer):
         coefficients.requires_grad_(adapter_name in self.active_adapters and not inference_mode)
 
     def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> list[str]:
-        """Hold the basis's tensors, another adapter's where it is the same; returns the names of those yet to come from a file."""
+        """Hold the basis's tensors, another adapter's where it is the same; returns the names of those yet to come
+        from a file."""
         config = plan.config
         # placeholders are empty until the task's own file fills them, so they are nobody else's basis yet
         wanted = plan.basis_key(key) or ("own", adapter_name)
@@ -131,7 +132,8 @@ class SubspaceLayer(BaseTunerLayer):
             container: SharedBuffers = getattr(self, f"subspace_{name}")
             value = next((container[twin] for twin in self._twins(adapter_name) if twin in container), None)
             if value is None and plan.basis is None:
-                # TRL copies a loaded task's configuration and parameters into a second adapter, which have no basis with them
+                # TRL copies a loaded task's configuration and parameters into a second adapter, which have no basis
+                # with them
                 value = container.arrived(hashes.get(name))
             if value is None:
                 module = module or plan.module(key)
@@ -251,7 +253,8 @@ class SubspaceLayer(BaseTunerLayer):
         return self._delta(adapter).to(coefficients.dtype)
 
     def _delta(self, adapter: str) -> torch.Tensor:
-        """ΔW in the base weight's layout, float32 or wider: what is merged is rounded once, to the base weight's dtype."""
+        """ΔW in the base weight's layout, float32 or wider: what is merged is rounded once, to the base weight's
+        dtype."""
         U, V, core = self.subspace_U[adapter], self.subspace_V[adapter], self._core(adapter) * self.scaling[adapter]
         dtype = torch.promote_types(U.dtype, torch.float32)
         return self.as_weight((U.to(dtype) @ core.to(dtype)) @ V.to(dtype))
@@ -278,7 +281,8 @@ class SubspaceLayer(BaseTunerLayer):
                 self.scaling[adapter] = known if scale is None else self.scaling[adapter] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` can: it takes ΔW for a matrix. `export_lora` converts layers of all kinds."""
+        """Whether PEFT's `convert_to_lora` can: it takes ΔW for a matrix. `export_lora` converts layers of all
+        kinds."""
         return kind_of(self) == "linear"
 
 
@@ -330,8 +334,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results.
 
-        A quantised weight is rounded again to what its kind can represent. Until `unmerge`, which gives it back bit for bit, one
-        quantised by bitsandbytes is kept beside the merged one.
+        A quantised weight is rounded again to what its kind can represent. Until `unmerge`, which gives it back bit
+        for bit, one quantised by bitsandbytes is kept beside the merged one.
 
         Raises:
             SubspaceError: the weight is of a quantised kind that cannot be changed.
@@ -340,8 +344,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise SubspaceError(
-                f"Module {self._name!r}: {backend.backend_name} weights cannot be changed, so nothing can be merged into them. "
-                "Load the base model unquantised to merge, or leave the adapter beside it."
+                f"Module {self._name!r}: {backend.backend_name} weights cannot be changed, so nothing can be merged"
+                " into them. Load the base model unquantised to merge, or leave the adapter beside it."
             )
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.subspace_coef:

@@ -66,7 +66,8 @@ class Linear(AdapterLayer):
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether someone counts on `module` being called: by a hook, or by a `forward` put in its place (as offloading does)."""
+    """Whether someone counts on `module` being called: by a hook, or by a `forward` put in its place (as offloading
+    does)."""
     return bool(
         "forward" in module.__dict__
         or module._forward_hooks
@@ -76,13 +77,14 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
-    """Whether gradients of the output of `module` go through a hook, which that output must then not be changed behind."""
+    """Whether gradients of the output of `module` go through a hook, which that output must then not be changed
+    behind."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 class Conv2d(AdapterLayer):
-    """Around `nn.Conv2d` without groups: V is a convolution of the base's kernel, stride and padding to k_in channels, core and U
-    are 1 × 1. As a matrix the weight is (out, in · height · width)."""
+    """Around `nn.Conv2d` without groups: V is a convolution of the base's kernel, stride and padding to k_in channels,
+    core and U are 1 × 1. As a matrix the weight is (out, in · height · width)."""
 
     groups = 1  # what LoRA asks of a convolution that it is put around, adapted already or not
 

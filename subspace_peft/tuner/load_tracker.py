@@ -8,8 +8,8 @@ from ..errors import BadFileError
 class Arrivals:
     """The tensors of one adapter that have come, over all its layers.
 
-    An adapter into which nothing has come at all is a new one, made from a saved configuration; one into which some tensors
-    have come and others not was read from an incomplete file.
+    An adapter into which nothing has come at all is a new one, made from a saved configuration; one into which some
+    tensors have come and others not was read from an incomplete file.
     """
 
     def __init__(self) -> None:
@@ -31,6 +31,6 @@ class Arrivals:
         missing = sorted(name for name in needed if (module, name) not in self.came)
         if missing:
             raise BadFileError(
-                f"Module {module!r}: the task's file did not bring {', '.join(missing)}. It is incomplete, or was never loaded: "
-                "fetch or save the task again; `PeftModel.from_pretrained` says more."
+                f"Module {module!r}: the task's file did not bring {', '.join(missing)}. It is incomplete, or was"
+                " never loaded: fetch or save the task again; `PeftModel.from_pretrained` says more."
             )

@@ -40,10 +40,18 @@ def add_weighted(
     layers = [layer for layer in layers if any(name in layer.subspace_coef for name in adapters)]
     rank = svd_rank or max(max(layer.r[name]) for layer in layers for name in adapters if name in layer.r)
     config = dataclasses.replace(
-        configs[0], coefficients="factor" if small else "core", r=rank if small else configs[0].r, mean_gain="none",
-        start="zero", target_modules=_united(configs), subspace_version=None, card=None, inference_mode=False,
-        basis_modules=configs[0].basis_modules, rank_pattern=dict(configs[0].rank_pattern),
-    )  # fmt: skip
+        configs[0],
+        coefficients="factor" if small else "core",
+        r=rank if small else configs[0].r,
+        mean_gain="none",
+        start="zero",
+        target_modules=_united(configs),
+        subspace_version=None,
+        card=None,
+        inference_mode=False,
+        basis_modules=configs[0].basis_modules,
+        rank_pattern=dict(configs[0].rank_pattern),
+    )
     config._basis, config._given, config._near = configs[0]._basis, configs[0]._given, configs[0]._near
     tuner.peft_config[adapter_name] = config
     try:
@@ -78,9 +86,13 @@ def _combined(
 
 
 def _checked(
-    tuner: SubspaceModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, kind: str,
+    tuner: SubspaceModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    kind: str,
     density: float | None,
-) -> list[SubspaceConfig]:  # fmt: skip
+) -> list[SubspaceConfig]:
     if kind not in TYPES:
         raise SubspaceError(f"There is no combination_type {kind!r}; choose one of {', '.join(TYPES)}.")
     if not adapters or len(adapters) != len(weights):
@@ -99,8 +111,9 @@ def _checked(
             mine, first = getattr(config, field), getattr(configs[0], field)
             if mine != first:
                 raise BasisMismatchError(
-                    f"Adapters {adapters[0]!r} and {name!r} differ in their {field} ({first!r}, {mine!r}), so their cores cannot be "
-                    "added. Export both with `export_lora` and merge the LoRAs, or project them on one basis first."
+                    f"Adapters {adapters[0]!r} and {name!r} differ in their {field} ({first!r}, {mine!r}), so their"
+                    " cores cannot be added. Export both with `export_lora` and merge the LoRAs, or project them on"
+                    " one basis first."
                 )
     return configs
 
@@ -111,6 +124,7 @@ def _united(configs: Sequence[SubspaceConfig]) -> Any:
         return set().union(*targets)
     if any(names != targets[0] for names in targets):
         raise SubspaceError(
-            "The adapters' target_modules are different regular expressions. Load them from saved tasks whose modules are named."
+            "The adapters' target_modules are different regular expressions. Load them from saved tasks whose modules"
+            " are named."
         )
     return targets[0]

@@ -95,9 +95,10 @@ class SubspaceModel(BaseTuner):
     ) -> None:
         """Add the adapter `adapter_name`, a weighted combination of loaded ones on one basis, computed on their cores.
 
-        ``linear`` (and ``cat``) is exact: ΔW = Σ w ΔW_i. ``ties``, ``dare_linear``, ``dare_ties`` and ``magnitude_prune`` are
-        PEFT's own, applied to cores instead of factors. ``svd`` and ``…_svd`` cut the result to rank `svd_rank` (`factor`
-        coefficients), which is optimal since U and V are orthonormal. A fleet's mean that an adapter adds is part of what is merged.
+        ``linear`` (and ``cat``) is exact: ΔW = Σ w ΔW_i. ``ties``, ``dare_linear``, ``dare_ties`` and
+        ``magnitude_prune`` are PEFT's own, applied to cores instead of factors. ``svd`` and ``…_svd`` cut the result
+        to rank `svd_rank` (`factor` coefficients), which is optimal since U and V are orthonormal. A fleet's mean that
+        an adapter adds is part of what is merged.
 
         Args:
             adapters, weights: names of loaded adapters, and a weight for each.
@@ -109,9 +110,15 @@ class SubspaceModel(BaseTuner):
             BasisMismatchError: the adapters are on different bases, or use different parts of one.
         """
         add_weighted(
-            self, adapters, weights, adapter_name, combination_type=combination_type, svd_rank=svd_rank, density=density,
+            self,
+            adapters,
+            weights,
+            adapter_name,
+            combination_type=combination_type,
+            svd_rank=svd_rank,
+            density=density,
             majority_sign_method=majority_sign_method,
-        )  # fmt: skip
+        )
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -120,8 +127,8 @@ class SubspaceModel(BaseTuner):
 
 
 def _keep_out_of_broadcasts(model: nn.Module, adapter_name: str) -> None:
-    """Tell `DistributedDataParallel` not to broadcast the frozen basis at every forward pass, as it does with all buffers: every
-    process has loaded the same, by fingerprint.
+    """Tell `DistributedDataParallel` not to broadcast the frozen basis at every forward pass, as it does with all
+    buffers: every process has loaded the same, by fingerprint.
     """
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for name, layer in outer_modules(model):

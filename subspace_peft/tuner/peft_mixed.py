@@ -1,7 +1,8 @@
 """`PeftMixedModel`: this method beside LoRA and PEFT's others on one model.
 
-PEFT keeps what a mixed model takes in closed lists, and the tuner there asks a method for its layers only. So this adds the
-method to the lists, and for our configurations the tuner also does what `SubspaceModel` does before a module is replaced.
+PEFT keeps what a mixed model takes in closed lists, and the tuner there asks a method for its layers only. So this
+adds the method to the lists, and for our configurations the tuner also does what `SubspaceModel` does before a module
+is replaced.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def join_mixed_models() -> bool:
 
 
 def _put_before(ours: Callable[..., Any]) -> None:
-    """Let `MixedModel` call `ours`, which gets the method that it takes the place of, where the configuration is ours."""
+    """Let `MixedModel` call `ours`, which gets the method that it takes the place of, where the configuration is
+    ours."""
     stored = inspect.getattr_static(MixedModel, ours.__name__)
 
     @functools.wraps(getattr(MixedModel, ours.__name__))

@@ -47,8 +47,8 @@ def register() -> None:
         return
     if known is not None or PREFIX in PEFT_TYPE_TO_PREFIX_MAPPING.values():
         raise RuntimeError(
-            f"PEFT already has a method named {NAME} or with prefix {PREFIX!r} ({known}). Another plugin, or a newer PEFT, "
-            "took the name: upgrade subspace-peft."
+            f"PEFT already has a method named {NAME} or with prefix {PREFIX!r} ({known}). Another plugin, or a newer"
+            " PEFT, took the name: upgrade subspace-peft."
         )
     from ..tasks.hotswap import SAME
     from ..tasks.push import teach_push_to_hub

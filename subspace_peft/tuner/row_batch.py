@@ -40,7 +40,8 @@ class TaskNames(list[str]):
 
     Attributes:
         prepared: layer → its groups.
-        present: layers that have the same adapters and bank → which of the names are theirs; found once for all of them.
+        present: layers that have the same adapters and bank → which of the names are theirs; found once for all of
+            them.
         gathered: what banks keep here for the same layers.
     """
 
@@ -57,7 +58,8 @@ def alike(layer: SubspaceLayer) -> tuple[Any, ...]:
 
 
 def prepare(layer: SubspaceLayer, names: TaskNames) -> list[Group]:
-    """The groups of a batch in one layer. A name that this layer does not have leaves its rows as the base has them."""
+    """The groups of a batch in one layer. A name that this layer does not have leaves its rows as the base has
+    them."""
     if id(layer) in names.prepared:
         return names.prepared[id(layer)]
     key = alike(layer)
@@ -153,7 +155,8 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
         known |= set(bank)
     if unknown := sorted(set(names) - known):
         raise SubspaceError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are {', '.join(sorted(known))}."
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are"
+            f" {', '.join(sorted(known))}."
         )
     single, repeated = TaskNames(names), TaskNames([name for name in names for _ in range(_copies(kwargs))])
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None

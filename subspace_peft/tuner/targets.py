@@ -35,7 +35,8 @@ def _reads_only() -> Any:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """``linear`` (`nn.Linear`, quantised kinds of it, transformers' `Conv1D`), ``conv2d``, ``embedding``, or None: not supported."""
+    """``linear`` (`nn.Linear`, quantised kinds of it, transformers' `Conv1D`), ``conv2d``, ``embedding``, or None: not
+    supported."""
     base = base_of(module)
     if isinstance(base, (nn.Linear, Conv1D)):
         return "linear"
@@ -59,8 +60,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a supported layer's weight as a matrix: of a convolution (out, in · height · width), of an embedding (dimension,
-    tokens)."""
+    """(out, in) of a supported layer's weight as a matrix: of a convolution (out, in · height · width), of an
+    embedding (dimension, tokens)."""
     base = base_of(module)
     if isinstance(base, nn.Conv2d):
         return base.out_channels, base.in_channels * base.kernel_size[0] * base.kernel_size[1]
@@ -90,8 +91,8 @@ def base_weight(layer: nn.Module) -> torch.Tensor:
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules without what lies inside adapter layers, in `named_modules`'s order: as many steps whatever the number of
-    adapters."""
+    """Named modules without what lies inside adapter layers, in `named_modules`'s order: as many steps whatever the
+    number of adapters."""
     seen: set[int] = set()
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

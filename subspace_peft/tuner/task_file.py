@@ -45,7 +45,8 @@ def locate_task(path_or_id: str, subfolder: str | None, kwargs: Mapping[str, Any
 
 
 def weights_of(task: Any, config: SubspaceConfig) -> Path:
-    """The file of a loaded task's tensors. Raises `SubspaceError` where there is none that can be read without unpickling."""
+    """The file of a loaded task's tensors. Raises `SubspaceError` where there is none that can be read without
+    unpickling."""
     folder = config._near if config._near is not None else Path(str(task))
     file = folder / WEIGHTS_FILE
     if file.is_file():
@@ -53,8 +54,8 @@ def weights_of(task: Any, config: SubspaceConfig) -> Path:
     pickled = folder / "adapter_model.bin"
     if pickled.is_file():
         raise SubspaceError(
-            f"{task}: there is only {pickled.name}, which would have to be unpickled. Load it with `PeftModel.from_pretrained`, if you "
-            "trust it, and save it again: PEFT writes safetensors."
+            f"{task}: there is only {pickled.name}, which would have to be unpickled. Load it with"
+            " `PeftModel.from_pretrained`, if you trust it, and save it again: PEFT writes safetensors."
         )
     raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")
 
@@ -125,13 +126,13 @@ def _check_carried(file: Path, config: SubspaceConfig, carried: Shapes) -> None:
         missing = sorted(expected.keys() - found.keys())
         if missing:
             raise BadFileError(
-                f"{file}: the task carries its own basis, but subspace_{missing[0]} of module {module!r} is missing. The file "
-                "is incomplete: fetch or save the task again."
+                f"{file}: the task carries its own basis, but subspace_{missing[0]} of module {module!r} is missing."
+                " The file is incomplete: fetch or save the task again."
             )
         if found != expected:
             raise BadFileError(
-                f"{file}: module {module!r} carries a basis of the shapes {found}, but the task's config says {expected}. The two "
-                "do not belong together: fetch or save the task again."
+                f"{file}: module {module!r} carries a basis of the shapes {found}, but the task's config says"
+                f" {expected}. The two do not belong together: fetch or save the task again."
             )
 
 
@@ -149,8 +150,8 @@ def _check_shapes(file: Path, config: SubspaceConfig, shapes: Shapes) -> None:
     """Hold the coefficients' shapes against the basis, which is found for that."""
     if config.basis_fingerprint is None and config.basis_modules is None and not config._given:
         raise BadFileError(
-            f"{file}: the task's config does not say which basis it was trained on (basis_fingerprint), so none can be held "
-            "against it. Fetch or save the task again, or pass the basis yourself."
+            f"{file}: the task's config does not say which basis it was trained on (basis_fingerprint), so none can be"
+            " held against it. Fetch or save the task again, or pass the basis yourself."
         )
     basis = config.resolve()
     known = config.basis_modules if basis is None else basis.shapes()
@@ -164,15 +165,15 @@ def _check_shapes(file: Path, config: SubspaceConfig, shapes: Shapes) -> None:
         shape = known[name] if basis is not None else known[name]["shape"]
         if config.coefficients == "directions" and not shape.get("directions"):
             raise BasisMismatchError(
-                f"{file}: 'directions' coefficients, but the basis has no directions in module {name!r}. Pass the basis that the "
-                "task was trained on."
+                f"{file}: 'directions' coefficients, but the basis has no directions in module {name!r}. Pass the"
+                " basis that the task was trained on."
             )
         expected = expected_shapes(config, module, shape)
         if parts != expected:
             raise BasisMismatchError(
-                f"{file}: module {module!r} has coefficients {parts}, but {config.coefficients!r} coefficients in this "
-                f"basis (k_out={shape['k_out']}, k_in={shape['k_in']}) are {expected}. The config, the weights and the "
-                "basis do not belong together: fetch the task again, or pass the basis it was trained on."
+                f"{file}: module {module!r} has coefficients {parts}, but {config.coefficients!r} coefficients in this"
+                f" basis (k_out={shape['k_out']}, k_in={shape['k_in']}) are {expected}. The config, the weights and"
+                " the basis do not belong together: fetch the task again, or pass the basis it was trained on."
             )
 
 
@@ -194,9 +195,9 @@ def _check_numbers(file: Path, config: SubspaceConfig, key: str, value: torch.Te
     sha256 = config.basis_modules[carried["module"]]["sha256"][carried["name"]]
     if tensor_sha256(value) != sha256:
         raise BadFileError(
-            f"{file}: subspace_{carried['name']} of module {carried['module']!r} has sha256 {tensor_sha256(value)}, but the task's "
-            f"config says {sha256}: the basis in this file is not the one the task was trained on. Fetch or save the task "
-            "again."
+            f"{file}: subspace_{carried['name']} of module {carried['module']!r} has sha256 {tensor_sha256(value)},"
+            f" but the task's config says {sha256}: the basis in this file is not the one the task was trained on."
+            " Fetch or save the task again."
         )
 
 

@@ -69,7 +69,10 @@ def test_a_failed_append_leaves_the_bundle_as_it_was(how, bundle, folders, fleet
 
 
 def test_two_that_add_at_once_both_add(bundle, folders):
-    program = "import sys; from subspace_peft import add_tasks; add_tasks(sys.argv[1], {sys.argv[2]: sys.argv[3]}, progress=False)"
+    program = (
+        "import sys; from subspace_peft import add_tasks; add_tasks(sys.argv[1], {sys.argv[2]: sys.argv[3]},"
+        " progress=False)"
+    )
     started = [
         subprocess.Popen([sys.executable, "-c", program, bundle.location, name, str(folders[0])])
         for name in ("left", "right")

@@ -77,8 +77,11 @@ def test_a_loaded_task_knows_where_it_came_from(bundle, bases):
     config = model.peft_config["mine"]
     assert config.basis_fingerprint == bases[bert].fingerprint and config.id2label == {0: "ham", 1: "spam"}
     assert config.bundle == {
-        "location": bundle.location, "revision": None, "task": "task3", "sha256": bundle["task3"].sha256,
-    }  # fmt: skip
+        "location": bundle.location,
+        "revision": None,
+        "task": "task3",
+        "sha256": bundle["task3"].sha256,
+    }
     assert not any(p.requires_grad for p in model.parameters() if p.shape == (6, 6))
     trained = load_task(bert(), bundle, "task0", is_trainable=True)
     assert [p for n, p in trained.named_parameters() if "subspace_coef" in n and p.requires_grad]

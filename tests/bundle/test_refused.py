@@ -53,7 +53,8 @@ def claim(key, value):
 DAMAGE = {
     "terabytes of cores": (claim("shape", [10**9, 144]), "claims"),
     "terabytes that add up": (
-        lambda header, index: header["cores"].update(shape=[10**9, 144], data_offsets=[0, 4 * 144 * 10**9]), "claims",
+        lambda header, index: header["cores"].update(shape=[10**9, 144], data_offsets=[0, 4 * 144 * 10**9]),
+        "claims",
     ),
     "negative sizes": (claim("shape", [-1, -144]), "whole numbers"),
     "overflowing offsets": (claim("data_offsets", [0, 2**70]), "claims"),
@@ -64,13 +65,20 @@ DAMAGE = {
     "no hash": (lambda header, index: index["entries"]["task1"].pop("sha256"), "sha256"),
     "no basis": (lambda header, index: index.pop("basis_fingerprint"), "basis_fingerprint"),
     "negative modules": (
-        lambda header, index: index["modules"].update({name: [-6, -6] for name in index["modules"]}), "sizes",
+        lambda header, index: index["modules"].update({name: [-6, -6] for name in index["modules"]}),
+        "sizes",
     ),
     "other modules": (lambda header, index: index["modules"].popitem(), "cores has shape"),
-    "a core too short": (lambda header, index: header["0/core"].update(shape=[35], data_offsets=[0, 140]), "core of shape"),
+    "a core too short": (
+        lambda header, index: header["0/core"].update(shape=[35], data_offsets=[0, 140]),
+        "core of shape",
+    ),
     "a newer format": (lambda header, index: index.update(format_version=2), "format version 2"),
-    "modules of a task": (lambda header, index: index["entries"]["task4"].update(modules=7), "AttributeError|TypeError"),
-}  # fmt: skip
+    "modules of a task": (
+        lambda header, index: index["entries"]["task4"].update(modules=7),
+        "AttributeError|TypeError",
+    ),
+}
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -90,9 +98,12 @@ def test_files_that_are_no_bundles(how, bundle, folders, bases, tmp_path):
         TaskBank(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location))).save(file)
     else:
         given = {
-            "length": (10**12).to_bytes(8, "little") + data[8:], "half a header": data[: header // 2], "empty": b"",
-            "half the data": data[: (header + len(data)) // 2], "no bundle": (folders[0] / "adapter_model.safetensors").read_bytes(),
-        }  # fmt: skip
+            "length": (10**12).to_bytes(8, "little") + data[8:],
+            "half a header": data[: header // 2],
+            "empty": b"",
+            "half the data": data[: (header + len(data)) // 2],
+            "no bundle": (folders[0] / "adapter_model.safetensors").read_bytes(),
+        }
         file.write_bytes(given[how])
     with pytest.raises(BadFileError, match=r"bundle|bank"):
         open_bundle(bundle.location)

@@ -135,8 +135,12 @@ def test_an_adapter_needs_rates():
 
 def test_a_run_that_lacks_a_key_is_refused(tmp_path):
     with pytest.raises(SubspaceError, match="returned no test, curve"):
-        compare([head_only(1e-2)], lambda *_: {k: v for k, v in result(0.5).items() if k not in ("test", "curve")},
-                cells=Cells(tmp_path, {}), progress=False)  # fmt: skip
+        compare(
+            [head_only(1e-2)],
+            lambda *_: {k: v for k, v in result(0.5).items() if k not in ("test", "curve")},
+            cells=Cells(tmp_path, {}),
+            progress=False,
+        )
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------

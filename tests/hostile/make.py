@@ -94,7 +94,8 @@ def edit_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 @contextlib.contextmanager
 def little_memory(extra: int = ALLOWED_BYTES) -> Iterator[None]:
-    """Inside, the process may take no more than `extra` bytes of address space beside what it has: allocations beyond fail."""
+    """Inside, the process may take no more than `extra` bytes of address space beside what it has: allocations beyond
+    fail."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, hard))

@@ -54,7 +54,7 @@ from .make import (
         (lambda c: c.update(format_version={"a": HUGE}), "format version"),
         (lambda c: c.update(fingerprint=None), "do not add up"),
     ],
-)  # fmt: skip
+)
 def test_a_hostile_config_of_a_basis(files, change, said):
     edit_json(files["basis"] / BASIS_CONFIG, change)
     with little_memory(), pytest.raises(BadFileError, match=said):
@@ -62,7 +62,8 @@ def test_a_hostile_config_of_a_basis(files, change, said):
 
 
 def test_two_modules_cannot_pose_as_one_of_a_long_name(files):
-    """The fingerprint is a hash over names and hashes in a row: a name that holds a hash would give two bases the same one."""
+    """The fingerprint is a hash over names and hashes in a row: a name that holds a hash would give two bases the same
+    one."""
     content = json.loads((files["basis"] / BASIS_CONFIG).read_text())
     first, last = content["modules"]["first"], content["modules"]["last"]
     content["modules"] = {f"first\0{first['sha256']}\nlast": last}
@@ -74,10 +75,22 @@ def test_two_modules_cannot_pose_as_one_of_a_long_name(files):
 # -- a bank's file ----------------------------------------------------------------------------------------------------
 
 BAD_INDEXES = [
-    {"tasks": 5}, {"tasks": "ab"}, {"tasks": ["one"]}, {"tasks": ["one", "one"]}, {"tasks": ["one", "__base__"]}, {"tasks": ["one", 5]},
-    {"tasks": ["one", "a\0b"]}, {"modules": []}, {"modules": {}}, {"modules": {"first": 5}}, {"modules": {"first": [HUGE, 1]}},
-    {"modules": {"first": [3, -3]}}, {"modules": {"first": [1 << 20, 1 << 20]}}, {"format_version": 99}, {"basis_fingerprint": 5},
-]  # fmt: skip
+    {"tasks": 5},
+    {"tasks": "ab"},
+    {"tasks": ["one"]},
+    {"tasks": ["one", "one"]},
+    {"tasks": ["one", "__base__"]},
+    {"tasks": ["one", 5]},
+    {"tasks": ["one", "a\0b"]},
+    {"modules": []},
+    {"modules": {}},
+    {"modules": {"first": 5}},
+    {"modules": {"first": [HUGE, 1]}},
+    {"modules": {"first": [3, -3]}},
+    {"modules": {"first": [1 << 20, 1 << 20]}},
+    {"format_version": 99},
+    {"basis_fingerprint": 5},
+]
 
 
 @pytest.mark.parametrize("change", BAD_INDEXES, ids=range(len(BAD_INDEXES)))
@@ -149,11 +162,22 @@ def test_a_source_of_nothing(files):
 @pytest.mark.parametrize(
     ("pattern", "harmless"),
     [
-        (r".*\.(q|v)_proj", True), (r"(.*\.)?layers\.\d+\.(mlp|attn)\..*", True), ("first", True), (r"model\.layers\.[0-9]+\.x", True),
-        (r"(?:a|b)?c", True), ("[*+]{1}", True), (SLOW_PATTERN, False), ("(a|aa)*$", False), (".*" * 12 + "x", False),
-        ("(a{1,9}){1,9}", False), (r"(.+)\1+", False), ("(", False), ("a" * 3000 + ".*", False), ("(" * 5000 + ")" * 5000, False),
+        (r".*\.(q|v)_proj", True),
+        (r"(.*\.)?layers\.\d+\.(mlp|attn)\..*", True),
+        ("first", True),
+        (r"model\.layers\.[0-9]+\.x", True),
+        (r"(?:a|b)?c", True),
+        ("[*+]{1}", True),
+        (SLOW_PATTERN, False),
+        ("(a|aa)*$", False),
+        (".*" * 12 + "x", False),
+        ("(a{1,9}){1,9}", False),
+        (r"(.+)\1+", False),
+        ("(", False),
+        ("a" * 3000 + ".*", False),
+        ("(" * 5000 + ")" * 5000, False),
     ],
-)  # fmt: skip
+)
 def test_patterns_that_could_be_matched_for_ever_are_refused(pattern, harmless):
     began = time.perf_counter()
     assert (pattern_problem(pattern) is None) == harmless

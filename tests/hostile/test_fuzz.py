@@ -1,4 +1,5 @@
-"""Ten thousand mutations of valid files: each is read to the same numbers, or refused by one of this package's errors."""
+"""Ten thousand mutations of valid files: each is read to the same numbers, or refused by one of this package's
+errors."""
 
 from __future__ import annotations
 
@@ -36,11 +37,17 @@ MODEL_CASES = 300
 SLOWEST = 5.0  # seconds for a file of kilobytes, on a busy machine: a hang, not a speed limit
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 20), st.sampled_from([2**31, 2**63, -(2**64), 10**30, 10**400]), st.floats(),
-    st.text(max_size=8), st.sampled_from(["", "../../etc", "/dev/zero", "~nobody-there/x", r"\\host\x", "a\0b", "x" * 5000, "(a+)+b"]),
-    st.lists(st.integers(-2, 4), max_size=3), st.dictionaries(st.text(max_size=4), st.integers(-2, 4), max_size=2),
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 20),
+    st.sampled_from([2**31, 2**63, -(2**64), 10**30, 10**400]),
+    st.floats(),
+    st.text(max_size=8),
+    st.sampled_from(["", "../../etc", "/dev/zero", "~nobody-there/x", r"\\host\x", "a\0b", "x" * 5000, "(a+)+b"]),
+    st.lists(st.integers(-2, 4), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(-2, 4), max_size=2),
     st.sampled_from(["DEEP300", "DEEP100000"]),
-)  # fmt: skip
+)
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -121,10 +128,12 @@ class Files:
     def __init__(self, valid: dict[str, Path], root: Path) -> None:
         self.root, self.valid = root, valid
         self.data = {
-            "task": self._pair("task", CONFIG, WEIGHTS), "own": self._pair("own", CONFIG, WEIGHTS),
-            "basis": self._pair("basis", BASIS_CONFIG, BASIS), "lora": self._pair("lora0", CONFIG, WEIGHTS),
+            "task": self._pair("task", CONFIG, WEIGHTS),
+            "own": self._pair("own", CONFIG, WEIGHTS),
+            "basis": self._pair("basis", BASIS_CONFIG, BASIS),
+            "lora": self._pair("lora0", CONFIG, WEIGHTS),
             "bank": {"bank.safetensors": valid["bank.safetensors"].read_bytes()},
-        }  # fmt: skip
+        }
         location = json.dumps([{"location": str(valid["basis"]), "revision": None}]).encode()
         self.data["note"] = {"note.json": location}
 
@@ -293,8 +302,9 @@ def test_every_mutation_of_a_note_leads_to_the_basis_or_nowhere(files, own_cache
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("what", ["task", "own"])
 def test_no_mutation_gets_half_a_task_into_a_model(files, what):
-    """Through PEFT's own door. What PEFT reads before it asks us fails in its own or Python's words: a config that is no JSON
-    object, of no known peft_type, or nested too deeply. And a task_type that PEFT does not know is its own ValueError."""
+    """Through PEFT's own door. What PEFT reads before it asks us fails in its own or Python's words: a config that is
+    no JSON object, of no known peft_type, or nested too deeply. And a task_type that PEFT does not know is its own
+    ValueError."""
     outcomes: Counter[str] = Counter()
     before = [type(module) for module in Small().modules()]
     x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))

@@ -86,8 +86,15 @@ def forbidden(node: ast.AST, modules: set[str]) -> list[str]:
 
 @pytest.mark.parametrize(
     "code",
-    ["import pickle", "from dill import loads", "torch.load(f)", "np.load(f, allow_pickle=True)", "eval('1')", "yaml.load(f)",
-     "AutoModel.from_pretrained(x, trust_remote_code=True)"],
-)  # fmt: skip
+    [
+        "import pickle",
+        "from dill import loads",
+        "torch.load(f)",
+        "np.load(f, allow_pickle=True)",
+        "eval('1')",
+        "yaml.load(f)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+    ],
+)
 def test_that_watch_sees_what_it_watches_for(code):
     assert any(forbidden(node, {"pickle", "dill"}) for node in ast.walk(ast.parse(code)))

@@ -141,8 +141,8 @@ def test_keys_of_newer_versions_are_passed_over_with_a_warning(files):
 
 
 def test_a_basis_outside_the_tasks_folder_gives_only_verified_numbers(files, tmp_path):
-    """An absolute place or one that climbs out is allowed: a user's own tasks say so. What is read there are two files of a
-    basis's names, and nothing but numbers of the recorded fingerprint comes of it."""
+    """An absolute place or one that climbs out is allowed: a user's own tasks say so. What is read there are two files
+    of a basis's names, and nothing but numbers of the recorded fingerprint comes of it."""
     expected = read_task(files["task"]).cores
     shutil.rmtree(cache_home(), ignore_errors=True)
     for place in ("../basis", str(files["basis"]), "../task/../basis"):
@@ -158,9 +158,20 @@ def test_a_basis_outside_the_tasks_folder_gives_only_verified_numbers(files, tmp
 
 @pytest.mark.parametrize(
     "place",
-    ["/etc/passwd", "/dev/zero", "../../../../../../etc", "/proc/self", "~nobody-of-that-name/x", "x" * 5000 + "/y", "https://x/y",
-     "file:///etc", "a/b/c/d", "org/name@../../x", "."],
-)  # fmt: skip
+    [
+        "/etc/passwd",
+        "/dev/zero",
+        "../../../../../../etc",
+        "/proc/self",
+        "~nobody-of-that-name/x",
+        "x" * 5000 + "/y",
+        "https://x/y",
+        "file:///etc",
+        "a/b/c/d",
+        "org/name@../../x",
+        ".",
+    ],
+)
 def test_places_that_hold_no_basis(files, place):
     edit_json(files["task"] / CONFIG, basis=place, basis_fingerprint="e" * 64)
     with little_memory(), pytest.raises((BasisNotFoundError, BadFileError)):
@@ -194,10 +205,23 @@ def test_pipes_and_devices_are_not_waited_for(files):
     assert read_task(files["task"]).cores
 
 
-BAD_NOTES = ["5", "[5]", "{}", "[null]", DEEP, "", "\0", '[{"location": 5}]', '[{"location": "a\\u0000b"}]',
-             '[{"location": "x/y", "revision": {"a": 1}}]', '[{"location": "x/y", "revision": "../../x"}]',
-             json.dumps([{"location": "x" * 100_000}]), '[{"location": "~nobody-of-that-name/x", "revision": null}]',
-             '[{"location": "/dev/zero", "revision": null}]', '[{"location": "/etc/passwd"}]']  # fmt: skip
+BAD_NOTES = [
+    "5",
+    "[5]",
+    "{}",
+    "[null]",
+    DEEP,
+    "",
+    "\0",
+    '[{"location": 5}]',
+    '[{"location": "a\\u0000b"}]',
+    '[{"location": "x/y", "revision": {"a": 1}}]',
+    '[{"location": "x/y", "revision": "../../x"}]',
+    json.dumps([{"location": "x" * 100_000}]),
+    '[{"location": "~nobody-of-that-name/x", "revision": null}]',
+    '[{"location": "/dev/zero", "revision": null}]',
+    '[{"location": "/etc/passwd"}]',
+]
 
 
 @pytest.mark.parametrize("text", BAD_NOTES, ids=range(len(BAD_NOTES)))
@@ -251,8 +275,8 @@ BAD_HEADERS = {
     "eight bits": lambda header, key: claim(header, key, [6, 6], dtype="F8_E4M3"),
     "complex": lambda header, key: claim(header, key, [1, 1], dtype="C64"),
     "not there": lambda header, key: header.pop(next(name for name in header if name.endswith(key))),
-    "backwards": lambda header, key: header[next(name for name in header if name.endswith(key))].update(
-        data_offsets=[64, 0]
+    "backwards": (
+        lambda header, key: header[next(name for name in header if name.endswith(key))].update(data_offsets=[64, 0])
     ),
     "renamed": lambda header, key: [
         header.update({f"x\0y.{name}": header.pop(name)}) for name in list(header) if name.endswith(key)
@@ -263,10 +287,22 @@ BAD_HEADERS = {
 @pytest.mark.parametrize("how", BAD_HEADERS)
 @pytest.mark.parametrize(
     ("what", "key"),
-    [("task", "coef.weight"), ("own", "coef.weight"), ("own", "subspace_U"), ("own", "subspace_G"), ("own", "coef.gain"),
-     ("basis", ".U"), ("basis", ".V"), ("basis", ".M"), ("basis", ".G"), ("basis", ".cores"), ("bank", "cores"), ("lora", "lora_A.weight"),
-     ("lora", "lora_B.weight")],
-)  # fmt: skip
+    [
+        ("task", "coef.weight"),
+        ("own", "coef.weight"),
+        ("own", "subspace_U"),
+        ("own", "subspace_G"),
+        ("own", "coef.gain"),
+        ("basis", ".U"),
+        ("basis", ".V"),
+        ("basis", ".M"),
+        ("basis", ".G"),
+        ("basis", ".cores"),
+        ("bank", "cores"),
+        ("lora", "lora_A.weight"),
+        ("lora", "lora_B.weight"),
+    ],
+)
 def test_a_header_that_lies_is_refused_before_anything_is_allocated(files, what, key, how):
     path = {"bank": files["bank.safetensors"], "lora": files["lora0"] / WEIGHTS, "basis": files["basis"] / BASIS}.get(
         what

@@ -34,23 +34,46 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", DECODER),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         "T5ForConditionalGeneration",
-        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY, "decoder_start_token_id": 0},
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": VOCABULARY,
+            "decoder_start_token_id": 0,
+        },
     ),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
         "BartForConditionalGeneration",
         {
-            **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64), ("attention_heads", 4))},
-            "d_model": 32, "vocab_size": VOCABULARY, "max_position_embeddings": 128,
+            **{
+                f"{side}_{what}": n
+                for side in ("encoder", "decoder")
+                for what, n in (("layers", 2), ("ffn_dim", 64), ("attention_heads", 4))
+            },
+            "d_model": 32,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 128,
         },
     ),
     "peft-internal-testing/tiny-random-BertModel": ("BertModel", ENCODER),
     "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", ENCODER),
-    "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", {**ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c"}),
-    "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", {**ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c"}),
+    "peft-internal-testing/tiny-random-DebertaModel": (
+        "DebertaModel",
+        {**ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c"},
+    ),
+    "peft-internal-testing/tiny-random-DebertaV2Model": (
+        "DebertaV2Model",
+        {**ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c"},
+    ),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertForSequenceClassification", ENCODER),
-    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": ("RobertaForSequenceClassification", ENCODER),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        "RobertaForSequenceClassification",
+        ENCODER,
+    ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("LlamaForSequenceClassification", DECODER),
-}  # fmt: skip
+}
 
 # adapters that the tests of configurations load, all of them LoRA; the second at a revision
 ADAPTERS = {"ybelkada/test-st-lora": "main", "peft-internal-testing/tiny-opt-lora-revision": "test"}
@@ -65,7 +88,8 @@ def make(name: str) -> nn.Module:
 
 
 def save_all(folder: Path) -> dict[str, dict[str, Path]]:
-    """Write every model and adapter below `folder`; returns id → revision → its folder, as the tests' Hub serves it."""
+    """Write every model and adapter below `folder`; returns id → revision → its folder, as the tests' Hub serves
+    it."""
     repos: dict[str, dict[str, Path]] = {}
     for name in MODELS:
         make(name).save_pretrained(folder / name)

@@ -39,7 +39,8 @@ def after(name: str, text: str) -> Edit:
 
 
 def again(name: str, replace: dict[str, str]) -> Edit:
-    """Append the class `name` once more as `<name>Subspace`, with other words in place of some (regular expressions)."""
+    """Append the class `name` once more as `<name>Subspace`, with other words in place of some (regular
+    expressions)."""
 
     def edit(source: str) -> str:
         start, end = _lines(source, name)
@@ -74,8 +75,8 @@ def _replaced(name: str, text: str, replace: dict[str, str]) -> str:
 
 
 def beside(theirs: str, ours: str) -> Edit:
-    """Where a value is looked for in a tuple with the class `theirs`, look for `ours` too: such tuples say which methods can do
-    what is tested."""
+    """Where a value is looked for in a tuple with the class `theirs`, look for `ours` too: such tuples say which
+    methods can do what is tested."""
 
     def edit(source: str) -> str:
         found = [
@@ -113,6 +114,7 @@ def patched(file: str, source: str, edits: list[Edit]) -> str:
             source = edit(source)
         except LayoutError as error:
             raise LayoutError(
-                f"{file}: {error}. This version of PEFT lays its tests out differently: adapt FILES in tests/peft_suite/run.py."
+                f"{file}: {error}. This version of PEFT lays its tests out differently: adapt FILES in"
+                " tests/peft_suite/run.py."
             ) from None
     return source

@@ -1,7 +1,8 @@
 """PEFT's own test suite, with rows for this method beside LoRA's: ``python -m tests.peft_suite.run``.
 
-The suite comes out of PEFT's source distribution, of the version that is installed and by its sha256; the rows are put in by
-the structure of its files (`patch`); the models that it would download are made here (`models`) and served on loopback.
+The suite comes out of PEFT's source distribution, of the version that is installed and by its sha256; the rows are put
+in by the structure of its files (`patch`); the models that it would download are made here (`models`) and served on
+loopback.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ from .patch import Edit, after, again, beside, patched, within
 
 SUITES = {
     "0.21.2": Package(
-        "peft", "0.21.2", "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e", wheel=False, members=("*/tests/*.py",)
+        "peft",
+        "0.21.2",
+        "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e",
+        wheel=False,
+        members=("*/tests/*.py",),
     )
-}  # fmt: skip
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -60,7 +65,8 @@ FILES = {
             after("ALL_PEFT_CONFIG_CLASSES", "ALL_PEFT_CONFIG_CLASSES = [LoraConfig, SubspaceRandomConfig]"),
             after(
                 "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES",
-                "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:2] + several_active_rows()",
+                "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:2] +"
+                " several_active_rows()",
             ),
             after(
                 "MIXED_ADAPTER_TEST_CASES", "MIXED_ADAPTER_TEST_CASES = MIXED_ADAPTER_TEST_CASES[:1] + batch_rows()"
@@ -106,7 +112,9 @@ SHARED: dict[str, list[Edit]] = {"testing_common.py": [beside("LoraConfig", "Sub
 
 # what fails because of how a test is written, not because of the method: pattern of its id → why
 KNOWN: dict[str, str] = {
-    "TestMixedAdapterTypes::test_decoder_model": "how far outputs must differ was chosen for the weights of the original model"
+    "TestMixedAdapterTypes::test_decoder_model": (
+        "how far outputs must differ was chosen for the weights of the original model"
+    )
 }
 
 CONFTEST = """
@@ -119,7 +127,10 @@ def seeded():
     # some of these tests draw numbers without a seed, and LoRA's fail now and then too
     torch.manual_seed(0)
 """
-INI = "[pytest]\nmarkers =\n    single_gpu_tests: GPU\n    multi_gpu_tests: GPUs\n    regression: numbers\n    bitsandbytes: GPU\n"
+INI = (
+    "[pytest]\nmarkers =\n    single_gpu_tests: GPU\n    multi_gpu_tests: GPUs\n    regression: numbers\n   "
+    " bitsandbytes: GPU\n"
+)
 
 
 @dataclass
@@ -168,8 +179,8 @@ def prepare(folder: Path) -> None:
     """
     if peft.__version__ not in SUITES:
         raise SystemExit(
-            f"PEFT {peft.__version__} is installed, and the suites known here are {', '.join(SUITES)}. Install one of them, or "
-            "add the sha256 of this version's source distribution to SUITES in tests/peft_suite/run.py."
+            f"PEFT {peft.__version__} is installed, and the suites known here are {', '.join(SUITES)}. Install one of"
+            " them, or add the sha256 of this version's source distribution to SUITES in tests/peft_suite/run.py."
         )
     source = next(fetch(SUITES[peft.__version__]).rglob("testing_common.py")).parent
     target = folder / "peft_tests"
@@ -187,14 +198,30 @@ def run_file(name: str, folder: Path, endpoint: str, extra: list[str]) -> tuple[
     """Run one file's tests in a process of their own: (ours, those beside)."""
     report = folder / f"{name}.xml"
     environment = {
-        **os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "SUBSPACE_PEFT_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "SUBSPACE_PEFT_CACHE": str(folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
     environment.pop("HF_HUB_OFFLINE", None)
     command = [
-        *(sys.executable, "-m", "pytest", f"peft_tests/{name}", "-c", "pytest.ini", "-p", "no:cacheprovider", "-q", "--tb=short"),
+        *(
+            sys.executable,
+            "-m",
+            "pytest",
+            f"peft_tests/{name}",
+            "-c",
+            "pytest.ini",
+            "-p",
+            "no:cacheprovider",
+            "-q",
+            "--tb=short",
+        ),
         *("-k", FILES[name].select, f"--junitxml={report}", *extra),
-    ]  # fmt: skip
+    ]
     with open(folder / f"{name}.log", "w", encoding="utf-8") as log:
         code = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
     if code not in (0, 1):

@@ -13,7 +13,8 @@ from benchmarks.quality.energy import agreement
 from benchmarks.quality.paired import difference, mean_score
 from benchmarks.quality.sections import energy_section
 
-# -- statistics ---------------------------------------------------------------------------------------------------------
+# -- statistics
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_constant_difference_has_an_interval_of_no_width():
@@ -48,15 +49,24 @@ def test_a_diverged_run_counts_as_zero_and_other_seeds_are_refused():
         difference({"a": [0.1]}, {"b": [0.1]})
 
 
-# -- tables -------------------------------------------------------------------------------------------------------------
+# -- tables
+# -------------------------------------------------------------------------------------------------------------
 
 
 def row(method: str, tests: list, validations: list | None = None, at_edge: bool = False) -> dict:
     ends = validations or tests
     return {
-        "method": method, "rate": 1e-3, "at_edge": at_edge, "trained": 10, "head": 2, "tests": tests, "validations": ends,
-        "sweep": [[1e-3, 0.5], [4e-3, 0.4]], "curves": [[[20, end - 0.1], [60, end]] for end in ends], "seconds": 1.0,
-    }  # fmt: skip
+        "method": method,
+        "rate": 1e-3,
+        "at_edge": at_edge,
+        "trained": 10,
+        "head": 2,
+        "tests": tests,
+        "validations": ends,
+        "sweep": [[1e-3, 0.5], [4e-3, 0.4]],
+        "curves": [[[20, end - 0.1], [60, end]] for end in ends],
+        "seconds": 1.0,
+    }
 
 
 @pytest.fixture
@@ -99,17 +109,22 @@ def test_an_ablation_with_a_fleet_row_of_its_own_is_held_against_it(results):
 
 def test_rates_between_are_held_against_the_usual_ones(results):
     listed = [
-        row("fleet", [0.8, 0.8]), row("fleet at half the rate", [0.79, 0.79]),
-        row("LoRA r=8", [0.85, 0.85]), row("LoRA r=8 at half the rate", [0.83, 0.83]),
-    ]  # fmt: skip
+        row("fleet", [0.8, 0.8]),
+        row("fleet at half the rate", [0.79, 0.79]),
+        row("LoRA r=8", [0.85, 0.85]),
+        row("LoRA r=8 at half the rate", [0.83, 0.83]),
+    ]
     body = {"experiment": "ablation-g-rates", "tasks": {"movies": listed}}
     (results / "ablation-g-rates.json").write_text(json.dumps(body))
     text = tables.render(tables.read(results))
     part = text[text.index("### Usual rates and half of them") :]
     for line in (
-        "fleet at half the rate − fleet | -1.0 ", "LoRA r=8 at half the rate − LoRA r=8 | -2.0 ", "fleet − LoRA r=8 | -5.0 ",
-        "fleet at half the rate − LoRA r=8 at half the rate | -4.0 ", "fleet, run again − first run | -2.0 ",
-    ):  # fmt: skip
+        "fleet at half the rate − fleet | -1.0 ",
+        "LoRA r=8 at half the rate − LoRA r=8 | -2.0 ",
+        "fleet − LoRA r=8 | -5.0 ",
+        "fleet at half the rate − LoRA r=8 at half the rate | -4.0 ",
+        "fleet, run again − first run | -2.0 ",
+    ):
         assert f"| {line}" in part
     assert "(g)" not in text
 
@@ -176,7 +191,8 @@ def test_calls_are_noted_with_their_machine(tmp_path, monkeypatch):
     assert [each["machine"] for each in kept["runs"]] == [0, 0, 1] and kept["runs"][0]["minutes"] == 2.0
 
 
-# -- energy and scores ---------------------------------------------------------------------------------------------------
+# -- energy and scores
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_agreement_is_spearmans_and_knows_chance():

@@ -30,7 +30,8 @@ def test_measure_is_accuracy_or_spearmans_correlation():
     assert np.isnan(measure(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0])))
 
 
-# -- the encoder --------------------------------------------------------------------------------------------------------
+# -- the encoder
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_the_top_layers_compute_what_the_whole_encoder_does():

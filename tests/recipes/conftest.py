@@ -1,4 +1,5 @@
-"""What the recipes' tests share: loading a recipe as a module, no network, counted trainings. Each has a fixture `recipe` of its own."""
+"""What the recipes' tests share: loading a recipe as a module, no network, counted trainings. Each has a fixture
+`recipe` of its own."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def dry(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 def goes_on_from_its_checkpoint(
     recipe: ModuleType, arguments: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A training of three epochs that is interrupted as the second ends, and called again, gives what an uninterrupted one does.
+    """A training of three epochs that is interrupted as the second ends, and called again, gives what an uninterrupted
+    one does.
 
     Args:
         arguments: folder of the output → what is typed, with ``--stage train`` and the task `kept`.

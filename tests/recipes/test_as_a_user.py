@@ -35,7 +35,7 @@ def test_a_copy_is_the_recipe_and_runs_elsewhere(name, tmp_path, capsys):
     assert copy.read_bytes() == (recipe_folder() / f"{name}.py").read_bytes()
     done = subprocess.run(
         [sys.executable, str(copy), "--help"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert f"python recipes/{name}.py" in done.stdout
 

@@ -1,4 +1,5 @@
-"""The whole path on real input: a fleet of LoRA adapters, its basis, held-out tasks trained in it beside their controls."""
+"""The whole path on real input: a fleet of LoRA adapters, its basis, held-out tasks trained in it beside their
+controls."""
 
 from .run import run_demo
 

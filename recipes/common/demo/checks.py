@@ -1,4 +1,5 @@
-"""Checks in fresh processes: the saved task, and its export in stock PEFT, give the logits of the model that trained."""
+"""Checks in fresh processes: the saved task, and its export in stock PEFT, give the logits of the model that
+trained."""
 
 from __future__ import annotations
 

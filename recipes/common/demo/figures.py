@@ -12,7 +12,8 @@ from subspace_peft.basis import SubspaceBasis
 
 
 def draw_spectrum(basis: SubspaceBasis, null: SubspaceBasis, file: Path) -> None:
-    """Share of the fleet's energy in the leading n directions, output and input side, beside a strength-matched null."""
+    """Share of the fleet's energy in the leading n directions, output and input side, beside a strength-matched
+    null."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for axis, side, title in zip(

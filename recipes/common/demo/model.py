@@ -1,7 +1,7 @@
 """A sentence encoder with mean pooling and a linear head, as a transformers model.
 
-This file imports nothing of subspace_peft, on purpose: the demo loads it by its path into a process that must not know the
-package.
+This file imports nothing of subspace_peft, on purpose: the demo loads it by its path into a process that must not know
+the package.
 """
 
 from __future__ import annotations

@@ -129,9 +129,17 @@ def _compare(
 
 
 def _one_row(
-    folder: Path, encoder: Path, task: TextTask, method: Row, data: dict[str, Any], tokenizer: Any, budget: Budget,
-    seed: int, bar: Any, quick: bool,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    encoder: Path,
+    task: TextTask,
+    method: Row,
+    data: dict[str, Any],
+    tokenizer: Any,
+    budget: Budget,
+    seed: int,
+    bar: Any,
+    quick: bool,
+) -> dict[str, Any]:
     def make() -> torch.nn.Module:
         model = load_encoder(encoder, len(task.labels), seed)
         torch.manual_seed(seed)

@@ -1,5 +1,5 @@
-"""The metrics that the recipes report, through `evaluate`: the published ones where the Hub is in reach, else twins of ours
-that give the same numbers."""
+"""The metrics that the recipes report, through `evaluate`: the published ones where the Hub is in reach, else twins of
+ours that give the same numbers."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from .glue import check_numbers
 
 
 class ExactMatch(evaluate.Metric):
-    """Share of predictions that equal their reference to the letter, after what is to be ignored has been taken out of both; two
-    texts of which nothing is left are equal.
+    """Share of predictions that equal their reference to the letter, after what is to be ignored has been taken out of
+    both; two texts of which nothing is left are equal.
 
     Raises:
         SubspaceError: predictions and references that are empty or of different lengths.

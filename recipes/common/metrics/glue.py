@@ -1,4 +1,5 @@
-"""GLUE's metrics as an `evaluate.Metric`: the keys and numbers of the published one (Wang et al., arXiv 1804.07461)."""
+"""GLUE's metrics as an `evaluate.Metric`: the keys and numbers of the published one (Wang et al., arXiv
+1804.07461)."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def check_numbers(metric: str, predictions: Sequence[Any], references: Sequence[
     """Both as arrays. Raises `SubspaceError` where they are empty or of different lengths."""
     if len(predictions) != len(references) or len(predictions) == 0:
         raise SubspaceError(
-            f"{metric}: {len(predictions)} predictions for {len(references)} references; give as many of each, at least one."
+            f"{metric}: {len(predictions)} predictions for {len(references)} references; give as many of each, at"
+            " least one."
         )
     return np.asarray(predictions), np.asarray(references)
 
@@ -50,8 +52,8 @@ def check_numbers(metric: str, predictions: Sequence[Any], references: Sequence[
 class Glue(evaluate.Metric):
     """`config_name` is the task. Labels are integers, STS-B's scores floats.
 
-    `compute` returns Python floats: ``accuracy``; for MRPC and QQP also ``f1``; for CoLA ``matthews_correlation``; for STS-B
-    ``pearson`` and ``spearmanr``, NaN where either side is constant.
+    `compute` returns Python floats: ``accuracy``; for MRPC and QQP also ``f1``; for CoLA ``matthews_correlation``; for
+    STS-B ``pearson`` and ``spearmanr``, NaN where either side is constant.
 
     Raises:
         SubspaceError: no such task; predictions and references that are empty or of different lengths.

@@ -19,7 +19,8 @@ PATIENCE = 5.0  # seconds for the Hub to answer at all
 
 
 def _is_script(name: str) -> bool:
-    """Whether `evaluate.load` finds `name` on this machine: a script, or a folder with a script of the folder's name."""
+    """Whether `evaluate.load` finds `name` on this machine: a script, or a folder with a script of the folder's
+    name."""
     stem = os.path.basename(os.path.normpath(name))
     return (name.endswith(".py") and os.path.isfile(name)) or os.path.isfile(os.path.join(name, f"{stem}.py"))
 
@@ -50,9 +51,9 @@ def load_metric(name: str, config_name: str | None = None) -> EvaluationModule:
     Which of the two is used is told by the type: the twins' modules begin with ``subspace_peft``.
 
     Args:
-        name: ``glue``, ``accuracy``, ``rouge`` or ``exact_match`` have a twin, which is used when the Hub does not answer within
-            `PATIENCE` or offline mode is set; anything else that `evaluate.load` knows needs the Hub, or a folder with the
-            metric's script, and is awaited as long as evaluate does.
+        name: ``glue``, ``accuracy``, ``rouge`` or ``exact_match`` have a twin, which is used when the Hub does not
+            answer within `PATIENCE` or offline mode is set; anything else that `evaluate.load` knows needs the Hub, or
+            a folder with the metric's script, and is awaited as long as evaluate does.
         config_name: as in `evaluate.load`; for ``glue`` the task.
 
     Raises:
@@ -78,12 +79,13 @@ def load_metric(name: str, config_name: str | None = None) -> EvaluationModule:
         try:
             return evaluate.load(name, config_name)
         except (OSError, ImportError, ValueError) as error:
-            # evaluate raises FileNotFoundError, ConnectionError (both OSError) or ImportError for a metric it cannot fetch
+            # evaluate raises FileNotFoundError, ConnectionError (both OSError) or ImportError for a metric it cannot
+            # fetch
             cause, reason = error, str(error)
     if twin is None:
         raise SubspaceError(
-            f"The metric {name!r} could not be loaded by evaluate ({reason}), and there is no twin of it here: there are "
-            f"{', '.join(twins)}. Check the name and the network, or unset {' and '.join(OFFLINE)}."
+            f"The metric {name!r} could not be loaded by evaluate ({reason}), and there is no twin of it here: there"
+            f" are {', '.join(twins)}. Check the name and the network, or unset {' and '.join(OFFLINE)}."
         ) from cause
     logger.info("%s: the twin that comes with subspace_peft, not evaluate.load's (%s).", name, reason)
     return twin

@@ -18,12 +18,13 @@ KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 class Rouge(evaluate.Metric):
     """Mean F1 of each kind over the examples; of several references the one that fits best counts (Lin, 2004).
 
-    Per example (``use_aggregator=False``) these are the published numbers to the bit. Aggregated, the published metric gives the
-    median of a thousand bootstrap means, which depends on the state of numpy's generator and strays from the mean itself, given
-    here, by about 0.002 at most on sixty short texts.
+    Per example (``use_aggregator=False``) these are the published numbers to the bit. Aggregated, the published metric
+    gives the median of a thousand bootstrap means, which depends on the state of numpy's generator and strays from the
+    mean itself, given here, by about 0.002 at most on sixty short texts.
 
     Raises:
-        SubspaceError: predictions and references that are empty or of different lengths, or an example without a reference.
+        SubspaceError: predictions and references that are empty or of different lengths, or an example without a
+            reference.
         ImportError: rouge-score is missing.
     """
 

@@ -49,9 +49,15 @@ def save_model(folder: Path, kind: type = RobertaModel, layers: int = 2, hidden:
     }
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     config = RobertaConfig(
-        vocab_size=len(vocabulary), hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2,
-        intermediate_size=48, max_position_embeddings=40, pad_token_id=1, type_vocab_size=1,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=40,
+        pad_token_id=1,
+        type_vocab_size=1,
+    )
     kind(config).save_pretrained(folder)
     return folder
 
@@ -85,10 +91,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(world: Path, out: Path, *more: str) -> list[str]:
     given = {
-        "model": world / "model", "data-dir": world, "out": out, "task": "kept", "pooling": "mean", "dropout": 0, "tokens": 12,
-        "train-examples": 32, "validation-examples": 16, "source-examples": 32, "epochs": 2, "source-epochs": 1, "rate": 1e-2,
-        "source-rate": 1e-2, "source-r": 2, "head-rate": 1e-2, "basis-k": 4, "r": 2, "sweep": 1, "warmup": 0,
-    }  # fmt: skip
+        "model": world / "model",
+        "data-dir": world,
+        "out": out,
+        "task": "kept",
+        "pooling": "mean",
+        "dropout": 0,
+        "tokens": 12,
+        "train-examples": 32,
+        "validation-examples": 16,
+        "source-examples": 32,
+        "epochs": 2,
+        "source-epochs": 1,
+        "rate": 1e-2,
+        "source-rate": 1e-2,
+        "source-r": 2,
+        "head-rate": 1e-2,
+        "basis-k": 4,
+        "r": 2,
+        "sweep": 1,
+        "warmup": 0,
+    }
     return typed(given, *more)
 
 

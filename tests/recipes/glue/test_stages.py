@@ -41,8 +41,13 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     assert list(rows) == ["head only", "mean only", "LoRA r=2", "VeRA", "random basis", "this basis"]
     assert all(len(row["tests"]) == 2 and row["diverged"] == 0 for row in rows.values())
     assert {name: row["trained_adapter"] for name, row in rows.items()} == {
-        "head only": 0, "mean only": 4, "LoRA r=2": 4 * 2 * 64, "VeRA": 4 * (32 + 256), "random basis": 64, "this basis": 64,
-    }  # fmt: skip
+        "head only": 0,
+        "mean only": 4,
+        "LoRA r=2": 4 * 2 * 64,
+        "VeRA": 4 * (32 + 256),
+        "random basis": 64,
+        "this basis": 64,
+    }
     assert all(row["trained_head"] == 2 * 32 + 2 for row in rows.values())
     assert "| this basis |" in (done / "compare" / "kept" / "table.md").read_text()
     assert (done / "compare" / "kept" / "curves.png").stat().st_size > 1000
@@ -58,8 +63,10 @@ def test_the_tasks_card_tells_its_training_and_its_controls(done):
     tested = json.loads((done / "tasks" / "kept-core" / "recipe.json").read_text())["result"]["metrics"]["test"]
     # the recipe's optimizer has rates of its own, which the Trainer's arguments do not know
     for line in (
-        "| learning rate of the coefficients | 0.01 |", "| training examples | 32 |", f"| test | accuracy | {tested['accuracy']:.4g} |",
-    ):  # fmt: skip
+        "| learning rate of the coefficients | 0.01 |",
+        "| training examples | 32 |",
+        f"| test | accuracy | {tested['accuracy']:.4g} |",
+    ):
         assert line in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "MeanPooledClassifier" in code

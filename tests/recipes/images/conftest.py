@@ -63,10 +63,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(world: Path, out: Path, *more: str, model: str = "model") -> list[str]:
     given = {
-        "model": world / model, "data-dir": world, "out": out, "task": "kept", "train-examples": 32,
-        "validation-examples": 16, "source-examples": 32, "epochs": 2, "source-epochs": 1, "rate": 1e-2,
-        "source-rate": 1e-2, "head-rate": 1e-2, "basis-k": 4, "r": 2, "sweep": 1, "batch": 16,
-    }  # fmt: skip
+        "model": world / model,
+        "data-dir": world,
+        "out": out,
+        "task": "kept",
+        "train-examples": 32,
+        "validation-examples": 16,
+        "source-examples": 32,
+        "epochs": 2,
+        "source-epochs": 1,
+        "rate": 1e-2,
+        "source-rate": 1e-2,
+        "head-rate": 1e-2,
+        "basis-k": 4,
+        "r": 2,
+        "sweep": 1,
+        "batch": 16,
+    }
     return typed(given, *more)
 
 

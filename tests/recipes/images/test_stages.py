@@ -37,8 +37,8 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     names: dict = {}
     exec(code, names)
     assert names["model"].get_base_model().classifier.modules_to_save["default"].out_features == 2
-    # Light and dark are easily told apart with an adapter; for the head alone, these few steps suffice on some random encoders only,
-    # and which one a seed gives differs between releases of transformers.
+    # Light and dark are easily told apart with an adapter; for the head alone, these few steps suffice on some random
+    # encoders only, and which one a seed gives differs between releases of transformers.
     assert all(row["test"] > 0.9 for method, row in rows.items() if method != "head only")
     assert rows["head only"]["test"] > 0.6
 

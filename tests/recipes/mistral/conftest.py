@@ -66,10 +66,18 @@ def make_model(hidden: int = 32, seed: int = 0) -> MistralForCausalLM:
     torch.manual_seed(seed)
     return MistralForCausalLM(
         MistralConfig(
-            vocab_size=400, hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+            vocab_size=400,
+            hidden_size=hidden,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="package")

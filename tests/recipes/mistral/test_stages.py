@@ -86,7 +86,8 @@ def test_training_options(folder: Path, tmp_path: Path, extra: list[str]) -> Non
 
 
 def test_a_base_in_4_bits_is_trained_in_and_evaluated_alone(folder: Path, tmp_path: Path) -> None:
-    """In bfloat16 and with gradient checkpointing, as QLoRA; and the row without an adapter, which the Trainer alone refuses."""
+    """In bfloat16 and with gradient checkpointing, as QLoRA; and the row without an adapter, which the Trainer alone
+    refuses."""
     bitsandbytes = pytest.importorskip(
         "bitsandbytes", reason="--load-in-4bit needs bitsandbytes, which is not installed"
     )
@@ -100,9 +101,16 @@ def test_a_base_in_4_bits_is_trained_in_and_evaluated_alone(folder: Path, tmp_pa
     record = json.loads((saved / "recipe.json").read_text())["result"]
     assert json.loads((saved / "metrics.json").read_text()) == record["metrics"]
     args = recipe.Knobs(
-        model=str(folder / "wide"), data_dir=str(folder), task=HELD_OUT, load_in_4bit=True, tokens=96, new_tokens=8,
-        train_examples=16, validation_examples=8, out=str(tmp_path / "base"),
-    )  # fmt: skip
+        model=str(folder / "wide"),
+        data_dir=str(folder),
+        task=HELD_OUT,
+        load_in_4bit=True,
+        tokens=96,
+        new_tokens=8,
+        train_examples=16,
+        validation_examples=8,
+        out=str(tmp_path / "base"),
+    )
     task = recipe.load_task(args, HELD_OUT)
     model = recipe.make_model(args, task, 0)
     inside = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
