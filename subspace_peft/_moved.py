@@ -77,7 +77,7 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "tuner.weighted": "tuner.merging",
 }
 
-# Old module → names that it had → the module that has them now.
+# Old module → names that it had → where they are now: a module, or ``module:new_name`` where the name is another too.
 NAMES: dict[str, dict[str, str]] = {
     "convert": {"Task": "tasks", "read_task": "tasks"},
     "tuner": {"TaskBank": "tasks", "hotswap": "tasks", "load_adapter": "tasks", "save_adapter": "tasks"},
@@ -103,8 +103,9 @@ def moved_name(module: str, name: str) -> Any:
     place = NAMES.get(module.removeprefix(f"{PACKAGE}."), {}).get(name)
     if place is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    _warn(f"{module}.{name}", f"{PACKAGE}.{place}.{name}", stacklevel=4)
-    return getattr(importlib.import_module(f".{place}", PACKAGE), name)
+    where, _, new = place.partition(":")
+    _warn(f"{module}.{name}", f"{PACKAGE}.{where}.{new or name}", stacklevel=4)
+    return getattr(importlib.import_module(f".{where}", PACKAGE), new or name)
 
 
 def _warn(old: str, new: str, stacklevel: int) -> None:
