@@ -16,6 +16,9 @@ PACKAGE = __name__.rpartition(".")[0]
 
 # Old module → the module that took its place, or several that share its names. Both are relative to this package.
 MODULES: dict[str, str | tuple[str, ...]] = {
+    "_atomic": "_io.atomic",
+    "_digest": "_io.digest",
+    "_untrusted": "_io.untrusted",
     "build": ("builders", "sources"),
     "compare": ("modeling", "recipes:common"),
     "demo": "recipes:demo",

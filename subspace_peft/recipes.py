@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from ._atomic import write_text_aside
+from ._io.atomic import write_text_aside
 from .errors import SubspaceError
 
 

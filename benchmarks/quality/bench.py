@@ -16,7 +16,7 @@ from common.sweep import compare
 from peft import get_peft_model
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft._atomic import write_text_aside
+from subspace_peft._io.atomic import write_text_aside
 from subspace_peft.errors import SubspaceError
 
 from . import tasks

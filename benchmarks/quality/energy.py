@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import tasks  # noqa: E402
 from benchmarks.quality.paired import Difference  # noqa: E402
-from subspace_peft._atomic import write_text_aside  # noqa: E402
+from subspace_peft._io.atomic import write_text_aside  # noqa: E402
 
 SHUFFLES = 20_000
 K = 16

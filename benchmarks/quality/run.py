@@ -29,7 +29,7 @@ from benchmarks.quality.encoder import half_is_faster  # noqa: E402
 from benchmarks.quality.experiments import ORDER, experiments, quick  # noqa: E402
 from benchmarks.quality.training import Budget  # noqa: E402
 from benchmarks.timing import machine  # noqa: E402
-from subspace_peft._atomic import write_text_aside  # noqa: E402
+from subspace_peft._io.atomic import write_text_aside  # noqa: E402
 from subspace_peft.basis.cache import cache_home  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality"

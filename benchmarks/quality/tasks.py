@@ -23,7 +23,7 @@ from offline.texts import ENCODER, Row, TextTask, _election, _table, _tweets, pl
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from subspace_peft._atomic import write_aside
+from subspace_peft._io.atomic import write_aside
 from subspace_peft.errors import SubspaceError
 
 from .encoder import BERT_NAMES, HEADS, VIT_HEADS, VIT_NAMES, block_state

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from subspace_peft._atomic import write_text_aside
+from subspace_peft._io.atomic import write_text_aside
 from subspace_peft.basis.reference import same_model
 from subspace_peft.errors import SubspaceError
 from subspace_peft.sources.source import open_source

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from subspace_peft._atomic import write_text_aside
+from subspace_peft._io.atomic import write_text_aside
 
 from .methods import Method
 

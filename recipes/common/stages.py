@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from subspace_peft._atomic import write_text_aside
+from subspace_peft._io.atomic import write_text_aside
 from subspace_peft.basis import SubspaceBasis
 from subspace_peft.basis.cache import cache_home
 from subspace_peft.builders import build_basis

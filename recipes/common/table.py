@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subspace_peft._atomic import write_all_aside
+from subspace_peft._io.atomic import write_all_aside
 
 from .run_cache import plain
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from subspace_peft._atomic import write_text_aside
+from subspace_peft._io.atomic import write_text_aside
 from subspace_peft.basis.cache import cache_home
 from subspace_peft.errors import BadFileError, SubspaceError
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._atomic import write_text_aside
-from .._untrusted import read_json
+from .._io.atomic import write_text_aside
+from .._io.untrusted import read_json
 from ..errors import SubspaceError
 from .basis import SubspaceBasis
 

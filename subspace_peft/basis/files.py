@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .._atomic import write_all_aside
-from .._untrusted import is_sha256, read_json
+from .._io.atomic import write_all_aside
+from .._io.untrusted import is_sha256, read_json
 from .._version import __version__
 from ..cards import Place, put_card
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any
 
-from .._untrusted import is_whole
+from .._io.untrusted import is_whole
 from .basis import SubspaceBasis
 from .module import ModuleBasis
 

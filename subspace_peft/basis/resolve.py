@@ -8,8 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from .._atomic import write_text_aside
-from .._untrusted import is_name, is_revision
+from .._io.atomic import write_text_aside
+from .._io.untrusted import is_name, is_revision
 from ..errors import BadFileError, BasisMismatchError, BasisNotFoundError
 from . import cache
 from .basis import SubspaceBasis, alive

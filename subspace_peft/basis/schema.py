@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .._untrusted import MOST_DIRECTIONS, is_finite, is_name, is_whole
+from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_whole
 from .precision import PRECISIONS
 
 # tokens of an embedding, channels × pixels of a kernel: far above both

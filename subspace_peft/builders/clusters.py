@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .._atomic import write_text_aside
+from .._io.atomic import write_text_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .build import build_basis

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .._untrusted import is_sha256
+from .._io.untrusted import is_sha256
 from ..basis import SubspaceBasis, resolve_basis
 from ..errors import SourceError, SubspaceError
 from ..sources.source import IN_MEMORY, Source, open_source

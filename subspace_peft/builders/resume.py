@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .._atomic import write_aside
+from .._io.atomic import write_aside
 from .._version import __version__
 from ..basis import ModuleBasis
 from ..basis.module import TENSOR_NAMES, tensor_sha256

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .._untrusted import is_finite, is_whole
+from .._io.untrusted import is_finite, is_whole
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.lineage import next_version
 from .fleet import Fleet

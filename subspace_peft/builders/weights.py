@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .._untrusted import read_json
+from .._io.untrusted import read_json
 from ..errors import SubspaceError
 from .fleet import Fleet
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .._atomic import write_all_aside
+from .._io.atomic import write_all_aside
 from ..basis import SubspaceBasis
 from ..convert.export import export_lora
 from ..errors import SubspaceError

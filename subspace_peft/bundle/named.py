@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._digest import file_sha256
+from .._io.digest import file_sha256
 from ..basis.reference import split_revision
 from ..convert.project import Projection
 from ..errors import SubspaceError

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .._atomic import write_aside
+from .._io.atomic import write_aside
 from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.module import FLOAT_DTYPES, tensor_bytes

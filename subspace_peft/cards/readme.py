@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._atomic import write_text_aside
+from .._io.atomic import write_text_aside
 from .facts import is_hub_id
 
 BEGIN, END = "<!-- subspace_peft: begin -->", "<!-- subspace_peft: end -->"

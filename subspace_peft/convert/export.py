@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .._atomic import write_all_aside
+from .._io.atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.basis import names_of
 from ..errors import BadFileError, SubspaceError

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._atomic import write_aside
+from .._io.atomic import write_aside
 from ..basis import SubspaceBasis
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tasks.read import read_task

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .._atomic import write_all_aside
+from .._io.atomic import write_all_aside
 from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.basis import names_of

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from .._atomic import write_text_aside
+from .._io.atomic import write_text_aside
 from ..basis import SubspaceBasis
 from ..builders.fleet import Fleet, gather
 from ..builders.rebuild import sources_on_record

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._atomic import write_aside
+from .._io.atomic import write_aside
 from .measure import mean
 
 if TYPE_CHECKING:

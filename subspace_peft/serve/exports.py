@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .._untrusted import is_name
+from .._io.untrusted import is_name
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.cache import cache_home
 from ..basis.module import tensor_bytes

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .._untrusted import read_json
+from .._io.untrusted import read_json
 from ..basis.reference import looks_like_path, split_inside
 from ..errors import SourceError
 

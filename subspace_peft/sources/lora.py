@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._untrusted import is_finite, is_name, is_whole, pattern_problem
+from .._io.untrusted import is_finite, is_name, is_whole, pattern_problem
 
 LORA_KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_"

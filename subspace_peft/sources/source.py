@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .._adapted import active_adapter
-from .._digest import file_sha256
+from .._io.digest import file_sha256
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..cards.readme import front_matter
 from ..errors import SourceError

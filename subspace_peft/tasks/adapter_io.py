@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .._adapted import active_adapter
-from .._atomic import write_aside
+from .._io.atomic import write_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..tuner.card import base_facts, note

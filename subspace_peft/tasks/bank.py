@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .._adapted import active_adapter
-from .._atomic import write_aside, write_text_aside
+from .._io.atomic import write_aside, write_text_aside
 from .._version import __version__
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.card import write_section

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .._untrusted import is_name, is_sha256, is_whole, parse_json
+from .._io.untrusted import is_name, is_sha256, is_whole, parse_json
 from ..basis.module import FLOAT_DTYPES
 from ..errors import BadFileError, SubspaceError
 from ..tuner.config_check import CHECKS

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .._atomic import write_text_aside
+from .._io.atomic import write_text_aside
 from ..cards import Place
 from ..errors import BadFileError, SubspaceError
 from ..tuner.card import coefficients_digest, note, write_section

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from .._untrusted import read_json
+from .._io.untrusted import read_json
 from .._version import __version__
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.resolve import note_location, require_same

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
+from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
 from ..basis import SubspaceBasis
 from ..basis.schema import MOST_FEATURES, shape_problem
 from ..errors import SubspaceError

@@ -12,7 +12,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from .._untrusted import is_name
+from .._io.untrusted import is_name
 from ..basis import ModuleBasis
 from ..basis.module import FLOAT_DTYPES, tensor_sha256
 from ..errors import BadFileError, BasisMismatchError, SubspaceError

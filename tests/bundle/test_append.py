@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-import subspace_peft._atomic as atomic
+import subspace_peft._io.atomic as atomic
 from subspace_peft import add_tasks, build_basis, load_task, open_bundle
 from subspace_peft.bundle.layout import BUNDLE_FILE
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft._untrusted import pattern_problem
+from subspace_peft._io.untrusted import pattern_problem
 from subspace_peft.errors import BadFileError, SourceError, SubspaceError
 from subspace_peft.tasks import TaskBank
 from subspace_peft.tasks.bank_file import read_index, read_rows

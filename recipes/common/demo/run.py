@@ -20,7 +20,7 @@ from offline.texts import ENCODER, PACKAGES, TextTask, held_out_tasks, source_ta
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding
 
-from subspace_peft._atomic import write_text_aside
+from subspace_peft._io.atomic import write_text_aside
 from subspace_peft.basis import SubspaceBasis
 from subspace_peft.builders import build_basis
 from subspace_peft.convert import export_lora

@@ -1,0 +1,1 @@
+"""Files: written aside and renamed, hashed, and checked before their content is used."""
