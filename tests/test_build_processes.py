@@ -16,7 +16,7 @@ import torch
 
 from subspace_peft import build_basis, build_clusters
 from subspace_peft.builders import memory as memory_plan
-from subspace_peft.builders.distributed import Team, disagreeing, packed, together, unpacked
+from subspace_peft.builders.distributed import ProcessGroup, disagreeing, packed, process_group, unpacked
 from subspace_peft.builders.share_modules import collect, divide
 
 from .conftest import bert
@@ -99,9 +99,9 @@ def whole(fleets, tmp_path):
     ],
 )
 def test_the_work_is_dealt_evenly_and_whole(costs, count, loads):
-    team = Team()
-    team.count = count
-    owners = team.deal(costs)
+    processes = ProcessGroup()
+    processes.count = count
+    owners = processes.deal(costs)
     assert owners.keys() == costs.keys()
     assert [sum(costs[name] for name, owner in owners.items() if owner == i) for i in range(count)] == loads
 
@@ -115,13 +115,19 @@ def test_facts_and_tensors_arrive_as_they_were():
 
 
 def test_one_process_alone_meets_nobody(bases):
-    with together() as team, together() as inner:
-        assert inner is team
-        assert (team.count, team.main, team.name, team.neighbours, team.exchange(b"x")) == (1, True, "", [0], [b"x"])
+    with process_group() as processes, process_group() as inner:
+        assert inner is processes
+        assert (processes.count, processes.main, processes.name, processes.neighbours, processes.exchange(b"x")) == (
+            1,
+            True,
+            "",
+            [0],
+            [b"x"],
+        )
         module = next(iter(bases[bert].values()))
-        mine, owners = divide(team, {"a": 1.0, "b": 2.0}, {"a"})
+        mine, owners = divide(processes, {"a": 1.0, "b": 2.0}, {"a"})
         assert (mine, owners) == (["b"], {"a": 0, "b": 0})
-        assert collect(team, owners, {"a": (module, {}), "b": (module, {})})["a"][0] is module
+        assert collect(processes, owners, {"a": (module, {}), "b": (module, {})})["a"][0] is module
     assert disagreeing([1, 1, 2]) == 2
     assert disagreeing([1, 1]) is None
 

@@ -13,7 +13,7 @@ import torch
 from ..basis import ModuleBasis
 from ..errors import SubspaceError
 from ..sources.factors import Factors
-from .distributed import Team
+from .distributed import ProcessGroup
 from .hosvd import Compressed, exact
 from .memory import Plan, cost
 from .null import generator_for, null_update, strengths_of
@@ -64,9 +64,9 @@ def check_asked(
 
 
 def measure(
-    plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, team: Team, progress: bool
+    plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, processes: ProcessGroup, progress: bool
 ) -> dict[str, torch.Tensor]:
-    """Module → what its leading directions hold above its null, each measured by one process of the team and known to
+    """Module → what its leading directions hold above its null, each measured by one process of the group and known to
     all; those that an interrupted build measured are taken from there.
 
     Raises:
@@ -74,16 +74,16 @@ def measure(
     """
     names = plan.fleet.modules
     done = {name: found for name in names if kept is not None and (found := kept.get_table(name)) is not None}
-    mine, owners = divide(team, {name: cost(plan.module(name)) for name in names}, done)
+    mine, owners = divide(processes, {name: cost(plan.module(name)) for name in names}, done)
 
     def one(name: str) -> None:
         done[name] = above_null(plan, reader, name, most)
         if kept is not None:
             kept.put_table(name, done[name])
 
-    work(team, reader, mine, len(names), "spreading", progress, one)
-    own = {name: done[name] for name, owner in owners.items() if owner == team.index}
-    told = [tables for _, tables in team.share(None, own)]
+    work(processes, reader, mine, len(names), "spreading", progress, one)
+    own = {name: done[name] for name, owner in owners.items() if owner == processes.index}
+    told = [tables for _, tables in processes.share(None, own)]
     return {name: told[owner][name] for name, owner in owners.items()}
 
 

@@ -15,7 +15,7 @@ from ..sources.factors import Factors
 from .budget import check_asked, check_budget, largest, measure, spread, what_was_spent
 from .complete import check_filling, complete_built
 from .controls import build_generic
-from .distributed import Team, together
+from .distributed import ProcessGroup, process_group
 from .fleet import Fleet, gather
 from .hosvd import Pair, exact, factor_pca, hosvd
 from .left_out import left_out_energy, wanted
@@ -118,7 +118,7 @@ def build_basis(
         ProcessError: another process of the build has failed or gone; names it.
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
-    with together() as team:
+    with process_group() as processes:
         check_asked(budget, k, k_in, builder, complete)
         k = 32 if k is None else k
         _check_arguments(k, k_in, builder, directions)
@@ -154,7 +154,7 @@ def build_basis(
                 directions=directions,
                 seed=seed,
                 token=token,
-                progress=progress and team.main,
+                progress=progress and processes.main,
                 arguments=arguments,
                 allow_bin=allow_bin,
                 skip_bad=skip_bad,
@@ -170,14 +170,21 @@ def build_basis(
             progress=progress,
             allow_bin=allow_bin,
             base_model=base_model,
-            team=team,
+            processes=processes,
         )
         if votes:
             fleet = weighted(fleet, votes)
         if budget is not None:
             arguments = {**arguments, "k": None, "budget": budget}
         found, tables = _build_modules(
-            fleet, team, memory, arguments, k, leave_one_out=leave_one_out, work_folder=work_folder, progress=progress
+            fleet,
+            processes,
+            memory,
+            arguments,
+            k,
+            leave_one_out=leave_one_out,
+            work_folder=work_folder,
+            progress=progress,
         )
         modules = {name: module for name, (module, _) in found.items()}
         info = _info(fleet, builder, arguments, modules, {name: known for name, (_, known) in found.items()})
@@ -187,12 +194,12 @@ def build_basis(
         if complete is None:
             return basis
         basis.info["build"] = {**arguments, "complete": complete}
-        return complete_built(basis, (int(k), k_in or int(k)), complete, base_model, seed, progress and team.main)
+        return complete_built(basis, (int(k), k_in or int(k)), complete, base_model, seed, progress and processes.main)
 
 
 def _build_modules(
     fleet: Fleet,
-    team: Team,
+    processes: ProcessGroup,
     memory: int,
     arguments: Mapping[str, Any],
     k: int | float,
@@ -201,7 +208,7 @@ def _build_modules(
     work_folder: str | Path | None,
     progress: bool,
 ) -> tuple[dict[str, tuple[ModuleBasis, dict[str, Any]]], dict[str, torch.Tensor]]:
-    """All modules' bases and what is known of them, each built by one process of the team; with a budget also what it
+    """All modules' bases and what is known of them, each built by one process of the group; with a budget also what it
     was spread by."""
     builder, k_in, budget = arguments["builder"], arguments["k_in"], arguments.get("budget")
     keep_cores = arguments["keep_cores"]
@@ -218,15 +225,15 @@ def _build_modules(
     if work_folder is not None:
         made_with = {**arguments, "keep_cores": keep_cores, "leave_one_out": held_out}
         kept = WorkFolder(Path(work_folder), fleet.sources, made_with)
-        team.marker = kept.folder / f"failed-{team.run}" if team.count > 1 else None
+        processes.marker = kept.folder / f"failed-{processes.run}" if processes.count > 1 else None
     # what an interrupted build finished is not read again
     done = {name: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None}
-    mine, owners = divide(team, {name: cost(plan.module(name)) for name in fleet.modules}, done)
+    mine, owners = divide(processes, {name: cost(plan.module(name)) for name in fleet.modules}, done)
     reader = Reader(fleet.sources, plan.held)
     sizes: dict[str, tuple[int | float, int | None]] = dict.fromkeys(fleet.modules, (k, k_in))
     tables: dict[str, torch.Tensor] = {}
     if budget is not None:
-        tables = measure(plan, reader, int(k), kept, team, progress)
+        tables = measure(plan, reader, int(k), kept, processes, progress)
         sizes.update(spread(tables, budget))
 
     def one(name: str) -> None:
@@ -243,8 +250,8 @@ def _build_modules(
         if kept is not None:
             kept.put(name, *done[name])
 
-    work(team, reader, mine, len(fleet.modules), "building", progress, one)
-    return collect(team, owners, done), tables
+    work(processes, reader, mine, len(fleet.modules), "building", progress, one)
+    return collect(processes, owners, done), tables
 
 
 def _build_module(

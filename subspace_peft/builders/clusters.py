@@ -14,7 +14,7 @@ from .._io.atomic import write_text_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .build import build_basis
-from .distributed import together
+from .distributed import process_group
 from .fleet import gather
 from .memory import parse_size
 from .partition import Sample, Step, compared, partition
@@ -139,17 +139,17 @@ def build_clusters(
         "token": token,
         "progress": progress,
     }
-    with together() as team:
-        fleet = gather(sources, **common, team=team)
+    with process_group() as processes:
+        fleet = gather(sources, **common, processes=processes)
         count = len(fleet.sources)
         if clusters != "auto" and clusters > count:
             raise SubspaceError(f"clusters={clusters}, and there are {count} sources. Give at most that many.")
         # one process decides: what is equal but for rounding may come out otherwise on another machine
-        shown = progress and team.main
+        shown = progress and processes.main
         with tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not shown) as bar:
-            sample = Sample(fleet, parse_size(max_memory) // 3, alternations, bar.update) if team.main else None
+            sample = Sample(fleet, parse_size(max_memory) // 3, alternations, bar.update) if processes.main else None
             found = None if sample is None else _divided(sample, clusters, k)
-        found = team.share(found)[0][0]
+        found = processes.share(found)[0][0]
         parts = found["parts"]
         bases = []
         for number, part in enumerate(parts):

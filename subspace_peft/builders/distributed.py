@@ -23,8 +23,8 @@ LONGEST = timedelta(days=1)  # one process waits so long for another that is nei
 FACTS = "facts"
 
 
-class Team:
-    """The processes of a build; one alone unless `together` says otherwise.
+class ProcessGroup:
+    """The processes of a build; one alone unless `process_group` says otherwise.
 
     They meet in `exchange` only, all of them and in the same order. Where one fails, the others are told so at their
     next exchange.
@@ -96,7 +96,7 @@ class Team:
         """Whether a process is known to have failed, so that going on is in vain."""
         return self.marker is not None and self._group is not None and self.marker.exists()
 
-    def tell(self, error: BaseException) -> None:
+    def report_error(self, error: BaseException) -> None:
         """Have the others raise at their next exchange."""
         if self._group is None:
             return
@@ -107,7 +107,7 @@ class Team:
         with contextlib.suppress(ProcessError):
             self._meet(f"{type(error).__name__}: {error}".encode(), failed=True)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         if self._group is not None:
             group, self._group = self._group, None
             if self.marker is not None and self.main:
@@ -141,13 +141,13 @@ class Team:
         return given
 
 
-ALONE = Team()
-_active: Team | None = None
+ALONE = ProcessGroup()
+_active: ProcessGroup | None = None
 
 
 @contextlib.contextmanager
-def together() -> Iterator[Team]:
-    """The team of this process, for as long as the block lasts; the block of an inner call is its caller's.
+def process_group() -> Iterator[ProcessGroup]:
+    """Yield the processes that this one builds with, for as long as the block lasts; the block of an inner call is its caller's.
 
     Processes are those of accelerate's `PartialState`, or of the process group that is there. They leave the block
     together: an error in one is raised in all, in the others as a `ProcessError` that names it.
@@ -156,22 +156,22 @@ def together() -> Iterator[Team]:
     if _active is not None:
         yield _active
         return
-    team = _active = Team()
+    processes = _active = ProcessGroup()
     try:
-        _join(team)
-        yield team
-        team.exchange()
+        _join(processes)
+        yield processes
+        processes.exchange()
     except ProcessError:
         raise
     except Exception as error:
-        team.tell(error)
+        processes.report_error(error)
         raise
     finally:
         _active = None
-        team.leave()
+        processes.close()
 
 
-def _join(team: Team) -> None:
+def _join(processes: ProcessGroup) -> None:
     dist = torch.distributed
     if not dist.is_available():
         return
@@ -193,7 +193,7 @@ def _join(team: Team) -> None:
     if dist.get_world_size() > 1:
         # a group of its own: on the CPU, and patient, since shares of a large fleet take longer than a training step
         group = dist.new_group(backend="gloo", timeout=LONGEST)
-        team.join(group, dist.get_rank(), dist.get_world_size())
+        processes.join(group, dist.get_rank(), dist.get_world_size())
 
 
 def _end() -> None:

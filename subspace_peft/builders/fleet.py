@@ -16,7 +16,7 @@ from ..basis.reference import same_model
 from ..errors import SourceError
 from ..sources.references import expand
 from ..sources.source import IN_MEMORY, Source, open_source
-from .distributed import ALONE, Team
+from .distributed import ALONE, ProcessGroup
 from .duplicates import drawn, duplicates
 from .scan import scan
 from .seed_groups import seed_groups
@@ -82,7 +82,7 @@ def gather(
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
     keep_duplicates: bool = False,
-    team: Team = ALONE,
+    processes: ProcessGroup = ALONE,
     judge: Callable[[Source], str | None] | None = None,
     taken: Iterable[str] = (),
 ) -> Fleet:
@@ -97,7 +97,7 @@ def gather(
         partial: allow modules that only some of the sources adapt.
         allow_bin, base_model: as in `open_source`.
         keep_duplicates: leave it to the caller to look at them.
-        team: the processes that do this together; each returns the same.
+        processes: the processes that do this together; each returns the same.
         judge: source → a further reason to leave it out, or None.
         taken: names that sources may not have.
 
@@ -109,14 +109,14 @@ def gather(
     reasons: dict[int, str] = {}
     listed, bad = expand(references, token=token)
     count = len(listed) + len(bad)
-    neighbours = team.neighbours
-    bar = tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not (progress and team.main))
+    neighbours = processes.neighbours
+    bar = tqdm(listed, desc="reading sources", unit="adapter", delay=2, disable=not (progress and processes.main))
     for number, reference in enumerate(bar, 1):
         try:
             source = open_source(reference, token=token, allow_bin=allow_bin, base_model=base_model)
             if source.location == IN_MEMORY:
                 source.location = f"{IN_MEMORY}, number {number}"
-            if team.index == neighbours[number % len(neighbours)]:
+            if processes.index == neighbours[number % len(neighbours)]:
                 measured[number] = _measure(source)
             else:
                 skim(source)
@@ -124,8 +124,8 @@ def gather(
         except SourceError as error:
             reasons[number] = str(error)
     drawn.cache_clear()
-    if team.count > 1:
-        share_scans(team, [_named(reference) for reference in listed], found_open, measured, reasons)
+    if processes.count > 1:
+        share_scans(processes, [_named(reference) for reference in listed], found_open, measured, reasons)
     for number in sorted(reasons):
         found_open.pop(number, None)
         name = _named(listed[number - 1])

@@ -12,7 +12,7 @@ from ..basis import SubspaceBasis, resolve_basis
 from ..errors import SourceError, SubspaceError
 from ..sources.source import IN_MEMORY, Source, open_source
 from .build import build_basis
-from .distributed import together
+from .distributed import process_group
 from .update import update_basis
 
 UPDATE_ARGUMENTS = ("add", "add_in", "k", "k_in", "max_drift", "weights", "alternations", "partial")
@@ -56,7 +56,7 @@ def rebuild_basis(
         SubspaceError: the config does not say how the basis was built.
     """
     # what one process cannot find has to reach the others before they wait for it
-    with together():
+    with process_group():
         return _rebuild(basis, base_model, max_memory, work_folder, token, progress)
 
 

@@ -8,25 +8,33 @@ from typing import Any
 from tqdm import tqdm
 
 from ..basis import ModuleBasis
-from .distributed import Team, packed, unpacked
+from .distributed import ProcessGroup, packed, unpacked
 from .scan import Reader
 
 
-def divide(team: Team, costs: Mapping[str, float], done: Collection[str]) -> tuple[list[str], dict[str, int]]:
+def divide(
+    processes: ProcessGroup, costs: Mapping[str, float], done: Collection[str]
+) -> tuple[list[str], dict[str, int]]:
     """The modules that this process has to build, and who has each in the end.
 
     Args:
         costs: module → its share of the work.
         done: modules that this process has finished before; on a disk that others share they have them too.
     """
-    finished = [set(told) for told, _ in team.share([name for name in costs if name in done])]
+    finished = [set(told) for told, _ in processes.share([name for name in costs if name in done])]
     owners = {name: next((i for i, names in enumerate(finished) if name in names), -1) for name in costs}
-    dealt = team.deal({name: costs[name] for name, owner in owners.items() if owner < 0})
-    return [name for name in costs if dealt.get(name) == team.index], owners | dealt
+    dealt = processes.deal({name: costs[name] for name, owner in owners.items() if owner < 0})
+    return [name for name in costs if dealt.get(name) == processes.index], owners | dealt
 
 
 def work(
-    team: Team, reader: Reader, mine: Sequence[str], every: int, title: str, progress: bool, do: Callable[[str], None]
+    processes: ProcessGroup,
+    reader: Reader,
+    mine: Sequence[str],
+    every: int,
+    title: str,
+    progress: bool,
+    do: Callable[[str], None],
 ) -> None:
     """Do something with each module of this process's share, its factors held as they fit, until a process is known to
     have failed.
@@ -42,24 +50,24 @@ def work(
         unit="module",
         delay=2,
         initial=every - len(mine),
-        disable=not (progress and team.main),
+        disable=not (progress and processes.main),
     )
     with bar:
         for group in reader.groups(list(mine)):
-            if team.stopped():
+            if processes.stopped():
                 break
             reader.hold(group)
             for name in group:
-                if team.stopped():
+                if processes.stopped():
                     break
                 do(name)
                 bar.update()
     # a process that gave up its share early, because of another, has to hear of that first
-    team.exchange()
+    processes.exchange()
 
 
 def collect(
-    team: Team, owners: Mapping[str, int], own: Mapping[str, tuple[ModuleBasis, dict[str, Any]]]
+    processes: ProcessGroup, owners: Mapping[str, int], own: Mapping[str, tuple[ModuleBasis, dict[str, Any]]]
 ) -> dict[str, tuple[ModuleBasis, dict[str, Any]]]:
     """Every module's basis and facts in every process, each from who has it.
 
@@ -70,11 +78,11 @@ def collect(
     """
     whole = {}
     for name, owner in owners.items():
-        if team.count == 1:
+        if processes.count == 1:
             whole[name] = own[name]
             continue
-        mine = owner == team.index
-        payload = team.exchange(packed(own[name][1], own[name][0].tensors()) if mine else b"")[owner]
+        mine = owner == processes.index
+        payload = processes.exchange(packed(own[name][1], own[name][0].tensors()) if mine else b"")[owner]
         if mine:
             whole[name] = own[name]
         else:

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import SourceError
 from ..sources.source import Source
-from .distributed import Team, disagreeing
+from .distributed import ProcessGroup, disagreeing
 from .scan import layout
 
 
@@ -19,7 +19,7 @@ def skim(source: Source) -> None:
 
 
 def share_scans(
-    team: Team,
+    processes: ProcessGroup,
     listed: Sequence[str],
     opened: dict[int, Source],
     sketches: dict[int, torch.Tensor],
@@ -52,24 +52,24 @@ def share_scans(
         # a state dict is hashed where it is opened: every process has its own
         "hashes": {str(number): source.digest for number, source in opened.items() if source.digest},
     }
-    told = team.share(facts, {str(number): value for number, value in sketches.items()})
+    told = processes.share(facts, {str(number): value for number, value in sketches.items()})
     # main's word goes first where several say something of one source, and all processes hear the same
     reasons.clear()
     odd = disagreeing([each["listed"] for each, _ in told])
     if odd is not None:
         raise SourceError(
-            f"{team.name_of(odd)} was given {len(told[odd][0]['listed'])} sources, {team.name_of(0)}"
+            f"{processes.name_of(odd)} was given {len(told[odd][0]['listed'])} sources, {processes.name_of(0)}"
             f" {len(told[0][0]['listed'])}, and not the same ones. Give all processes the same list; a pattern finds"
             " what lies on its own machine."
         )
-    several = len(set(team.machines)) > 1
+    several = len(set(processes.machines)) > 1
     for index, (each, tensors) in enumerate(told):
         for key, reason in each["reasons"].items():
             # what one machine cannot read, another may
-            reasons.setdefault(int(key), reason + (f" ({team.name_of(index)})" if several else ""))
+            reasons.setdefault(int(key), reason + (f" ({processes.name_of(index)})" if several else ""))
         for key, (norms, digest, dtypes, stamp) in each["scanned"].items():
             source = opened.get(int(key))
-            if source is None or int(key) in sketches or index not in team.neighbours:
+            if source is None or int(key) in sketches or index not in processes.neighbours:
                 continue
             source.norms = dict(zip(source.keys, norms, strict=True))
             source.digest, source.dtypes = source.digest or digest, set(dtypes)
@@ -82,6 +82,6 @@ def share_scans(
             (first, one), (second, other) = known[0], known[odd]
             reasons.setdefault(
                 int(key),
-                f"{listed[int(key) - 1]}: it has sha256 {one} for {team.name_of(first)}, and {other} for"
-                f" {team.name_of(second)}. Give all processes the same adapter.",
+                f"{listed[int(key) - 1]}: it has sha256 {one} for {processes.name_of(first)}, and {other} for"
+                f" {processes.name_of(second)}. Give all processes the same adapter.",
             )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def build(args: Namespace) -> int:
-    from ..builders.distributed import together
+    from ..builders.distributed import process_group
     from ..builders.resume import forget
 
     if args.out is None and not args.dry_run:
@@ -23,9 +23,9 @@ def build(args: Namespace) -> int:
     out = None if args.dry_run else Path(args.out).expanduser()
     beside = None if out is None else unfinished(out)
     clusters: Clusters | None = None
-    with together() as team:
+    with process_group() as processes:
         if out is None:
-            return _plan(args) if team.main else 0
+            return _plan(args) if processes.main else 0
         said = ""
         if args.clusters:
             clusters = _clustered(args, beside)
@@ -33,15 +33,15 @@ def build(args: Namespace) -> int:
             said, basis = _rebuilt(args, beside)
         else:
             basis = _built(args, beside)
-        if team.main and clusters is not None:
+        if processes.main and clusters is not None:
             clusters.save_pretrained(out)
-        elif team.main:
+        elif processes.main:
             basis.to_precision(args.precision or basis.precision or "float32").save_pretrained(out)
         # not before it is written
-        team.exchange()
-        if beside is not None and team.index == team.neighbours[0]:
+        processes.exchange()
+        if beside is not None and processes.index == processes.neighbours[0]:
             forget(beside)
-    if not team.main:
+    if not processes.main:
         return 0
     if clusters is not None:
         return _say(clusters, args, out)
