@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from subspace_peft import SubspaceConfig, TaskBank, build_basis, bundle_tasks, load_task, open_bundle, push_bundle
 from subspace_peft.bundle import bundle as opened
-from subspace_peft.bundle.layout import BUNDLE_FILE
+from subspace_peft.bundle.format import BUNDLE_FILE
 from tests.push_hub import PushHub
 
 POINTS = (1, 100, 1000)

@@ -62,6 +62,7 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "build.update_module": "builders.update_module",
     "build.update_record": "builders.update_record",
     "build.votes": "builders.weights",
+    "bundle.layout": "bundle.format",
     "report.draws": "report.sample",
     "report.fleet_energy": "report.measure",
     "report.fleet_report": "report.facts",
@@ -82,7 +83,11 @@ MODULES: dict[str, str | tuple[str, ...]] = {
 
 # Old module → names that it had → where they are now: a module, or ``module:new_name`` where the name is another too.
 NAMES: dict[str, dict[str, str]] = {
-    "convert": {"Task": "tasks", "read_task": "tasks"},
+    "bundle": {"FleetReport": "bundle:CompressionReport"},
+    "bundle.compress": {"Compressed": "bundle.compress:CompressedAdapter", "FleetReport": "bundle:CompressionReport"},
+    "convert": {"Task": "tasks:SavedTask", "read_task": "tasks"},
+    "tasks": {"Task": "tasks:SavedTask"},
+    "tasks.read": {"Task": "tasks.read:SavedTask"},
     "tuner": {"TaskBank": "tasks", "hotswap": "tasks", "load_adapter": "tasks", "save_adapter": "tasks"},
 }
 

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from subspace_peft import SubspaceConfig, TaskBank, add_tasks, bundle_tasks, load_task, open_bundle, push_bundle
 from subspace_peft.bundle import bundle as opened
 from subspace_peft.bundle import store
-from subspace_peft.bundle.layout import BUNDLE_FILE
+from subspace_peft.bundle.format import BUNDLE_FILE
 from subspace_peft.errors import BadFileError, SubspaceError
 
 from .conftest import bert, inputs, randomise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,12 +31,7 @@ def write_all_aside(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             os.close(handle)
             temporary = temporaries[target] = Path(name)
             write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            # mkstemp makes private files; a basis that others on the machine are to read needs the usual mode
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
+            _flush(temporary)
         for target, temporary in temporaries.items():
             os.replace(temporary, target)
     except BaseException:
@@ -45,6 +41,43 @@ def write_all_aside(writers: Mapping[Path, Callable[[Path], object]]) -> None:
         raise
 
 
+def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(scratch)` with an empty folder inside `folder`, and rename the files in it over those of `folder`.
+
+    Args:
+        folder: Made where it does not exist. Files that `write` does not write stay.
+        write: Gets the scratch folder. All files are flushed to disk before the first is renamed.
+
+    Raises whatever `write` raises; then `folder` is as it was, and the scratch folder is gone.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
+    try:
+        write(scratch)
+        files = sorted(scratch.iterdir())
+        for file in files:
+            _flush(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+        scratch.rmdir()
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def write_text_aside(target: Path, text: str) -> None:
     """`write_aside` for UTF-8 text."""
     write_aside(target, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _flush(file: Path) -> None:
+    """Have a new file on the disk, with the mode that new files usually have: temporary ones are private."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(file, 0o666 & ~umask)

@@ -1,8 +1,11 @@
 """Many tasks on one basis in one file: packing, adding, reading one by one, pushing, and compressing a fleet of LoRAs
 into it."""
 
+from typing import Any
+
+from .._moved import moved_name
 from .bundle import Bundle, BundledTask, open_bundle
-from .compress import FleetReport, compress_fleet
+from .compress import CompressionReport, compress_fleet
 from .load import extract_task, extract_tasks, load_task
 from .migrate import migrate_bundle
 from .push import push_bundle
@@ -11,7 +14,7 @@ from .write import add_tasks, bundle_tasks
 __all__ = [
     "Bundle",
     "BundledTask",
-    "FleetReport",
+    "CompressionReport",
     "add_tasks",
     "bundle_tasks",
     "compress_fleet",
@@ -22,3 +25,7 @@ __all__ = [
     "open_bundle",
     "push_bundle",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

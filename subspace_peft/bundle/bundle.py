@@ -15,10 +15,10 @@ import torch
 from ..basis import SubspaceBasis
 from ..basis.reference import looks_like_path, split_revision
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..tasks.read import Parts, Task
+from ..tasks.read import Parts, SavedTask
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import used_size
-from .layout import BUNDLE_FILE, DTYPES, Piece, parse_header, parse_length, width
+from .format import BUNDLE_FILE, DTYPES, TensorRange, parse_header, parse_length, width
 from .store import FileBytes, HubBytes, on_hub
 
 MOST_OPEN = 32
@@ -85,7 +85,7 @@ class Bundle(Mapping[str, BundledTask]):
         self.pieces, self.index = parse_header(store.read(8, 8 + length), store.size, location)
         self._rows = {name: number for number, name in enumerate(self.index["tasks"])}
         self._apart = {name: number for number, name in enumerate(self.index["apart"])}
-        self._blocks: dict[int, dict[str, Piece]] = {}
+        self._blocks: dict[int, dict[str, TensorRange]] = {}
         for key, piece in self.pieces.items():
             number, slash, rest = key.partition("/")
             if slash and number.isdecimal():
@@ -153,7 +153,7 @@ class Bundle(Mapping[str, BundledTask]):
             raise BadFileError(f"{self.location}: the tensors of task {name!r} do not lie together. Make it again.")
         return start, end
 
-    def _block(self, name: str) -> dict[str, Piece]:
+    def _block(self, name: str) -> dict[str, TensorRange]:
         return self._blocks[self._apart[name]]
 
     def tensors(self, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -252,7 +252,7 @@ class Bundle(Mapping[str, BundledTask]):
             config.basis_revision, config._given = None, True
         return config
 
-    def task(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> Task:
+    def task(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> SavedTask:
         """A task with its basis found and verified, as `export_lora` and the rest take it.
 
         Raises:
@@ -281,7 +281,7 @@ class Bundle(Mapping[str, BundledTask]):
             keys[module] = key
         cores = {module: core.double() for module, core in numbers.cores.items()}
         used = {module: tuple(core.shape) for module, core in cores.items()}
-        return Task(config, cores, Parts(used, found, keys), numbers.extras, numbers.residual)
+        return SavedTask(config, cores, Parts(used, found, keys), numbers.extras, numbers.residual)
 
     def verify(self) -> dict[str, str]:
         """Read every task: name → what is wrong with it, for those that are damaged."""
@@ -301,7 +301,7 @@ class Bundle(Mapping[str, BundledTask]):
         return self.store.local()
 
 
-def _tensor(data: bytes, piece: Piece) -> torch.Tensor:
+def _tensor(data: bytes, piece: TensorRange) -> torch.Tensor:
     if not data:
         return torch.empty(piece.shape, dtype=DTYPES[piece.dtype])
     return torch.frombuffer(bytearray(data), dtype=DTYPES[piece.dtype]).view(piece.shape)

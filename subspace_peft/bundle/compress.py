@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .._moved import moved_name
 from ..basis import SubspaceBasis
 from ..basis.files import TENSORS_FILE
 from ..convert.project import Projection, project_lora
 from ..errors import BadFileError, SourceError, SubspaceError
 from ..sources import Source, is_one_source, open_source
-from .layout import BUNDLE_FILE
+from .format import BUNDLE_FILE
 from .named import named_tasks
 from .residual import Residual, residual_of
 from .write import Packed, pack, write_bundle
@@ -38,7 +39,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedAdapter:
     """What became of one adapter.
 
     Attributes:
@@ -89,7 +90,7 @@ class Storage:
 
 
 @dataclass(frozen=True)
-class FleetReport:
+class CompressionReport:
     """What `compress_fleet` did.
 
     Attributes:
@@ -100,7 +101,7 @@ class FleetReport:
     """
 
     folder: str
-    adapters: list[Compressed]
+    adapters: list[CompressedAdapter]
     storage: Storage
     min_energy: float
     residual: int
@@ -122,7 +123,7 @@ def compress_fleet(
     dtype: torch.dtype = torch.float32,
     token: str | bool | None = None,
     progress: bool = True,
-) -> FleetReport:
+) -> CompressionReport:
     """Project existing LoRAs on a basis and pack them into one bundle.
 
     An adapter of which the basis keeps less than `min_energy` gets the best low-rank approximation of what is missing,
@@ -161,7 +162,7 @@ def compress_fleet(
             "The basis lives in memory only: `basis.save_pretrained(folder)` before a bundle refers to it."
         )
     packed: dict[str, Packed] = {}
-    report: list[Compressed] = []
+    report: list[CompressedAdapter] = []
     given = [loras] if is_one_source(loras) else list(loras)
     for lora in tqdm(given, desc="compressing", unit="adapter", delay=2, disable=not progress):
         what, task = _one(lora, basis, min_energy, residual, check_base_model, dtype, token)
@@ -181,7 +182,7 @@ def compress_fleet(
     folder = Path(out)
     write_bundle(list(packed.values()), folder, dtype)
     stored = [each for each in report if not each.refused]
-    return FleetReport(str(folder), report, storage(stored, basis, folder / BUNDLE_FILE), min_energy, residual)
+    return CompressionReport(str(folder), report, storage(stored, basis, folder / BUNDLE_FILE), min_energy, residual)
 
 
 def _one(
@@ -192,13 +193,13 @@ def _one(
     check_base_model: bool,
     dtype: torch.dtype,
     token: str | bool | None,
-) -> tuple[Compressed, Packed | None]:
+) -> tuple[CompressedAdapter, Packed | None]:
     named = str(lora) if isinstance(lora, (str, Path)) else "in memory"
     try:
         source = open_source(lora, token=token)
         before = _bytes(source)
         projection = project_lora(source, basis, check_base_model=check_base_model)
-        what = Compressed(source.name, named, verdict=projection.verdict, bytes_before=before)
+        what = CompressedAdapter(source.name, named, verdict=projection.verdict, bytes_before=before)
         residuals: dict[str, Residual] = {}
         rank, (total, modules) = 0, shares(projection, {}, 0)
         if most and not enough(total, min_energy):
@@ -228,7 +229,7 @@ def _one(
         return replace(what, bytes_after=entry.entry["bytes"]), entry
     except (SourceError, BadFileError, SubspaceError) as error:
         name = Path(named.partition("@")[0]).name or named
-        return Compressed(name, named, refused=str(error)), None
+        return CompressedAdapter(name, named, refused=str(error)), None
 
 
 def _residuals(projection: Projection) -> dict[str, Residual]:
@@ -262,7 +263,7 @@ def shares(projection: Projection, residuals: dict[str, Residual], rank: int) ->
     return Share(*(each / sums[3] for each in sums[:3])), modules
 
 
-def storage(stored: list[Compressed], basis: SubspaceBasis, file: Path) -> Storage:
+def storage(stored: list[CompressedAdapter], basis: SubspaceBasis, file: Path) -> Storage:
     """Bytes of files as they are on the disk."""
     before, after = sum(each.bytes_before for each in stored), file.stat().st_size
     own = (basis.file or Path(str(basis.location), TENSORS_FILE)).stat().st_size
@@ -276,3 +277,7 @@ def _bytes(source: Source) -> int:
         return source.file.stat().st_size
     keys = [key for sides in source.keys.values() for key in sides.values()]
     return sum(source.read(key).nbytes for key in (*keys, *source.other_keys))
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

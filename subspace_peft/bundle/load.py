@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.mixed_model import PeftMixedModel
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .._io.atomic import write_all_aside
 from ..basis import SubspaceBasis
 from ..convert.export import export_lora
 from ..errors import SubspaceError
-from ..tuner.card import write_section
+from ..tasks.write import core_tensors, fill_folder, write_task
+from ..tuner.card import digest_of, note
 from ..tuner.config import SubspaceConfig
-from ..tuner.task_file import WEIGHTS_FILE
 from .bundle import Bundle, open_bundle, reopen_bundle
-from .layout import check_name
+from .format import check_name
 
 
 def load_task(
@@ -73,7 +70,7 @@ def load_task(
         folder = Path(scratch, "task")
         # held until the model holds it: PEFT reads the configuration from a folder, and finds the basis in this
         # process
-        held = _write(found, task, folder, wants_lora, basis)
+        held = _write(found, task, folder, wants_lora, basis, _fill)
         if isinstance(model, (PeftModel, PeftMixedModel)):
             model.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
         else:
@@ -109,9 +106,7 @@ def extract_task(
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a task is written into a folder.")
     wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
-    held = _write(found, task, folder, wants_lora, basis, aside=True)
-    if held is not None:
-        write_section(folder, held)
+    _write(found, task, folder, wants_lora, basis, write_task)
     return folder
 
 
@@ -169,30 +164,27 @@ def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora
 
 
 def _write(
-    bundle: Bundle, task: str, folder: Path, as_lora: bool, basis: Any, aside: bool = False
+    bundle: Bundle, task: str, folder: Path, as_lora: bool, basis: Any, write: Callable[..., object]
 ) -> SubspaceConfig | None:
-    """Write the adapter's two files; of a subspace task, its configuration, which holds the basis."""
+    """Write the adapter; return the configuration of a subspace task, which holds the basis.
+
+    Args:
+        write: `write_task`, or another function of the same first arguments.
+    """
     if as_lora:
         export_lora(bundle.task(task, basis), folder)
         return None
     config, numbers = bundle.config(task, basis), bundle.read(task)
     config.resolve()
-    tensors = {
-        f"base_model.model.{module}.subspace_coef.weight": (
-            (core.double() * (math.sqrt(core.numel()) / config.alpha)).float().contiguous()
-        )
-        for module, core in numbers.cores.items()
-    }
-    tensors |= numbers.extras
-    text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    writers: dict[Path, Callable[[Path], object]] = {
-        folder / WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-        folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
-    }
-    if aside:
-        write_all_aside(writers)
-    else:
-        folder.mkdir(parents=True)
-        for path, write in writers.items():
-            write(path)
+    tensors = {**core_tensors(config, numbers.cores), **numbers.extras}
+    if config.card:
+        # what was measured of the task that was packed holds of its cores as well
+        note(config, of=digest_of(tensors))
+    write(folder, config, tensors)
     return config
+
+
+def _fill(folder: Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a task where PEFT reads it from at once, and nobody else: without a wait for the disk."""
+    folder.mkdir()
+    fill_folder(folder, config, tensors)

@@ -13,7 +13,7 @@ from ..basis import SubspaceBasis
 from ..basis.transfer import Transfer
 from ..convert.migrate import MAX_DRIFT, drifts_of, moved_config, moves_of, used_moves
 from ..errors import SubspaceError
-from ..tasks.read import Parts, Task
+from ..tasks.read import Parts, SavedTask
 from .bundle import Bundle, open_bundle
 from .named import Named
 from .write import pack, write_bundle
@@ -85,7 +85,7 @@ def bundle_drifts(
 
 def _carried(
     bundle: Bundle, new: SubspaceBasis, max_drift: float, old_basis: Any, progress: bool
-) -> Iterator[tuple[str, Task, dict[str, float]]]:
+) -> Iterator[tuple[str, SavedTask, dict[str, float]]]:
     """Name, task on the new basis and drifts, of the cores as they are stored."""
     dtype = bundle.dtype
     known: dict[tuple[Any, ...], dict[str, Transfer]] = {}

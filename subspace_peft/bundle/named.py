@@ -12,7 +12,7 @@ from ..basis.reference import split_revision
 from ..convert.project import Projection
 from ..errors import SubspaceError
 from ..tasks.bank import TaskBank
-from ..tasks.read import Task, read_task
+from ..tasks.read import SavedTask, read_task
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
 
@@ -22,7 +22,7 @@ class Named:
     """A task, what it is called, and `location`, `revision` and `sha256` of what it was made from."""
 
     name: str
-    task: Task
+    task: SavedTask
     source: dict[str, Any]
 
 
@@ -46,15 +46,13 @@ def _tasks_in(reference: Any, basis: Any, token: str | bool | None) -> Iterator[
     memory = {"location": "in memory", "revision": None}
     if isinstance(reference, TaskBank):
         for name in reference:
-            config, _ = reference._as_adapter(name)
-            cores = {module: core.cpu().double() for module, core in reference[name].items()}
-            yield Named(name, Task(config, cores, {}, {}), memory)
+            yield Named(name, reference.as_task(name), memory)
     elif isinstance(reference, Projection):
         source = reference.source
         where = {"location": source.location, "revision": source.revision, "sha256": source.sha256}
         yield Named(source.name, reference.as_task(), where)
-    elif isinstance(reference, Task):
-        raise SubspaceError("A Task has no name: give a mapping, name → Task.")
+    elif isinstance(reference, SavedTask):
+        raise SubspaceError("A SavedTask has no name: give a mapping, name → SavedTask.")
     elif hasattr(reference, "peft_config"):
         names = [name for name, config in reference.peft_config.items() if isinstance(config, SubspaceConfig)]
         if not names:

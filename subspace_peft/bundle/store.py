@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFileError, SubspaceError
-from .layout import BUNDLE_FILE
+from .format import BUNDLE_FILE
 
 # what the first request fetches: the header of some hundred tasks, and all of a small bundle
 FIRST = 128 * 1024

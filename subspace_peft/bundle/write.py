@@ -20,10 +20,10 @@ from ..basis import SubspaceBasis
 from ..basis.module import FLOAT_DTYPES, tensor_bytes
 from ..cards import Place
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..tasks.read import Task
+from ..tasks.read import SavedTask
 from .bundle import Bundle, open_bundle
 from .card import write_card
-from .layout import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width
+from .format import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width
 from .named import Named, named_tasks
 
 # what is the same for every task of a bundle, whatever the tasks said: their cores are stored, not how these were
@@ -82,7 +82,7 @@ def bundle_tasks(
 
     Args:
         tasks: a list of saved tasks (folders, Hub ids with ``@revision``), of PeftModels (all their subspace
-            adapters), `TaskBank`s (all their tasks), `Projection`s and `Task`s; or a mapping, name → such a task.
+            adapters), `TaskBank`s (all their tasks), `Projection`s and `SavedTask`s; or a mapping, name → such a task.
             Without names, a folder's or repository's own last part is the name.
         out: the folder to write; a bundle that is there is replaced when the new one is whole.
         basis: where the basis is, if not where the tasks say.
@@ -335,7 +335,7 @@ def kept(bundle: Bundle, name: str) -> Packed:
     )
 
 
-def _config(task: Task, name: str, id2label: Mapping[int, str] | None) -> dict[str, Any]:
+def _config(task: SavedTask, name: str, id2label: Mapping[int, str] | None) -> dict[str, Any]:
     basis = task.config.resolve()
     if basis is None:
         raise SubspaceError(

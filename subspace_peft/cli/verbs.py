@@ -170,7 +170,7 @@ def push(args: Namespace) -> int:
     from ..basis import SubspaceBasis
     from ..basis.files import CONFIG_FILE
     from ..bundle import push_bundle
-    from ..bundle.layout import BUNDLE_FILE
+    from ..bundle.format import BUNDLE_FILE
     from ..tasks.push import push_saved_task
 
     folder = Path(args.folder).expanduser()

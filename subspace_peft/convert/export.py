@@ -17,7 +17,7 @@ from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.basis import names_of
 from ..errors import BadFileError, SubspaceError
 from ..sources import Factors
-from ..tasks.read import Task, read_task
+from ..tasks.read import SavedTask, read_task
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -66,7 +66,7 @@ def export_lora(
 
     Args:
         task: folder or Hub id of a saved task, a live PeftModel, exported at its configured scale (`set_scale` aside),
-            or a `Task`, such as a bundle's, whose residual goes along.
+            or a `SavedTask`, such as a bundle's, whose residual goes along.
         out: the folder to write.
         adapter_name: which adapter of a live model; default the active one.
         basis: where the basis is, if not where the task's config says.
@@ -95,7 +95,7 @@ def export_lora(
 
 
 def write_lora(
-    read: Task,
+    read: SavedTask,
     out: str | Path,
     *,
     rank: int | None = None,
@@ -207,7 +207,7 @@ def _padded(rank: int, pad_to: int | str | None) -> int:
     return pad_to
 
 
-def _lora_config(task: Task, r: int, keep_modules: bool) -> dict[str, Any]:
+def _lora_config(task: SavedTask, r: int, keep_modules: bool) -> dict[str, Any]:
     from peft import LoraConfig
 
     source = task.config

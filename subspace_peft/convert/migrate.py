@@ -4,26 +4,23 @@ that are written."""
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from .._io.atomic import write_all_aside
-from .._version import __version__
-from ..basis import ModuleBasis, SubspaceBasis
+from ..basis import SubspaceBasis
 from ..basis.basis import module_shape, names_of
 from ..basis.transfer import Transfer
 from ..errors import BasisMismatchError, SubspaceError
-from ..tasks.read import Task, assemble, read_tensors
+from ..tasks.read import SavedTask, assemble, read_tensors
+from ..tasks.write import write_task
 from ..tuner import SubspaceConfig
 from ..tuner.base_check import PROBED_SIDE
-from ..tuner.card import MEASURED, digest_of, write_section
-from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE, expected_shapes, scale_of, used_part
+from ..tuner.card import MEASURED, digest_of
+from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, expected_shapes, scale_of, used_part
 
 MAX_DRIFT = 1e-5
 ALIKE = 1e-5  # relative difference up to which two cores are one, but for float32's rounding
@@ -66,24 +63,7 @@ class Migration:
             SubspaceError: the new basis lives in memory only and would not be found again; or `folder` is a file.
             OSError: the disk refuses; an earlier folder stays as it was.
         """
-        folder, basis = Path(folder), self.config.resolve()
-        if basis is None or basis.location is None:
-            raise SubspaceError(
-                "The task refers to its new basis, which has to be stored: `basis.save_pretrained(folder)` first."
-            )
-        if folder.is_file():
-            raise SubspaceError(f"{folder} is a file; a task is saved into a folder.")
-        config = copy.copy(self.config)
-        config.basis, config.basis_revision = basis.location, basis.revision
-        text = json.dumps({**config.to_dict(), "subspace_version": __version__}, indent=2, sort_keys=True) + "\n"
-        write_all_aside(
-            {
-                folder / WEIGHTS_FILE: lambda path: save_file(self.tensors, path, metadata={"format": "pt"}),
-                folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
-            }
-        )
-        write_section(folder, config)
-        return folder
+        return write_task(folder, self.config, self.tensors)
 
 
 def migrate_task(
@@ -159,7 +139,7 @@ def migrate_task(
     return Migration(moved_to, {**others, **written}, drift, total, converted)
 
 
-def moves_of(old: Task, new: SubspaceBasis, what: str) -> dict[str, Transfer]:
+def moves_of(old: SavedTask, new: SubspaceBasis, what: str) -> dict[str, Transfer]:
     """Per module of a task the way from what it uses to the whole of the new basis's.
 
     Raises:
@@ -195,7 +175,7 @@ def used_moves(moved: SubspaceConfig, moves: Mapping[str, Transfer]) -> dict[str
 
 
 def drifts_of(
-    old: Task, now: Task, moves: Mapping[str, Transfer], what: str, max_drift: float
+    old: SavedTask, now: SavedTask, moves: Mapping[str, Transfer], what: str, max_drift: float
 ) -> tuple[dict[str, float], float]:
     """Per module, and over all, how much of ΔW's norm has changed. Raises `SubspaceError` above `max_drift` in a
     module."""
@@ -229,7 +209,7 @@ def _same_kind(
 ) -> Coefficients | None:
     """The trained numbers of the same kind in the new basis of the given sizes, float64; None where it cannot hold
     them."""
-    ratio = _old_scale(config, name, move.old) / scale_of(moved, name, shape)
+    ratio = scale_of(config, name, module_shape(move.old)) / scale_of(moved, name, shape)
     old, new = move.old, move.new
     if config.mean_gain != "none" and not (
         old.M is not None and new.M is not None and _alike(move.core(old.M), new.M.double())
@@ -275,11 +255,6 @@ def _factors(numbers: Coefficients, move: Transfer, r: int, ratio: float) -> Coe
     return {"up": torch.nn.functional.pad(up, (0, r - have)), "down": torch.cat([down, rows])}
 
 
-def _old_scale(config: SubspaceConfig, name: str, used: ModuleBasis) -> float:
-    basis = config._basis
-    return scale_of(config, name, module_shape(used) if basis is None else basis.shapes()[str(basis.find(name))])
-
-
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return float((one - other).norm()) <= ALIKE * max(float(one.norm()), 1e-300)
 
@@ -291,6 +266,6 @@ def _card(
     card = dict(config.card or {})
     if drift > MAX_DRIFT or ("of" in card and card["of"] != digest_of(read)):
         card = {key: value for key, value in card.items() if key not in (*MEASURED, "of")}
-    elif "of" in card:
+    elif any(key in card for key in MEASURED):
         card["of"] = digest_of(written)
     return card or None

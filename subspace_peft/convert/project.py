@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from .._io.atomic import write_all_aside
-from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.basis import names_of
 from ..basis.reference import same_model
 from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
-from ..tasks.read import Parts, Task
+from ..tasks.read import Parts, SavedTask
+from ..tasks.write import core_tensors, write_task
 from ..tuner import SubspaceConfig
-from ..tuner.card import write_section
-from ..tuner.task_file import WEIGHTS_FILE
 
 # Relative error √(1 − energy): up to about 0.6 compressed LoRAs kept their function in Compress-then-Serve
 # (arXiv 2407.00066); beyond about 0.77 they did not.
@@ -80,22 +75,10 @@ class Projection:
             SubspaceError: the basis lives in memory only and would not be found again; or the LoRA has trained tensors
                 that a task cannot hold (token embeddings, biases of the base model).
         """
-        task, folder = self.as_task(), Path(folder)
-        config, tensors = task.config, dict(task.extras)
-        for name, core in task.cores.items():
-            scale = config.alpha / math.sqrt(core.numel())
-            tensors[f"base_model.model.{name}.subspace_coef.weight"] = (core / scale).float().contiguous()
-        text = json.dumps({**config.to_dict(), "subspace_version": __version__}, indent=2, sort_keys=True) + "\n"
-        write_all_aside(
-            {
-                folder / WEIGHTS_FILE: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-                folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
-            }
-        )
-        write_section(folder, config)
-        return folder
+        task = self.as_task()
+        return write_task(folder, task.config, {**core_tensors(task.config, task.cores), **task.extras})
 
-    def as_task(self) -> Task:
+    def as_task(self) -> SavedTask:
         """The projection as a task. Raises as `save_pretrained`."""
         if self.basis.location is None:
             raise SubspaceError(
@@ -105,7 +88,7 @@ class Projection:
         keys = {name: str(self.basis.find(key)) for key, name in names.items()}
         config = self._config(sorted(keys))
         cores = {name: self.cores[key] for name, key in keys.items()}
-        return Task(config, cores, Parts(config, self.basis, keys), _extras(self.source))
+        return SavedTask(config, cores, Parts(config, self.basis, keys), _extras(self.source))
 
     def _config(self, targets: list[str]) -> SubspaceConfig:
         source = self.source.config

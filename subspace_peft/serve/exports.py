@@ -20,7 +20,7 @@ from ..basis.module import tensor_bytes
 from ..convert.export import write_lora
 from ..errors import BasisMismatchError, SubspaceError
 from ..tasks.bank_file import read_index, read_rows
-from ..tasks.read import Parts, Task, read_task
+from ..tasks.read import Parts, SavedTask, read_task
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
 
@@ -114,7 +114,7 @@ class TaskExports:
                 " out."
             )
 
-    def _of_bank(self, index: dict[str, Any], cores: dict[str, torch.Tensor]) -> Task:
+    def _of_bank(self, index: dict[str, Any], cores: dict[str, torch.Tensor]) -> SavedTask:
         basis = self.basis
         fingerprint = index["basis_fingerprint"]
         if not isinstance(basis, SubspaceBasis):
@@ -144,7 +144,7 @@ class TaskExports:
                     " has no room. The file was altered: fetch or save it again."
                 )
         parts = Parts({module: tuple(core.shape) for module, core in cores.items()}, basis, names)  # type: ignore[arg-type]
-        return Task(config, {module: core.double() for module, core in cores.items()}, parts, {})
+        return SavedTask(config, {module: core.double() for module, core in cores.items()}, parts, {})
 
     def _exported(self, name: str, content: list[bytes], make: Any) -> Path:
         digest = hashlib.sha256(f"{EXPORT_VERSION};{self.rank};{self.dtype};".encode())

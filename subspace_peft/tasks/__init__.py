@@ -1,8 +1,15 @@
 """Saved tasks: write, read, swap, serve many at once, and push them."""
 
+from typing import Any
+
+from .._moved import moved_name
 from .adapter_io import load_adapter, save_adapter
 from .bank import TaskBank
 from .hotswap import hotswap
-from .read import Task, read_task
+from .read import SavedTask, read_task
 
-__all__ = ["Task", "TaskBank", "hotswap", "load_adapter", "read_task", "save_adapter"]
+__all__ = ["SavedTask", "TaskBank", "hotswap", "load_adapter", "read_task", "save_adapter"]
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .._adapted import active_adapter
-from .._io.atomic import write_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..tuner.card import base_facts, note
 from ..tuner.config import SubspaceConfig
-from ..tuner.task_file import WEIGHTS_FILE, weights_of
-
-PREFIX = "base_model.model."
+from ..tuner.task_file import weights_of
+from .write import PREFIX, write_task
 
 
 def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None = None) -> Path:
@@ -52,20 +50,8 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
             f"{type(model).__name__} has {kind} named {name!r}; its adapters are"
             f" {', '.join(sorted(known)) or '(none)'}. Add it by `model.add_adapter(SubspaceConfig(…), name)` first."
         )
-    state = {
-        f"{PREFIX}{key.removeprefix(PREFIX)}": value.detach().cpu().contiguous()
-        for key, value in get_peft_model_state_dict(model, adapter_name=name).items()
-    }
-    folder = Path(folder)
-    write_aside(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
     note(config, base={**base_facts(model, config), "injected": True})
-    # as PEFT does: what is loaded from there is not to be trained unless asked for
-    trains, config.inference_mode = config.inference_mode, True
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.inference_mode = trains
-    return folder
+    return write_task(folder, config, get_peft_model_state_dict(model, adapter_name=name))
 
 
 def load_adapter(

@@ -4,6 +4,7 @@ layers."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,17 +16,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .._adapted import active_adapter
-from .._io.atomic import write_aside, write_text_aside
+from .._io.atomic import write_aside
 from .._version import __version__
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..tuner.card import write_section
-from ..tuner.coefficients import default_scale, make_coefficients
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.row_batch import BASE, Group, TaskNames, alike, task_names_passed
-from ..tuner.task_file import WEIGHTS_FILE
 from .bank_file import FORMAT_VERSION, read_index
-from .read import read_task
+from .read import SavedTask, read_task
+from .write import core_tensors, write_task
 
 EMPTY = 0  # the slot of zeros, for rows of the base model
 
@@ -306,33 +305,28 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         Raises:
             SubspaceError: there is no such task; or the basis has no place where it would be found again.
         """
-        config, tensors = self._as_adapter(name)
-        if config.to_dict()["basis"] is None:
-            raise SubspaceError(
-                "The basis lives in memory only: `basis.save_pretrained(folder)` before the model is adapted."
-            )
-        folder = Path(folder)
-        state = {f"base_model.model.{module}.subspace_coef.weight": value for module, value in tensors.items()}
-        write_aside(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        text = json.dumps({**config.to_dict(), "subspace_version": __version__}, indent=2, sort_keys=True) + "\n"
-        write_text_aside(folder / "adapter_config.json", text)
-        write_section(folder, config)
-        return folder
+        task = self.as_task(name)
+        return write_task(folder, task.config, core_tensors(task.config, task.cores))
 
     def load_adapter(self, name: str) -> None:
         """Make one task an adapter of the model, to train it on or merge it. Raises `SubspaceError` where one has that
         name."""
         if name in self.model.peft_config:
             raise SubspaceError(f"The model has an adapter {name!r} already: delete it first.")
-        config, tensors = self._as_adapter(name)
-        self.model.add_adapter(name, config)
+        task = self.as_task(name)
+        tensors = core_tensors(task.config, task.cores)
+        self.model.add_adapter(name, task.config)
         with torch.no_grad():
-            for module, layer in self.layers.items():
-                layer.subspace_coef[name].weight.copy_(tensors[module])
+            for layer, tensor in zip(self.layers.values(), tensors.values(), strict=True):
+                layer.subspace_coef[name].weight.copy_(tensor)
 
-    def _as_adapter(self, name: str) -> tuple[SubspaceConfig, dict[str, torch.Tensor]]:
-        import dataclasses
+    def as_task(self, name: str) -> SavedTask:
+        """Return a task as `read_task` would, with `core` coefficients and without its part of the basis.
 
+        Raises:
+            SubspaceError: There is no such task.
+        """
+        cores = {module: core.cpu().double() for module, core in self[name].items()}
         config = dataclasses.replace(
             self.config,
             coefficients="core",
@@ -345,8 +339,4 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             modules_to_save=None,
         )
         config._basis, config._given = self.config._basis, self.config._given
-        scaled = {}
-        for module, core in self[name].items():
-            made = make_coefficients("core", *core.shape, r=config.r, directions=0, mean_gain="none")
-            scaled[module] = (core / default_scale(config.alpha, made)).cpu().contiguous()
-        return config, scaled
+        return SavedTask(config, cores, {}, {})

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from .._adapted import active_adapter
+from .._moved import moved_name
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.basis import module_shape
 from ..errors import BasisMismatchError, SubspaceError
@@ -19,7 +20,7 @@ from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, scale_of, used_size, w
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class SavedTask:
     """One task in a shared basis.
 
     Attributes:
@@ -40,11 +41,11 @@ class Task:
 
 def read_task(
     task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
-) -> Task:
+) -> SavedTask:
     """Read a task.
 
     Args:
-        task: the folder or Hub id of a saved task, a live PeftModel, or a `Task`, which is given back.
+        task: the folder or Hub id of a saved task, a live PeftModel, or a `SavedTask`, which is given back.
         adapter_name: which adapter of a live model; default the active one.
         basis: where the basis is, if not where the task's config says.
         hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
@@ -52,7 +53,7 @@ def read_task(
     Raises:
         SubspaceError: it is no subspace task; and what `SubspaceConfig.from_pretrained` raises.
     """
-    if isinstance(task, Task):
+    if isinstance(task, SavedTask):
         return task
     return assemble(*read_tensors(task, adapter_name=adapter_name, basis=basis, **hub))
 
@@ -87,7 +88,7 @@ def read_tensors(
     return config, tensors
 
 
-def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Task:
+def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> SavedTask:
     """The task that a configuration and its tensors, as `read_tensors` gives them, are."""
     coefficients: dict[str, dict[str, torch.Tensor]] = {}
     own: dict[str, dict[str, torch.Tensor]] = {}
@@ -115,7 +116,7 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Tas
         sizes = {name: used_size(config, name, shape["k_out"], shape["k_in"]) for name, shape in known.items()}
         parts_of = Parts(sizes, basis, keys)
     cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
-    return Task(config, cores, parts_of, extras)
+    return SavedTask(config, cores, parts_of, extras)
 
 
 class Parts(Mapping[str, ModuleBasis]):
@@ -170,3 +171,7 @@ def _core(
     mean = None if config.mean_gain == "none" or mean is None else mean.double() / scale
     with torch.no_grad():
         return made.core(mean, None if directions is None else directions.double()) * scale
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

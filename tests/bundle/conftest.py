@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 
 from subspace_peft import SubspaceConfig, bundle_tasks
-from subspace_peft.bundle.layout import BUNDLE_FILE
+from subspace_peft.bundle.format import BUNDLE_FILE
 
 from ..conftest import bert, inputs, randomise
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 
 import subspace_peft._io.atomic as atomic
 from subspace_peft import add_tasks, build_basis, load_task, open_bundle
-from subspace_peft.bundle.layout import BUNDLE_FILE
+from subspace_peft.bundle.format import BUNDLE_FILE
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 
 from ..conftest import bert

@@ -23,7 +23,7 @@ from subspace_peft import (
     open_bundle,
     project_lora,
 )
-from subspace_peft.bundle.layout import BUNDLE_FILE
+from subspace_peft.bundle.format import BUNDLE_FILE
 from subspace_peft.cli import main
 from subspace_peft.errors import BasisMismatchError, SubspaceError
 

@@ -36,7 +36,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorRange:
     """One tensor of the file.
 
     Attributes:
@@ -90,7 +90,7 @@ def parse_length(data: bytes, size: int, where: str) -> int:
     return length
 
 
-def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, Piece], dict[str, Any]]:
+def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, TensorRange], dict[str, Any]]:
     """Tensors by name and the index, from a header's JSON.
 
     Args:
@@ -120,7 +120,7 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, Piece], 
     return pieces, index
 
 
-def _piece(name: str, entry: Mapping[str, Any], base: int, size: int) -> Piece:
+def _piece(name: str, entry: Mapping[str, Any], base: int, size: int) -> TensorRange:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = (*shape, begin, end)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
@@ -129,10 +129,10 @@ def _piece(name: str, entry: Mapping[str, Any], base: int, size: int) -> Piece:
         raise ValueError(f"{name} has dtype {dtype}")
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin or base + end > size:
         raise ValueError(f"{name} claims {shape} of {dtype} in bytes {begin} to {end} of a file of {size}")
-    return Piece(dtype, tuple(shape), base + begin, base + end)
+    return TensorRange(dtype, tuple(shape), base + begin, base + end)
 
 
-def _check_index(index: Mapping[str, Any], pieces: Mapping[str, Piece]) -> None:
+def _check_index(index: Mapping[str, Any], pieces: Mapping[str, TensorRange]) -> None:
     names = [*index["tasks"], *index["apart"]]
     if len(set(names)) != len(names):
         raise ValueError("two tasks have one name")

@@ -1,0 +1,126 @@
+"""Write a task's folder: the one place that does, whatever the task was made from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .._io.atomic import write_folder_aside
+from .._version import __version__
+from ..basis.card import place_of
+from ..cards import Place
+from ..errors import SubspaceError
+from ..tuner.config import SubspaceConfig
+from ..tuner.task_file import BASIS_KEY, WEIGHTS_FILE, scale_of
+
+README_FILE = "README.md"
+PREFIX = "base_model.model."  # PEFT's, before the name of every module of the base model
+
+
+def write_task(
+    folder: str | Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], *, place: Place | None = None
+) -> Path:
+    """Write a task as a folder that `PeftModel.from_pretrained` loads, as `PeftModel.save_pretrained` writes it.
+
+    The folder gets ``adapter_model.safetensors``, ``adapter_config.json`` and, in ``README.md``, a section with the
+    task's card. An earlier task in it is replaced once all three are on the disk; every other file stays, and so does
+    whatever else the README says.
+
+    Args:
+        folder: Made where it does not exist.
+        config: The task's configuration. Written with `inference_mode` on, so that a loaded task is not trained unless
+            asked for, and with the version of this package.
+        tensors: Key → tensor, coefficients and everything else that the task trained, with or without PEFT's prefix
+            ``base_model.model.``; of any device, written with the dtype that they have.
+        place: Where the card says to load the task from; the folder by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SubspaceError: `folder` is a file; or the basis lives in memory only and is not among `tensors`.
+        OSError: The disk refuses; the folder stays as it was.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise SubspaceError(f"{folder} is a file; a task is saved into a folder.")
+    _check_basis(config, tensors)
+
+    def write(scratch: Path) -> None:
+        if (folder / README_FILE).is_file():
+            shutil.copyfile(folder / README_FILE, scratch / README_FILE)
+        fill_folder(scratch, config, tensors, place or place_of(folder))
+
+    write_folder_aside(folder, write)
+    return folder
+
+
+def fill_folder(
+    folder: Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], place: Place | None = None
+) -> None:
+    """Write a task's files straight into `folder`, a scratch folder that is thrown away where this fails.
+
+    Arguments are those of `write_task`, which gives the same files to folders that others read.
+    """
+    save_file(saved_tensors(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    with _as_saved(config, place):
+        # what PEFT calls as well, after it has written the tensors: config, version and card come from there
+        config.save_pretrained(str(folder))
+
+
+def saved_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a task's tensors as its file holds them: PEFT's keys, contiguous, on the CPU, each in its own storage."""
+    made: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, such as tied weights
+        made[f"{PREFIX}{key.removeprefix(PREFIX)}"] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return made
+
+
+def core_tensors(config: SubspaceConfig, cores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return `core` coefficients as a task's file holds them, float32.
+
+    Args:
+        config: The task's configuration, with `core` coefficients.
+        cores: Module → (k_out, k_in), in units of ΔW.
+    """
+    tensors = {}
+    for module, core in cores.items():
+        scale = scale_of(config, module, {"k_out": core.shape[0], "k_in": core.shape[1]})
+        tensors[f"{PREFIX}{module}.subspace_coef.weight"] = (core.double() / scale).float()
+    return tensors
+
+
+def _check_basis(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `SubspaceError` where a loaded task would not find its basis again."""
+    if any(BASIS_KEY.match(key) for key in tensors):
+        return
+    if config.generated or config.to_dict()["basis"] is None:
+        raise SubspaceError(
+            "The task refers to its basis, which lives in memory only and has to be stored first:"
+            " `basis.save_pretrained(folder)`, before the model is adapted."
+        )
+
+
+@contextmanager
+def _as_saved(config: SubspaceConfig, place: Place | None) -> Iterator[None]:
+    """Give `config` the values of a saved one meanwhile, as PEFT does with `inference_mode`."""
+    names = ("inference_mode", "subspace_version", "_place")
+    before = {name: getattr(config, name) for name in names}
+    config.inference_mode, config.subspace_version = True, __version__
+    if place is not None:
+        config._place = place
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
