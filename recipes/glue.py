@@ -46,7 +46,7 @@ import common as shared
 import datasets
 import torch
 import transformers
-from common import LabelledTask, knob
+from common import LabelledTask, argument
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
 from subspace_peft.errors import SubspaceError
@@ -66,17 +66,19 @@ HEAD = "classifier"
 
 
 @dataclass
-class Knobs(shared.SubspaceKnobs):
-    out: str = knob("glue-output", "folder of everything that is made")
-    task: str = knob("mrpc", "the held-out task")
-    model: str = knob("FacebookAI/roberta-base", "encoder: Hub id or folder")
-    pooling: Literal["first", "mean"] = knob("first", "first: the model's own head; mean: of all tokens, linear head")
-    dropout: float | None = knob(None, "of the encoder; by default as its configuration says")
-    target_modules: list[str] = knob(("query", "value"), "adapted modules")  # noqa: RUF009
-    data: str = knob("nyu-mll/glue", "Hub id of the data set")
-    data_dir: str | None = knob(None, "local data instead")
-    tokens: int = knob(128, "longest input")
-    head_rate: float = knob(1e-3, "learning rate of the head beside an adapter")
+class Arguments(shared.CommonArguments):
+    out: str = argument("glue-output", "folder of everything that is made")
+    task: str = argument("mrpc", "the held-out task")
+    model: str = argument("FacebookAI/roberta-base", "encoder: Hub id or folder")
+    pooling: Literal["first", "mean"] = argument(
+        "first", "first: the model's own head; mean: of all tokens, linear head"
+    )
+    dropout: float | None = argument(None, "of the encoder; by default as its configuration says")
+    target_modules: list[str] = argument(("query", "value"), "adapted modules")  # noqa: RUF009
+    data: str = argument("nyu-mll/glue", "Hub id of the data set")
+    data_dir: str | None = argument(None, "local data instead")
+    tokens: int = argument(128, "longest input")
+    head_rate: float = argument(1e-3, "learning rate of the head beside an adapter")
 
 
 SMALL = {
@@ -130,7 +132,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": {"cola": 80, "mrpc": 30, "qnli": 25, "rte": 80, "sst2": 60, "stsb": 40},
     },
 }
-# of the knobs, those that decide how good any adapter gets; each stage adds its own
+# the arguments that decide how good any adapter gets; each stage adds its own
 DECISIVE = (
     "model",
     "pooling",
@@ -148,11 +150,11 @@ DECISIVE = (
 )
 
 
-def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
+def known_tasks(args: Arguments) -> dict[str, dict[str, Any]]:
     return GLUE if args.data_dir is None else shared.local_tasks(args.data_dir)
 
 
-def load_task(args: Knobs, name: str) -> LabelledTask:
+def load_task(args: Arguments, name: str) -> LabelledTask:
     """Read, check and tokenise a task. Raises SubspaceError: missing columns, labels out of range, too few
     examples."""
     if args.data_dir is None:
@@ -182,7 +184,7 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
     return task
 
 
-def make_model(args: Knobs, classes: int | None, seed: int, empty: Any = None) -> Any:
+def make_model(args: Arguments, classes: int | None, seed: int, empty: Any = None) -> Any:
     """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without
     weights."""
     transformers.set_seed(seed)
@@ -197,7 +199,7 @@ def make_model(args: Knobs, classes: int | None, seed: int, empty: Any = None) -
 
 
 def make_trainer(
-    args: Knobs,
+    args: Arguments,
     model: Any,
     task: LabelledTask,
     *,
@@ -242,7 +244,7 @@ def make_trainer(
     return trainer
 
 
-def test(args: Knobs, model: Any, task: LabelledTask) -> dict[str, Any]:
+def test(args: Arguments, model: Any, task: LabelledTask) -> dict[str, Any]:
     return task.test(make_trainer(args, model, task))
 
 
@@ -259,7 +261,7 @@ RECIPE = shared.Recipe(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = shared.parse_knobs(Knobs, PRESETS, arguments, description=__doc__)
+    args = shared.parse_arguments(Arguments, PRESETS, arguments, description=__doc__)
     if not shared.take_offline("text", args):
         return
     known = known_tasks(args)
@@ -275,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
         data=[] if args.data_dir else [f"{args.data}: {', '.join(wanted)}"],
         head=HEAD,
         empty=lambda config: make_model(args, known[args.task]["classes"], 0, empty=config),
-        default=roberta if args.model == Knobs.model else None,
+        default=roberta if args.model == Arguments.model else None,
     )
 
 

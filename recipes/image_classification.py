@@ -45,7 +45,7 @@ import common as shared
 import datasets
 import torch
 import transformers
-from common import LabelledTask, knob
+from common import LabelledTask, argument
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer, TrainingArguments
 
 from subspace_peft.errors import SubspaceError
@@ -56,22 +56,24 @@ ATTENTION = (["q_proj", "v_proj"], ["query", "value"])  # newer and older transf
 
 
 @dataclass
-class Knobs(shared.SubspaceKnobs):
-    out: str = knob("images-output", "folder of everything that is made")
-    task: str = knob("group9", "the held-out task")
-    model: str = knob("google/vit-base-patch16-224-in21k", "vision encoder: Hub id or folder")
-    pooling: Literal["class", "mean"] = knob("class", "what the head sees: the class token, or the patches' mean")
-    target_modules: list[str] = knob((), "adapted modules; by default the attention's query and value")  # noqa: RUF009
-    data: str = knob(CIFAR100["data"], "Hub id of the data set")
-    image_column: str = knob("img", "its column of images")
-    label_column: str = knob("fine_label", "its column of class numbers")
-    class_groups: int = knob(10, "split its classes into so many disjoint tasks, group0, group1, …; 1: one task, all")
-    data_dir: str | None = knob(None, "local images instead")
-    flip: bool = knob(False, "flip training images at random, left to right")
-    source_rate: float = knob(1e-3, "learning rate of the source adapters")
-    epochs: float = knob(10, "passes over the training images")
-    batch: int = knob(32, "images per step")
-    head_rate: float = knob(5e-3, "learning rate of the head beside an adapter")
+class Arguments(shared.CommonArguments):
+    out: str = argument("images-output", "folder of everything that is made")
+    task: str = argument("group9", "the held-out task")
+    model: str = argument("google/vit-base-patch16-224-in21k", "vision encoder: Hub id or folder")
+    pooling: Literal["class", "mean"] = argument("class", "what the head sees: the class token, or the patches' mean")
+    target_modules: list[str] = argument((), "adapted modules; by default the attention's query and value")  # noqa: RUF009
+    data: str = argument(CIFAR100["data"], "Hub id of the data set")
+    image_column: str = argument("img", "its column of images")
+    label_column: str = argument("fine_label", "its column of class numbers")
+    class_groups: int = argument(
+        10, "split its classes into so many disjoint tasks, group0, group1, …; 1: one task, all"
+    )
+    data_dir: str | None = argument(None, "local images instead")
+    flip: bool = argument(False, "flip training images at random, left to right")
+    source_rate: float = argument(1e-3, "learning rate of the source adapters")
+    epochs: float = argument(10, "passes over the training images")
+    batch: int = argument(32, "images per step")
+    head_rate: float = argument(5e-3, "learning rate of the head beside an adapter")
 
 
 SMALL = {
@@ -105,7 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": [1, 2],
     },
 }
-# of the knobs, those that decide how good any adapter gets; each stage adds its own
+# the arguments that decide how good any adapter gets; each stage adds its own
 DECISIVE = (
     "model",
     "pooling",
@@ -122,7 +124,7 @@ DECISIVE = (
 )
 
 
-def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
+def known_tasks(args: Arguments) -> dict[str, dict[str, Any]]:
     """Task → its number of classes and of training images; None where that is not known before the set is fetched."""
     if args.data_dir is not None:
         known = shared.local_tasks(args.data_dir)
@@ -137,7 +139,7 @@ def known_tasks(args: Knobs) -> dict[str, dict[str, Any]]:
     return {name: dict(share) for name in names}
 
 
-def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
+def read_task(args: Arguments, name: str) -> tuple[dict[str, Any], list[str]]:
     """Splits with the columns image and label, and the labels' names. Raises SubspaceError where one is missing."""
     if args.data_dir is not None:
         return shared.local_images(args.data_dir, name)
@@ -152,7 +154,7 @@ def read_task(args: Knobs, name: str) -> tuple[dict[str, Any], list[str]]:
     )
 
 
-def load_task(args: Knobs, name: str) -> LabelledTask:
+def load_task(args: Arguments, name: str) -> LabelledTask:
     """Read and check a task. Raises SubspaceError: missing classes or columns, too few images, a file that is none."""
     splits, labels = read_task(args, name)
     held_out = name == args.task
@@ -185,7 +187,7 @@ def load_task(args: Knobs, name: str) -> LabelledTask:
     )
 
 
-def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> Any:
+def make_model(args: Arguments, classes: int, seed: int, empty: Any = None) -> Any:
     """The pretrained encoder, its head drawn by `seed`; given a configuration `empty`, that shape without weights."""
     transformers.set_seed(seed)
     config = empty or AutoConfig.from_pretrained(args.model)
@@ -195,7 +197,7 @@ def make_model(args: Knobs, classes: int, seed: int, empty: Any = None) -> Any:
     return shared.ImageClassifier(encoder, classes, args.pooling)
 
 
-def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
+def find_targets(args: Arguments, model: torch.nn.Module) -> list[str]:
     """The modules to adapt. Raises SubspaceError naming the model's linear layers where they are not among them."""
     ends = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     fits = [names for names in ATTENTION if set(names) <= ends]
@@ -206,7 +208,7 @@ def find_targets(args: Knobs, model: torch.nn.Module) -> list[str]:
 
 
 def make_trainer(
-    args: Knobs,
+    args: Arguments,
     model: Any,
     task: LabelledTask,
     *,
@@ -250,7 +252,7 @@ def make_trainer(
     return trainer
 
 
-def test(args: Knobs, model: Any, task: LabelledTask) -> dict[str, Any]:
+def test(args: Arguments, model: Any, task: LabelledTask) -> dict[str, Any]:
     return task.test(make_trainer(args, model, task))
 
 
@@ -267,7 +269,7 @@ RECIPE = shared.Recipe(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = shared.parse_knobs(Knobs, PRESETS, arguments, description=__doc__)
+    args = shared.parse_arguments(Arguments, PRESETS, arguments, description=__doc__)
     if not shared.take_offline("images", args):
         return
     known = known_tasks(args)
@@ -284,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
         empty(AutoConfig.from_pretrained(args.model))
         RECIPE.run(args, known)
         return
-    default = transformers.ViTConfig() if args.model == Knobs.model else None
+    default = transformers.ViTConfig() if args.model == Arguments.model else None
     data = [] if args.data_dir else [args.data]
     shared.dry_run(args, known, data=data, empty=empty, default=default, head=HEAD)
     if classes is None:

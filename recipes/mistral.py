@@ -58,7 +58,7 @@ import datasets
 import torch
 import transformers
 from accelerate import PartialState
-from common import InstructionTask, knob
+from common import InstructionTask, argument
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
@@ -73,28 +73,28 @@ FLEET = [
 
 
 @dataclass
-class Knobs(shared.SubspaceKnobs):
-    out: str = knob("mistral-output", "folder of everything that is made")
-    task: str = knob("", "the held-out task: a data set's Hub id, Lots-of-LoRAs/task…, or a name in --data-dir")
-    model: str = knob(MISTRAL, "causal language model: Hub id or folder")
-    load_in_4bit: bool = knob(False, "base model in 4-bit nf4, as in QLoRA; needs bitsandbytes")
-    bf16: bool = knob(False, "base model and arithmetic in bfloat16")
-    gradient_checkpointing: bool = knob(False, "less memory for more time")
-    packing: bool = knob(False, "a batch in one row, without padding; examples do not see each other")
-    target_modules: list[str] = knob(("q_proj", "v_proj"), "adapted modules")  # noqa: RUF009
-    data_dir: str | None = knob(None, "local data instead of the Hub's")
-    metric: Literal["exact_match", "rougeL"] = knob("rougeL", "test score of Hub data; local says its own")
-    tokens: int = knob(1024, "prompt and answer together at most")
-    new_tokens: int = knob(64, "longest generated answer")
-    basis_k: int = knob(16, "directions per side of the basis that is built")
-    source_r: int = knob(16, "rank of the source adapters")
-    source_examples: int = knob(1000, "at most so many training examples per source; 0: all")
-    source_epochs: float = knob(2, "passes over them")
-    source_rate: float = knob(2e-4, "learning rate of the source adapters")
-    validation_examples: int = knob(100, "validation examples")
-    test_examples: int = knob(200, "test examples; 0: all")
-    epochs: float = knob(2, "passes over the training examples")
-    batch: int = knob(8, "examples per step and process")
+class Arguments(shared.CommonArguments):
+    out: str = argument("mistral-output", "folder of everything that is made")
+    task: str = argument("", "the held-out task: a data set's Hub id, Lots-of-LoRAs/task…, or a name in --data-dir")
+    model: str = argument(MISTRAL, "causal language model: Hub id or folder")
+    load_in_4bit: bool = argument(False, "base model in 4-bit nf4, as in QLoRA; needs bitsandbytes")
+    bf16: bool = argument(False, "base model and arithmetic in bfloat16")
+    gradient_checkpointing: bool = argument(False, "less memory for more time")
+    packing: bool = argument(False, "a batch in one row, without padding; examples do not see each other")
+    target_modules: list[str] = argument(("q_proj", "v_proj"), "adapted modules")  # noqa: RUF009
+    data_dir: str | None = argument(None, "local data instead of the Hub's")
+    metric: Literal["exact_match", "rougeL"] = argument("rougeL", "test score of Hub data; local says its own")
+    tokens: int = argument(1024, "prompt and answer together at most")
+    new_tokens: int = argument(64, "longest generated answer")
+    basis_k: int = argument(16, "directions per side of the basis that is built")
+    source_r: int = argument(16, "rank of the source adapters")
+    source_examples: int = argument(1000, "at most so many training examples per source; 0: all")
+    source_epochs: float = argument(2, "passes over them")
+    source_rate: float = argument(2e-4, "learning rate of the source adapters")
+    validation_examples: int = argument(100, "validation examples")
+    test_examples: int = argument(200, "test examples; 0: all")
+    epochs: float = argument(2, "passes over the training examples")
+    batch: int = argument(8, "examples per step and process")
 
 
 SMALL = {
@@ -121,7 +121,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "offline": SMALL,
     "smoke": {**SMALL, **FEW, "epochs": 1, "source_epochs": 1, "basis_k": 8, "sweep": 1, "seeds": [1]},
 }
-# of the knobs, those that decide how good any adapter gets; each stage adds its own
+# the arguments that decide how good any adapter gets; each stage adds its own
 DECISIVE = (
     "model",
     "load_in_4bit",
@@ -146,7 +146,7 @@ def tokenizer_of(model: str) -> Any:
     return tokenizer
 
 
-def load_task(args: Knobs, name: str) -> InstructionTask:
+def load_task(args: Arguments, name: str) -> InstructionTask:
     """Read, check and tokenise a task: train, validation, and test, whose rows are prompts beside their input and
     output.
 
@@ -169,7 +169,7 @@ def load_task(args: Knobs, name: str) -> InstructionTask:
     return task
 
 
-def make_model(args: Knobs, task: InstructionTask, seed: int) -> Any:
+def make_model(args: Arguments, task: InstructionTask, seed: int) -> Any:
     """The base model, frozen, in float32, bfloat16 or 4-bit; what is put on it is drawn by `seed`."""
     transformers.set_seed(seed)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -190,7 +190,7 @@ def make_model(args: Knobs, task: InstructionTask, seed: int) -> Any:
 
 
 def make_trainer(
-    args: Knobs,
+    args: Arguments,
     model: Any,
     task: InstructionTask,
     *,
@@ -240,7 +240,7 @@ def make_trainer(
     return trainer
 
 
-def test(args: Knobs, model: Any, task: InstructionTask) -> dict[str, Any]:
+def test(args: Arguments, model: Any, task: InstructionTask) -> dict[str, Any]:
     """Exact match and ROUGE-L of the generated answers, and three of these."""
     rows, how = task.splits["test"], {"new_tokens": args.new_tokens, "batch": 4 * args.batch}
     answers = shared.generate_answers(model, tokenizer_of(args.model), rows["input_ids"][:], **how)
@@ -265,7 +265,7 @@ RECIPE = shared.Recipe(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = shared.parse_knobs(Knobs, PRESETS, arguments, description=__doc__)
+    args = shared.parse_arguments(Arguments, PRESETS, arguments, description=__doc__)
     floors = {"batch": 1, "new_tokens": 1, "tokens": args.new_tokens + 1, "validation_examples": 1, "basis_k": 1}
     if low := [f"--{name} at least {least}" for name, least in floors.items() if getattr(args, name) < least]:
         raise SubspaceError(f"Give {', '.join(low)}.")

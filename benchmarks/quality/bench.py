@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from common.methods import Method
-from common.run_cache import Cells, plain
+from common.run_cache import RunCache, plain
 from common.sweep import compare
 from peft import get_peft_model
 
@@ -149,7 +149,7 @@ class Bench:
             }
 
         return compare(
-            methods, run, seeds=self.seeds, cells=Cells(self.folder / "cells" / name, settings), progress=False
+            methods, run, seeds=self.seeds, cache=RunCache(self.folder / "cells" / name, settings), progress=False
         )
 
 

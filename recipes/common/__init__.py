@@ -1,5 +1,5 @@
 """What the recipes and the quality benchmark share: which methods are compared, each with a learning-rate sweep of its
-own, the cells (finished runs) that an interrupted comparison resumes from, the table, the curves, and the stages
+own, the finished runs from which an interrupted comparison resumes, the table, the curves, and the stages
 around them.
 
 Data, model and Trainer stay in the recipe, where a user reads and edits them.
@@ -19,7 +19,7 @@ from .answers import (
     one_answer,
     prompt_ids,
 )
-from .arguments import SubspaceKnobs, knob, parse_knobs, quiet
+from .arguments import CommonArguments, argument, parse_arguments, quiet
 from .curves import draw_curves
 from .data import check_rows, draw, local_splits, local_tasks, refuse_own_adapter
 from .dry_run import dry_run, planned_numbers, planned_steps, print_plan, runs_of, steps_of
@@ -27,7 +27,7 @@ from .images import check_image, check_images, class_group, local_images, rgb
 from .measure import measure
 from .methods import Method, method_named, methods
 from .recipe import Recipe
-from .run_cache import Cells, digest
+from .run_cache import RunCache, digest
 from .stages import (
     OFFLINE,
     basis_stage,
@@ -53,15 +53,16 @@ __all__ = [
     "OFFLINE",
     "RUN_KEYS",
     "AnswersOnly",
-    "Cells",
+    "CommonArguments",
     "ImageClassifier",
     "InstructionTask",
     "LabelledTask",
     "MeanPooledClassifier",
     "Method",
     "Recipe",
-    "SubspaceKnobs",
+    "RunCache",
     "Task",
+    "argument",
     "basis_stage",
     "check_image",
     "check_images",
@@ -82,7 +83,6 @@ __all__ = [
     "generate_answers",
     "instruction_task",
     "keep_unpacked",
-    "knob",
     "last_checkpoint",
     "local_images",
     "local_splits",
@@ -94,7 +94,7 @@ __all__ = [
     "one_answer",
     "open_bases",
     "parameter_groups",
-    "parse_knobs",
+    "parse_arguments",
     "planned_numbers",
     "planned_steps",
     "print_plan",

@@ -1,5 +1,4 @@
-"""A recipe's arguments: a dataclass, read from the command line, a YAML file and a preset, the first over the last;
-and those that all recipes have."""
+"""A recipe's arguments: those that all recipes share, and how they are read from the command line, YAML and a preset."""
 
 from __future__ import annotations
 
@@ -12,105 +11,104 @@ from typing import Any, Literal, TypeVar
 
 from subspace_peft.errors import SubspaceError
 
-Knobs = TypeVar("Knobs")
+Arguments = TypeVar("Arguments")
 
 
-def knob(default: Any, help: str) -> Any:
-    """A dataclass field with its line in `--help`; a tuple is the default of a list."""
+def argument(default: Any, help: str) -> Any:
+    """Return a dataclass field with its line in `--help`; a tuple is the default of a list."""
     if isinstance(default, tuple):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass
-class SubspaceKnobs:
-    """What every recipe can be told; a recipe's own dataclass inherits from it, adds model and data, and has defaults
-    of its own."""
+class CommonArguments:
+    """The arguments of every recipe, whose own dataclass inherits from it, adds model and data, and sets defaults."""
 
-    stage: Literal["sources", "basis", "train", "evaluate", "compare", "all"] = knob("all", "what to do")
-    preset: str = knob("none", "values for other knobs; those given by hand win")
-    dry_run: bool = knob(False, "print downloads, steps, trained numbers and bytes; fetch and train nothing")
-    out: str = knob("output", "folder of everything that is made")
-    task: str = knob("", "the held-out task")
-    sources: list[str] = knob((), "source tasks, or adapters (folder or Hub id); all others by default")  # noqa: RUF009
-    source_r: int = knob(8, "rank of the source adapters")
-    source_examples: int = knob(10000, "at most so many training examples per source; 0: all")
-    source_epochs: float = knob(5, "passes over them")
-    source_rate: float = knob(5e-4, "learning rate of the source adapters")
-    target_modules: list[str] = knob((), "adapted modules")  # noqa: RUF009
-    layers: list[int] = knob((), "adapted layers; all by default")  # noqa: RUF009
-    basis: str | None = knob(None, "use this basis (folder or Hub id) instead of building one")
-    basis_k: int = knob(32, "directions per side of the basis that is built")
-    builder: Literal["adapters", "eigenlora"] = knob("adapters", "how it is built, see build_basis")
-    directions: int = knob(0, "direction tensors that it keeps, for --coefficients directions")
-    coefficients: Literal["core", "factor", "diagonal", "directions", "none"] = knob(
+    stage: Literal["sources", "basis", "train", "evaluate", "compare", "all"] = argument("all", "what to do")
+    preset: str = argument("none", "values for other arguments; those given by hand win")
+    dry_run: bool = argument(False, "print downloads, steps, trained numbers and bytes; fetch and train nothing")
+    out: str = argument("output", "folder of everything that is made")
+    task: str = argument("", "the held-out task")
+    sources: list[str] = argument((), "source tasks, or adapters (folder or Hub id); all others by default")  # noqa: RUF009
+    source_r: int = argument(8, "rank of the source adapters")
+    source_examples: int = argument(10000, "at most so many training examples per source; 0: all")
+    source_epochs: float = argument(5, "passes over them")
+    source_rate: float = argument(5e-4, "learning rate of the source adapters")
+    target_modules: list[str] = argument((), "adapted modules")  # noqa: RUF009
+    layers: list[int] = argument((), "adapted layers; all by default")  # noqa: RUF009
+    basis: str | None = argument(None, "use this basis (folder or Hub id) instead of building one")
+    basis_k: int = argument(32, "directions per side of the basis that is built")
+    builder: Literal["adapters", "eigenlora"] = argument("adapters", "how it is built, see build_basis")
+    directions: int = argument(0, "direction tensors that it keeps, for --coefficients directions")
+    coefficients: Literal["core", "factor", "diagonal", "directions", "none"] = argument(
         "core", "what is trained in the basis"
     )
-    k: int | None = knob(None, "train in the leading k directions; all by default")
-    mean_gain: Literal["none", "fixed", "trainable"] = knob("none", "the fleet's mean update")
-    r: int = knob(8, "rank of LoRA, and of the factor coefficients")
-    alpha: float = knob(256.0, "scale of the coefficients, see SubspaceConfig")
-    seed: int = knob(0, "of the source adapters, the random basis and --stage train")
-    seeds: list[int] = knob((1, 2, 3), "report seeds of --stage compare, whose sweeps use seed 0")  # noqa: RUF009
-    sweep: int = knob(0, "try at most so many learning rates per method; 0: its own sweep")
-    train_examples: int = knob(0, "training examples, drawn by the seed; 0: all")
-    validation_examples: int = knob(400, "validation examples")
-    test_examples: int = knob(0, "test examples; 0: all")
-    epochs: float = knob(20, "passes over the training examples")
-    batch: int = knob(16, "examples per step and process")
-    rate: float = knob(4e-3, "learning rate of --stage train; compare sweeps its own")
-    scheduler: str = knob("linear", "as TrainingArguments.lr_scheduler_type")
-    warmup: float = knob(0.06, "share of the steps")
-    weight_decay: float = knob(0.0, "of AdamW")
-    bf16: bool = knob(False, "train in bfloat16")
+    k: int | None = argument(None, "train in the leading k directions; all by default")
+    mean_gain: Literal["none", "fixed", "trainable"] = argument("none", "the fleet's mean update")
+    r: int = argument(8, "rank of LoRA, and of the factor coefficients")
+    alpha: float = argument(256.0, "scale of the coefficients, see SubspaceConfig")
+    seed: int = argument(0, "of the source adapters, the random basis and --stage train")
+    seeds: list[int] = argument((1, 2, 3), "report seeds of --stage compare, whose sweeps use seed 0")  # noqa: RUF009
+    sweep: int = argument(0, "try at most so many learning rates per method; 0: its own sweep")
+    train_examples: int = argument(0, "training examples, drawn by the seed; 0: all")
+    validation_examples: int = argument(400, "validation examples")
+    test_examples: int = argument(0, "test examples; 0: all")
+    epochs: float = argument(20, "passes over the training examples")
+    batch: int = argument(16, "examples per step and process")
+    rate: float = argument(4e-3, "learning rate of --stage train; compare sweeps its own")
+    scheduler: str = argument("linear", "as TrainingArguments.lr_scheduler_type")
+    warmup: float = argument(0.06, "share of the steps")
+    weight_decay: float = argument(0.0, "of AdamW")
+    bf16: bool = argument(False, "train in bfloat16")
 
 
 class _Formatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """Keeps a recipe's docstring as it is, and prints defaults."""
 
 
-def parse_knobs(
-    knobs: type[Knobs],
+def parse_arguments(
+    kind: type[Arguments],
     presets: Mapping[str, Mapping[str, Any]],
-    arguments: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
     *,
     description: str | None = None,
-) -> Knobs:
-    """Read `knobs`, a dataclass with the fields `preset` and `task`, with transformers' `HfArgumentParser`.
+) -> Arguments:
+    """Read the dataclass `kind`, which has the fields `preset` and `task`, with transformers' `HfArgumentParser`.
 
     A value given on the command line wins over one in the YAML file, which may come as the first argument; that over
     the preset's; that over the dataclass's default. In YAML and presets names have underscores.
 
     Args:
-        knobs: the dataclass; its fields' ``metadata={"help": …}`` is what `--help` prints.
+        kind: the dataclass; its fields' ``metadata={"help": …}`` is what `--help` prints.
         presets: name → values. A value that is a dict has one entry per task; a task without one gets the default.
-        arguments: `sys.argv[1:]` by default.
+        typed: `sys.argv[1:]` by default.
         description: printed above the help.
 
     Raises:
-        SubspaceError: an unknown preset; a YAML file that is missing, no mapping, or names what is no knob.
+        SubspaceError: an unknown preset; a YAML file that is missing, no mapping, or names an argument that there is not.
         SystemExit: argparse's own, where a name or a value is not understood.
     """
     from transformers import HfArgumentParser
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    defaults = {field.name: field.default for field in dataclasses.fields(knobs)}  # type: ignore[arg-type]
+    given = list(sys.argv[1:] if typed is None else typed)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if given and given[0].endswith((".yaml", ".yml")):
         # as if typed before the rest: then types and choices are checked in one place, and what is typed last wins
         given = [*_as_typed(Path(given[0]), defaults), *given[1:]]
-    parser = HfArgumentParser(knobs, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser = HfArgumentParser(kind, description=description, formatter_class=_Formatter, allow_abbrev=False)
     preset = parser.parse_known_args(given)[0].preset
     if preset not in presets:
         raise SubspaceError(f"There is no preset {preset!r}; choose one of {', '.join(presets)}.")
     if unknown := sorted(set(presets[preset]) - set(defaults)):
-        raise SubspaceError(f"The preset {preset!r} sets {', '.join(unknown)}, which is no knob.")
+        raise SubspaceError(f"The preset {preset!r} sets {', '.join(unknown)}, which is no argument.")
     parser.set_defaults(**presets[preset])
     namespace = parser.parse_args(given)
     values = vars(namespace)
     for name, value in values.items():
         if isinstance(value, dict):
             values[name] = value.get(values["task"], defaults[name])
-    return knobs(**values)
+    return kind(**values)
 
 
 def quiet() -> None:
@@ -128,7 +126,7 @@ def quiet() -> None:
 
 
 def _as_typed(file: Path, known: Mapping[str, Any]) -> list[str]:
-    """The YAML file's values as command-line arguments."""
+    """Return the YAML file's values as command-line arguments."""
     import yaml
 
     try:
@@ -136,10 +134,10 @@ def _as_typed(file: Path, known: Mapping[str, Any]) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SubspaceError(f"{file} cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
-        raise SubspaceError(f"{file} holds a {type(values).__name__}; give a mapping of knobs to values.")
+        raise SubspaceError(f"{file} holds a {type(values).__name__}; give a mapping of arguments to values.")
     if unknown := sorted(str(name) for name in values if name not in known):
         raise SubspaceError(
-            f"{file} sets {', '.join(unknown)}, which is no knob; there are {', '.join(sorted(known))}."
+            f"{file} sets {', '.join(unknown)}, which is no argument; there are {', '.join(sorted(known))}."
         )
     typed: list[str] = []
     for name, value in values.items():

@@ -18,7 +18,7 @@ from subspace_peft.errors import SubspaceError
 from subspace_peft.tuner.coefficients import make_coefficients
 from subspace_peft.tuner.targets import sizes, supported
 
-from .arguments import SubspaceKnobs
+from .arguments import CommonArguments
 from .methods import CORE_RATES, HEAD_RATES, LORA_RATES, MEAN_RATES, VERA_RATES
 
 
@@ -94,35 +94,35 @@ def steps_of(examples: int, batch: int, epochs: float) -> int:
     return math.ceil(math.ceil(examples / batch) * epochs)
 
 
-def runs_of(knobs: SubspaceKnobs, *, head: bool = True) -> int:
+def runs_of(args: CommonArguments, *, head: bool = True) -> int:
     """Training runs of `--stage compare`, sweeps that are not widened."""
     sweeps = [MEAN_RATES, LORA_RATES, VERA_RATES, *([HEAD_RATES] if head else [])]
-    sweeps += [CORE_RATES] * 2 if knobs.coefficients != "none" else []
-    return sum((min(len(s), knobs.sweep) if knobs.sweep > 0 else len(s)) + len(knobs.seeds) for s in sweeps)
+    sweeps += [CORE_RATES] * 2 if args.coefficients != "none" else []
+    return sum((min(len(s), args.sweep) if args.sweep > 0 else len(s)) + len(args.seeds) for s in sweeps)
 
 
 def planned_steps(
-    knobs: SubspaceKnobs, known: Mapping[str, Mapping[str, Any]], *, head: bool = True
+    args: CommonArguments, known: Mapping[str, Mapping[str, Any]], *, head: bool = True
 ) -> dict[str, int]:
-    """Optimizer steps of each stage, or per 1,000 training examples where neither the knobs nor `known`, task →
+    """Optimizer steps of each stage, or per 1,000 training examples where neither the arguments nor `known`, task →
     ``train`` (how many it has), say how many there are.
     """
-    own = [name for name in knobs.sources if "/" not in name]
-    budgets = {f"source {name}": (name, knobs.source_examples, knobs.source_epochs) for name in own}
-    budgets["train"] = (knobs.task, knobs.train_examples, knobs.epochs)
+    own = [name for name in args.sources if "/" not in name]
+    budgets = {f"source {name}": (name, args.source_examples, args.source_epochs) for name in own}
+    budgets["train"] = (args.task, args.train_examples, args.epochs)
     steps = {}
     for stage, (name, most, epochs) in budgets.items():
         least = [count for count in (known.get(name, {}).get("train"), most) if count]
         steps[stage if least else f"{stage}, per 1,000 examples"] = steps_of(
-            min(least, default=1000), knobs.batch, epochs
+            min(least, default=1000), args.batch, epochs
         )
     # the last one is the held-out task's
-    each, runs = list(steps)[-1], runs_of(knobs, head=head)
+    each, runs = list(steps)[-1], runs_of(args, head=head)
     return steps | {each.replace("train", f"compare, {runs} runs"): steps[each] * runs}
 
 
 def dry_run(
-    knobs: Any,
+    args: Any,
     known: Mapping[str, Mapping[str, Any]],
     *,
     data: Sequence[str],
@@ -133,15 +133,15 @@ def dry_run(
     """Print what would be fetched, trained and written.
 
     Args:
-        knobs: the recipe's, whose `target_modules` may be set by `empty`.
+        args: the recipe's, whose `target_modules` may be set by `empty`.
         known: task → ``train``, how many training examples it has.
         data: Hub ids of the data.
         empty: makes the model with its head from a configuration, on the meta device.
-        default: the configuration, where that of `knobs.model` is not on this machine; None: sizes are not known.
+        default: the configuration, where that of `args.model` is not on this machine; None: sizes are not known.
         head: see `planned_numbers`.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(knobs.model, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(args.model, local_files_only=True)
     except (OSError, ValueError):
         config = default
     with torch.device("meta"):
@@ -150,17 +150,17 @@ def dry_run(
     if model is not None:
         size = (getattr(config, "dtype", None) or torch.float32).itemsize
         weight = f", about {size * sum(parameter.numel() for parameter in model.parameters()):,} bytes"
-    fetched = [f"model {knobs.model}{weight}"] if not Path(knobs.model).is_dir() else []
+    fetched = [f"model {args.model}{weight}"] if not Path(args.model).is_dir() else []
     fetched += [f"data {name}" for name in data]
-    fetched += [f"adapter {name}" for name in knobs.sources if "/" in name and not Path(name).is_dir()]
-    fetched += [f"basis {knobs.basis}"] if knobs.basis and not Path(knobs.basis).is_dir() else []
-    steps = planned_steps(knobs, known, head=head is not None)
-    where = {"target_modules": knobs.target_modules, "layers": knobs.layers}
-    print_plan(knobs, fetched, steps, model, head=head, **where)
+    fetched += [f"adapter {name}" for name in args.sources if "/" in name and not Path(name).is_dir()]
+    fetched += [f"basis {args.basis}"] if args.basis and not Path(args.basis).is_dir() else []
+    steps = planned_steps(args, known, head=head is not None)
+    where = {"target_modules": args.target_modules, "layers": args.layers}
+    print_plan(args, fetched, steps, model, head=head, **where)
 
 
 def print_plan(
-    knobs: SubspaceKnobs,
+    args: CommonArguments,
     downloads: Sequence[str],
     steps: Mapping[str, int],
     model: nn.Module | None,
@@ -171,7 +171,7 @@ def print_plan(
     """Print what `--dry-run` promises.
 
     Args:
-        knobs: the recipe's.
+        args: the recipe's.
         downloads: each thing that would be fetched; empty where all is local.
         steps: stage → optimiser steps.
         model: the base model with its head, on the meta device; None where its shape is not known without fetching it.
@@ -189,15 +189,15 @@ def print_plan(
         return
     plan = planned_numbers(
         model,
-        k=min(knobs.k or knobs.basis_k, knobs.basis_k),
-        coefficients=knobs.coefficients,
-        r=knobs.r,
+        k=min(args.k or args.basis_k, args.basis_k),
+        coefficients=args.coefficients,
+        r=args.r,
         head=head,
-        directions=knobs.directions,
-        mean_gain=knobs.mean_gain,
+        directions=args.directions,
+        mean_gain=args.mean_gain,
         **where,
     )
-    basis = planned_numbers(model, k=knobs.basis_k, head=head, **where)["basis_bytes"]
+    basis = planned_numbers(model, k=args.basis_k, head=head, **where)["basis_bytes"]
     print(
         f"Trained numbers and float32 bytes, on {plan['modules']} modules of a model of {plan['parameters']:,}"
         " parameters:"

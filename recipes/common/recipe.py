@@ -22,10 +22,10 @@ from subspace_peft.errors import SubspaceError
 from subspace_peft.sources.source import open_source
 from subspace_peft.tasks.callbacks import SubspaceCardCallback, note_metrics
 
-from .arguments import SubspaceKnobs, quiet
+from .arguments import CommonArguments, quiet
 from .measure import measure
 from .methods import LORA_RATES, Method, method_named
-from .run_cache import Cells, digest
+from .run_cache import RunCache, digest
 from .stages import (
     basis_stage,
     check_converged,
@@ -49,14 +49,14 @@ class Recipe:
     """What a recipe brings of its own.
 
     Attributes:
-        load_task: ``load_task(knobs, name)`` reads and checks a task.
-        make_model: ``make_model(knobs, task, seed)``, the base model for it, under a head drawn by `seed` if there is
+        load_task: ``load_task(args, name)`` reads and checks a task.
+        make_model: ``make_model(args, task, seed)``, the base model for it, under a head drawn by `seed` if there is
             one.
-        make_trainer: ``make_trainer(knobs, model, task, rate=, epochs=, examples=, seed=, folder=)``, a Trainer that
+        make_trainer: ``make_trainer(args, model, task, rate=, epochs=, examples=, seed=, folder=)``, a Trainer that
             evaluates every epoch, with checkpoints and a bar where a folder is given. Its defaults serve to evaluate.
-        test: ``test(knobs, model, task)`` → ``test``, the score; ``metrics``; and what else evaluating should print,
+        test: ``test(args, model, task)`` → ``test``, the score; ``metrics``; and what else evaluating should print,
             by name.
-        decisive: of the knobs those that decide how good any adapter gets; each stage adds its own.
+        decisive: the arguments that decide how good any adapter gets; each stage adds its own.
         head: name of the trained head, or None.
         task_type: as PEFT's; None where PEFT has to be told the head's name.
     """
@@ -69,132 +69,130 @@ class Recipe:
     head: str | None
     task_type: str | None
 
-    def run(self, knobs: SubspaceKnobs, known: Mapping[str, Any]) -> None:
-        """Do the stages that `knobs.stage` names. `known`: task → what is known of it, as `choose_sources` takes it.
+    def run(self, args: CommonArguments, known: Mapping[str, Any]) -> None:
+        """Do the stages that `args.stage` names. `known`: task → what is known of it, as `choose_sources` takes it.
 
         Raises:
             SubspaceError: what a stage needs is not there, or does not fit; a training diverged.
         """
         quiet()
-        stages = STAGES if knobs.stage == "all" else (knobs.stage,)
-        names = [knobs.task] if {"train", "evaluate", "compare"} & set(stages) else []
-        names += [name for name in knobs.sources if "/" not in name] if "sources" in stages else []
-        tasks = {name: self.load_task(knobs, name) for name in tqdm(names, desc="reading tasks", unit="task")}
+        stages = STAGES if args.stage == "all" else (args.stage,)
+        names = [args.task] if {"train", "evaluate", "compare"} & set(stages) else []
+        names += [name for name in args.sources if "/" not in name] if "sources" in stages else []
+        tasks = {name: self.load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
         for stage in stages:
             if stage == "basis":
                 if PartialState().is_main_process:
-                    basis_stage(knobs)
+                    basis_stage(args)
                 PartialState().wait_for_everyone()
             elif stage == "sources":
-                self.sources(knobs, tasks)
+                self.sources(args, tasks)
             else:
-                getattr(self, stage)(knobs, tasks[knobs.task], known)
+                getattr(self, stage)(args, tasks[args.task], known)
 
-    def settings(self, knobs: Any, task: Task, *names: str) -> dict[str, Any]:
+    def settings(self, args: Any, task: Task, *names: str) -> dict[str, Any]:
         """What decides a run's result: where any of it is another one, so is the run."""
-        chosen = {name: getattr(knobs, name) for name in (*self.decisive, *names)}
+        chosen = {name: getattr(args, name) for name in (*self.decisive, *names)}
         return {"task": task.name, "data": task.fingerprint(), **chosen}
 
-    def methods(self, knobs: SubspaceKnobs, known: Mapping[str, Any], *, control: bool = False) -> list[Method]:
+    def methods(self, args: CommonArguments, known: Mapping[str, Any], *, control: bool = False) -> list[Method]:
         """The rows of the comparison, see `compared_methods`."""
-        return compared_methods(knobs, known, control=control, task_type=self.task_type, **self._where(knobs))
+        return compared_methods(args, known, control=control, task_type=self.task_type, **self._where(args))
 
-    def _where(self, knobs: SubspaceKnobs) -> dict[str, Any]:
+    def _where(self, args: CommonArguments) -> dict[str, Any]:
         saved = [self.head] if self.head is not None and self.task_type is None else None
-        return {"target_modules": knobs.target_modules, "layers": knobs.layers, "modules_to_save": saved}
+        return {"target_modules": args.target_modules, "layers": args.layers, "modules_to_save": saved}
 
-    def sources(self, knobs: SubspaceKnobs, tasks: Mapping[str, Task]) -> None:
+    def sources(self, args: CommonArguments, tasks: Mapping[str, Task]) -> None:
         """A stock LoRA adapter for each source task; adapters that exist are fetched, and checked."""
-        where = self._where(knobs)
+        where = self._where(args)
         lora = LoraConfig(
-            r=knobs.source_r,
-            lora_alpha=2 * knobs.source_r,
+            r=args.source_r,
+            lora_alpha=2 * args.source_r,
             task_type=self.task_type,
             target_modules=where["target_modules"],
             layers_to_transform=where["layers"] or None,
             modules_to_save=where["modules_to_save"],
         )
-        for name in tqdm(knobs.sources, desc="source adapters", unit="adapter"):
+        for name in tqdm(args.sources, desc="source adapters", unit="adapter"):
             if "/" in name:
-                if not same_model(base := open_source(name).base_model, knobs.model):
-                    raise SubspaceError(f"{name} was trained on {base}, not on {knobs.model}. Leave it out.")
+                if not same_model(base := open_source(name).base_model, args.model):
+                    raise SubspaceError(f"{name} was trained on {base}, not on {args.model}. Leave it out.")
                 continue
-            task, folder = tasks[name], Path(knobs.out, "sources", name)
-            chosen = self.settings(knobs, task, "source_examples", "source_epochs", "source_rate", "source_r", "seed")
+            task, folder = tasks[name], Path(args.out, "sources", name)
+            chosen = self.settings(args, task, "source_examples", "source_epochs", "source_rate", "source_r", "seed")
             if finished(folder, chosen) is None:
-                model = self.make_model(knobs, task, knobs.seed)
+                model = self.make_model(args, task, args.seed)
                 # a start of its own: with one random A for all, they would fake a common subspace
-                torch.manual_seed(zlib.crc32(f"{knobs.seed}/{name}".encode()))
+                torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
                 model = Method(name, lambda: LoraConfig(**lora.to_dict()), LORA_RATES).apply(model, self.head)
-                budget = {"rate": knobs.source_rate, "epochs": knobs.source_epochs, "examples": knobs.source_examples}
-                result = fit(self.make_trainer(knobs, model, task, seed=knobs.seed, **budget))
+                budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
+                result = fit(self.make_trainer(args, model, task, seed=args.seed, **budget))
                 _on_main(save_finished, model, folder, chosen, result)
 
-    def train(self, knobs: Any, task: Task, known: Mapping[str, Any]) -> None:
+    def train(self, args: Any, task: Task, known: Mapping[str, Any]) -> None:
         """Coefficients on the held-out task, saved by PEFT; an interrupted training goes on from its last
         checkpoint."""
-        folder = task_folder(knobs)
-        method = method_named(
-            self.methods(knobs, known), "mean only" if knobs.coefficients == "none" else "this basis"
-        )
-        chosen = self.settings(knobs, task, "rate", "epochs", "train_examples", "seed")
+        folder = task_folder(args)
+        method = method_named(self.methods(args, known), "mean only" if args.coefficients == "none" else "this basis")
+        chosen = self.settings(args, task, "rate", "epochs", "train_examples", "seed")
         chosen["method"] = method.identity()
         if finished(folder, chosen) is None:
-            model = method.apply(self.make_model(knobs, task, knobs.seed), self.head)
-            checkpoints = Path(knobs.out, "checkpoints", f"{folder.name}-{digest(chosen)[:12]}")
-            budget = {"rate": knobs.rate, "epochs": knobs.epochs, "examples": knobs.train_examples}
-            trainer = self.make_trainer(knobs, model, task, seed=knobs.seed, folder=checkpoints, **budget)
+            model = method.apply(self.make_model(args, task, args.seed), self.head)
+            checkpoints = Path(args.out, "checkpoints", f"{folder.name}-{digest(chosen)[:12]}")
+            budget = {"rate": args.rate, "epochs": args.epochs, "examples": args.train_examples}
+            trainer = self.make_trainer(args, model, task, seed=args.seed, folder=checkpoints, **budget)
             trainer.add_callback(SubspaceCardCallback())
             result = check_converged(folder, fit(trainer, last_checkpoint(checkpoints)))
-            tested = self.test(knobs, model, task)
+            tested = self.test(args, model, task)
             _note_tests(model, tested["metrics"])
             _on_main(save_finished, model, folder, chosen, result | {key: tested[key] for key in ("test", "metrics")})
             _on_main(shutil.rmtree, checkpoints)
         print(f"The task is in {folder}.")
 
-    def evaluate(self, knobs: SubspaceKnobs, task: Task, known: Mapping[str, Any]) -> None:
+    def evaluate(self, args: CommonArguments, task: Task, known: Mapping[str, Any]) -> None:
         """The saved task, loaded in the plain way, on the test splits."""
-        folder = task_folder(knobs)
+        folder = task_folder(args)
         if not (folder / "adapter_config.json").is_file():
             raise SubspaceError(
                 f"No saved task in {folder}: run --stage train first, with the same --out and --coefficients."
             )
-        model = PeftModel.from_pretrained(self.make_model(knobs, task, knobs.seed), str(folder))
-        tested = self.test(knobs, model, task)
+        model = PeftModel.from_pretrained(self.make_model(args, task, args.seed), str(folder))
+        tested = self.test(args, model, task)
         del tested["test"]
         metrics = json.dumps(tested.pop("metrics"), indent=1)
         _on_main(write_text_aside, folder / "metrics.json", metrics + "\n")
         lines = [f"{folder}: {json.dumps(json.loads(metrics))}", *(f"{key}:\n{tested[key]}" for key in tested)]
         _on_main(print, "\n".join(lines))
 
-    def compare(self, knobs: Any, task: Task, known: Mapping[str, Any]) -> None:
+    def compare(self, args: Any, task: Task, known: Mapping[str, Any]) -> None:
         """Every method under one budget → results.json, table.md and curves.png, and a table in the trained task's
         card."""
-        rows = self.methods(knobs, known, control=knobs.coefficients != "none")
+        rows = self.methods(args, known, control=args.coefficients != "none")
         # a basis that does not fit the model is refused here, before the first run
-        rows[-1].apply(self.make_model(knobs, task, 0), self.head)
+        rows[-1].apply(self.make_model(args, task, 0), self.head)
 
         def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
-            model = method.apply(self.make_model(knobs, task, seed), self.head)
-            sizes, budget = measure(model), {"epochs": knobs.epochs, "examples": knobs.train_examples, "rate": rate}
+            model = method.apply(self.make_model(args, task, seed), self.head)
+            sizes, budget = measure(model), {"epochs": args.epochs, "examples": args.train_examples, "rate": rate}
             budget |= {} if rate is not None else {"epochs": 0, "examples": 1, "rate": 0.0}
-            result = fit(self.make_trainer(knobs, model, task, seed=seed, **budget))
+            result = fit(self.make_trainer(args, model, task, seed=seed, **budget))
             # rates are chosen on the validation split: the sweep's runs never see the test split
             tested: dict[str, Any] = {"test": None, "metrics": None}
-            if seed in knobs.seeds:
-                tested |= self.test(knobs, model, task)
+            if seed in args.seeds:
+                tested |= self.test(args, model, task)
             return {**sizes, **result, "test": tested["test"], "metrics": tested["metrics"]}
 
-        chosen = self.settings(knobs, task, "epochs", "train_examples") | {"score": task.score_name}
-        results = compare(rows, run, seeds=knobs.seeds, cells=Cells(Path(knobs.out, "cells"), chosen))
+        chosen = self.settings(args, task, "epochs", "train_examples") | {"score": task.score_name}
+        results = compare(rows, run, seeds=args.seeds, cache=RunCache(Path(args.out, "cells"), chosen))
         title = (
-            f"{task.name}: {task.score_name} on {len(task.splits['test'])} test examples, {knobs.epochs:g} epochs of "
-            f"{knobs.train_examples or 'all'} training examples, {Path(knobs.model).name}"
+            f"{task.name}: {task.score_name} on {len(task.splits['test'])} test examples, {args.epochs:g} epochs of "
+            f"{args.train_examples or 'all'} training examples, {Path(args.model).name}"
         )
-        folder = Path(knobs.out, "compare", Path(task.name).name)
+        folder = Path(args.out, "compare", Path(task.name).name)
         score = f"validation {task.validation_name}"
         _on_main(lambda: publish(results, folder, title=title, settings=chosen, score=score))
-        _on_main(put_beside_controls, task_folder(knobs), folder, chosen)
+        _on_main(put_beside_controls, task_folder(args), folder, chosen)
 
 
 def _note_tests(model: nn.Module, metrics: Mapping[str, Any]) -> None:

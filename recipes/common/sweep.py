@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from subspace_peft.errors import SubspaceError
 
 from .methods import Method
-from .run_cache import Cells, plain
+from .run_cache import RunCache, plain
 
 RUN_KEYS = ("validation", "test", "trained_adapter", "trained_head", "bytes", "seconds", "curve")
 SWEEP_SEED = 0
@@ -26,7 +26,7 @@ def compare(
     run: Run,
     *,
     seeds: Sequence[int] = (1, 2, 3),
-    cells: Cells,
+    cache: RunCache,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train every method under one budget and report its test score over `seeds`.
@@ -44,7 +44,7 @@ def compare(
             anything else that JSON holds is kept beside them. ``test`` and ``metrics`` may be None where `seed` is not
             reported.
         seeds: report seeds.
-        cells: where finished runs are kept, and found again after an interruption.
+        cache: where finished runs are kept, and found again after an interruption.
         progress: show a bar.
 
     Returns:
@@ -66,13 +66,13 @@ def compare(
         raise SubspaceError(f"seeds={list(seeds)}: give at least one, each once.")
     total = sum(len(method.rates) + len(seeds) if method.rates else 1 for method in methods)
     with tqdm(total=total, desc="comparing", unit="run", disable=not progress) as bar:
-        return [_row(method, run, seeds, cells, bar) for method in methods]
+        return [_row(method, run, seeds, cache, bar) for method in methods]
 
 
-def _row(method: Method, run: Run, seeds: Sequence[int], cells: Cells, bar: Any) -> dict[str, Any]:
-    def cell(rate: float | None, seed: int, *, tested: bool = True) -> dict[str, Any]:
+def _row(method: Method, run: Run, seeds: Sequence[int], cache: RunCache, bar: Any) -> dict[str, Any]:
+    def finished(rate: float | None, seed: int, *, tested: bool = True) -> dict[str, Any]:
         bar.set_postfix_str(f"{method.name}, {'untrained' if rate is None else f'rate {rate:g}'}, seed {seed}")
-        result = cells.read(method, rate, seed)
+        result = cache.read(method, rate, seed)
         # a sweep's run may have left the test out, and its seed be reported now
         if result is None or not _complete(result) or (tested and _left_out(result)):
             fresh = run(method, rate, seed)
@@ -80,7 +80,7 @@ def _row(method: Method, run: Run, seeds: Sequence[int], cells: Cells, bar: Any)
                 raise SubspaceError(
                     f"The run of {method.name!r} returned no {', '.join(missing)}; it has to return all of {RUN_KEYS}."
                 )
-            result = cells.write(method, rate, seed, fresh)
+            result = cache.write(method, rate, seed, fresh)
         bar.update()
         return result
 
@@ -89,17 +89,17 @@ def _row(method: Method, run: Run, seeds: Sequence[int], cells: Cells, bar: Any)
         bar.refresh()
 
     if not method.rates:
-        return _summary(method, None, False, {}, list(seeds)[:1], [cell(None, seeds[0])])
-    tried = _sweep(method.rates, lambda rate: cell(rate, SWEEP_SEED, tested=False), widened)
+        return _summary(method, None, False, {}, list(seeds)[:1], [finished(None, seeds[0])])
+    tried = _sweep(method.rates, lambda rate: finished(rate, SWEEP_SEED, tested=False), widened)
     rate = _best(tried)
     at_edge = rate in (min(tried), max(tried))
-    return _summary(method, rate, at_edge, tried, list(seeds), [cell(rate, seed) for seed in seeds])
+    return _summary(method, rate, at_edge, tried, list(seeds), [finished(rate, seed) for seed in seeds])
 
 
 def _sweep(
-    rates: Sequence[float], cell: Callable[[float], dict[str, Any]], widened: Callable[[], None]
+    rates: Sequence[float], run: Callable[[float], dict[str, Any]], widened: Callable[[], None]
 ) -> dict[float, dict[str, Any]]:
-    tried = {rate: cell(rate) for rate in rates}
+    tried = {rate: run(rate) for rate in rates}
     for _ in range(WIDENINGS if len(rates) > 1 else 0):
         ordered, best = sorted(tried), _best(tried)
         if best == ordered[0]:
@@ -111,7 +111,7 @@ def _sweep(
         widened()
         # rounded, so that the same sweep names the same rates on every machine
         further = float(f"{further:.6g}")
-        tried[further] = cell(further)
+        tried[further] = run(further)
     return tried
 
 

@@ -27,9 +27,9 @@ def load_recipe(name: str) -> ModuleType:
     return module
 
 
-def typed(knobs: dict[str, Any], *more: str) -> list[str]:
+def typed(given: dict[str, Any], *more: str) -> list[str]:
     """Arguments as they are typed, two seeds among them."""
-    return [*(str(part) for name, value in knobs.items() for part in (f"--{name}", value)), "--seeds", "1", "2", *more]
+    return [*(str(part) for name, value in given.items() for part in (f"--{name}", value)), "--seeds", "1", "2", *more]
 
 
 @pytest.fixture

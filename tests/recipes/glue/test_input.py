@@ -30,18 +30,18 @@ def test_all_nine_tasks_columns(name, recipe, world, tmp_path, monkeypatch):
     hub = DatasetDict({"train": split(60, 0), **{f"validation{s}": split(20, i) for i, s in enumerate(suffixes, 1)}})
     asked = []
     monkeypatch.setattr(recipe.datasets, "load_dataset", lambda *what: asked.append(what) or hub)
-    knobs = recipe.Knobs(
+    given = recipe.Arguments(
         task=name, model=str(world / "model"), pooling="mean", validation_examples=16, batch=16, warmup=0.0
     )
-    task = recipe.load_task(knobs, name)
+    task = recipe.load_task(given, name)
     assert asked == [("nyu-mll/glue", name)]
     sizes = {split: len(rows) for split, rows in task.splits.items()}
     tests = {"test": 20, "test_mismatched": 20} if name == "mnli" else {"test": 20}
     assert sizes == {"train": 44, "validation": 16, **tests}
-    model = recipe.make_model(knobs, task.classes, 0)
+    model = recipe.make_model(given, task.classes, 0)
     assert model.num_labels == (classes or 1)
-    knobs.out = str(tmp_path)
-    trainer = recipe.make_trainer(knobs, model, task, rate=1e-3, epochs=1)
+    given.out = str(tmp_path)
+    trainer = recipe.make_trainer(given, model, task, rate=1e-3, epochs=1)
     result = recipe.shared.fit(trainer) | task.test(trainer)
     score = {"cola": "matthews_correlation", "stsb": "pearson"}.get(name, "accuracy")
     assert set(result["metrics"]) == set(tests)
@@ -105,7 +105,7 @@ def test_presets_and_what_wins(recipe, monkeypatch):
     recipe.main(["--preset", "eigenlora", "--epochs", "3", "--dry-run"])
     assert seen[-1].epochs == 3 and seen[-1].coefficients == "factor"
     for preset in recipe.PRESETS.values():
-        assert set(preset) <= set(vars(recipe.Knobs()))
+        assert set(preset) <= set(vars(recipe.Arguments()))
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_another_budget_is_done_again(recipe, world, done, trained):
     assert len(trained) == 2
 
 
-def test_only_missing_cells_are_run(recipe, world, done, trained):
+def test_only_missing_runs_are_done(recipe, world, done, trained):
     next((done / "cells").glob("vera-*-seed1-*.json")).unlink()
     recipe.main(tiny(world, done, "--stage", "compare"))
     assert len(trained) == 1

@@ -53,7 +53,7 @@ def test_a_yaml_file_and_presets(recipe, world, dry, no_network, tmp_path):
     file.write_text(f"model: {world / 'model'}\ndata_dir: {world}\ntask: kept\nbasis_k: 3\nlayers: [1]\n")
     assert "this basis: 18 = 72 bytes" in dry(str(file))
     for preset in recipe.PRESETS.values():
-        assert set(preset) <= set(vars(recipe.Knobs()))
+        assert set(preset) <= set(vars(recipe.Arguments()))
 
 
 # -- Hub sets --------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def hub_set(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, column: str = "
 @pytest.mark.parametrize("column", ["img", "image"])
 def test_a_hub_set_is_split_into_disjoint_classes(recipe, monkeypatch, column):
     names = hub_set(recipe, monkeypatch, column, train=40, test=40)
-    args = recipe.Knobs(class_groups=2, validation_examples=4, image_column=column)
+    args = recipe.Arguments(class_groups=2, validation_examples=4, image_column=column)
     (one, first), (two, second) = (recipe.read_task(args, name) for name in ("group0", "group1"))
     assert sorted(first + second) == names
     assert not set(first) & set(second)
@@ -94,12 +94,12 @@ def test_a_hub_set_is_split_into_disjoint_classes(recipe, monkeypatch, column):
 
 def test_a_hub_sets_own_validation_split_is_its_test_where_it_has_no_other(recipe, monkeypatch):
     hub_set(recipe, monkeypatch, train=40, validation=20)
-    splits, _ = recipe.read_task(recipe.Knobs(class_groups=2, validation_examples=4), "group0")
+    splits, _ = recipe.read_task(recipe.Arguments(class_groups=2, validation_examples=4), "group0")
     assert [len(splits[name]) for name in ("train", "validation", "test")] == [16, 4, 10]
 
 
 @pytest.mark.parametrize(
-    ("knobs", "splits", "says"),
+    ("given", "splits", "says"),
     [
         ({"image_column": "picture"}, ["train", "test"], "no column 'picture'; there are img, fine_label, label"),
         ({"label_column": "label"}, ["train", "test"], "'label' has no class names"),
@@ -107,9 +107,9 @@ def test_a_hub_sets_own_validation_split_is_its_test_where_it_has_no_other(recip
         ({"class_groups": 2}, ["train"], "no split validation; it has train"),
     ],
 )
-def test_hub_sets_that_do_not_fit_are_refused(recipe, monkeypatch, knobs, splits, says):
+def test_hub_sets_that_do_not_fit_are_refused(recipe, monkeypatch, given, splits, says):
     hub_set(recipe, monkeypatch, **dict.fromkeys(splits, 20))
-    args = recipe.Knobs(**knobs)
+    args = recipe.Arguments(**given)
     with pytest.raises(SubspaceError, match=says):
         recipe.read_task(args, f"group{args.class_groups - 1}")
 

@@ -43,7 +43,7 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     assert rows["head only"]["test"] > 0.6
 
 
-def test_a_second_call_trains_nothing_and_a_changed_knob_only_what_it_touches(recipe, world, done, trained):
+def test_a_second_call_trains_nothing_and_a_changed_argument_only_what_it_touches(recipe, world, done, trained):
     recipe.main(tiny(world, done))
     assert not trained
     recipe.main(tiny(world, done, "--stage", "train", "--epochs", "1"))
@@ -76,7 +76,7 @@ def test_other_encoders_fit_too(recipe, world, tmp_path, pooling):
 
 
 def test_no_backward_reaches_the_layers_below_the_adapters(recipe, world, done):
-    args = recipe.shared.parse_knobs(recipe.Knobs, recipe.PRESETS, tiny(world, done, "--layers", "1"))
+    args = recipe.shared.parse_arguments(recipe.Arguments, recipe.PRESETS, tiny(world, done, "--layers", "1"))
     args.target_modules = ["q_proj", "v_proj"]
     model = recipe.RECIPE.methods(args, recipe.known_tasks(args))[-1].apply(recipe.make_model(args, 2, 0), recipe.HEAD)
     seen = []
@@ -94,7 +94,7 @@ def _first(output: Any) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["vit", "dino"])
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_the_head_sees_the_last_norms_output(recipe, world, kind, pooling):
-    args = recipe.Knobs(model=str(world / ("model" if kind == "vit" else kind)), pooling=pooling)
+    args = recipe.Arguments(model=str(world / ("model" if kind == "vit" else kind)), pooling=pooling)
     model = recipe.make_model(args, 3, seed=0).eval()
     images = torch.randn(2, 3, 16, 16)
     encoder = {"vit": ViTModel, "dino": Dinov2Model}[kind].from_pretrained(args.model).eval()
@@ -107,9 +107,9 @@ def test_the_head_sees_the_last_norms_output(recipe, world, kind, pooling):
 
 def test_older_names_of_the_attention_are_found_too(recipe):
     old = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("query", "key", "value")})
-    assert recipe.find_targets(recipe.Knobs(), old) == ["query", "value"]
+    assert recipe.find_targets(recipe.Arguments(), old) == ["query", "value"]
     with pytest.raises(SubspaceError, match="name --target_modules of w_k, w_q"):
-        recipe.find_targets(recipe.Knobs(), torch.nn.ModuleDict({f"w_{n}": torch.nn.Linear(2, 2) for n in "qk"}))
+        recipe.find_targets(recipe.Arguments(), torch.nn.ModuleDict({f"w_{n}": torch.nn.Linear(2, 2) for n in "qk"}))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_images_of_other_kinds_become_rgb(recipe, pixels, expected):
 
 
 def test_training_images_alone_are_flipped(recipe, world):
-    args = recipe.shared.parse_knobs(recipe.Knobs, recipe.PRESETS, tiny(world, world, "--flip", "True"))
+    args = recipe.shared.parse_arguments(recipe.Arguments, recipe.PRESETS, tiny(world, world, "--flip", "True"))
     task = recipe.load_task(args, "kept")
     torch.manual_seed(0)
     seen = {split: torch.stack([task.splits[split][0]["pixel_values"] for _ in range(20)]) for split in task.splits}

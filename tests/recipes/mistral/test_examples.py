@@ -84,7 +84,7 @@ def test_training_pads_on_the_right_and_asks_for_logits_only_before_answers() ->
 
 
 def test_generation_pads_on_the_left_and_so_answers_as_alone(folder: Path) -> None:
-    args = recipe.Knobs(model=str(folder / "model"), new_tokens=4)
+    args = recipe.Arguments(model=str(folder / "model"), new_tokens=4)
     model, tokenizer = make_model().eval(), recipe.tokenizer_of(args.model)
     prompts = [shared.prompt_ids(tokenizer, "Say two.", text) for text in ("red", "red cat dog bird", "sad river")]
     model.forward, seen, inner = None, [], model.forward  # type: ignore[assignment]
@@ -97,7 +97,7 @@ def test_generation_pads_on_the_left_and_so_answers_as_alone(folder: Path) -> No
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packing_has_the_losses_of_separate_rows(folder: Path, checkpointing: bool) -> None:
-    args = recipe.Knobs(model=str(folder / "model"), packing=True)
+    args = recipe.Arguments(model=str(folder / "model"), packing=True)
     model, tokenizer = recipe.make_model(args, None, 0), recipe.tokenizer_of(args.model)
     if checkpointing:
         model.enable_input_require_grads()

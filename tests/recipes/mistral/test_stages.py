@@ -100,7 +100,7 @@ def test_a_base_in_4_bits_is_trained_in_and_evaluated_alone(folder: Path, tmp_pa
     # loaded in the plain way, the saved task answers as the trained one did
     record = json.loads((saved / "recipe.json").read_text())["result"]
     assert json.loads((saved / "metrics.json").read_text()) == record["metrics"]
-    args = recipe.Knobs(
+    args = recipe.Arguments(
         model=str(folder / "wide"),
         data_dir=str(folder),
         task=HELD_OUT,

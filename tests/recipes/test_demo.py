@@ -26,7 +26,7 @@ from subspace_peft import SubspaceBasis
 from subspace_peft.errors import BadFileError, SubspaceError
 
 # real packages are fetched once for all runs of the tests, not once per test
-REAL_CACHE = Path(__file__).parent.parent / ".cache" / "subspace_peft"
+REAL_CACHE = Path(__file__).parents[2] / ".cache" / "subspace_peft"
 
 
 def zipped(file: Path, members: dict[str, str]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import Cells, Method, compare
+from common import Method, RunCache, compare
 
 
 def result(score: float, **more: Any) -> dict[str, Any]:
@@ -36,4 +36,4 @@ def head_only(*rates: float) -> Method:
 
 
 def run_one(method: Method, runs: Runs, folder: Path, **more: Any) -> dict[str, Any]:
-    return compare([method], runs, cells=Cells(folder, {"task": "t"}), progress=False, **more)[0]
+    return compare([method], runs, cache=RunCache(folder, {"task": "t"}), progress=False, **more)[0]

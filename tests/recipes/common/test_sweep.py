@@ -1,4 +1,4 @@
-"""Sweeps that widen, cells that resume."""
+"""Sweeps that widen, runs that resume."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import common as shared
 import pytest
-from common import Cells, Method, compare
+from common import Method, RunCache, compare
 
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.errors import SubspaceError
 
-from ..conftest import bert
+from ...conftest import bert
 from .conftest import Runs, head_only, result, run_one
 
 
@@ -52,7 +52,7 @@ def test_the_test_score_chooses_nothing(tmp_path):
     def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
         return result(1.0 if rate == 1e-2 else 0.5, test=0.1 if rate == 1e-2 else 0.9)
 
-    row = compare([head_only(1e-3, 1e-2, 1e-1)], run, cells=Cells(tmp_path, {}), progress=False)[0]
+    row = compare([head_only(1e-3, 1e-2, 1e-1)], run, cache=RunCache(tmp_path, {}), progress=False)[0]
     assert row["rate"] == 1e-2 and row["test"] == pytest.approx(0.1)
 
 
@@ -81,7 +81,7 @@ def test_diverged_runs_lose_are_kept_and_are_reported(tmp_path):
     def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
         return result(0.5, test=math.nan if seed == 2 else 0.4)
 
-    row = compare([head_only(1e-2)], run, cells=Cells(tmp_path, {"task": "other"}), progress=False)[0]
+    row = compare([head_only(1e-2)], run, cache=RunCache(tmp_path, {"task": "other"}), progress=False)[0]
     assert row["diverged"] == 1 and row["tests"] == [0.4, None, 0.4]
     assert row["test"] is None and row["test_sd"] is None
     assert "diverged in 1 of 3 (others: 0.400, 0.400)" in shared.markdown_table([row])
@@ -118,7 +118,7 @@ def test_mean_and_spread(tmp_path):
 def test_bad_comparisons_are_refused(methods, more, says, tmp_path):
     runs = Runs(lambda rate: 0.5)
     with pytest.raises(SubspaceError, match=says):
-        compare(methods, runs, cells=Cells(tmp_path, {}), progress=False, **more)
+        compare(methods, runs, cache=RunCache(tmp_path, {}), progress=False, **more)
     assert runs.calls == []
 
 
@@ -138,12 +138,12 @@ def test_a_run_that_lacks_a_key_is_refused(tmp_path):
         compare(
             [head_only(1e-2)],
             lambda *_: {k: v for k, v in result(0.5).items() if k not in ("test", "curve")},
-            cells=Cells(tmp_path, {}),
+            cache=RunCache(tmp_path, {}),
             progress=False,
         )
 
 
-# -- cells ------------------------------------------------------------------------------------------------------------
+# -- finished runs ----------------------------------------------------------------------------------------------------
 
 
 def test_an_interrupted_comparison_resumes(tmp_path):
@@ -177,7 +177,7 @@ DAMAGES = {
 def test_a_damaged_cell_is_run_again(damage, tmp_path, caplog):
     runs = Runs(lambda rate: 0.5)
     row = run_one(head_only(1e-2), runs, tmp_path)
-    file = Cells(tmp_path, {"task": "t"}).file(head_only(1e-2), 1e-2, 0)
+    file = RunCache(tmp_path, {"task": "t"}).file(head_only(1e-2), 1e-2, 0)
     change = DAMAGES[damage]
     file.write_bytes(b"\xff\xfe{" if change is None else change(file.read_text()).encode())
     runs.calls.clear()
@@ -199,18 +199,18 @@ def test_another_setting_seed_rate_or_basis_is_another_cell(bases, tmp_path):
         }
         return shared.method_named(shared.methods(**given), "this basis")
 
-    cells, method = Cells(tmp_path, {"task": "t"}), rows(bases[bert])
+    cache, method = RunCache(tmp_path, {"task": "t"}), rows(bases[bert])
     files = [
-        cells.file(method, 1e-2, 0),
-        cells.file(method, 2e-2, 0),
-        cells.file(method, 1e-2, 1),
-        Cells(tmp_path, {"task": "u"}).file(method, 1e-2, 0),
-        cells.file(rows(random), 1e-2, 0),
-        cells.file(rows(bases[bert], k=3), 1e-2, 0),
-        cells.file(rows(bases[bert], coefficients="factor"), 1e-2, 0),
-        cells.file(rows(bases[bert], layers=[1]), 1e-2, 0),
+        cache.file(method, 1e-2, 0),
+        cache.file(method, 2e-2, 0),
+        cache.file(method, 1e-2, 1),
+        RunCache(tmp_path, {"task": "u"}).file(method, 1e-2, 0),
+        cache.file(rows(random), 1e-2, 0),
+        cache.file(rows(bases[bert], k=3), 1e-2, 0),
+        cache.file(rows(bases[bert], coefficients="factor"), 1e-2, 0),
+        cache.file(rows(bases[bert], layers=[1]), 1e-2, 0),
     ]
     assert len(set(files)) == len(files)
     moved = bases[bert].save_pretrained(tmp_path / "elsewhere")
-    assert cells.file(rows(SubspaceBasis.from_pretrained(moved)), 1e-2, 0) == files[0]
-    assert cells.file(dataclasses.replace(method, rates=(1.0, 2.0)), 1e-2, 0) == files[0]
+    assert cache.file(rows(SubspaceBasis.from_pretrained(moved)), 1e-2, 0) == files[0]
+    assert cache.file(dataclasses.replace(method, rates=(1.0, 2.0)), 1e-2, 0) == files[0]

@@ -8,12 +8,12 @@ from typing import Any
 import common as shared
 import pytest
 import torch
-from common import Cells, Method, compare
+from common import Method, RunCache, compare
 
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.errors import SubspaceError
 
-from ..conftest import bert
+from ...conftest import bert
 from .conftest import Runs, head_only
 
 
@@ -87,7 +87,7 @@ def test_planned_modules_have_to_exist():
 def test_table_json_and_curves(tmp_path):
     runs = Runs(lambda rate: 0.4 if rate is None else 1.0 - abs(rate - 1e-2))
     rows = [Method("base model", None, ()), head_only(1e-2, 1e-1)]
-    results = compare(rows, runs, seeds=(1, 2), cells=Cells(tmp_path / "cells", {}), progress=False)
+    results = compare(rows, runs, seeds=(1, 2), cache=RunCache(tmp_path / "cells", {}), progress=False)
     text = shared.write_results(results, tmp_path / "out", title="A title", settings={"epochs": 4})
     assert (tmp_path / "out" / "table.md").read_text() == text
     lines = text.splitlines()

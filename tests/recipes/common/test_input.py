@@ -1,4 +1,4 @@
-"""What recipes are told: knobs and data."""
+"""The input of recipes: arguments and data."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from datasets import Dataset
 
 from subspace_peft.errors import SubspaceError
 
-# -- knobs ------------------------------------------------------------------------------------------------------------
+# -- arguments --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class Knobs(shared.SubspaceKnobs):
-    rate: float = shared.knob(1.0, "a rate")
-    layers: list[int] = shared.knob((), "layers")  # noqa: RUF009
+class Arguments(shared.CommonArguments):
+    rate: float = shared.argument(1.0, "a rate")
+    layers: list[int] = shared.argument((), "layers")  # noqa: RUF009
 
 
 PRESETS = {"none": {}, "fast": {"rate": 2.0, "layers": [1, 2], "r": {"rte": 3}}, "bad": {"speed": 1}}
 
 
-def parse(*arguments: str) -> Knobs:
-    return shared.parse_knobs(Knobs, PRESETS, list(arguments))
+def parse(*arguments: str) -> Arguments:
+    return shared.parse_arguments(Arguments, PRESETS, list(arguments))
 
 
 def test_what_is_typed_wins_over_yaml_over_preset_over_default(tmp_path):
-    file = tmp_path / "knobs.yaml"
+    file = tmp_path / "arguments.yaml"
     file.write_text("preset: fast\nrate: 1e-3\nsources: [a, b/c]\ndry_run: true\nk: null\n")
     assert (parse().rate, parse().layers, parse().seeds) == (1.0, [], [1, 2, 3])
     assert parse("--preset", "fast").rate == 2.0 and parse("--preset", "fast", "--rate", "1").rate == 1.0
@@ -47,7 +47,7 @@ def test_a_preset_may_have_a_value_per_task():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("speed: 1", "speed, which is no knob"),
+        ("speed: 1", "speed, which is no argument"),
         ("[1]", "mapping"),
         ("rate: {a: 1}", "one value"),
         ("a: [", "read as YAML"),
