@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
-from common.metrics import load, load_metric
+from common import metrics
+from common.metrics import load_metric
 from rouge_score import rouge_scorer, scoring
 
 from subspace_peft.errors import SubspaceError
@@ -140,7 +141,7 @@ def test_unknown_metrics_and_tasks_are_refused():
 
 @pytest.mark.parametrize(
     ("package", "name", "config"),
-    [("sklearn.metrics", "glue", "mrpc"), ("scipy.stats", "glue", "stsb"), ("rouge_score", "rouge", None)],
+    [("sklearn.metrics", "glue", "mrpc"), ("scipy.stats", "glue", "stsb"), ("rouge_score.rouge_scorer", "rouge", None)],
 )
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, package, name, config):
     monkeypatch.setitem(sys.modules, package, None)
@@ -159,7 +160,7 @@ def test_accuracy_takes_what_the_published_one_takes():
     rows, near = [[0, 1], [1, 1], [0, 0]], [[0, 1], [1, 0], [0, 0]]
     found = load_metric("accuracy", "multilabel").compute(predictions=near, references=rows)
     assert found == {"accuracy": pytest.approx(sklearn.metrics.accuracy_score(np.array(rows), np.array(near)))}
-    with pytest.raises(SubspaceError, match="2 weights for 3 predictions"):
+    with pytest.raises(ValueError, match=r"\[3, 3, 2\]"):
         load_metric("accuracy").compute(predictions=[1, 1, 0], references=[1, 0, 0], sample_weight=[1.0, 1.0])
 
 
@@ -196,9 +197,9 @@ def test_texts_combine_too():
 @pytest.fixture
 def online(monkeypatch):
     """As if the Hub answered and nothing asked for offline mode."""
-    for name in load.OFFLINE:
+    for name in metrics.OFFLINE:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(load, "_answers", lambda endpoint: True)
+    monkeypatch.setattr(metrics, "_answers", lambda endpoint: True)
 
 
 def test_the_published_metric_comes_first_where_the_hub_is_in_reach(online, monkeypatch, caplog):
@@ -212,7 +213,7 @@ def test_the_published_metric_comes_first_where_the_hub_is_in_reach(online, monk
         raise ConnectionError("no network")
 
     monkeypatch.setattr(evaluate, "load", gone)
-    with caplog.at_level(logging.INFO, logger="subspace_peft"):
+    with caplog.at_level(logging.INFO, logger="common"):
         assert load_metric("glue", "rte").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
     assert [record.getMessage() for record in caplog.records] == [
         "glue: the twin that comes with subspace_peft, not evaluate.load's (no network)."
@@ -222,15 +223,15 @@ def test_the_published_metric_comes_first_where_the_hub_is_in_reach(online, monk
     assert isinstance(caught.value.__cause__, ConnectionError)
 
 
-@pytest.mark.parametrize("variable", load.OFFLINE)
-def test_offline_mode_asks_nobody_even_beside_a_folder_of_the_metrics_name(
+@pytest.mark.parametrize("variable", metrics.OFFLINE)
+def test_offline_mode_asks_no_server_even_beside_a_folder_of_the_metrics_name(
     online, monkeypatch, caplog, tmp_path, variable
 ):
     monkeypatch.setenv(variable, "1")
     monkeypatch.setattr(evaluate, "load", lambda name, config: pytest.fail("asked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "glue").mkdir()
-    with caplog.at_level(logging.INFO, logger="subspace_peft"):
+    with caplog.at_level(logging.INFO, logger="common"):
         assert load_metric("glue", "rte").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
     assert len(caplog.records) == 1 and "offline mode" in caplog.text
 
@@ -251,19 +252,18 @@ def test_a_hub_that_accepts_and_never_answers_is_not_waited_for():
 
         threading.Thread(target=hold, daemon=True).start()
         code = (
-            "import time, common.metrics.load as it\n"
-            "import evaluate, requests\n"
+            "import time, common.metrics as it\n"
             "it.PATIENCE = 1.0\n"
             "start = time.monotonic()\n"
             "made = [type(it.load_metric('glue', 'rte')).__module__ for _ in range(3)]\n"
             "print(made[0], time.monotonic() - start < 5)\n"
         )
-        environment = {key: value for key, value in os.environ.items() if key not in load.OFFLINE}
+        environment = {key: value for key, value in os.environ.items() if key not in metrics.OFFLINE}
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "NO_PROXY": "127.0.0.1"}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )
-        assert done.stdout.split() == ["common.metrics.glue", "True"], done.stderr
+        assert done.stdout.split() == ["common.metrics", "True"], done.stderr
         assert held, "the endpoint was not asked at all"
         for connection in held:
             connection.close()
