@@ -43,7 +43,8 @@ from timing import write
 from tqdm.auto import tqdm
 
 from subspace_peft import build_basis
-from subspace_peft.builders.streaming import PROBE_PASSES, PROBES, width_of
+from subspace_peft.builders.spectral_bound import PROBE_PASSES, PROBES
+from subspace_peft.builders.streaming import width_of
 
 SHAPES = {"q_proj": (4096, 4096), "v_proj": (1024, 4096)}
 ALL_LAYERS = 32
@@ -171,9 +172,9 @@ def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any
                     pass
         return spent(wall, cpu, start)
     if title.endswith("exact throughout"):
-        from subspace_peft.builders import memory as memory_plan
+        from subspace_peft.builders import module_plan
 
-        memory_plan.EXACT_COLUMNS = memory_plan.EXACT_NUMBERS = 1 << 40
+        module_plan.EXACT_COLUMNS = module_plan.EXACT_NUMBERS = 1 << 40
         memory = "1TB"
     basis = build_basis([str(folder) for folder in folders], k=k, max_memory=memory, progress=False)
     facts = spent(wall, cpu, start)

@@ -17,8 +17,7 @@ from accelerate import PartialState
 
 from subspace_peft import build_basis, build_clusters
 from subspace_peft.builders import build as building
-from subspace_peft.builders import fleet, rebuild_basis
-from subspace_peft.builders import memory as memory_plan
+from subspace_peft.builders import fleet, module_plan, rebuild_basis
 
 RANK = int(os.environ["RANK"])
 ARGUMENTS: dict[str, Any] = {"k": 4, "directions": 2, "progress": False}
@@ -63,7 +62,7 @@ def run(scenario: str, out: Path, sources: list[str]) -> dict[str, Any]:
     built, scanned = counted()
     given: dict[str, Any] = dict(ARGUMENTS)
     if scenario == "streamed":
-        memory_plan.EXACT_COLUMNS = 8
+        module_plan.EXACT_COLUMNS = 8
     if scenario in ("two machines", "other files"):
         # no disk in common: each has its own folder of this name
         uuid.getnode = lambda: RANK

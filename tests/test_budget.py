@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import subspace_peft.builders.budget as budget_module
-import subspace_peft.builders.memory as memory_plan
+import subspace_peft.builders.module_plan as module_plan
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis
 from subspace_peft.builders import plan_build, rebuild_basis
 from subspace_peft.builders.budget import even, held, largest, spread
@@ -48,7 +48,7 @@ def shared(common: dict[str, tuple[int, int]], n=N, seed=0):
 @pytest.fixture(params=["exact", "streamed"])
 def numerics(request, monkeypatch):
     if request.param == "streamed":
-        monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 2)
+        monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 2)
     return request.param
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from subspace_peft import build_basis, build_clusters
-from subspace_peft.builders import memory as memory_plan
+from subspace_peft.builders import module_plan
 from subspace_peft.builders.distributed import ProcessGroup, disagreeing, packed, process_group, unpacked
-from subspace_peft.builders.share_modules import collect, divide
+from subspace_peft.builders.distributed_modules import collect, divide
 
 from .conftest import bert
 from .test_resume import contents
@@ -161,7 +161,7 @@ def test_a_script_divides_modules_and_files_and_goes_on(fleets, tmp_path, whole)
 @pytest.mark.slow
 def test_streamed_modules_too(fleets, tmp_path, monkeypatch):
     one, other = two("streamed", tmp_path, fleets[bert])
-    monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 8)
+    monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 8)
     alone = build_basis(fleets[bert], k=4, directions=2, progress=False)
     assert {each["numerics"] for each in alone.info["measured"]["certificates"].values()} == {"streamed"}
     assert one["fingerprint"] == other["fingerprint"] == alone.fingerprint

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
-from subspace_peft.builders.scan import Reader, gram, scan
+from subspace_peft.builders.reader import Reader
+from subspace_peft.builders.scan import scan
 from subspace_peft.builders.seed_groups import seed_groups
 from subspace_peft.errors import SourceError
 from subspace_peft.sources import open_source
+from subspace_peft.sources.factors import gram
 
 from .conftest import bert
 from .test_build import fleet
@@ -86,7 +88,7 @@ def test_a_group_is_held_whole_and_read_once(fleets, counted):
 
 @pytest.mark.parametrize("columns", [0, 1 << 20], ids=["streamed", "exact"])
 def test_a_build_reads_every_byte_twice(fleets, counted, monkeypatch, columns):
-    monkeypatch.setattr("subspace_peft.builders.memory.EXACT_COLUMNS", columns)
+    monkeypatch.setattr("subspace_peft.builders.module_plan.EXACT_COLUMNS", columns)
     build_basis(fleets[bert], k=2, progress=False)
     files = [Path(folder) / "adapter_model.safetensors" for folder in fleets[bert]]
     stored = sum(tensor.numel() * tensor.element_size() for file in files for tensor in load_file(file).values())

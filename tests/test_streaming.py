@@ -16,11 +16,19 @@ from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
-from subspace_peft.builders import memory as memory_plan
-from subspace_peft.builders import plan_build, rebuild_basis, streaming
+from subspace_peft.builders import (
+    memory,
+    module_plan,
+    module_stack,
+    plan_build,
+    rebuild_basis,
+    spectral_bound,
+    streaming,
+)
 from subspace_peft.builders.hosvd import exact, factor_pca
 from subspace_peft.builders.memory import parse_size
-from subspace_peft.builders.streaming import ModuleStack, compress
+from subspace_peft.builders.module_stack import ModuleStack
+from subspace_peft.builders.streaming import compress
 from subspace_peft.errors import SubspaceError
 from subspace_peft.sources.factors import Factors
 
@@ -60,8 +68,8 @@ def both(pairs, k, *, raw=False, width=None, bound=True):
 @pytest.fixture
 def streamed(monkeypatch):
     """Every stack counts as large, and is cut into pieces."""
-    monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 0)
-    monkeypatch.setattr(streaming, "PIECE", 1000)
+    monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 0)
+    monkeypatch.setattr(module_stack, "PIECE", 1000)
 
 
 # -- numerics -------------------------------------------------------------------------------------------------------
@@ -70,7 +78,7 @@ def streamed(monkeypatch):
 @pytest.mark.parametrize("ranks", [(8,), (4, 8, 2)])
 @pytest.mark.parametrize("raw", [False, True])
 def test_streamed_directions_hold_what_the_exact_ones_do(ranks, raw, monkeypatch):
-    monkeypatch.setattr(streaming, "PIECE", 210 * 30)
+    monkeypatch.setattr(module_stack, "PIECE", 210 * 30)
     whole, found = both(shared_fleet(ranks=ranks), 8, raw=raw)
     for ours, true in ((found.out, whole.out), (found.inner, whole.inner)):
         best, held = float(true.values[:8].sum()), float(ours.values[:8].sum())
@@ -104,14 +112,14 @@ def test_the_bound_is_tight_where_the_subspace_is_good_and_open_where_it_is_not(
     # a subspace that missed the leading direction: what is out there shows in the probe
     missing = whole.out.Q[:, 3:12]
     stack = ModuleStack(pairs.__getitem__, [8] * 60, (120, 90), [1.0] * 60, found.weights, 60.0)
-    out, _ = streaming._probe(stack, [missing, whole.inner.Q[:, :8]], None)
+    out, _ = spectral_bound.largest_missed(lambda X: streaming._apply(stack, X, None), [missing, whole.inner.Q[:, :8]])
     assert out / 60.0 >= float(whole.out.values[0])
 
 
 def test_bases_of_both_ways_keep_the_same_energy(streamed, monkeypatch):
     states = [{"q.lora_B.weight": B, "q.lora_A.weight": A} for B, A in shared_fleet(n=60)]
     found = build_basis(states, k=8, progress=False)
-    monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 1 << 20)
+    monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 1 << 20)
     true = build_basis(states, k=8, progress=False)
     updates = [d.double() for d in deltas([{k: v.double() for k, v in s.items()} for s in states], "q")]
     ours, best = kept(found, updates, "q"), kept(true, updates, "q")
@@ -132,12 +140,12 @@ def test_bases_of_both_ways_keep_the_same_energy(streamed, monkeypatch):
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.97])
 def test_a_share_of_energy_is_kept_however_many_directions_it_takes(streamed, monkeypatch, share):
-    monkeypatch.setattr(memory_plan, "GUESSED_K", 2)
+    monkeypatch.setattr(memory, "GUESSED_K", 2)
     states = [{"q.lora_B.weight": B, "q.lora_A.weight": A} for B, A in shared_fleet(n=30)]
     basis = build_basis(states, k=share, alternations=0, progress=False)
     updates = deltas([{k: v.double() for k, v in s.items()} for s in states], "q")
     assert kept(basis, updates, "q") >= share - 1e-5
-    monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 1 << 20)
+    monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 1 << 20)
     assert abs(build_basis(states, k=share, alternations=0, progress=False)["q"].k_out - basis["q"].k_out) <= 1
 
 
@@ -183,7 +191,7 @@ def test_the_bytes_are_the_same_whatever_the_memory(streamed, monkeypatch, tmp_p
     folders = saved_fleet(tmp_path, shared_fleet(n=30))
     roomy = build_basis(folders, k=6, builder=builder, progress=False)
     # nothing fits: every piece of every pass is read from the files anew
-    monkeypatch.setattr(memory_plan.Plan, "__init__", squeezed(memory_plan.Plan.__init__))
+    monkeypatch.setattr(memory.MemoryPlan, "__init__", squeezed(memory.MemoryPlan.__init__))
     tight = build_basis(folders, k=6, builder=builder, progress=False)
     assert roomy.fingerprint == tight.fingerprint
     assert roomy.info == tight.info
@@ -280,7 +288,7 @@ def kinds_of(tmp_path, pairs):
 @pytest.mark.parametrize("weights", ["equal", "norm"])
 @pytest.mark.parametrize("exactly", [False, True])
 def test_foreign_pickled_and_given_sources_stream_to_the_same_bytes(tmp_path, monkeypatch, exactly, weights):
-    monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 1 << 20 if exactly else 0)
+    monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 1 << 20 if exactly else 0)
     plain, mixed = kinds_of(tmp_path, shared_fleet(n=6))
     expected = build_basis(plain, k=4, weights=weights, progress=False)
     found = build_basis(mixed, k=4, weights=weights, allow_bin=True, work_folder=tmp_path / "work", progress=False)

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-import subspace_peft.builders.memory as memory_plan
+import subspace_peft.builders.module_plan as module_plan
 from subspace_peft import SubspaceBasis, build_basis, update_basis
 from subspace_peft.basis.transfer import Transfer
 from subspace_peft.builders import rebuild_basis
@@ -35,7 +35,7 @@ def orthonormal(module) -> float:
 @pytest.fixture(params=["exact", "streamed"])
 def numerics(request, monkeypatch):
     if request.param == "streamed":
-        monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 2)
+        monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 2)
     return request.param
 
 

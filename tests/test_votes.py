@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft.builders import memory as memory_plan
-from subspace_peft.builders import rebuild_basis
+from subspace_peft.builders import module_plan, rebuild_basis
 from subspace_peft.builders.weights import read_weights
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
@@ -21,7 +20,7 @@ from .test_streaming import saved_fleet, shared_fleet
 @pytest.mark.parametrize("exactly", [True, False])
 def test_a_vote_is_a_share_of_the_moment(exactly, monkeypatch):
     if not exactly:
-        monkeypatch.setattr(memory_plan, "EXACT_COLUMNS", 0)
+        monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 0)
     states = fleet(n=4)
     votes = [1.0, 5.0, 0.25, 1.0]
     names = [source["name"] for source in build_basis(states, k=3, progress=False).info["sources"]]

@@ -14,13 +14,14 @@ from ..basis import ModuleBasis
 from ..errors import SubspaceError
 from ..sources.factors import Factors
 from .distributed import ProcessGroup
+from .distributed_modules import divide, work
 from .hosvd import Compressed, exact
-from .memory import Plan, cost
+from .memory import MemoryPlan
+from .module_stack import ModuleStack
 from .null import generator_for, null_update, strengths_of
+from .reader import Reader
 from .resume import WorkFolder
-from .scan import Reader
-from .share_modules import divide, work
-from .streaming import ModuleStack, compress
+from .streaming import compress
 
 MOST_OF_EVEN = 4  # no side of a module gets more directions than so many times what an even spread would give
 SPARE = 1e-9  # of the energy: what rises by less does not rise
@@ -64,7 +65,7 @@ def check_asked(
 
 
 def measure(
-    plan: Plan, reader: Reader, most: int, kept: WorkFolder | None, processes: ProcessGroup, progress: bool
+    plan: MemoryPlan, reader: Reader, most: int, kept: WorkFolder | None, processes: ProcessGroup, progress: bool
 ) -> dict[str, torch.Tensor]:
     """Module → what its leading directions hold above its null, each measured by one process of the group and known to
     all; those that an interrupted build measured are taken from there.
@@ -74,7 +75,7 @@ def measure(
     """
     names = plan.fleet.modules
     done = {name: found for name in names if kept is not None and (found := kept.get_table(name)) is not None}
-    mine, owners = divide(processes, {name: cost(plan.module(name)) for name in names}, done)
+    mine, owners = divide(processes, {name: plan.module(name).cost for name in names}, done)
 
     def one(name: str) -> None:
         done[name] = above_null(plan, reader, name, most)
@@ -87,7 +88,7 @@ def measure(
     return {name: told[owner][name] for name, owner in owners.items()}
 
 
-def above_null(plan: Plan, reader: Reader, name: str, most: int) -> torch.Tensor:
+def above_null(plan: MemoryPlan, reader: Reader, name: str, most: int) -> torch.Tensor:
     """What the leading a × b directions of a module hold more than those of its null.
 
     The null: for every source, its own singular values in random directions, with its own weight; the same numerics.
@@ -106,22 +107,11 @@ def above_null(plan: Plan, reader: Reader, name: str, most: int) -> torch.Tensor
         return null_update(*task.shape, strengths[place], generator_for("null", name, place))
 
     if task.exact:
-        pairs = (reader.pair(i, name) for i in task.members)
-        updates = [Factors(B.double() * scale, A.double()) for (B, A), scale in zip(pairs, task.scales, strict=True)]
-        own = _held_at_most(exact(updates, task.weights), most)
         # the fleet's go before the null's come: one of the two is in memory at a time
-        del updates
+        own = _held_at_most(exact(task.updates(reader), task.weights), most)
         other = exact([null(place) for place in range(len(task.members))], task.weights)
         return own - held(other, *own.shape)
-    stack = ModuleStack(
-        lambda place: reader.pair(task.members[place], name),
-        task.ranks,
-        task.shape,
-        task.scales,
-        task.weights,
-        task.energy,
-        keep=plan.keep,
-    )
+    stack = task.stack(reader, keep=plan.keep)
     own = _held_at_most(compress(stack, task.width, leading=task.leading, bound=False), most)
     stack.forget()
 

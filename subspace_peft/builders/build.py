@@ -11,21 +11,20 @@ from torch import nn
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
-from ..sources.factors import Factors
 from .budget import check_asked, check_budget, largest, measure, spread, what_was_spent
 from .complete import check_filling, complete_built
-from .controls import build_generic
+from .controls import build_control
 from .distributed import ProcessGroup, process_group
+from .distributed_modules import collect, divide, work
 from .fleet import Fleet, gather
 from .hosvd import Pair, exact, factor_pca, hosvd
 from .left_out import left_out_energy, wanted
-from .memory import CORES_KEPT_UP_TO, Plan, cost, parse_size
+from .memory import CORES_KEPT_UP_TO, MemoryPlan, parse_size
+from .reader import Reader
 from .record import source_entry
 from .resume import WorkFolder
-from .scan import Reader
-from .share_modules import collect, divide, work
 from .statistics import certificate, module_basis
-from .streaming import ModuleStack, compress
+from .streaming import compress
 from .weights import read_weights, weighted
 
 BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
@@ -122,7 +121,7 @@ def build_basis(
         check_asked(budget, k, k_in, builder, complete)
         k = 32 if k is None else k
         _check_arguments(k, k_in, builder, directions)
-        kind, votes = read_weights(weights)
+        kind, source_weights = read_weights(weights)
         if complete is not None:
             check_filling(complete, base_model)
             if isinstance(k, float) or builder not in ("adapters", "eigenlora"):
@@ -134,7 +133,7 @@ def build_basis(
             "k": k,
             "k_in": k_in,
             "builder": builder,
-            "weights": votes or kind,
+            "weights": source_weights or kind,
             "alternations": alternations,
             "directions": directions,
             "seed": seed,
@@ -143,7 +142,7 @@ def build_basis(
             "allow_bin": allow_bin,
         }
         if builder in ("random", "base-weights"):
-            return build_generic(
+            return build_control(
                 builder,
                 sources=sources,
                 like=like,
@@ -172,8 +171,8 @@ def build_basis(
             base_model=base_model,
             processes=processes,
         )
-        if votes:
-            fleet = weighted(fleet, votes)
+        if source_weights:
+            fleet = weighted(fleet, source_weights)
         if budget is not None:
             arguments = {**arguments, "k": None, "budget": budget}
         found, tables = _build_modules(
@@ -214,21 +213,21 @@ def _build_modules(
     keep_cores = arguments["keep_cores"]
     if keep_cores is None:
         keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO
-    held_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
+    measure_left_out = builder == "adapters" and wanted(leave_one_out, fleet.groups)
     if budget is not None:
         check_budget(budget, len(fleet.modules))
         k = largest(budget, len(fleet.modules))
     weights = arguments["weights"]
     cores = (len(fleet.sources) if keep_cores else 0) + arguments["directions"]
-    plan = Plan(fleet, builder, k, k_in, weights if isinstance(weights, str) else "equal", memory, cores)
+    plan = MemoryPlan(fleet, builder, k, k_in, weights if isinstance(weights, str) else "equal", memory, cores)
     kept = None
     if work_folder is not None:
-        made_with = {**arguments, "keep_cores": keep_cores, "leave_one_out": held_out}
+        made_with = {**arguments, "keep_cores": keep_cores, "leave_one_out": measure_left_out}
         kept = WorkFolder(Path(work_folder), fleet.sources, made_with)
         processes.marker = kept.folder / f"failed-{processes.run}" if processes.count > 1 else None
     # what an interrupted build finished is not read again
     done = {name: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None}
-    mine, owners = divide(processes, {name: cost(plan.module(name)) for name in fleet.modules}, done)
+    mine, owners = divide(processes, {name: plan.module(name).cost for name in fleet.modules}, done)
     reader = Reader(fleet.sources, plan.held)
     sizes: dict[str, tuple[int | float, int | None]] = dict.fromkeys(fleet.modules, (k, k_in))
     tables: dict[str, torch.Tensor] = {}
@@ -245,7 +244,7 @@ def _build_modules(
             arguments["alternations"],
             directions=arguments["directions"],
             keep_cores=keep_cores,
-            held_out=held_out,
+            measure_left_out=measure_left_out,
         )
         if kept is not None:
             kept.put(name, *done[name])
@@ -255,7 +254,7 @@ def _build_modules(
 
 
 def _build_module(
-    plan: Plan,
+    plan: MemoryPlan,
     reader: Reader,
     name: str,
     k: int | float,
@@ -264,7 +263,7 @@ def _build_module(
     *,
     directions: int,
     keep_cores: bool,
-    held_out: bool,
+    measure_left_out: bool,
 ) -> tuple[ModuleBasis, dict[str, Any]]:
     """One module's basis, and what is known of it.
 
@@ -279,28 +278,18 @@ def _build_module(
     pair: Pair | None = None
     left_out: list[float | None] = []
     if task.exact:
-        factors = [reader.pair(i, name) for i in task.members]
-        doubles = [(B.double(), A.double()) for B, A in factors]
         if raw:
-            compressed = factor_pca(doubles, task.scales, task.weighted, task.energy)
+            pairs = ((B.double(), A.double()) for B, A in (reader.pair(i, name) for i in task.members))
+            compressed = factor_pca(list(pairs), task.scales, task.weighted, task.energy)
         else:
-            updates = [Factors(B * scale, A) for (B, A), scale in zip(doubles, task.scales, strict=True)]
+            updates = task.updates(reader)
             compressed = exact(updates, task.weights)
         pair = hosvd(compressed, k, k_in, rounds)
-        if held_out and pair is not None:
+        if measure_left_out and pair is not None:
             groups = [fleet.groups[i] for i in task.members]
             left_out = left_out_energy(updates, task.weights, groups, pair, rounds)
     else:
-        stack = ModuleStack(
-            lambda place: reader.pair(task.members[place], name),
-            task.ranks,
-            task.shape,
-            task.scales,
-            task.weights,
-            task.energy,
-            raw=raw,
-            keep=plan.keep,
-        )
+        stack = task.stack(reader, keep=plan.keep, raw=raw)
         width = task.width
         while pair is None:
             compressed = compress(stack, width, leading=task.leading)
@@ -312,7 +301,7 @@ def _build_module(
         pair,
         compressed,
         task.norms,
-        task.votes,
+        task.source_weights,
         task.members,
         directions=directions,
         fleet_size=len(fleet.sources),

@@ -16,7 +16,7 @@ from ..errors import SubspaceError
 from .fleet import gather
 
 
-def build_generic(
+def build_control(
     builder: str,
     *,
     sources: Iterable[Any] | None,

@@ -13,8 +13,10 @@ from torch import nn
 from .budget import check_asked, check_budget, even, largest
 from .fleet import gather
 from .hosvd import exact, hosvd
-from .memory import CORES_KEPT_UP_TO, Module, Plan, cost, parse_size
-from .streaming import ModuleStack, compress
+from .memory import CORES_KEPT_UP_TO, MemoryPlan, parse_size
+from .module_plan import ModulePlan
+from .module_stack import ModuleStack
+from .streaming import compress
 
 TIMED_SOURCES = 16
 
@@ -91,7 +93,7 @@ def plan_build(
     k = 32 if k is None else k
     most = k if budget is None else largest(budget, len(fleet.modules))
     cores = len(fleet.sources) if len(fleet.sources) <= CORES_KEPT_UP_TO else 0
-    plan = Plan(fleet, "adapters", most, k_in, "equal", memory, cores)
+    plan = MemoryPlan(fleet, "adapters", most, k_in, "equal", memory, cores)
     tasks = {name: plan.module(name) for name in fleet.modules}
     modules = {}
     for name, task in tasks.items():
@@ -129,12 +131,14 @@ def plan_build(
     )
 
 
-def _seconds(plan: Plan, tasks: dict[str, Module], k: int | float, k_in: int | None, alternations: int) -> float:
+def _seconds(
+    plan: MemoryPlan, tasks: dict[str, ModulePlan], k: int | float, k_in: int | None, alternations: int
+) -> float:
     """Of each kind, exact and streamed, one module of a few sources is built and timed; the rest follows from how the
     work grows."""
     total = 0.0
     for exactly in (True, False):
-        costs = {name: cost(task) for name, task in tasks.items() if task.exact == exactly}
+        costs = {name: task.cost for name, task in tasks.items() if task.exact == exactly}
         if not costs:
             continue
         name = min(costs, key=costs.__getitem__)
@@ -149,12 +153,12 @@ def _seconds(plan: Plan, tasks: dict[str, Module], k: int | float, k_in: int | N
             stack = ModuleStack(pairs.__getitem__, some.ranks, some.shape, some.scales, some.weights, some.energy)
             began = time.perf_counter()
             hosvd(compress(stack, some.width, leading=some.leading), plan.k, k_in, alternations)
-        total += (time.perf_counter() - began) * sum(costs.values()) / cost(some)
+        total += (time.perf_counter() - began) * sum(costs.values()) / some.cost
     return total
 
 
-def _first(task: Module, count: int) -> Module:
+def _first(task: ModulePlan, count: int) -> ModulePlan:
     energies = [(w * norm) ** 2 for w, norm in zip(task.weights, task.norms, strict=True)]
-    lists = ("members", "ranks", "norms", "votes", "scales", "weights", "weighted")
+    lists = ("members", "ranks", "norms", "source_weights", "scales", "weights", "weighted")
     cut = {name: getattr(task, name)[:count] for name in lists}
     return replace(task, **cut, energy=sum(energies[:count]))

@@ -17,10 +17,10 @@ from ..errors import SourceError
 from ..sources.references import expand
 from ..sources.source import IN_MEMORY, Source, open_source
 from .distributed import ALONE, ProcessGroup
+from .distributed_scans import share_scans
 from .duplicates import drawn, duplicates
-from .scan import scan
+from .scan import scan, skim
 from .seed_groups import seed_groups
-from .share_scans import share_scans, skim
 
 RESERVED = ("zero", "mean")  # what `SubspaceConfig.start` means by these is no source
 
@@ -47,29 +47,12 @@ class Fleet:
     def base_model(self) -> str | None:
         return common_base([source.base_model for source in self.sources])
 
-    def votes(self, members: Sequence[int]) -> list[float]:
+    def source_weights(self, members: Sequence[int]) -> list[float]:
         """Per member source its weight / (how many members are of its shared-seed group)."""
         groups = [self.groups[i] for i in members]
         sizes = Counter(groups)
         own = [1.0 if self.weights is None else self.weights[i] for i in members]
         return [weight / sizes[group] for weight, group in zip(own, groups, strict=True)]
-
-
-def facts(source: Source) -> dict[str, Any]:
-    """What a basis records of a source beside its numbers: scale, dtypes, method, and what of it no basis holds."""
-    kind = str(getattr(kind := source.config.get("peft_type", "LORA"), "value", kind))
-    if kind != "LORA":
-        scale = "folded in by convert_to_lora"
-    elif source.scales:
-        values = sorted({float(f"{value:.6g}") for value in source.scales.values()})
-        scale = (
-            "alpha / rank of its file:"
-            f" {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
-        )
-    else:
-        scale = "from its config" if source.config else "1: it came without its alpha"
-    converted = {} if kind == "LORA" else {"converted_from": kind, "energy_lost_in_conversion": source.lost}
-    return {"scale": scale, "dtypes": sorted(source.dtypes), "left_out_tensors": list(source.other_keys), **converted}
 
 
 def gather(

@@ -1,25 +1,31 @@
-"""What a build does per module, exactly or streamed, and how it divides the memory it may take."""
+"""How a build divides the memory that it may take."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from ..errors import SubspaceError
 from .fleet import Fleet
-from .streaming import width_of, working_memory
+from .module_plan import ModulePlan, plan_module
 
-EXACT_COLUMNS = 512  # of the stack, all sources' ranks: up to there an exact SVD costs about what power iteration does
-EXACT_NUMBERS = 1 << 23  # in the stack
-CORES_KEPT_UP_TO = 64  # sources: what `keep_cores` is where nobody says
+CORES_KEPT_UP_TO = 64  # sources: the default of `keep_cores`
 GUESSED_K = 32  # where k is a share of energy
 PER_TENSOR = 700  # bytes of names, places, norms and sketches for every tensor of every source, while building
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
+# accelerate's `convert_file_size_to_int` knows neither "1.5g" nor "1TiB" nor "2000000", reads "2Gb" as bits, and takes
+# half a second to import beyond torch
 def parse_size(size: int | str) -> int:
-    """Bytes of ``2GB``, ``512MiB``, ``1.5g`` or a number of bytes. Raises `SubspaceError` on anything else."""
+    """Return a size such as ``2GB``, ``512MiB`` or ``1.5g`` in bytes.
+
+    Args:
+        size: a number of bytes, or a text of a number and a unit; case and spaces do not matter.
+
+    Raises:
+        SubspaceError: it is no size above 0.
+    """
     found = SIZE.fullmatch(str(size)) if not isinstance(size, bool) else None
     count = int(float(found["number"]) * UNITS[(found["unit"] or "").lower()]) if found else 0
     if count <= 0:
@@ -27,47 +33,15 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class Module:
-    """How one module is built. Lists are per member.
-
-    Attributes:
-        members: places of the sources that take part, those whose update is not zero.
-        shape: out, in.
-        ranks, norms, votes: r, ‖ΔW‖_F, and the vote within the shared-seed group.
-        scales, weights, weighted: s, w, and w·s.
-        energy: Σ ‖w ΔW‖².
-        exact: whether the stack is small enough for an exact SVD: a matter of its size alone, not of memory at hand.
-        leading, width: directions that have to be right, and the width of the subspaces they are sought in.
-    """
-
-    members: list[int]
-    shape: tuple[int, int]
-    ranks: list[int]
-    norms: list[float]
-    votes: list[float]
-    scales: list[float]
-    weights: list[float]
-    weighted: list[float]
-    energy: float
-    exact: bool
-    leading: int
-    width: int
-
-    @property
-    def work(self) -> int:
-        """Bytes that building it takes at most beside its factors."""
-        if self.exact:
-            return 8 * 8 * sum(self.ranks) * sum(self.shape)
-        return working_memory(self.shape, self.ranks, self.width)
-
-
-class Plan:
-    """How a fleet's modules are built.
+class MemoryPlan:
+    """How a fleet's modules are built within a given memory.
 
     Args:
         fleet: the sources.
-        builder, k, k_in, weights: as in `build_basis`.
+        builder: as in `build_basis`.
+        k: directions of the output side, as in `build_basis`.
+        k_in: directions of the input side where they differ.
+        weights: ``equal`` or ``norm``.
         memory: bytes that all of it may take.
         cores: how many cores are stored per module: the sources' own, and directions.
 
@@ -88,16 +62,17 @@ class Plan:
         tensors = sum(2 * len(source.keys) for source in fleet.sources)
         fixed, most, name, factors = PER_TENSOR * tensors, 0, "", 0
         for module in fleet.modules:
-            task = self.module(module)
+            plan = self.module(module)
             # float32, once as built and once as it is written
-            fixed += 2 * 4 * (self.k * sum(task.shape) + cores * self.k**2)
-            # the sources' cores in float64, and as what principal directions are found from
-            work = task.work + (3 * 8 * len(task.members) * self.k**2 if cores else 0)
-            factors = max(factors, 4 * sum(task.ranks) * sum(task.shape))
+            fixed += 2 * 4 * (self.k * sum(plan.shape) + cores * self.k**2)
+            # the sources' cores in float64, and three arrays of their size in the SVD that finds principal directions
+            work = plan.working_bytes + (3 * 8 * len(plan.members) * self.k**2 if cores else 0)
+            factors = max(factors, 4 * sum(plan.ranks) * sum(plan.shape))
             if work > most:
                 most, name = work, module
         self.needed = fixed + most
         if self.needed > memory:
+            # a tenth more, in MB, rounded up
             enough = -(-self.needed * 11 // 10**7)
             raise SubspaceError(
                 f"max_memory={memory / 1e6:.0f}MB is too little: building module {name!r} takes {most / 1e6:.0f}MB,"
@@ -105,39 +80,14 @@ class Plan:
                 f" least {enough}MB."
             )
         rest = memory - self.needed
+        # pieces kept in float32 save reading and converting again, but should not crowd out the files' own bytes
         self.keep = factors if 3 * factors <= 2 * rest else 0
         self.held = rest - self.keep
 
-    def module(self, name: str) -> Module:
-        sources = self.fleet.sources
-        members = [i for i, source in enumerate(sources) if name in source.keys and source.norms[name] > 0]
-        if not members:
-            raise SubspaceError(f"Module {name!r}: every source's update is zero. Leave it out of the sources.")
-        shapes = [sources[i].shape(name) for i in members]
-        out, inner, _ = shapes[0]
-        ranks = [rank for _, _, rank in shapes]
-        norms = [sources[i].norms[name] for i in members]
-        votes = self.fleet.votes(members)
-        scales = [sources[i].scale(name, rank) for i, rank in zip(members, ranks, strict=True)]
-        own = [vote**0.5 / (norm if self.weights == "equal" else 1.0) for vote, norm in zip(votes, norms, strict=True)]
-        columns = sum(ranks)
-        return Module(
-            members,
-            (out, inner),
-            ranks,
-            norms,
-            votes,
-            scales,
-            own,
-            weighted=[w * s for w, s in zip(own, scales, strict=True)],
-            energy=sum((w * norm) ** 2 for w, norm in zip(own, norms, strict=True)),
-            exact=columns <= EXACT_COLUMNS and columns * max(out, inner) <= EXACT_NUMBERS,
-            leading=self.k,
-            width=min(width_of(self.k, columns), columns, max(out, inner)),
-        )
+    def module(self, name: str) -> ModulePlan:
+        """Return how one module is built.
 
-
-def cost(task: Module) -> float:
-    """How the work grows: (out + in)·ranks·min(ranks, dimension), streamed (out + in)·ranks·width."""
-    ranks = sum(task.ranks)
-    return float(sum(d * ranks * (min(d, ranks) if task.exact else task.width) for d in task.shape))
+        Raises:
+            SubspaceError: every source's update of it is zero.
+        """
+        return plan_module(self.fleet, name, self.k, self.weights)

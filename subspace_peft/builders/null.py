@@ -7,8 +7,7 @@ import hashlib
 
 import torch
 
-from ..sources.factors import Factors
-from .scan import gram
+from ..sources.factors import Factors, gram
 
 
 def null_update(out: int, inner: int, strengths: torch.Tensor, generator: torch.Generator) -> Factors:

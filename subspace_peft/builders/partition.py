@@ -12,9 +12,10 @@ import torch
 from ..sources.factors import Factors
 from .fleet import Fleet
 from .hosvd import exact, hosvd
-from .memory import EXACT_COLUMNS
-from .scan import Reader
-from .streaming import ModuleStack, compress, width_of
+from .module_plan import EXACT_COLUMNS
+from .module_stack import ModuleStack
+from .reader import Reader
+from .streaming import compress, width_of
 
 MODULES = 8  # compared at most, evenly spread over the model
 ROUNDS = 10
@@ -113,7 +114,7 @@ class Sample:
         if not members:
             return torch.zeros(out, 0, dtype=torch.float64), torch.zeros(0, inner, dtype=torch.float64)
         updates = [module.updates[i] for i in members]
-        votes = self.fleet.votes(members)
+        votes = self.fleet.source_weights(members)
         weights = [vote**0.5 / module.norms[i] for vote, i in zip(votes, members, strict=True)]
         ranks = [update.rank for update in updates]
         if sum(ranks) <= EXACT_COLUMNS:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..sources.source import Source
-from .fleet import facts
 
 
 def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -> dict[str, Any]:
@@ -32,5 +31,22 @@ def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -
         "norm": total**0.5,
         "seed_group": group,
         "energy_kept": held / total,
-        **facts(source),
+        **_facts(source),
     }
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """Return where a source's scale comes from, its dtypes and method, and which of its tensors no basis holds."""
+    kind = str(getattr(kind := source.config.get("peft_type", "LORA"), "value", kind))
+    if kind != "LORA":
+        scale = "folded in by convert_to_lora"
+    elif source.scales:
+        values = sorted({float(f"{value:.6g}") for value in source.scales.values()})
+        scale = (
+            "alpha / rank of its file:"
+            f" {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
+        )
+    else:
+        scale = "from its config" if source.config else "1: it came without its alpha"
+    converted = {} if kind == "LORA" else {"converted_from": kind, "energy_lost_in_conversion": source.lost}
+    return {"scale": scale, "dtypes": sorted(source.dtypes), "left_out_tensors": list(source.other_keys), **converted}

@@ -1,5 +1,4 @@
-"""A module's bases from stacks too large for an exact SVD: block power iteration over pieces of the stack, and a bound
-on what it missed.
+"""A module's directions from a stack too large for an exact SVD, by block power iteration over pieces of the stack.
 
 With the updates ``ΔW_i = s_i B_i A_i`` and their weights w_i, the second moments ``M_out = Σ w_i² ΔW_i ΔW_iᵀ`` and
 ``M_in = Σ w_i² ΔW_iᵀ ΔW_i`` are applied to blocks of vectors as ``Σ B_i G_i (B_iᵀ Q)``, with ``G_i = w_i² s_i² A_i
@@ -9,124 +8,23 @@ of size r × r or of the subspaces' width in float64.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from .hosvd import Compressed, Side
-from .scan import gram
+from .module_stack import PIECE, ModuleStack
+from .spectral_bound import largest_missed, most_held
 
-PIECE = (
-    1 << 22
-)  # numbers in a piece of the stack: the same whatever the memory, so that sums are added up in one order
 NULL = 1e-10  # eigenvalues below this share of the largest are float32's rounding, not directions
-NULL_BESIDE = (
-    1e-8  # beside given directions, of all energy: those are rounded to float32, and leave 1e-14 of what they span
-)
+# beside given directions, eigenvalues below this share of all energy: what is given was stored in float32, and leaves
+# 1e-14 of what it spans
+NULL_BESIDE = 1e-8
 OVERSAMPLED = (2, 8)  # subspaces are at least and at most so many times as wide as the directions asked for
 SETTLED = 2e-4  # power iteration stops when the energy of the leading directions rises by a smaller share of itself
 MOST_PASSES = 8
-PROBES = 32
-PROBE_PASSES = 2
-DOUBT = 1e-9  # chance over the probes' draw that a bound does not hold
 
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """A few sources' factors of one module, all of one rank.
-
-    Attributes:
-        members: their places in the module's list of sources.
-        B: (out, n·r) float32, the sources' B side by side.
-        A: (n·r, in) float32, their A one below the other.
-        over_B, over_A: (n, r, r) float64, what ``Bᵀ Q`` and ``A Q`` are multiplied by on the way back: w² s² A Aᵀ and
-            w² s² BᵀB.
-    """
-
-    members: list[int]
-    B: torch.Tensor
-    A: torch.Tensor
-    over_B: torch.Tensor
-    over_A: torch.Tensor
-
-
-class ModuleStack:
-    """All sources' factors of one module, a piece at a time.
-
-    Args:
-        load: place of a source → its B (out, r) and A (r, in), in any float dtype.
-        ranks: r of every source.
-        shape: out, in.
-        scales: s of every source.
-        weights: w of every source.
-        energy: Σ ‖w ΔW‖² over them.
-        raw: of the factors themselves, centred over their columns (as EigenLoRAx does), instead of the updates.
-        keep: at most so many bytes of pieces are kept from pass to pass.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
-        ranks: Sequence[int],
-        shape: tuple[int, int],
-        scales: Sequence[float],
-        weights: Sequence[float],
-        energy: float,
-        *,
-        raw: bool = False,
-        keep: int = 0,
-    ) -> None:
-        self.load, self.ranks, self.shape, self.raw = load, list(ranks), shape, raw
-        self.scales, self.energy = list(scales), energy
-        self.weights = [w * s for w, s in zip(weights, scales, strict=True)]
-        most = max(1, PIECE // sum(shape))
-        # sources of one rank together, so that r × r matrices make one batch
-        order = sorted(range(len(ranks)), key=lambda i: (ranks[i], i))
-        self.plan: list[list[int]] = []
-        for i in order:
-            last = self.plan[-1] if self.plan else []
-            if last and ranks[last[0]] == ranks[i] and (len(last) + 1) * ranks[i] <= most:
-                last.append(i)
-            else:
-                self.plan.append([i])
-        self._keeps = 4 * sum(self.ranks) * sum(shape) <= keep
-        self._kept: list[Piece] = []
-
-    @property
-    def rows(self) -> int:
-        return sum(self.ranks)
-
-    def pieces(self) -> Iterator[Piece]:
-        """The stack, piece by piece, always the same pieces in the same order."""
-        if self._kept:
-            yield from self._kept
-            return
-        for members in self.plan:
-            piece = self._piece(members)
-            if self._keeps:
-                self._kept.append(piece)
-            yield piece
-
-    def forget(self) -> None:
-        """Let go of kept pieces."""
-        self._kept = []
-
-    def _piece(self, members: list[int]) -> Piece:
-        out, inner = self.shape
-        n, r = len(members), self.ranks[members[0]]
-        B, A = torch.empty(out, n, r), torch.empty(n, r, inner)
-        over_B, over_A = torch.empty(n, r, r, dtype=torch.float64), torch.empty(n, r, r, dtype=torch.float64)
-        for at, i in enumerate(members):
-            ours = self.load(i)
-            B[:, at], A[at] = ours
-            if not self.raw:
-                over_B[at] = gram(ours[1]) * self.weights[i] ** 2
-                over_A[at] = gram(ours[0].T) * self.weights[i] ** 2
-        if self.raw:
-            over_B[:] = over_A[:] = torch.eye(r)
-        return Piece(members, B.view(out, n * r), A.view(n * r, inner), over_B, over_A)
+Parts = list[tuple[list[int], torch.Tensor, torch.Tensor]]
 
 
 def compress(
@@ -136,10 +34,11 @@ def compress(
     bound: bool = True,
     fixed: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Compressed:
-    """Subspaces of both sides by block power iteration with Rayleigh–Ritz, and bounds on what they missed.
+    """Find subspaces of both sides by block power iteration with Rayleigh–Ritz, and bound what they missed.
 
-    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4) on both second moments at once,
-    from one fixed Gaussian block, until the energy of the leading directions has settled.
+    Randomised subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, algorithm 4.4) on both second
+    moments at once, from one fixed Gaussian block, until the energy of the leading directions has settled. Both sides
+    take one pass over the stack together, which is what a pass costs: reading.
 
     Args:
         stack: the module's factors.
@@ -148,53 +47,71 @@ def compress(
         bound: whether to probe for what was missed, in two more passes.
         fixed: orthonormal columns (out, a) and (in, b) float64 that the subspaces begin with; what is sought lies
             beside them.
+
+    Returns:
+        The updates as the subspaces see them; its ``parts`` are float32, since they come from float32 products.
     """
     out, inner = stack.shape
     draw = torch.Generator().manual_seed(0)
     given = fixed or (torch.empty(out, 0, dtype=torch.float64), torch.empty(inner, 0, dtype=torch.float64))
+    # algorithm 4.4, step 1: a Gaussian block Ω
     Q = [
         torch.randn(len(f), min(width, len(f) - f.shape[1], stack.rows), generator=draw, dtype=torch.float32).double()
         for f in given
     ]
     Q = [_beside(f, q) for f, q in zip(given, Q, strict=True)]
-    means = _means(stack) if stack.raw else None
-    traces = (stack.energy, stack.energy) if means is None else _centred_energies(stack, means)
+    means = stack.means() if stack.raw else None
+    traces = (stack.energy, stack.energy) if means is None else stack.centred_energies(means)
     before, held, passes = 0.0, 0.0, 0
     for number in range(MOST_PASSES + 1):
-        # the first block is no orthonormal one, but what is asked of it is its image alone
-        parts: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        # steps 2 to 5: Z = M Q, orthonormalised after every product so that small directions are not lost to rounding.
+        # The first block is no orthonormal one, but only its image is used
+        parts: Parts = []
         Z = _apply(stack, Q, means, parts)
         passes += 1
         if number:
+            # Rayleigh quotients H = QᵀMQ (w, w), which the product just made gives for free
             H = [_symmetric(q.T @ z) for q, z in zip(Q, Z, strict=True)]
             before = held
+            # of the side that is worse off
             held = min(float(torch.linalg.eigvalsh(h)[-leading:].sum()) / t for h, t in zip(H, traces, strict=True))
             if held - before < SETTLED * held or number == MOST_PASSES:
                 break
         Q = [_beside(f, z[:, f.shape[1] :], orthonormal=True) for f, z in zip(given, Z, strict=True)]
+    probes = largest_missed(lambda X: _apply(stack, X, means), Q) if bound else (None, None)
     sides, turns = [], []
-    probes = _probe(stack, Q, means) if bound else (None, None)
     for f, q, z, h, trace, probe in zip(given, Q, Z, H, traces, probes, strict=True):
         values, turn, alive = _ritz(h, f.shape[1])
-        sides.append(Side(q @ turn[:, :alive], values[:alive] / trace, _reach(q, z, h, trace, probe)))
+        # Cauchy's interlacing: every Ritz value is at most the eigenvalue of M of the same number
+        sides.append(Side(q @ turn[:, :alive], values[:alive] / trace, most_held(q, z, h, trace, probe)))
         turns.append(turn[:, :alive].float())
+    # Qᵀ B and A Q of the last pass, turned into the Ritz vectors' coordinates: no pass of their own
     parts = [(members, turns[0].T @ left, right @ turns[1]) for members, left, right in parts]
     whole = all(width >= min(len(f) - f.shape[1], stack.rows) for f in given)
     return Compressed(sides[0], sides[1], parts, stack.scales, stack.weights, stack.energy, whole, passes)
 
 
 def _beside(fixed: torch.Tensor, columns: torch.Tensor, orthonormal: bool = False) -> torch.Tensor:
-    """`fixed` and, behind it, the columns less their part in its span."""
+    """Return `fixed` (d, a) and, behind it, `columns` (d, n) less their part in its span."""
     if not fixed.shape[1]:
         return _orthonormal(columns) if orthonormal else columns
+    # twice is enough (Kahan and Parlett): the second removes the rounding that the first leaves
     for _ in range(2):
         columns = columns - fixed @ (fixed.T @ columns)
     return torch.cat([fixed, _orthonormal(columns) if orthonormal else columns], 1)
 
 
 def _ritz(H: torch.Tensor, fixed: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """What the columns hold, the turn that makes them Ritz vectors behind the `fixed` ones, and how many of them hold
-    anything."""
+    """Turn the columns of Q behind the `fixed` ones into Ritz vectors.
+
+    Args:
+        H: QᵀMQ (w, w) float64.
+        fixed: how many leading columns stay as they are.
+
+    Returns:
+        The energy in each column (w,), descending behind the fixed ones; the turn (w, w) that Q is multiplied by; and
+        the number of columns that hold more than rounding.
+    """
     values, turn = torch.linalg.eigh(H[fixed:, fixed:])
     values, turn = values.flip(0), turn.flip(1)
     if not fixed:
@@ -208,16 +125,23 @@ def _apply(
     stack: ModuleStack,
     Q: Sequence[torch.Tensor],
     means: tuple[torch.Tensor, torch.Tensor] | None,
-    parts: list[tuple[list[int], torch.Tensor, torch.Tensor]] | None = None,
+    parts: Parts | None = None,
 ) -> list[torch.Tensor]:
-    """``M_out Q[0]`` and ``M_in Q[1]``, float64, in one pass; appends ``Q[0]ᵀ B`` and ``A Q[1]`` of every piece to
-    `parts`."""
+    """Return ``M_out Q[0]`` (out, w) and ``M_in Q[1]`` (in, w), float64, from one pass over the stack.
+
+    Args:
+        stack: the factors.
+        Q: blocks (out, w) and (in, w) float64.
+        means: of the factors' columns, where these are centred: the moments of Σ b bᵀ − n·mean·meanᵀ.
+        parts: gets ``Q[0]ᵀ B`` (n, w, r) and ``A Q[1]`` (n, r, w), float32, of every piece.
+    """
     QU, QV = (q.float() for q in Q)
     Z = [torch.zeros_like(q) for q in Q]
     for piece in stack.pieces():
         n, r = piece.over_B.shape[:2]
         # the thin factor in front: the products with Bᵀ and Aᵀ would take near twice as long
         left, right = (QU.T @ piece.B).T.reshape(n, r, -1), (piece.A @ QV).view(n, r, -1)
+        # float32 products of one piece, added up in float64 over the pieces: the error does not grow with the fleet
         back = (piece.over_B @ left.double()).view(n * r, -1).float()
         Z[0] += piece.B @ back
         back = (piece.over_A @ right.double()).view(n * r, -1).float()
@@ -230,88 +154,20 @@ def _apply(
     return Z
 
 
-def _means(stack: ModuleStack) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the factors' columns, the mean of B's (out,) and of Aᵀ's (in,), float64."""
-    out, inner = (torch.zeros(d, dtype=torch.float64) for d in stack.shape)
-    for piece in stack.pieces():
-        out += piece.B.sum(1)
-        inner += piece.A.sum(0)
-    return out / stack.rows, inner / stack.rows
-
-
-def _centred_energies(stack: ModuleStack, means: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float]:
-    """Σ ‖B − mean‖² over the columns, and the same of Aᵀ."""
-    out = inner = 0.0
-    for piece in stack.pieces():
-        out += float((piece.B - means[0][:, None].float()).square().sum(dtype=torch.float64))
-        inner += float((piece.A - means[1].float()).square().sum(dtype=torch.float64))
-    return max(out, 1e-300), max(inner, 1e-300)
-
-
-def _probe(
-    stack: ModuleStack, Q: Sequence[torch.Tensor], means: tuple[torch.Tensor, torch.Tensor] | None
-) -> tuple[float, float]:
-    """Per side an upper bound on the largest eigenvalue of ``E = (I − QQᵀ) M (I − QQᵀ)``, sure but for a chance of
-    `DOUBT`.
-
-    For a Gaussian block X of s columns, drawn without regard to Q, ``‖Eᵖ X‖₂ ≥ λᵖ ‖xᵀX‖₂`` with x E's first
-    eigenvector, and ``‖xᵀX‖₂²`` is χ² distributed with s degrees of freedom, so ``λ ≤ (‖Eᵖ X‖₂ / √q)^(1/p)`` with q
-    its quantile (after Dixon 1983). ``P(χ²_s ≤ q) ≤ (q/2)^(s/2) / (s/2)!`` gives q.
-    """
-    draw = torch.Generator().manual_seed(1)
-    X = [torch.randn(len(q), PROBES, generator=draw, dtype=torch.float32).double() for q in Q]
-    # the basis that is deflated is rounded as in the products; what rounding leaves of it is removed in float64
-    X = [x - q @ (q.T @ x) for q, x in zip(Q, X, strict=True)]
-    grown = [1.0, 1.0]
-    for _ in range(PROBE_PASSES):
-        X = [z - q @ (q.T @ z) for q, z in zip(Q, _apply(stack, X, means), strict=True)]
-        for side, x in enumerate(X):
-            norm = float(torch.linalg.matrix_norm(x, 2))
-            grown[side] *= norm
-            X[side] = x / max(norm, 1e-300)
-    half = PROBES // 2
-    quantile = 2 * math.exp((math.log(DOUBT) + math.lgamma(half + 1)) / half)
-    out, inner = ((norm / math.sqrt(quantile)) ** (1 / PROBE_PASSES) for norm in grown)
-    return out, inner
-
-
-def _reach(
-    Q: torch.Tensor, Z: torch.Tensor, H: torch.Tensor, trace: float, missed: float | None
-) -> Callable[[int], float]:
-    """k → an upper bound on the share of the trace that M's k leading eigenvectors hold.
-
-    In the basis of Q and its complement ``M = [[H, Rᵀ], [R, E]]`` with ``E ⪯ missed``. For every ε > 0 that is
-    ``⪯ (H + RᵀR/ε) ⊕ (E + ε)``, so the k leading eigenvalues of M add up to at most ``Σ max(λ_i(H + RᵀR/ε), missed +
-    ε)`` (Ky Fan's maximum principle); the best ε of a few is taken. Never more than the whole trace.
-    """
-    R = Z - Q @ H
-    square = _symmetric(R.T @ R)
-    scale = float(torch.linalg.eigvalsh(H)[-1])
-
-    def reach(k: int) -> float:
-        if missed is None:
-            return 1.0
-        best = trace
-        for exponent in range(15):
-            epsilon = max(scale, 1e-300) * 10 ** (-exponent / 2)
-            values = torch.linalg.eigvalsh(H + square / epsilon).flip(0)[:k]
-            rest = missed + epsilon
-            best = min(best, float(values.clamp_min(rest).sum()) + rest * max(0, k - len(values)))
-        return best / trace
-
-    return reach
-
-
 def width_of(k: int, rows: int) -> int:
-    """How wide subspaces should be for k directions: wide ones lose less in alternations, and on small stacks they
-    cost little."""
+    """Return how wide subspaces should be for k directions of a stack with so many rows.
+
+    Wide ones lose less in the alternations, and on small stacks they cost little.
+    """
     low, high = OVERSAMPLED
     return k * min(high, max(low, round(2**13 / rows)))
 
 
 def working_memory(shape: tuple[int, int], ranks: Sequence[int], width: int) -> int:
-    """Bytes that `compress` takes at most beside what pieces are kept in: three pieces, blocks of vectors, compressed
-    factors."""
+    """Return the most bytes that `compress` takes beside the pieces that are kept.
+
+    These are three pieces and the compressed factors in float32, and ten blocks of vectors in float64.
+    """
     rows = sum(ranks)
     piece = min(rows * sum(shape), max(PIECE, max(ranks) * sum(shape)))
     return 3 * 4 * piece + 10 * 8 * width * sum(shape) + 4 * 4 * width * rows

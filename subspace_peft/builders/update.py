@@ -17,11 +17,11 @@ from ..basis.reference import same_model
 from ..errors import SubspaceError
 from ..sources.source import Source
 from .fleet import gather
-from .memory import GUESSED_K, Plan, parse_size
+from .memory import GUESSED_K, MemoryPlan, parse_size
+from .reader import Reader
 from .resume import WorkFolder
-from .scan import Reader
 from .update_module import OldModule, update_module
-from .update_record import after_refit, record, votes_of
+from .update_record import after_refit, record, source_weights_of
 
 WEIGHTS = ("equal", "norm")
 
@@ -109,7 +109,7 @@ def update_basis(
     shapes = old.shapes()
     most = max(max(shapes[key]["k_out"], shapes[key]["k_in"]) for key in changed)
     more = GUESSED_K if isinstance(add, float) else max(add, add_in or 0)
-    plan = Plan(fleet, "adapters", max(most + more, k or 0, k_in or 0), None, weights, memory)
+    plan = MemoryPlan(fleet, "adapters", max(most + more, k or 0, k_in or 0), None, weights, memory)
     protected = [_by_basis_name(old, each) for each in cores]
     wanted = None if k is None else (k, k_in or k)
     arguments = {
@@ -145,7 +145,7 @@ def update_basis(
                 held = OldModule(
                     key,
                     _checked(key, old[key], len(known)),
-                    votes_of(known),
+                    source_weights_of(known),
                     [each[key] for each in protected if key in each],
                 )
                 done[key] = update_module(plan, reader, name, held, add, add_in, wanted, alternations)

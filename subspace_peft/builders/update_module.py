@@ -10,12 +10,11 @@ import torch
 from ..basis import ModuleBasis
 from ..basis.transfer import Transfer
 from ..errors import SubspaceError
-from ..sources.factors import Factors
 from .extend import exact_beside, frame, grow, refit
 from .hosvd import Compressed, Pair
-from .memory import Plan
-from .scan import Reader
-from .streaming import ModuleStack, compress
+from .memory import MemoryPlan
+from .reader import Reader
+from .streaming import compress
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +23,12 @@ class OldModule:
 
     name: str
     module: ModuleBasis
-    votes: list[float]
+    source_weights: list[float]
     tasks: list[torch.Tensor]
 
 
 def update_module(
-    plan: Plan,
+    plan: MemoryPlan,
     reader: Reader,
     name: str,
     old: OldModule,
@@ -43,21 +42,9 @@ def update_module(
     width = task.width
     while pair is None:
         if task.exact:
-            pairs = [reader.pair(i, name) for i in task.members]
-            updates = [
-                Factors(B.double() * scale, A.double()) for (B, A), scale in zip(pairs, task.scales, strict=True)
-            ]
-            compressed = exact_beside(updates, task.weights, fixed)
+            compressed = exact_beside(task.updates(reader), task.weights, fixed)
         else:
-            stack = ModuleStack(
-                lambda place: reader.pair(task.members[place], name),
-                task.ranks,
-                task.shape,
-                task.scales,
-                task.weights,
-                task.energy,
-                keep=plan.keep,
-            )
+            stack = task.stack(reader, keep=plan.keep)
             compressed = compress(stack, width, leading=task.leading, bound=False, fixed=fixed)
         if k is None:
             pair = grow(compressed, old.module, add, add_in, alternations)
@@ -81,7 +68,7 @@ def update_module(
     ):
         kept_before += float(cores.square().sum())
     votes = torch.zeros(len(plan.fleet.sources), dtype=torch.float64)
-    votes[task.members] = torch.tensor(task.votes, dtype=torch.float64)
+    votes[task.members] = torch.tensor(task.source_weights, dtype=torch.float64)
     module, drift = _joined_module(old, pair, found, votes)
     squares = [
         (float(was.double().square().sum()), float(now.double().square().sum()))
@@ -103,7 +90,7 @@ def _joined(compressed: Compressed, old: OldModule) -> Compressed:
     cores = [core.double() for core in old.tasks]
     weights = [1.0 / max(float(core.norm()), 1e-300) for core in cores]
     if old.module.cores is not None:
-        for core, vote in zip(old.module.cores.double(), old.votes, strict=True):
+        for core, vote in zip(old.module.cores.double(), old.source_weights, strict=True):
             if (size := float(core.norm())) > 0:
                 cores.append(core)
                 weights.append(vote**0.5 / size)
@@ -143,7 +130,7 @@ def _joined_module(old: OldModule, pair: Pair, found: torch.Tensor, votes: torch
     stored = None if module.cores is None else move.core(module.cores)
     rms = None
     if module.core_rms is not None and (move.leading or stored is not None):
-        weight = torch.tensor(old.votes, dtype=torch.float64)
+        weight = torch.tensor(old.source_weights, dtype=torch.float64)
         if stored is not None:
             alive = module.cores.flatten(1).any(1) if module.cores is not None else torch.ones(0)
             weight = weight * alive

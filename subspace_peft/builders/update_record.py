@@ -77,7 +77,7 @@ def after_refit(entry: dict[str, Any], number: int, squares: list[list[tuple[flo
     return {**entry, "energy_kept": None if share is None or kept is None else kept * min(1.0, share)}
 
 
-def votes_of(entries: list[dict[str, Any]]) -> list[float]:
+def source_weights_of(entries: list[dict[str, Any]]) -> list[float]:
     groups = [_group(entry, -1 - number) for number, entry in enumerate(entries)]
     sizes = Counter(groups)
     return [1.0 / sizes[group] for group in groups]

@@ -175,9 +175,9 @@ def _measured(
             min(1.0, float(core.square().sum()) / update.norm() ** 2)
             for core, update in zip(cores, updates, strict=True)
         ]
-        votes = fleet.votes([drawn[n] for n in members])
+        source_weights = fleet.source_weights([drawn[n] for n in members])
         size = (module.k_out, module.k_in)
-        findings = measure_module(updates, votes, [folds[n] for n in members], kept, size, seed)
+        findings = measure_module(updates, source_weights, [folds[n] for n in members], kept, size, seed)
         measured[name] = findings
         for n, *values in zip(members, findings.kept, findings.unseen_here, findings.mean_only, strict=True):
             for key, value in zip(per_source[n], values, strict=True):

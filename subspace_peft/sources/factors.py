@@ -1,4 +1,4 @@
-"""One source adapter's update of one module, in factored form: ``ΔW = B A``, never materialised."""
+"""One source adapter's update of one module in factored form, ``ΔW = B A``, which is never materialised."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """``ΔW = B A`` with every scale folded in.
+    """An update ``ΔW = B A`` with every scale folded in.
 
     Attributes:
         B: (out, r) float64.
@@ -21,18 +23,18 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the update."""
+        """The update's (out, in)."""
         return self.B.shape[0], self.A.shape[1]
 
     @property
     def rank(self) -> int:
+        """The number of columns of B; ΔW's own rank is at most that."""
         return self.B.shape[1]
 
     def canonical(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``P (out, r), S (r,), T (in, r)`` with ``ΔW = P diag(S) Tᵀ``: the thin SVD, by QR of both factors and an SVD
-        of r × r.
+        """Return ``P (out, r), S (r,), T (in, r)`` with ``ΔW = P diag(S) Tᵀ``, float64.
 
-        The same for every gauge ``(B R⁻¹, R A)`` of one ΔW, up to the signs and ties of any SVD.
+        This is the thin SVD, by QR of both factors and an SVD of r × r. It is the same for every gauge ``(B R⁻¹, R A)`` of one ΔW, up to the signs and ties of any SVD.
         """
         Qb, Rb = torch.linalg.qr(self.B)
         Qa, Ra = torch.linalg.qr(self.A.T)
@@ -40,5 +42,23 @@ class Factors:
         return Qb @ P, S, Qa @ Th.T
 
     def norm(self) -> float:
-        """‖ΔW‖_F, from the r × r Gram matrices."""
+        """Return ‖ΔW‖_F = √(Σ BᵀB ∘ A Aᵀ), from the r × r Gram matrices."""
         return float(((self.B.T @ self.B) * (self.A @ self.A.T)).sum().clamp_min(0).sqrt())
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """Return ``X Xᵀ`` (…, r, r) in float64.
+
+    Of half-precision rows it is computed in float32, where that does not overflow: its rounding lies far below that of
+    the rows, and float64 would take twice as long.
+
+    Args:
+        rows: X (…, r, d) in any float dtype.
+    """
+    if rows.dtype in HALF:
+        wide = rows.float()
+        found = (wide @ wide.mT).double()
+        if torch.isfinite(found).all():
+            return found
+    wide = rows.double()
+    return wide @ wide.mT

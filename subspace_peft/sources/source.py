@@ -22,6 +22,7 @@ from .diffusers_kohya import is_foreign, read_foreign
 from .factors import Factors
 from .locate import PICKLED, Place, locate, open_tensors
 from .lora import config_problem, scaling, sort_keys
+from .spans import Span
 
 # the start takes its factors out of the base weights: the saved update means nothing on the base model itself
 IN_MEMORY = "in memory"
@@ -72,7 +73,7 @@ class Source:
     lost: float = 0.0
     dtypes: set[str] = field(default_factory=set)
     in_file: bool = False
-    spans: Mapping[str, Any] | None = None
+    spans: Mapping[str, Span] | None = None
     stamp: tuple[int, int] | None = None
 
     @property
@@ -132,6 +133,9 @@ class Source:
 
     def not_finite(self, key: str) -> SourceError:
         return SourceError(f"{self.location}: {key} holds NaN or infinite values. Leave this adapter out.")
+
+    def truncated(self) -> SourceError:
+        return SourceError(f"{self.location}: {self.file} ended before its header said. It was changed meanwhile.")
 
     def check_pair(self, module: str, B: tuple[int, ...], A: tuple[int, ...]) -> None:
         """Raise `SourceError` where factors of these shapes do not multiply."""

@@ -9,13 +9,6 @@ import torch
 from ..errors import SourceError
 from ..sources.source import Source
 from .distributed import ProcessGroup, disagreeing
-from .scan import layout
-
-
-def skim(source: Source) -> None:
-    """Note where the tensors lie in a source's file, which another process scans."""
-    if source.in_file and source.file is not None:
-        source.spans = layout(source.file)
 
 
 def share_scans(

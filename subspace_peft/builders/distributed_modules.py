@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..basis import ModuleBasis
 from .distributed import ProcessGroup, packed, unpacked
-from .scan import Reader
+from .reader import Reader
 
 
 def divide(
