@@ -320,7 +320,9 @@ def test_tasks_are_written_again_by_their_own_writers(base, root, tmp_path, monk
     bank = TaskBank(PeftModel.from_pretrained(base(), tasks / "core"))
     bank.add("one", tasks / "core-mean-fixed")
     bank.save_task("one", "banked")
-    same_task(Path("banked"), tasks / "banked")
+    # a division by the scale is in it
+    same_json(said(Path("banked", CONFIG)), said(tasks / "banked" / CONFIG))
+    close_tensors(Path("banked", WEIGHTS), tasks / "banked" / WEIGHTS)
     extract_task(root / "bundles" / "plain", "directions", "extracted")
     _same_but_places(Path("extracted"), tasks / "extracted")
     same_bytes(Path("extracted", WEIGHTS), tasks / "extracted" / WEIGHTS)
