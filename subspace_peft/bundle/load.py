@@ -17,7 +17,7 @@ from ..basis import SubspaceBasis
 from ..convert.export import export_lora
 from ..errors import SubspaceError
 from ..tasks.write import core_tensors, fill_folder, write_task
-from ..tuner.card import digest_of, note
+from ..tuner.card import MEASURED, digest_of, note
 from ..tuner.config import SubspaceConfig
 from .bundle import Bundle, open_bundle, reopen_bundle
 from .format import check_name
@@ -177,8 +177,8 @@ def _write(
     config, numbers = bundle.config(task, basis), bundle.read(task)
     config.resolve()
     tensors = {**core_tensors(config, numbers.cores), **numbers.extras}
-    if config.card:
-        # what was measured of the task that was packed holds of its cores as well
+    if config.card and any(key in config.card for key in MEASURED):
+        # the cores are those of the task that was packed, so what was measured of it holds of them as well
         note(config, of=digest_of(tensors))
     write(folder, config, tensors)
     return config

@@ -3,6 +3,8 @@ injected."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
         SubspaceError: the model has no such adapter, or it is of another method.
     """
     known = getattr(model, "peft_config", None) or {}
-    name = adapter_name
-    if name is None and known:
-        # a plain module does not know which is active
-        name = (
-            active_adapter(model)
-            if hasattr(model, "active_adapters")
-            else "default"
-            if "default" in known
-            else min(known)
-        )
+    name = _active(model, known) if adapter_name is None and known else adapter_name
     config = known.get(name)
     if not isinstance(config, SubspaceConfig):
         kind = "no adapter" if config is None else f"a {config.peft_type} adapter, not a SUBSPACE one,"
@@ -109,3 +102,12 @@ def load_adapter(
             f"{task}: {type(model).__name__} has no place for {', '.join(sorted(unused)[:3])}. Modules that are"
             " trained whole (modules_to_save) can only be loaded by `PeftModel.from_pretrained`."
         )
+
+
+def _active(model: nn.Module, known: Mapping[str, Any]) -> str:
+    """Return the active adapter's name; where the model cannot tell, "default", or the first by name."""
+    if hasattr(model, "active_adapters"):
+        # transformers' models know of the adapters that their own `add_adapter` made, and no others
+        with contextlib.suppress(ValueError):
+            return active_adapter(model)
+    return "default" if "default" in known else min(known)
