@@ -55,7 +55,7 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "build.scanned": "builders.distributed_scans",
     "build.seed_groups": "builders.seed_groups",
     "build.shares": "builders.distributed_modules",
-    "build.sources": "sources.source",
+    "build.sources": ("sources.source", "sources.open"),
     "build.statistics": "builders.statistics",
     "build.streaming": ("builders.streaming", "builders.module_stack", "builders.spectral_bound"),
     "build.update": "builders.update",

@@ -21,7 +21,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import BadFileError, SubspaceError
 from subspace_peft.report import validate_basis
 from subspace_peft.report.inspect import inspect_path
-from subspace_peft.sources.source import open_source
+from subspace_peft.sources import open_source
 
 from .conftest import bert, inputs, randomise
 

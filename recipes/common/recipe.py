@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from subspace_peft._io.atomic import write_text_aside
 from subspace_peft.basis.reference import same_model
 from subspace_peft.errors import SubspaceError
-from subspace_peft.sources.source import open_source
+from subspace_peft.sources import open_source
 from subspace_peft.tasks.callbacks import SubspaceCardCallback, note_metrics
 
 from .arguments import CommonArguments, quiet

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from ..basis.reference import same_model
 from ..errors import SourceError
+from ..sources.open import open_source
 from ..sources.references import expand
-from ..sources.source import IN_MEMORY, Source, open_source
+from ..sources.source import IN_MEMORY, Source
 from .distributed import ALONE, ProcessGroup
 from .distributed_scans import share_scans
 from .duplicates import drawn, duplicates

@@ -10,7 +10,8 @@ from torch import nn
 from .._io.untrusted import is_sha256
 from ..basis import SubspaceBasis, resolve_basis
 from ..errors import SourceError, SubspaceError
-from ..sources.source import IN_MEMORY, Source, open_source
+from ..sources.open import open_source
+from ..sources.source import IN_MEMORY, Source
 from .build import build_basis
 from .distributed import process_group
 from .update import update_basis

@@ -37,7 +37,7 @@ def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -
 
 def _facts(source: Source) -> dict[str, Any]:
     """Return where a source's scale comes from, its dtypes and method, and which of its tensors no basis holds."""
-    kind = str(getattr(kind := source.config.get("peft_type", "LORA"), "value", kind))
+    kind = source.method
     if kind != "LORA":
         scale = "folded in by convert_to_lora"
     elif source.scales:

@@ -1,4 +1,4 @@
-"""Adapters of PEFT's other methods, turned into LoRA factors by PEFT's own `convert_to_lora`."""
+"""Turn adapters of PEFT's other methods into LoRA factors, by PEFT's own `convert_to_lora`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFIX = "base_model.model."
 def convert(
     config: Mapping[str, Any], state: Mapping[str, torch.Tensor], base_model: nn.Module, location: str
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """An adapter's update as LoRA factors, scale folded in.
+    """Return an adapter's update as LoRA factors, scale folded in.
 
     The adapter is put on `base_model`, which is left as it was.
 
@@ -26,12 +26,13 @@ def convert(
         config: its adapter_config.json.
         state: its saved tensors, under PEFT's keys.
         base_model: the model that it adapts, with or without its task head.
+        location: named in errors.
 
     Returns:
         ``{module.lora_A.weight, module.lora_B.weight}``; and the share of the update's energy that was lost.
 
     Raises:
-        SourceError: PEFT cannot load or convert it; says why.
+        SourceError: PEFT cannot load or convert it; gives the reason.
     """
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -77,8 +78,10 @@ def convert(
 
 
 def _under_names_of(model: Any, base_model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under this model's names: a task head puts a prefix such as ``bert.`` before its
-    backbone's."""
+    """Return the adapter's tensors under this model's names.
+
+    A task head puts a prefix such as ``bert.`` before its backbone's names.
+    """
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
@@ -105,6 +108,7 @@ def _require_loaded(
 
 
 def _lost(model: Any, factors: Mapping[str, torch.Tensor]) -> float:
+    """Return the share of ‖ΔW‖², over all modules, that the factors do not hold."""
     from transformers.pytorch_utils import Conv1D
 
     lost = total = 0.0

@@ -1,5 +1,4 @@
-"""LoRA files of diffusers and kohya: which tensors are a module's two factors, what the module is called, and its
-scale."""
+"""Read the keys of diffusers' and kohya's LoRA files: modules, their two factors, and their scales."""
 
 from __future__ import annotations
 
@@ -15,7 +14,9 @@ import torch
 from .lora import scaling
 
 FACTOR = re.compile(
-    r"^(?P<stem>.+?)(?P<style>\.lora_(?:down|up)|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up)|\.lora_[AB](?:\.[^.]+)?)\.weight$"
+    r"^(?P<stem>.+?)"
+    r"(?P<style>\.lora_(?:down|up)|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up)|\.lora_[AB](?:\.[^.]+)?)"
+    r"\.weight$"
 )
 ALPHA = re.compile(r"^(?P<stem>.+?)(?:[._]lora|\.lora_linear_layer)?\.alpha$")
 REFUSED = {
@@ -39,11 +40,15 @@ PARTS = {
     "lycoris_": "",
 }
 # kohya writes a module's name with "_" for ".": only where the words are known can it be read back
-UNET = """down_blocks up_blocks mid_block attentions resnets transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj
-    proj_in proj_out conv1 conv2 conv_shortcut time_emb_proj downsamplers upsamplers conv conv_in conv_out time_embedding
-    add_embedding linear_1 linear_2"""
-CLIP = """text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings token_embedding
-    position_embedding"""
+UNET = """
+    down_blocks up_blocks mid_block attentions resnets transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net
+    proj proj_in proj_out conv1 conv2 conv_shortcut time_emb_proj downsamplers upsamplers conv conv_in conv_out
+    time_embedding add_embedding linear_1 linear_2
+"""
+CLIP = """
+    text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection embeddings
+    token_embedding position_embedding
+"""
 WORDS = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
 METADATA = "lora_adapter_metadata"
 HOW = (
@@ -53,14 +58,14 @@ HOW = (
 
 
 @dataclass
-class Foreign:
-    """What a file holds.
+class ForeignKeys:
+    """The sorted keys of a file of diffusers or kohya.
 
     Attributes:
-        keys: ``{module: {"A": key, "B": key}}``; modules of a pipeline's parts begin with ``unet.``, ``text_encoder.``
-            …
+        keys: ``{module: {"A": key, "B": key}}``; modules of a pipeline's parts begin with ``unet.``,
+            ``text_encoder.`` and the like.
         scales: module → the factor by which B·A is multiplied.
-        problems: why it cannot be used; each names a key and the remedy.
+        problems: reasons why it cannot be used; each names a key and the remedy.
         others: keys that are no LoRA's.
     """
 
@@ -70,31 +75,31 @@ class Foreign:
     others: tuple[str, ...] = ()
 
 
-def is_foreign(names: Iterable[str]) -> bool:
-    """Whether keys are of diffusers' or kohya's own kinds, not PEFT's."""
+def has_foreign_keys(names: Iterable[str]) -> bool:
+    """Return whether any key is of diffusers' or kohya's own kinds, not PEFT's."""
     return any(
         (found := FACTOR.match(name)) and not found["style"].startswith((".lora_A", ".lora_B")) for name in names
     )
 
 
-def read_foreign(
+def read_foreign_keys(
     names: Iterable[str],
     read: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str],
     base_names: Iterable[str] = (),
-) -> Foreign:
+) -> ForeignKeys:
     """Sort the keys of a diffusers or kohya file.
 
-    The scale is alpha / rank where the file says alpha (an ``.alpha`` tensor, or diffusers' metadata). Elsewhere it
-    counts as 1, as diffusers takes it.
+    The scale is alpha / rank where the file has alpha (an ``.alpha`` tensor, or diffusers' metadata). Elsewhere it
+    counts as 1, as in diffusers.
 
     Args:
         names: the file's keys.
-        read: gives the tensor of a key.
+        read: key → tensor.
         metadata: the file's metadata.
         base_names: names of the base model's modules, against which kohya's names are read where they are given.
     """
-    found = Foreign()
+    found = ForeignKeys()
     flat: dict[str, list[str]] = {}
     for name in base_names:
         flat.setdefault(name.replace(".", "_"), []).append(name)
@@ -140,7 +145,7 @@ def read_foreign(
 
 
 def _scales(
-    found: Foreign, alphas: Mapping[str, str], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
+    found: ForeignKeys, alphas: Mapping[str, str], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
     config = _metadata(metadata)
     for module, sides in found.keys.items():
@@ -165,7 +170,7 @@ def _metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _module(stem: str, old: bool, flat: Mapping[str, list[str]]) -> str | None:
-    """The module that a key's beginning means, or None where that is not certain."""
+    """Return the module that a key's beginning means, or None where that is not certain."""
     for prefix, part in PARTS.items():
         if stem.startswith(prefix):
             rest = stem.removeprefix(prefix)
@@ -188,7 +193,7 @@ def _words(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def _read_back(tokens: tuple[str, ...], words: str) -> list[str]:
-    """All names of known words and numbers that give these tokens with every ``.`` written as ``_``."""
+    """Return all names of known words and numbers that give these tokens when every ``.`` is written as ``_``."""
     if not tokens:
         return [""]
     names = []

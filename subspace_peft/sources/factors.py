@@ -34,7 +34,8 @@ class Factors:
     def canonical(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return ``P (out, r), S (r,), T (in, r)`` with ``ΔW = P diag(S) Tᵀ``, float64.
 
-        This is the thin SVD, by QR of both factors and an SVD of r × r. It is the same for every gauge ``(B R⁻¹, R A)`` of one ΔW, up to the signs and ties of any SVD.
+        This is the thin SVD, by QR of both factors and an SVD of r × r. It is the same for every gauge ``(B R⁻¹, R
+        A)`` of one ΔW, up to the signs and ties of any SVD.
         """
         Qb, Rb = torch.linalg.qr(self.B)
         Qa, Ra = torch.linalg.qr(self.A.T)

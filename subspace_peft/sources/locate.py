@@ -1,5 +1,4 @@
-"""Where a source adapter's files are: a folder, a single file, or a Hub repository at a revision, with a place inside
-it."""
+"""Find a source adapter's files: in a folder, as a single file, or in a Hub repository at a revision."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ NO_ADAPTER = f"A source is the folder of a saved PEFT LoRA, with {CONFIG_FILE}, 
 
 
 @dataclass(frozen=True)
-class Place:
-    """Files of one source adapter on this machine.
+class SourceFiles:
+    """The files of one source adapter on this machine.
 
     Attributes:
         name: the last part of the reference.
@@ -44,8 +43,8 @@ class Place:
     revision: str | None = None
 
 
-def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool = False) -> Place:
-    """Find a source's files; those of a Hub id are fetched.
+def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool = False) -> SourceFiles:
+    """Find a source's files; fetch those of a Hub id.
 
     Args:
         reference: a folder, a file, or ``org/name[@revision][:folder or file inside]``.
@@ -53,7 +52,7 @@ def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool =
         allow_bin: take pickled weights too, which `open_tensors` reads with ``weights_only=True``.
 
     Raises:
-        SourceError: nothing is there, or no adapter; names what and the remedy.
+        SourceError: nothing is there, or no adapter; names the fault and the remedy.
     """
     try:
         path = Path(reference).expanduser()
@@ -66,7 +65,7 @@ def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool =
         return _in_folder(path, reference, Path(os.path.abspath(path)).name, allow_bin)
     if path.is_file():
         if path.name in (WEIGHTS_FILE, PICKLED_FILE) and (path.parent / CONFIG_FILE).is_file():
-            return Place(
+            return SourceFiles(
                 Path(os.path.abspath(path)).parent.name, reference, path, _config(path.parent / CONFIG_FILE, reference)
             )
         return _file(path, reference, allow_bin)
@@ -76,7 +75,13 @@ def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool =
 
 
 def open_tensors(file: Path, location: str) -> tuple[list[str], Callable[[str], torch.Tensor], dict[str, str]]:
-    """A file's keys, a reader of one of them, and its metadata. Pickled files are read with ``weights_only=True``.
+    """Return a file's keys, a function that reads the tensor of a key, and the file's metadata.
+
+    Pickled files are read with ``weights_only=True``, all at once.
+
+    Args:
+        file: of the tensors.
+        location: named in errors.
 
     Raises:
         SourceError: the file is damaged, or a pickled one holds something else than tensors.
@@ -84,7 +89,7 @@ def open_tensors(file: Path, location: str) -> tuple[list[str], Callable[[str], 
     if file.suffix in PICKLED:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a stranger's file may raise anything, pickle's own errors among it
+        except Exception as error:  # an untrusted file may raise anything, pickle's own errors among it
             raise SourceError(
                 f"{location}: {file.name} cannot be read with weights_only=True ({str(error).splitlines()[0]}). It is"
                 " damaged, or it holds code: ask for a safetensors file."
@@ -111,10 +116,10 @@ def open_tensors(file: Path, location: str) -> tuple[list[str], Callable[[str], 
         ) from error
 
 
-def _in_folder(folder: Path, location: str, name: str, allow_bin: bool, revision: str | None = None) -> Place:
+def _in_folder(folder: Path, location: str, name: str, allow_bin: bool, revision: str | None = None) -> SourceFiles:
     if not (folder / CONFIG_FILE).is_file():
         if (folder / DIFFUSERS_FILE).is_file():
-            return Place(name, location, folder / DIFFUSERS_FILE, None, revision)
+            return SourceFiles(name, location, folder / DIFFUSERS_FILE, None, revision)
         files = sorted(file.name for file in folder.glob("*.safetensors"))
         inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
         hint = f" Name its file, {folder / files[0]}." if files else ""
@@ -128,15 +133,15 @@ def _in_folder(folder: Path, location: str, name: str, allow_bin: bool, revision
                 f"{location}: there is no {WEIGHTS_FILE}; save the adapter with `model.save_pretrained(folder)`."
             )
         weights = _allowed(folder / PICKLED_FILE, location, allow_bin)
-    return Place(name, location, weights, config, revision)
+    return SourceFiles(name, location, weights, config, revision)
 
 
-def _file(path: Path, location: str, allow_bin: bool, revision: str | None = None) -> Place:
+def _file(path: Path, location: str, allow_bin: bool, revision: str | None = None) -> SourceFiles:
     if path.suffix in PICKLED:
         _allowed(path, location, allow_bin)
     elif path.suffix != ".safetensors":
         raise SourceError(f"{location}: is no .safetensors file. {NO_ADAPTER}; a list of sources ends in .txt.")
-    return Place(path.stem, location, path, None, revision)
+    return SourceFiles(path.stem, location, path, None, revision)
 
 
 def _allowed(file: Path, location: str, allow_bin: bool) -> Path:
@@ -156,7 +161,7 @@ def _config(file: Path, location: str) -> dict[str, Any]:
     return config
 
 
-def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Place:
+def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> SourceFiles:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
@@ -195,7 +200,7 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Place:
         config = fetch(folder + CONFIG_FILE)
         names = (DIFFUSERS_FILE,) if config is None else (WEIGHTS_FILE, *([PICKLED_FILE] if allow_bin else []))
         found = next(filter(None, map(fetch, (folder + each for each in names))), None)
-        # for its licence only: whatever keeps it from us, the adapter is here
+        # for its licence only: the adapter is here whether it can be fetched or not
         with contextlib.suppress(OSError, ValueError):
             fetch(f"{folder}README.md")
     except (OSError, ValueError, HFValidationError) as error:
@@ -215,4 +220,4 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Place:
             f"{reference}: the repository has no {folder}{WEIGHTS_FILE}. Older adapters have {PICKLED_FILE}:"
             " allow_bin=True (--allow-bin) reads it with torch's weights_only=True."
         )
-    return Place(name, location, found, None if config is None else _config(config, location), sha())
+    return SourceFiles(name, location, found, None if config is None else _config(config, location), sha())

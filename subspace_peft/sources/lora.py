@@ -1,4 +1,4 @@
-"""What a LoRA's keys and configuration mean: module names, factors and scale."""
+"""The keys and configuration of a PEFT LoRA: module names, factors and scale."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ REFUSED = {
 
 
 def sort_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Group a state dict's keys.
+    """Group a state dict's keys by module and side.
+
+    Keys of `modules_to_save` and others that no LoRA layer owns are passed over.
 
     Returns:
-        ``{module: {"A": key, "B": key}}``, and a list of problems (each says the key and the remedy). Keys of
-        `modules_to_save` and others that no LoRA layer owns are passed over.
+        ``{module: {"A": key, "B": key}}``, and a list of problems, each with the key and the remedy.
     """
     modules: dict[str, dict[str, str]] = {}
     problems: dict[str, str] = {}
@@ -52,7 +53,14 @@ def sort_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """``lora_alpha / r``, or ``/ √r`` with rsLoRA, for one module; `rank_pattern` and `alpha_pattern` folded in.
+    """Return s of one module: ``lora_alpha / r``, or ``lora_alpha / √r`` with rsLoRA (arXiv 2312.03732).
+
+    `rank_pattern` and `alpha_pattern` are taken into account.
+
+    Args:
+        config: the adapter's configuration.
+        module: its name there.
+        rank: of its tensors.
 
     Raises:
         ValueError: the configuration's rank for this module is not the rank of its tensors, or its alpha is no number.
@@ -67,7 +75,7 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def config_problem(config: Mapping[str, Any]) -> str | None:
-    """What no LoRA's configuration says, of what is read of it here; or None."""
+    """Return the first field, of those read here, whose value no LoRA's configuration has; None where all are fine."""
     for key in PATTERNS:
         patterns = config.get(key)
         if patterns is not None and not isinstance(patterns, Mapping):
@@ -80,6 +88,17 @@ def config_problem(config: Mapping[str, Any]) -> str | None:
     if base is not None and not isinstance(base, (str, Path)):
         return f"its base_model_name_or_path is a {type(base).__name__}, not a name"
     return None
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """Return PEFT's name of an adapter's method; LORA where its configuration does not say."""
+    kind = config.get("peft_type", "LORA")
+    return str(getattr(kind, "value", kind))
+
+
+def is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a key belongs to one of the configuration's `modules_to_save`."""
+    return any(f".{name}." in f".{key}" for name in config.get("modules_to_save") or [])
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -1,5 +1,4 @@
-"""From what a user lists to single source adapters: text files, patterns and Hub collections are expanded here, and
-nowhere else."""
+"""Expand what a user lists, text files, patterns and Hub collections among it, to single source adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..errors import SourceError
 from .locate import CONFIG_FILE, WEIGHTS_FILE
-from .source import is_one_source
+from .open import is_one_source
 
 LIST_SUFFIX = ".txt"
 COLLECTION = re.compile(r"^(?:collection:|https?://[^/]+/collections/)(?P<slug>[^/\s]+/[^/\s]+)$")
@@ -18,16 +17,20 @@ MAGIC = re.compile(r"[*?\[]")
 
 
 def expand(references: Any, *, token: str | bool | None = None) -> tuple[list[Any], list[dict[str, str]]]:
-    """One reference or many → the single sources that they stand for, in order.
+    """Return the single sources that one reference or many stand for, in order.
 
     A text file (``*.txt``) stands for the references on its lines (``#`` begins a comment; paths may be relative to
     the file), a pattern (``loras/*``, ``loras/**/adapter_config.json``) for the folders and ``.safetensors`` files
     that it matches, sorted, and ``collection:owner/slug`` (or the collection's URL) for the models in a Hub
     collection.
 
+    Args:
+        references: one source, or several, as `build_basis` takes them.
+        token: as in huggingface_hub.
+
     Returns:
-        The references, as `open_source` takes them; and what could not be expanded, as ``{"name", "location",
-        "reason"}``.
+        The references, as `open_source` takes them; and one ``{"name", "location", "reason"}`` for each that could
+        not be expanded.
     """
     found: list[Any] = []
     bad: list[dict[str, str]] = []
@@ -40,7 +43,7 @@ def expand(references: Any, *, token: str | bool | None = None) -> tuple[list[An
 
 
 def expand_or_raise(references: Any, *, token: str | bool | None = None) -> list[Any]:
-    """As `expand`, for callers that can do nothing about what is bad.
+    """Return what `expand` does, or raise where something is bad.
 
     Raises:
         SourceError: lists all that could not be expanded.
