@@ -11,8 +11,8 @@ import yaml
 from subspace_peft.cards import (
     BaseFacts,
     BasisFacts,
-    BasisReference,
-    BundledTask,
+    BasisReferenceFacts,
+    BundledTaskFacts,
     BundleFacts,
     Place,
     SourceFacts,
@@ -28,7 +28,7 @@ from subspace_peft.cards.readme import merge
 from . import card_patterns
 
 BASE = BaseFacts(reference="org/base", auto_class="AutoModelForCausalLM")
-REFERENCE = BasisReference(fingerprint="f" * 64, reference="org/basis")
+REFERENCE = BasisReferenceFacts(fingerprint="f" * 64, reference="org/basis")
 BASIS = BasisFacts(
     place=Place("org/basis"),
     fingerprint="f" * 64,
@@ -102,7 +102,7 @@ TASK = TaskFacts(
 )
 BARE_TASK = TaskFacts(
     place=Place("/somewhere/task"),
-    basis=BasisReference(fingerprint=None),
+    basis=BasisReferenceFacts(fingerprint=None),
     coefficients="core",
     base=BaseFacts(class_name="MyModel"),
 )
@@ -116,14 +116,14 @@ BUNDLE = BundleFacts(
     loading=('model = load(base_model, "me/bundle")',),
     version="9.9",
     tasks=(
-        BundledTask(
+        BundledTaskFacts(
             name="first",
             coefficients="core",
             numbers=1024,
             metrics={"accuracy": 0.9, "loss": 1 / 3},
             datasets=("org/data",),
         ),
-        BundledTask(name="second", coefficients="diagonal"),
+        BundledTaskFacts(name="second", coefficients="diagonal"),
     ),
 )
 CARDS = {

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import ModuleBasis, SubspaceBasis, SubspaceConfig, build_basis, project_lora
-from subspace_peft.basis.basis import combine_digests
+from subspace_peft.basis.module import combine_digests
 from subspace_peft.basis.precision import stored_digest
 from subspace_peft.builders import rebuild_basis
 from subspace_peft.cli import main

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import build_basis
-from subspace_peft.basis.reference import looks_like_path, same_model, split_inside
 from subspace_peft.builders.duplicates import cosine, duplicates, sketch
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError
+from subspace_peft.hub import looks_like_path, same_model, split_inside
 from subspace_peft.sources import expand, open_source
 
 from .conftest import bert

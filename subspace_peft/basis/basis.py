@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
-from .module import ModuleBasis
-from .precision import PRECISIONS, StoredModules, reduced, summary
-
-
-def combine_digests(digests: Mapping[str, str]) -> str:
-    """The fingerprint of a basis: sha256 over its modules' names and digests, in sorted order."""
-    total = hashlib.sha256()
-    for name, digest in sorted(digests.items()):
-        total.update(f"{name}\0{digest}\n".encode())
-    return total.hexdigest()
+from ..hub import check_repo_id, upload
+from . import cache
+from .card import write_card
+from .files import BasisRecord, open_basis, write_basis
+from .locations import add_note
+from .module import ModuleBasis, combine_digests
+from .module_store import MemoryModules, ModuleStore, describe_k, same_module
+from .precision import PRECISIONS, RoundedModules, reduced, summary
 
 
 class SubspaceBasis(Mapping[str, ModuleBasis]):
@@ -45,7 +44,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     ) -> None:
         if not modules:
             raise SubspaceError("A basis needs at least one module.")
-        self._modules = modules
+        self._modules = modules if isinstance(modules, ModuleStore) else MemoryModules(modules)
         self.info: dict[str, Any] = dict(info or {})
         self.location = location
         self.revision = revision
@@ -55,7 +54,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             digests = {name: module.digest() for name, module in modules.items()}
         self.digests = dict(digests)
         self.fingerprint = combine_digests(self.digests)
-        remember(self)
+        _alive.setdefault(self.fingerprint, self)
 
     # -- mapping ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     @property
     def file(self) -> Path | None:
         """The file on this machine that holds the tensors, or None for a basis in memory."""
-        return getattr(self._modules, "file", None)
+        return self._modules.file
 
     # -- facts ------------------------------------------------------------------------------------------------------
 
@@ -102,24 +101,19 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     @property
     def precision(self) -> str | None:
         """What U and V are stored as, where that is not the dtype in which they are given; see `to_precision`."""
-        return getattr(self._modules, "precision", None)
+        return self._modules.precision
 
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
         """A module's tensors as they are in the file, by name; its digest is theirs."""
-        return self[name].tensors() if self.precision is None else self._modules.stored(name)
+        return self._modules.stored(name)
 
     def shapes(self) -> dict[str, dict[str, int]]:
         """Per module ``{"out", "in", "k_out", "k_in", "directions"}``, without reading tensors where a file knows."""
-        known = getattr(self._modules, "shapes", None)
-        if known is not None:
-            return known()
-        return {name: module_shape(module) for name, module in self.items()}
+        return self._modules.shapes()
 
     def describe_k(self) -> str:
         """``k=16``, or ``k=8…16`` where modules or sides differ."""
-        sizes = {side for shape in self.shapes().values() for side in (shape["k_out"], shape["k_in"])}
-        low, high = min(sizes), max(sizes)
-        return f"k={low}" if low == high else f"k={low}…{high}"
+        return describe_k(self.shapes())
 
     def find(self, module_name: str) -> str | None:
         """The basis's name for a model's module: the same, or one differing by a leading prefix such as ``bert.``.
@@ -213,7 +207,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
                 f" float32 basis it was made from, {self.info.get('precision', {}).get('of')}."
             )
         made = {name: reduced(module, precision, name) for name, module in self.items()}
-        modules = StoredModules(precision, {name: stored for name, (stored, _) in made.items()})
+        modules = RoundedModules(precision, {name: stored for name, (stored, _) in made.items()})
         said = summary(precision, self.fingerprint, {name: lost for name, (_, lost) in made.items()})
         return SubspaceBasis(modules, {**self.info, "precision": said}, digests=modules.digests())
 
@@ -224,9 +218,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
 
         After it, `location` is that folder. Returns it. Raises `OSError` where the disk refuses; earlier files stay.
         """
-        from .files import write_basis
-
-        path = write_basis(self, Path(folder))
+        path = self._write(Path(folder))
         self.location = str(path)
         self.revision = None
         return path
@@ -261,17 +253,25 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             SubspaceError: `repo_id` is a path, or names a revision.
             huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
         """
-        from .push import push_basis
-
-        return push_basis(
-            self,
+        check_repo_id(repo_id)
+        self.location, self.revision = upload(
             repo_id,
+            lambda folder, repo: self._write(folder, Place(repo, revision=branch)),
+            commit_message or f"Upload basis {self.fingerprint[:12]}",
             private=private,
             token=token,
             branch=branch,
-            commit_message=commit_message,
             create_pr=create_pr,
         )
+        note_location(self)
+        return self.revision
+
+    def _write(self, folder: Path, place: Place | None = None) -> Path:
+        """Write the files into `folder`, and a card that loads the basis from `place`, or else from the folder."""
+        record = BasisRecord(self._modules, self.info, self.digests, self.location, self.revision)
+        path = write_basis(record, folder)
+        write_card(record, folder, place or Place.of_folder(folder))
+        return path
 
     @classmethod
     def from_pretrained(
@@ -297,37 +297,20 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             BadFileError: the files are truncated, malformed or altered.
             BasisMismatchError: another fingerprint than the one asked for.
         """
-        from .files import open_basis
-        from .resolve import note_location
-
-        basis = open_basis(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
+        record = open_basis(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
+        if record.fetched:
+            file = record.modules.file
+            cache.keep(file.parent, fingerprint=record.fingerprint, location=record.location, revision=record.revision)
+        basis = basis_of(record)
         if fingerprint is not None and basis.fingerprint != fingerprint:
             raise BasisMismatchError(
                 f"The basis at {str(path_or_id)!r} has fingerprint {basis.fingerprint}, but {fingerprint} is asked"
                 " for. It is another basis, or it was rebuilt since: pass the one these coefficients were trained on"
                 " as `basis=`, or train the task again on this one."
             )
-        # whatever loads a task later, with no word about its basis, finds this one
+        # a task loaded later that does not say where its basis is finds this one
         note_location(basis)
         return basis
-
-
-def same_module(module_name: str, names: Mapping[str, Any]) -> list[str]:
-    """Those of `names` that mean the module `module_name`: itself alone, else all that differ by leading parts
-    only."""
-    if module_name in names:
-        return [module_name]
-    return [name for name in names if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")]
-
-
-def module_shape(module: ModuleBasis) -> dict[str, int]:
-    return {
-        "out": module.out_features,
-        "in": module.in_features,
-        "k_out": module.k_out,
-        "k_in": module.k_in,
-        "directions": 0 if module.G is None else module.G.shape[0],
-    }
 
 
 def _rebuild(modules: dict[str, ModuleBasis], info: dict[str, Any], location: str | None, revision: str | None) -> Any:
@@ -337,30 +320,27 @@ def _rebuild(modules: dict[str, ModuleBasis], info: dict[str, Any], location: st
 def _rebuild_stored(
     precision: str, modules: dict[str, Any], info: dict[str, Any], location: str | None, revision: str | None
 ) -> Any:
-    stored = StoredModules(precision, modules)
+    stored = RoundedModules(precision, modules)
     return SubspaceBasis(stored, info, location=location, revision=revision, digests=stored.digests())
 
 
 # Bases alive in this process, by fingerprint: a second task on the same basis finds it without a path.
-_alive: Any = None
-
-
-def remember(basis: SubspaceBasis) -> None:
-    global _alive
-    if _alive is None:
-        import weakref
-
-        _alive = weakref.WeakValueDictionary()
-    _alive.setdefault(basis.fingerprint, basis)
+_alive: weakref.WeakValueDictionary[str, SubspaceBasis] = weakref.WeakValueDictionary()
 
 
 def alive(fingerprint: str) -> SubspaceBasis | None:
-    """A basis with this fingerprint that some part of this process holds, or None."""
-    return None if _alive is None else _alive.get(fingerprint)
+    """Return a basis with this fingerprint that some part of this process holds, or None."""
+    return _alive.get(fingerprint)
 
 
-def names_of(modules: Iterable[str], most: int = 5) -> str:
-    """A few module names for an error message, with the count of the rest."""
-    names = sorted(modules)
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def basis_of(record: BasisRecord) -> SubspaceBasis:
+    """Return the basis that a record read from files stands for."""
+    return SubspaceBasis(
+        record.modules, record.info, location=record.location, revision=record.revision, digests=record.digests
+    )
+
+
+def note_location(basis: SubspaceBasis) -> None:
+    """Note where `basis` lies, so that loaders on this machine that know only its fingerprint find it again."""
+    if basis.location is not None:
+        add_note(basis.fingerprint, basis.location, basis.revision)

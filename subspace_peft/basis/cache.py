@@ -16,7 +16,7 @@ from pathlib import Path
 from .._io.atomic import write_text_aside
 from .._io.untrusted import read_json
 from ..errors import SubspaceError
-from .basis import SubspaceBasis
+from .files import CONFIG_FILE, TENSORS_FILE, BasisRecord, read_folder
 
 ORIGIN_FILE = "origin.json"
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -51,13 +51,19 @@ class CachedBasis:
     base_model: str | None
 
 
-def keep(basis: SubspaceBasis, folder: Path) -> None:
-    """Keep the files of a basis that was fetched into `folder`. Links where the disk can, so that they lie there once;
-    a cache that cannot be written is no reason to fail.
-    """
-    from .files import CONFIG_FILE, TENSORS_FILE
+def keep(folder: Path, *, fingerprint: str, location: str | None, revision: str | None) -> None:
+    """Keep the files of a basis that was fetched into `folder`.
 
-    target = cache_home() / "bases" / basis.fingerprint
+    They are linked where the disk allows it, so that they take no room twice. A cache that cannot be written is no
+    reason to fail.
+
+    Args:
+        folder: holds both files.
+        fingerprint: the basis's.
+        location: Hub id that it was fetched from.
+        revision: commit sha on the Hub.
+    """
+    target = cache_home() / "bases" / fingerprint
     if target.is_dir():
         return
     with contextlib.suppress(OSError):
@@ -66,7 +72,7 @@ def keep(basis: SubspaceBasis, folder: Path) -> None:
         try:
             for name in (CONFIG_FILE, TENSORS_FILE):
                 _link(Path(folder, name).resolve(), aside / name)
-            origin = {"location": basis.location, "revision": basis.revision}
+            origin = {"location": location, "revision": revision}
             write_text_aside(aside / ORIGIN_FILE, json.dumps(origin) + "\n")
             aside.rename(target)
         finally:
@@ -80,25 +86,21 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def find(fingerprint: str) -> SubspaceBasis | None:
-    """The cached basis with this fingerprint, or None: it is not there, or its files are damaged."""
-    from .files import read_folder
-
+def find(fingerprint: str) -> BasisRecord | None:
+    """Return the cached basis with this fingerprint; None where there is none, or its files are damaged."""
     folder = cache_home() / "bases" / fingerprint
     if not FINGERPRINT.fullmatch(fingerprint) or not folder.is_dir():
         return None
     origin = _origin(folder)
     try:
-        basis = read_folder(folder, location=origin["location"] or str(folder), revision=origin["revision"])
+        record = read_folder(folder, location=origin["location"] or str(folder), revision=origin["revision"])
     except SubspaceError:
         return None
-    return basis if basis.fingerprint == fingerprint else None
+    return record if record.fingerprint == fingerprint else None
 
 
 def entries() -> Iterator[CachedBasis]:
     """All entries, by fingerprint."""
-    from .files import CONFIG_FILE
-
     for folder in sorted((cache_home() / "bases").glob("*")):
         if not FINGERPRINT.fullmatch(folder.name):
             continue
@@ -131,15 +133,13 @@ def remove(entry: CachedBasis) -> None:
 
 
 def verify(entry: CachedBasis) -> str | None:
-    """Read all of an entry and hold it against its fingerprint: what is wrong with it, or None."""
-    from .files import read_folder
-
+    """Read all of an entry's files; return what is wrong with them, or None."""
     try:
-        basis = read_folder(entry.folder, location=str(entry.folder), revision=None)
-        if basis.fingerprint != entry.fingerprint:
-            return f"its fingerprint is {basis.fingerprint}"
-        for name in basis:
-            basis[name]
+        record = read_folder(entry.folder, location=str(entry.folder), revision=None)
+        if record.fingerprint != entry.fingerprint:
+            return f"its fingerprint is {record.fingerprint}"
+        for name in record.modules:
+            record.modules[name]
     except SubspaceError as error:
         return str(error)
     return None

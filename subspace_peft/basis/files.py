@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,36 @@ from safetensors.torch import save_file
 from .._io.atomic import write_all_aside
 from .._io.untrusted import is_sha256, read_json
 from .._version import __version__
-from ..cards import Place, put_card
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
-from . import cache
-from .basis import SubspaceBasis, combine_digests
-from .card import card_of, place_of
-from .lazy_modules import ByName
-from .module import TENSOR_NAMES, ModuleBasis
+from ..hub import download, looks_like_path, split_revision
+from .module import TENSOR_NAMES, ModuleBasis, combine_digests
+from .module_store import ModuleStore
 from .precision import KINDS, PRECISIONS, SCALES, restored, stored_digest
-from .reference import looks_like_path, split_revision
 from .schema import info_problem, shape_problem
 
 CONFIG_FILE = "basis_config.json"
 TENSORS_FILE = "basis.safetensors"
+# keys of the config that are no part of `BasisRecord.info`
+NOT_INFO = ("format_version", "modules", "fingerprint")
 FORMAT_VERSIONS = (1, 2)  # 2: with a precision, which earlier readers do not know
 
 
-class LazyModules(ByName):
-    """Modules of a basis file, read and verified one at a time."""
+class FileModules(ModuleStore):
+    """Modules of a basis file, read and verified one at a time, when they are asked for.
 
-    def __init__(self, file: Path, modules: dict[str, dict[str, Any]], precision: str | None = None) -> None:
-        self.file = file
-        self.modules = modules
+    Args:
+        file: the tensors' file.
+        entries: module name → its entry in the config, ``{"shape", "sha256"}``.
+        precision: what U and V are stored as, where it is not what they are given as.
+    """
+
+    def __init__(self, file: Path, entries: Mapping[str, Mapping[str, Any]], precision: str | None = None) -> None:
+        self.file: Path = file
+        self.entries = entries
         self.precision = precision
 
     def shapes(self) -> dict[str, dict[str, int]]:
-        return {name: dict(entry["shape"]) for name, entry in self.modules.items()}
+        return {name: dict(entry["shape"]) for name, entry in self.entries.items()}
 
     def __getitem__(self, name: str) -> ModuleBasis:
         return self._read(name)[1]
@@ -48,7 +53,7 @@ class LazyModules(ByName):
         return self._read(name)[0]
 
     def _read(self, name: str) -> tuple[dict[str, torch.Tensor], ModuleBasis]:
-        """A module's tensors as they are in the file, and what they stand for; verified."""
+        """Return a module's tensors as they are in the file, and the module that they stand for; verified."""
         names = TENSOR_NAMES if self.precision is None else (*TENSOR_NAMES, *SCALES.values())
         try:
             with safe_open(self.file, framework="pt", device="cpu") as tensors:
@@ -65,7 +70,7 @@ class LazyModules(ByName):
             module.check(name)
         except SubspaceError as error:
             raise BadFileError(f"{self.file}: {error}") from None
-        digest, said = stored_digest(present), self.modules[name]["sha256"]
+        digest, said = stored_digest(present), self.entries[name]["sha256"]
         if digest != said:
             raise BadFileError(
                 f"{self.file}: module {name!r} has sha256 {digest}, but {CONFIG_FILE} says {said}. The file "
@@ -74,29 +79,65 @@ class LazyModules(ByName):
         return present, module
 
 
-def write_basis(basis: SubspaceBasis, folder: Path, place: Place | None = None) -> Path:
-    """Write `basis` into `folder`: both files aside, and only when both are whole, renamed one after the other. A card
-    there, with what others wrote around it, is made anew; it says to load the basis from `place`, or from the folder.
+@dataclass(frozen=True)
+class BasisRecord:
+    """The content of a basis's folder, and where it came from.
+
+    Attributes:
+        modules: the modules.
+        info: what the config says beside the modules: base model, builder and its arguments, sources.
+        digests: module name → sha256 of its tensors as stored.
+        location: folder or Hub id; None for a basis in memory.
+        revision: commit sha on the Hub, or None.
+        fetched: whether the files were downloaded from the Hub, into huggingface_hub's cache.
+    """
+
+    modules: ModuleStore
+    info: Mapping[str, Any]
+    digests: Mapping[str, str]
+    location: str | None = None
+    revision: str | None = None
+    fetched: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over the modules' names and digests."""
+        return combine_digests(self.digests)
+
+
+def write_basis(record: BasisRecord, folder: Path) -> Path:
+    """Write a basis's config and tensors into `folder`.
+
+    Both files are written aside and renamed one after the other once both are whole, so a failure leaves the earlier
+    ones as they were.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        SubspaceError: `folder` is a file.
+        OSError: the disk refuses.
     """
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a basis is saved into a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, Any] = {}
-    shapes = basis.shapes()
-    for name in basis:
-        for key, value in basis.stored(name).items():
+    modules, shapes = record.modules, record.modules.shapes()
+    for name in modules:
+        for key, value in modules.stored(name).items():
             tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
-        entries[name] = {"shape": shapes[name], "sha256": basis.digests[name]}
+        entries[name] = {"shape": shapes[name], "sha256": record.digests[name]}
+    fingerprint = record.fingerprint
     config = {
-        "format_version": FORMAT_VERSIONS[0] if basis.precision is None else FORMAT_VERSIONS[1],
+        "format_version": FORMAT_VERSIONS[0] if modules.precision is None else FORMAT_VERSIONS[1],
         "subspace_peft_version": __version__,
-        "fingerprint": basis.fingerprint,
-        **{key: value for key, value in basis.info.items() if key not in ("format_version", "modules", "fingerprint")},
+        "fingerprint": fingerprint,
+        **{key: value for key, value in record.info.items() if key not in NOT_INFO},
         "modules": entries,
     }
     # one key only: safetensors writes several in an order that differs from process to process
-    metadata = {"fingerprint": basis.fingerprint}
+    metadata = {"fingerprint": fingerprint}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_all_aside(
         {
@@ -104,7 +145,6 @@ def write_basis(basis: SubspaceBasis, folder: Path, place: Place | None = None) 
             folder / CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
         }
     )
-    put_card(folder, card_of(basis, place or place_of(folder)), only_ours=True)
     return folder.resolve()
 
 
@@ -114,13 +154,13 @@ def open_basis(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
-) -> SubspaceBasis:
+) -> BasisRecord:
     """Open the basis in a folder or on the Hub; see `SubspaceBasis.from_pretrained`."""
     try:
         folder = Path(path_or_id).expanduser()
         there, holds = folder.exists(), (folder / CONFIG_FILE).is_file()
     except (OSError, RuntimeError, ValueError) as error:
-        # a name too long for the disk, a home of nobody, a NUL: what a task from elsewhere may say
+        # a name too long for the disk, the home of an unknown user, a NUL: a task from elsewhere may say anything
         raise BasisNotFoundError(
             f"There is no folder {str(path_or_id)[:200]!r} ({error}). Pass the folder of a basis, or a Hub id like"
             " 'org/basis'."
@@ -139,34 +179,28 @@ def open_basis(
             "`subspace-peft build`."
         )
     text, at = split_revision(text)
-    folder, sha = download(text, revision or at, token, cache_dir)
-    basis = read_folder(folder, location=text, revision=sha)
-    cache.keep(basis, folder)
-    return basis
-
-
-def download(
-    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
-) -> tuple[Path, str | None]:
-    """Fetch a basis's two files from the Hub into huggingface_hub's cache; returns their folder and the commit sha."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    common = {"repo_id": repo_id, "revision": revision, "token": token, "cache_dir": cache_dir}
+    wanted = revision or at
     try:
-        config = Path(hf_hub_download(filename=CONFIG_FILE, **common))
-        # the snapshot's folder is the commit: asking for the tensors at that sha cannot mix two revisions
-        sha = config.parent.name if config.parent.parent.name == "snapshots" else None
-        hf_hub_download(filename=TENSORS_FILE, **{**common, "revision": sha or revision})
-    except (OSError, HFValidationError, ValueError) as error:
+        folder, sha = download(text, (CONFIG_FILE, TENSORS_FILE), revision=wanted, token=token, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
         raise BasisNotFoundError(
-            f"There is no folder {repo_id!r}, and no basis could be fetched from the Hub under that id (revision "
-            f"{revision or 'main'}): {error}"
+            f"There is no folder {text!r}, and no basis could be fetched from the Hub under that id (revision "
+            f"{wanted or 'main'}): {error}"
         ) from error
-    return config.parent, sha
+    return replace(read_folder(folder, location=text, revision=sha), fetched=True)
 
 
-def read_folder(folder: Path, *, location: str, revision: str | None) -> SubspaceBasis:
+def read_folder(folder: Path, *, location: str, revision: str | None) -> BasisRecord:
+    """Read a basis's config and the header of its tensors, and hold them against each other.
+
+    Args:
+        folder: holds both files.
+        location: folder or Hub id that the record names.
+        revision: commit sha on the Hub that the record names, or None.
+
+    Raises:
+        BadFileError: the files are missing, truncated, malformed or altered, or do not belong together.
+    """
     config_file, tensors_file = folder / CONFIG_FILE, folder / TENSORS_FILE
     try:
         config = read_json(config_file)
@@ -181,7 +215,7 @@ def read_folder(folder: Path, *, location: str, revision: str | None) -> Subspac
             f"{config_file}: format version {str(version)[:40]}, and this subspace_peft {__version__} reads"
             f" {FORMAT_VERSIONS[0]} and {FORMAT_VERSIONS[1]}. Upgrade with `pip install -U subspace-peft`."
         )
-    info = {key: value for key, value in config.items() if key not in ("modules", "fingerprint", "format_version")}
+    info = {key: value for key, value in config.items() if key not in NOT_INFO}
     problem = _modules_problem(modules) or info_problem(info)
     if problem is not None:
         raise BadFileError(f"{config_file}: not a basis's config: {problem}. Fetch or build it again.")
@@ -198,8 +232,7 @@ def read_folder(folder: Path, *, location: str, revision: str | None) -> Subspac
             " file was altered: fetch or build it again."
         )
     check_header(tensors_file, modules, precision)
-    lazy = LazyModules(tensors_file, modules, precision)
-    return SubspaceBasis(lazy, info, location=location, revision=revision, digests=digests)
+    return BasisRecord(FileModules(tensors_file, modules, precision), info, digests, location, revision)
 
 
 def _modules_problem(modules: Any) -> str | None:

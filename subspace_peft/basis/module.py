@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -159,6 +160,17 @@ class ModuleBasis:
         )
 
 
+def module_shape(module: ModuleBasis) -> dict[str, int]:
+    """Return a module's sizes ``{"out", "in", "k_out", "k_in", "directions"}``; ``directions`` is the length of G."""
+    return {
+        "out": module.out_features,
+        "in": module.in_features,
+        "k_out": module.k_out,
+        "k_in": module.k_in,
+        "directions": 0 if module.G is None else module.G.shape[0],
+    }
+
+
 def tensor_sha256(value: torch.Tensor) -> str:
     """sha256 (hex) of one tensor's bytes."""
     return hashlib.sha256(tensor_bytes(value)).hexdigest()
@@ -168,6 +180,14 @@ def tensor_bytes(value: torch.Tensor) -> bytes:
     """A tensor's numbers in row-major order, as safetensors stores them."""
     # flat first: a matrix of one column counts as contiguous whatever its stride, and then cannot be viewed as bytes
     return value.detach().cpu().contiguous().flatten().clone().view(torch.uint8).numpy().tobytes()
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """Return the fingerprint of a basis: sha256 (hex) over its modules' names and digests, in sorted order."""
+    total = hashlib.sha256()
+    for name, digest in sorted(digests.items()):
+        total.update(f"{name}\0{digest}\n".encode())
+    return total.hexdigest()
 
 
 def fix_signs(directions: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import BadFileError, SubspaceError
-from .lazy_modules import ByName
 from .module import FLOAT_DTYPES, ModuleBasis, tensor_bytes
+from .module_store import ModuleStore
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 # largest entry of |UᵀU − 1| that stored directions may have; int8 of a direction with one entry far above the others
@@ -22,14 +22,20 @@ KINDS = {**FLOAT_DTYPES, torch.int8: "I8"}  # in safetensors' words
 STEPS = 127
 
 
-class StoredModules(ByName):
-    """Modules held as they are stored, each made into float32 when it is asked for."""
+class RoundedModules(ModuleStore):
+    """Modules held in memory as they are stored, each turned back into float32 when it is asked for.
+
+    Args:
+        precision: what U and V are stored as, one of `PRECISIONS`.
+        modules: module name → its tensors as a file holds them, by name.
+    """
 
     def __init__(self, precision: str, modules: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        self.precision, self.modules = precision, modules
+        self.precision: str = precision
+        self.entries = modules
 
     def __getitem__(self, name: str) -> ModuleBasis:
-        return restored(self.modules[name], self.precision, name)
+        return restored(self.entries[name], self.precision, name)
 
     def shapes(self) -> dict[str, dict[str, int]]:
         return {
@@ -40,14 +46,15 @@ class StoredModules(ByName):
                 "k_in": each["V"].shape[0],
                 "directions": len(each["G"]) if "G" in each else 0,
             }
-            for name, each in self.modules.items()
+            for name, each in self.entries.items()
         }
 
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
-        return self.modules[name]
+        return self.entries[name]
 
     def digests(self) -> dict[str, str]:
-        return {name: stored_digest(tensors) for name, tensors in self.modules.items()}
+        """Return the modules' digests, of their tensors as stored."""
+        return {name: stored_digest(tensors) for name, tensors in self.entries.items()}
 
 
 def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

@@ -3,49 +3,13 @@ gives."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from pathlib import Path
 
-from .._io.atomic import write_text_aside
-from .._io.untrusted import is_name, is_revision
 from ..errors import BadFileError, BasisMismatchError, BasisNotFoundError
 from . import cache
-from .basis import SubspaceBasis, alive
-from .cache import cache_home
-
-MOST_NOTES = 8
-
-
-def note_location(basis: SubspaceBasis) -> None:
-    """Remember where this fingerprint was seen, so that loaders that know only the fingerprint find it again.
-
-    The note is a hint of a few bytes; what it points to is verified on use, so a stale or hostile note cannot
-    bring in another basis. A cache that cannot be written is no reason to fail.
-    """
-    if basis.location is None:
-        return
-    entry = {"location": basis.location, "revision": basis.revision}
-    with contextlib.suppress(OSError):
-        file = cache_home() / "locations" / f"{basis.fingerprint}.json"
-        known = [old for old in read_notes(basis.fingerprint) if old["location"] != basis.location]
-        write_text_aside(file, json.dumps([entry, *known[: MOST_NOTES - 1]], indent=1))
-
-
-def read_notes(fingerprint: str) -> list[dict[str, str | None]]:
-    if len(fingerprint) != 64 or any(c not in "0123456789abcdef" for c in fingerprint):
-        return []
-    try:
-        notes = json.loads((cache_home() / "locations" / f"{fingerprint}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return []
-    listed = [note for note in notes if isinstance(note, dict)] if isinstance(notes, list) else []
-    return [
-        {"location": note["location"], "revision": note.get("revision")}
-        for note in listed[:MOST_NOTES]
-        if is_name(note.get("location")) and (note.get("revision") is None or is_revision(note["revision"]))
-    ]
+from .basis import SubspaceBasis, alive, basis_of
+from .locations import read_notes
 
 
 def resolve_basis(
@@ -67,9 +31,10 @@ def resolve_basis(
         BasisMismatchError: `reference` holds a basis with another fingerprint; names both.
     """
     if fingerprint is not None:
-        found = alive(fingerprint) or cache.find(fingerprint)
-        if found is not None:
+        if (found := alive(fingerprint)) is not None:
             return found
+        if (kept := cache.find(fingerprint)) is not None:
+            return basis_of(kept)
     tried: list[str] = []
     wrong: BasisMismatchError | None = None
     places: list[tuple[str, str | None]] = []
@@ -117,6 +82,3 @@ def require_same(basis: SubspaceBasis, fingerprint: str | None, what: str) -> No
             f"{what} needs the basis with fingerprint {fingerprint}, but got {basis.fingerprint} "
             f"({basis.location or 'in memory'}). Pass the basis it was trained on, or train it again on this one."
         )
-
-
-__all__ = ["cache_home", "note_location", "read_notes", "require_same", "resolve_basis"]

@@ -13,10 +13,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import same_module
 from ..basis.controls import gaussian
 from ..basis.lineage import next_version
 from ..basis.module import fix_signs
+from ..basis.module_store import same_module
 from ..errors import SubspaceError
 from .controls import linear_weights
 

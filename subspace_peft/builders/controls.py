@@ -10,8 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import same_module
 from ..basis.controls import base_weight_module, random_module, with_random_directions
+from ..basis.module_store import same_module
 from ..errors import SubspaceError
 from .fleet import gather
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..basis.reference import same_model
 from ..errors import SourceError
+from ..hub import same_model
 from ..sources.open import open_source
 from ..sources.references import expand
 from ..sources.source import IN_MEMORY, Source

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module import tensor_sha256
-from ..basis.reference import same_model
 from ..errors import SubspaceError
+from ..hub import same_model
 from ..sources.source import Source
 from .fleet import gather
 from .memory import GUESSED_K, MemoryPlan, parse_size

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..basis import SubspaceBasis
-from ..basis.reference import looks_like_path, split_revision
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..hub import looks_like_path, split_revision
 from ..tasks.read import Parts, SavedTask
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import used_size

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..basis.card import place_of
-from ..cards import BaseFacts, BasisReference, BundledTask, BundleFacts, Place, bundle_card, put_card
+from ..cards import BaseFacts, BasisReferenceFacts, BundledTaskFacts, BundleFacts, Place, bundle_card, put_card
 from ..cards.facts import AUTO_CLASSES
 
 if TYPE_CHECKING:
@@ -22,13 +21,15 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
     """What a card says of a bundle: from its index."""
     config = bundle.index["config"]
     task_type = None if config.get("task_type") is None else str(config["task_type"])
-    place = place or place_of(folder)
+    place = place or Place.of_folder(folder)
     tasks = []
     for name in bundle:
         own = {**config, **bundle.entry(name).get("config", {})}
         numbers = sum(a * b for a, b in bundle.sizes(name).values())
         metrics = {key: value for key, value in bundle[name].metrics.items() if isinstance(value, (int, float))}
-        tasks.append(BundledTask(name=name, coefficients=own.get("coefficients"), numbers=numbers, metrics=metrics))
+        tasks.append(
+            BundledTaskFacts(name=name, coefficients=own.get("coefficients"), numbers=numbers, metrics=metrics)
+        )
     revision = f', revision="{place.revision}"' if place.revision else ""
     # a head has to be made for its number of classes, which tasks of a bundle may have each their own
     headed = next((bundle[name] for name in bundle if bundle[name].id2label), None)
@@ -41,7 +42,7 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
     )
     return BundleFacts(
         place=place,
-        basis=BasisReference(
+        basis=BasisReferenceFacts(
             fingerprint=bundle.fingerprint, reference=config.get("basis"), revision=config.get("basis_revision")
         ),
         tasks=tuple(tasks),

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .._io.digest import file_sha256
-from ..basis.reference import split_revision
 from ..convert.project import Projection
 from ..errors import SubspaceError
+from ..hub import split_revision
 from ..tasks.bank import TaskBank
 from ..tasks.read import SavedTask, read_task
 from ..tuner.config import SubspaceConfig

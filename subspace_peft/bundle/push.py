@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..basis.push import check_repo_id, upload
 from ..cards import Place
 from ..errors import BadFileError
+from ..hub import check_repo_id, upload
 from ..tasks.push import place_on_hub
 from .bundle import Bundle, open_bundle
 from .write import kept, write_bundle
@@ -58,7 +58,8 @@ def push_bundle(
         token=token,
     )
 
-    def write(folder: Path, there: Place) -> None:
+    def write(folder: Path, repo: str) -> None:
+        there = Place(repo, revision=revision)
         write_bundle([kept(found, name) for name in found], folder, found.dtype, found, place, there)
 
     return upload(

@@ -3,16 +3,25 @@
 Facts are gathered by those who have them (`basis/card.py`, `tuner/card.py`); rendering is pure.
 """
 
-from .facts import BaseFacts, BasisFacts, BasisReference, BundledTask, BundleFacts, Place, SourceFacts, TaskFacts
+from .facts import (
+    BaseFacts,
+    BasisFacts,
+    BasisReferenceFacts,
+    BundledTaskFacts,
+    BundleFacts,
+    Place,
+    SourceFacts,
+    TaskFacts,
+)
 from .readme import Card, add_tags, put_card
 from .render import basis_card, bundle_card, task_card
 
 __all__ = [
     "BaseFacts",
     "BasisFacts",
-    "BasisReference",
+    "BasisReferenceFacts",
     "BundleFacts",
-    "BundledTask",
+    "BundledTaskFacts",
     "Card",
     "Place",
     "SourceFacts",

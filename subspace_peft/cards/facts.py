@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..hub import is_hub_id
+
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -25,6 +27,16 @@ class Place:
     reference: str
     subfolder: str | None = None
     revision: str | None = None
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Place:
+        """Return a folder's place: relative to the working directory where it lies in there.
+
+        A card with a relative path is not tied to the machine that wrote it.
+        """
+        folder = folder.resolve()
+        here = Path.cwd()
+        return cls(f"./{folder.relative_to(here).as_posix()}" if folder.is_relative_to(here) else str(folder))
 
     @property
     def name(self) -> str:
@@ -109,7 +121,7 @@ class BasisFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasisReference:
+class BasisReferenceFacts:
     """The basis that tasks live in. `reference` is None where it is in the task's own file."""
 
     fingerprint: str | None
@@ -130,7 +142,7 @@ class TaskFacts:
     """
 
     place: Place
-    basis: BasisReference
+    basis: BasisReferenceFacts
     coefficients: str
     mean_gain: str = "none"
     start: str = "zero"
@@ -147,7 +159,7 @@ class TaskFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BundledTask:
+class BundledTaskFacts:
     """One of a bundle's tasks."""
 
     name: str
@@ -162,25 +174,11 @@ class BundleFacts:
     """Many tasks in one file. `loading`: lines that load it once `base_model` is made; `imports`: what they need."""
 
     place: Place
-    basis: BasisReference
-    tasks: tuple[BundledTask, ...]
+    basis: BasisReferenceFacts
+    tasks: tuple[BundledTaskFacts, ...]
     loading: tuple[str, ...]
     imports: tuple[str, ...] = ()
     base: BaseFacts = field(default_factory=BaseFacts)
     task_type: str | None = None
     bytes: int | None = None
     version: str | None = None
-
-
-def is_hub_id(reference: str) -> bool:
-    """Whether `reference` may be a model's id on the Hub, and is no folder here."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if Path(reference).exists():
-        return False
-    try:
-        validate_repo_id(reference)
-    except HFValidationError:
-        return False
-    return True

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .facts import BaseFacts, BasisReference, Place
+from .facts import BaseFacts, BasisReferenceFacts, Place
 
 REMEDY = (
     "`KeyError: 'SUBSPACE'` means that the process has not imported `subspace_peft`: `pip install subspace-peft`, and"
@@ -121,7 +121,7 @@ def base_words(base: BaseFacts) -> str:
     return f"`{base.reference}`" if base.reference else "a base model that was not recorded"
 
 
-def basis_lines(basis: BasisReference) -> list[str]:
+def basis_lines(basis: BasisReferenceFacts) -> list[str]:
     """What to know of the basis, as a list."""
     if basis.reference is None:
         lines = ["- basis: in this file"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.atomic import write_text_aside
-from .facts import is_hub_id
+from ..hub import is_hub_id
 
 BEGIN, END = "<!-- subspace_peft: begin -->", "<!-- subspace_peft: end -->"
 # bases were saved without markers once: such a README is wholly generated

@@ -206,8 +206,8 @@ class _Tasks:
     def __init__(
         self, references: list[str], out: str | None, max_drift: float, progress: bool, old_basis: str | None = None
     ) -> None:
-        from ..basis.reference import split_revision
         from ..bundle.format import BUNDLE_FILE
+        from ..hub import split_revision
 
         self.out, self.max_drift, self.progress, self.old_basis = Path(out or "."), max_drift, progress, old_basis
         self.bundles: dict[str, str] = {}

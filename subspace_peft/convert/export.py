@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from .._io.atomic import write_all_aside
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import names_of
+from ..basis.module_store import names_of
 from ..errors import BadFileError, SubspaceError
 from ..sources import Factors
 from ..tasks.read import SavedTask, read_task

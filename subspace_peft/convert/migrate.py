@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..basis import SubspaceBasis
-from ..basis.basis import module_shape, names_of
+from ..basis.module import module_shape
+from ..basis.module_store import names_of
 from ..basis.transfer import Transfer
 from ..errors import BasisMismatchError, SubspaceError
 from ..tasks.read import SavedTask, assemble, read_tensors

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..basis import SubspaceBasis
-from ..basis.basis import names_of
-from ..basis.reference import same_model
+from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
+from ..hub import same_model
 from ..sources import Source, open_source
 from ..tasks.read import Parts, SavedTask
 from ..tasks.write import core_tensors, write_task

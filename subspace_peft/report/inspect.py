@@ -7,8 +7,8 @@ from typing import Any
 
 from ..basis import SubspaceBasis
 from ..basis.files import CONFIG_FILE
-from ..basis.reference import looks_like_path, split_revision
 from ..errors import BasisNotFoundError, SubspaceError
+from ..hub import looks_like_path, split_revision
 from ..tuner.task_file import WEIGHTS_FILE
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .._io.untrusted import read_json
-from ..basis.reference import looks_like_path, split_inside
 from ..errors import SourceError
+from ..hub import looks_like_path, split_inside
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -15,10 +15,10 @@ from typing import Any
 from peft import PeftModel
 
 from ..basis import SubspaceBasis
-from ..basis.push import check_repo_id, upload
-from ..basis.resolve import read_notes
+from ..basis.locations import read_notes
 from ..cards import Place, add_tags
 from ..errors import SubspaceError
+from ..hub import check_repo_id, upload
 from ..tuner.card import write_section
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
@@ -67,8 +67,8 @@ def push_task(
         if isinstance(config, SubspaceConfig):
             pin(config, name, push_basis_to=push_basis_to, force=force, private=private, token=token)
 
-    def write(folder: Path, place: Place) -> None:
-        with _placed(model, place):
+    def write(folder: Path, repo: str) -> None:
+        with _placed(model, Place(repo, revision=revision)):
             model.save_pretrained(str(folder), **saving)
         if tags and (folder / "README.md").is_file():
             add_tags(folder / "README.md", tags)
@@ -108,12 +108,12 @@ def push_saved_task(
         )
     pin(config, folder.name, push_basis_to=push_basis_to, force=force, private=private, token=token)
 
-    def write(copy: Path, place: Place) -> None:
+    def write(copy: Path, repo: str) -> None:
         shutil.copyfile(folder / WEIGHTS_FILE, copy / WEIGHTS_FILE)
         if (folder / "README.md").is_file() and not (copy / "README.md").is_file():
             shutil.copyfile(folder / "README.md", copy / "README.md")
         config.save_pretrained(str(copy))
-        config._place = place
+        config._place = Place(repo, revision=revision)
         write_section(copy, config)
 
     return upload(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from .._adapted import active_adapter
 from .._moved import moved_name
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import module_shape
+from ..basis.module import module_shape
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.coefficients import make_coefficients
 from ..tuner.config import SubspaceConfig

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from .._io.atomic import write_folder_aside
 from .._version import __version__
-from ..basis.card import place_of
 from ..cards import Place
 from ..errors import SubspaceError
 from ..tuner.config import SubspaceConfig
@@ -54,7 +53,7 @@ def write_task(
     def write(scratch: Path) -> None:
         if (folder / README_FILE).is_file():
             shutil.copyfile(folder / README_FILE, scratch / README_FILE)
-        fill_folder(scratch, config, tensors, place or place_of(folder))
+        fill_folder(scratch, config, tensors, place or Place.of_folder(folder))
 
     write_folder_aside(folder, write)
     return folder

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..basis import SubspaceBasis
-from ..basis.basis import names_of
+from ..basis.module_store import names_of
 from ..errors import BasisMismatchError
 from .targets import base_weight, readable
 

@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
-from ..basis.card import place_of
 from ..basis.module import tensor_bytes
-from ..cards import BaseFacts, BasisReference, TaskFacts, put_card, task_card
+from ..cards import BaseFacts, BasisReferenceFacts, Place, TaskFacts, put_card, task_card
 from ..cards.facts import AUTO_CLASSES
 from .task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE
 
@@ -56,8 +55,8 @@ def facts_of(folder: Path, config: SubspaceConfig) -> TaskFacts:
     carried = config.basis_modules is not None
     versions = {"subspace_peft": config.subspace_version or __version__, "PEFT": config.peft_version}
     return TaskFacts(
-        place=config._place or place_of(folder),
-        basis=BasisReference(
+        place=config._place or Place.of_folder(folder),
+        basis=BasisReferenceFacts(
             fingerprint=config.basis_fingerprint,
             reference=None if carried else config.to_dict()["basis"],
             revision=None if carried else config.basis_revision,

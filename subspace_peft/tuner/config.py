@@ -14,7 +14,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from .._io.untrusted import read_json
 from .._version import __version__
 from ..basis import SubspaceBasis, resolve_basis
-from ..basis.resolve import note_location, require_same
+from ..basis.basis import note_location
+from ..basis.resolve import require_same
 from ..errors import BadFileError, BasisNotFoundError, NoConfigurationError, SubspaceError
 from .config_check import check_choices, check_values, unknown_keys
 from .registration import SUBSPACE

@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import module_shape, names_of
 from ..basis.controls import base_weight_module, random_module, with_random_directions
-from ..basis.module import tensor_sha256
+from ..basis.module import module_shape, tensor_sha256
+from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
 from .base_check import check_base_name, check_probe, same_weights
 from .config import SubspaceConfig

@@ -24,7 +24,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from subspace_peft import SubspaceBasis
-from subspace_peft.basis.resolve import read_notes, resolve_basis
+from subspace_peft.basis.locations import read_notes
+from subspace_peft.basis.resolve import resolve_basis
 from subspace_peft.errors import SubspaceError
 from subspace_peft.sources import open_source
 from subspace_peft.tasks.bank_file import read_index, read_rows

@@ -1,0 +1,80 @@
+"""Stores of a basis's modules: mappings from name to `ModuleBasis` that know all shapes before they make a module."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .module import ModuleBasis, module_shape
+
+
+class ModuleStore(Mapping[str, ModuleBasis]):
+    """A mapping from module name to `ModuleBasis`, each made when it is asked for.
+
+    Attributes:
+        entries: what the store has per module, by name.
+        precision: what U and V are stored as, where that is not the dtype in which they are given; else None.
+        file: the file on this machine that holds the tensors, or None.
+    """
+
+    entries: Mapping[str, Any]
+    precision: str | None = None
+    file: Path | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    @abstractmethod
+    def shapes(self) -> dict[str, dict[str, int]]:
+        """Return ``{"out", "in", "k_out", "k_in", "directions"}`` per module, without making one."""
+
+    def stored(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return a module's tensors as a file holds them, by name; the module's digest is of these."""
+        return self[name].tensors()
+
+
+class MemoryModules(ModuleStore):
+    """Modules held in memory as they are."""
+
+    def __init__(self, modules: Mapping[str, ModuleBasis]) -> None:
+        self.entries = modules
+
+    def __getitem__(self, name: str) -> ModuleBasis:
+        return self.entries[name]
+
+    def shapes(self) -> dict[str, dict[str, int]]:
+        return {name: module_shape(module) for name, module in self.entries.items()}
+
+
+def describe_k(shapes: Mapping[str, Mapping[str, int]]) -> str:
+    """Return ``k=16``, or ``k=8…16`` where modules or sides differ."""
+    sizes = {side for shape in shapes.values() for side in (shape["k_out"], shape["k_in"])}
+    low, high = min(sizes), max(sizes)
+    return f"k={low}" if low == high else f"k={low}…{high}"
+
+
+def same_module(module_name: str, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that mean the module `module_name`: itself alone, else all that differ by leading parts.
+
+    ``encoder.layer.0.query`` and ``bert.encoder.layer.0.query`` mean the same module.
+    """
+    if module_name in names:
+        return [module_name]
+    return [name for name in names if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")]
+
+
+def names_of(modules: Iterable[str], most: int = 5) -> str:
+    """Return a few module names for an error message, with the number of the others."""
+    names = sorted(modules)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

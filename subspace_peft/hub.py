@@ -1,0 +1,165 @@
+"""The Hugging Face Hub: what a reference to it means, and downloads and uploads that are one commit.
+
+A reference is a folder of this machine or a Hub id, ``org/name@revision:folder/inside``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import SubspaceError
+
+
+def looks_like_path(text: str) -> bool:
+    """Return whether `text` can only mean a folder of this machine, never a Hub id such as ``org/name``."""
+    # revisions such as refs/pr/3, and folders inside a repository, have slashes of their own
+    name = re.split("[@:]", text, maxsplit=1)[0]
+    return os.path.isabs(text) or text.startswith((".", "~")) or name.count("/") > 1 or "\\" in text
+
+
+def is_hub_id(reference: str) -> bool:
+    """Return whether `reference` may be the id of a repository on the Hub, and is no file or folder here."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if Path(reference).exists():
+        return False
+    try:
+        validate_repo_id(reference)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse a path, and an id that names a revision.
+
+    Raises:
+        SubspaceError: `repo_id` is either of these.
+    """
+    if looks_like_path(repo_id) or split_revision(repo_id)[1] is not None:
+        raise SubspaceError(
+            f"{repo_id!r} is no repository id on the Hub. Give it as 'name' or 'org/name', and a branch as an argument"
+            " of its own."
+        )
+
+
+def split_revision(text: str) -> tuple[str, str | None]:
+    """Split ``org/name@revision`` into ``("org/name", "revision")``; the revision is None without an ``@``."""
+    name, _, revision = text.partition("@")
+    return name, revision or None
+
+
+def split_inside(text: str) -> tuple[str, str | None, str | None]:
+    """Split ``org/name@revision:folder/inside`` into its three parts; those that are not given are None."""
+    # neither repository names nor git revisions may hold a colon
+    outside, _, inside = text.partition(":")
+    return *split_revision(outside), inside.strip("/") or None
+
+
+def same_model(base: str | None, model: str | None) -> bool:
+    """Return whether two names may mean one base model.
+
+    They do where they are the same place, or a Hub id and its older form without an owner
+    (``FacebookAI/roberta-base``, ``roberta-base``). An unknown name (None or empty) may be any model.
+    """
+    if not base or not model or Path(base) == Path(model):
+        return True
+    short, long = sorted((base, model), key=len)
+    return "/" not in short and long.count("/") == 1 and long.endswith(f"/{short}")
+
+
+def download(
+    repo_id: str,
+    files: Sequence[str],
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Path, str | None]:
+    """Fetch files of a repository's top folder into huggingface_hub's cache, all at the commit of the first.
+
+    Args:
+        repo_id: ``org/name``.
+        files: their names, at least one.
+        revision: branch, tag or commit sha; None for main.
+        token: as in huggingface_hub.
+        cache_dir: as in huggingface_hub.
+
+    Returns:
+        Their folder, and the commit's sha where the cache tells it.
+
+    Raises:
+        OSError: a file is not there, or neither the Hub nor the cache has it.
+        ValueError: `repo_id` or a name is malformed (huggingface_hub's `HFValidationError`).
+    """
+    from huggingface_hub import hf_hub_download
+
+    sha: str | None = None
+    for name in files:
+        file = Path(hf_hub_download(repo_id, name, revision=sha or revision, token=token, cache_dir=cache_dir))
+        # the snapshot's folder is the commit: asking for the others at that sha cannot mix two revisions
+        if sha is None and file.parent.parent.name == "snapshots":
+            sha = file.parent.name
+    return file.parent, sha
+
+
+def upload(
+    repo_id: str,
+    write: Callable[[Path, str], object],
+    message: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    branch: str | None,
+    create_pr: bool,
+) -> tuple[str, str]:
+    """Upload what `write` puts into a folder, in one commit.
+
+    The repository's README lies in that folder already, so that `write` can keep what others wrote in it.
+
+    Args:
+        repo_id: repository; it is created where it is missing, as is `branch`.
+        write: is called with the folder and the repository's whole id.
+        message: of the commit.
+        private: whether a new repository is private; None for the owner's default.
+        token: as in huggingface_hub.
+        branch: branch to commit to; None for main.
+        create_pr: open a pull request instead of committing to the branch.
+
+    Returns:
+        The repository's whole id and the commit's sha.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        _fetch_readme(repo_id, folder, branch, token)
+        write(folder, repo_id)
+        if branch is not None and not create_pr:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=branch, commit_message=message, create_pr=create_pr
+        )
+    return repo_id, str(done.oid)
+
+
+def _fetch_readme(repo_id: str, folder: Path, branch: str | None, token: str | bool | None) -> None:
+    """Copy the repository's README, where it has one, into `folder`."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(repo_id, "README.md", revision=branch, token=token)
+    except (HfHubHTTPError, LocalEntryNotFoundError):
+        return
+    (folder / "README.md").write_bytes(Path(file).read_bytes())
