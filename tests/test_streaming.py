@@ -26,7 +26,7 @@ from subspace_peft.builders import (
     streaming,
 )
 from subspace_peft.builders.hosvd import exact, factor_pca
-from subspace_peft.builders.memory import parse_size
+from subspace_peft.builders.option_checks import parse_size
 from subspace_peft.builders.module_stack import ModuleStack
 from subspace_peft.builders.streaming import compress
 from subspace_peft.errors import SubspaceError

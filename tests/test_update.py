@@ -230,12 +230,12 @@ def test_bad_sources_are_listed_or_left_out(fleets, bases, tmp_path):
     [
         ({"add": 0}, "add=0"),
         ({"add": 1.5}, "add=1.5"),
-        ({"add": 0.5, "add_in": 3}, "a share decides both"),
+        ({"add": 0.5, "add_in": 3}, "a share of energy decides both"),
         ({"k": 0}, "k=0"),
         ({"k_in": 4}, "give k as well"),
         ({"max_drift": 0.1}, "give k as well"),
         ({"k": 4, "max_drift": -1.0}, "max_drift=-1"),
-        ({"weights": "loud"}, "no weighting"),
+        ({"weights": "loud"}, "weights=.loud.: there is no such choice"),
         ({"max_memory": "1KB"}, "too little"),
     ],
 )

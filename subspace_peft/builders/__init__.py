@@ -1,20 +1,64 @@
-"""Build bases: from a fleet of sources to orthonormal directions, and what changes a basis afterwards."""
+"""Build bases: from a fleet of sources to orthonormal directions, and ways to change a basis afterwards.
 
-from .build import build_basis
-from .clusters import Clusters, build_clusters
-from .complete import complete_basis
-from .dry_run import BuildPlan, plan_build
-from .rebuild import rebuild_basis, sources_on_record
-from .update import update_basis
+Names are loaded when they are first used, so that the command line can read the options without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .build import build_basis
+    from .clusters import Clusters, build_clusters
+    from .complete import complete_basis
+    from .dry_run import BuildPlan, plan_build, plan_rebuild
+    from .options import BuildOptions, CompleteOptions, Resources, UpdateOptions
+    from .rebuild import rebuild_basis, sources_on_record
+    from .update import update_basis
+
+_PLACES = {
+    "BuildOptions": "options",
+    "BuildPlan": "dry_run",
+    "Clusters": "clusters",
+    "CompleteOptions": "options",
+    "Resources": "options",
+    "UpdateOptions": "options",
+    "build_basis": "build",
+    "build_clusters": "clusters",
+    "complete_basis": "complete",
+    "plan_build": "dry_run",
+    "plan_rebuild": "dry_run",
+    "rebuild_basis": "rebuild",
+    "sources_on_record": "rebuild",
+    "update_basis": "update",
+}
 
 __all__ = [
+    "BuildOptions",
     "BuildPlan",
     "Clusters",
+    "CompleteOptions",
+    "Resources",
+    "UpdateOptions",
     "build_basis",
     "build_clusters",
     "complete_basis",
     "plan_build",
+    "plan_rebuild",
     "rebuild_basis",
     "sources_on_record",
     "update_basis",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

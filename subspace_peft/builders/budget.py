@@ -46,24 +46,6 @@ def check_budget(budget: int, modules: int) -> None:
         )
 
 
-def check_asked(
-    budget: int | None, k: int | float | None, k_in: int | None, builder: str, complete: str | None
-) -> None:
-    """Raise `SubspaceError` where a budget is no number, or clashes with the other arguments of `build_basis`."""
-    if budget is None:
-        return
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise SubspaceError(f"budget={budget!r}: give how many numbers a task may train in all, such as 24576.")
-    if k is not None or k_in is not None or complete is not None:
-        raise SubspaceError(
-            "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
-        )
-    if builder != "adapters":
-        raise SubspaceError(
-            f"A budget is spread by what a fleet's updates hold: for the builder `adapters`, not {builder!r}."
-        )
-
-
 def measure(
     plan: MemoryPlan, reader: Reader, most: int, kept: WorkFolder | None, processes: ProcessGroup, progress: bool
 ) -> dict[str, torch.Tensor]:

@@ -14,10 +14,11 @@ from .._io.atomic import write_text_aside
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .build import build_basis
-from .distributed import process_group
-from .fleet import gather
-from .memory import parse_size
+from .distributed import ALONE, ProcessGroup, process_group
+from .keywords import takes_options
+from .options import BuildOptions, Resources
 from .partition import Sample, Step, compared, partition
+from .prepare import FleetBuild, prepare
 
 MOST = 6
 IN_VAIN = 2  # `auto` gives up when that many finer partitions in a row are not worth it
@@ -33,7 +34,8 @@ class Clusters:
         sources: per source ``name``, ``location``, ``cluster``, and of the modules compared ``energy_kept`` by its
             cluster's basis and ``energy_kept_single`` by one basis of all sources that is as large as all these (bases
             and a core per source), both built with the source among theirs.
-        k, single_k: directions of each basis, and of that single one.
+        k: directions of each basis.
+        single_k: directions of that single one.
         modules: the modules compared.
         steps: finer partitions that were held against coarser ones on sources left out.
     """
@@ -46,11 +48,11 @@ class Clusters:
     steps: list[Step]
 
     def to_precision(self, precision: str) -> Clusters:
-        """The same, with every basis in `precision`: see `SubspaceBasis.to_precision`."""
+        """Return the same, with every basis in `precision`: see `SubspaceBasis.to_precision`."""
         return replace(self, bases=[basis.to_precision(precision) for basis in self.bases])
 
     def to_dict(self) -> dict[str, Any]:
-        """What `clusters.json` holds."""
+        """Return the contents of `clusters.json`."""
         means = {
             key: sum(each[key] for each in self.sources) / len(self.sources)
             for key in ("energy_kept", "energy_kept_single")
@@ -81,21 +83,15 @@ class Clusters:
         return folder
 
 
+@process_group()
+@takes_options(options=BuildOptions, resources=Resources)
 def build_clusters(
     sources: Iterable[Any],
     clusters: int | str = "auto",
     *,
-    k: int = 32,
-    alternations: int = 10,
-    skip_bad: bool = False,
-    partial: bool = False,
-    allow_bin: bool = False,
+    options: BuildOptions,
+    resources: Resources,
     base_model: Any = None,
-    max_memory: int | str = "2GB",
-    work_folder: str | Path | None = None,
-    token: str | bool | None = None,
-    progress: bool = True,
-    **more: Any,
 ) -> Clusters:
     """Divide a fleet into clusters and build a basis of each, where one basis keeps too little.
 
@@ -107,16 +103,61 @@ def build_clusters(
     ``auto`` takes a finer partition only where it keeps more of sources that were left out (with their shared-seed
     group, in up to 5 folds, each held against the best basis) than the coarser one does with as many stored numbers,
     bases and one core per source together, by more than two standard errors of the paired differences. A single basis
-    of n·k directions holds all that n of k do, but its cores are n² times as large: what clusters save are cores, so
-    they pay with many sources that have little in common.
+    of n·k directions holds all that n of k do, but its cores are n² times as large: clusters save cores, so they pay
+    with many sources that have little in common.
 
     Args:
         sources: as in `build_basis`.
         clusters: how many at most (some may turn out empty), or ``auto``: 1 to 6, as long as one of the next two
             numbers is worth it.
-        k: directions per side of every basis.
-        alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress, more: as in
-            `build_basis`.
+        options: as in `build_basis`, with a number of directions for `k`; its fields are keywords of their own, too.
+        resources: as in `build_basis`; its fields are keywords of their own, too.
+        base_model: as in `build_basis`.
+
+    Raises:
+        SourceError: bad sources; lists all of them.
+        SubspaceError: arguments that clash; more clusters than sources.
+    """
+    with process_group() as processes:
+        whole = prepare_clusters(sources, clusters, options, resources, base_model=base_model, processes=processes)
+        fleet, k = whole.fleet, int(options.size[0])
+        # one process decides: numbers that are equal but for rounding may compare otherwise on another machine
+        shown = resources.progress and processes.main
+        with tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not shown) as bar:
+            found = None
+            if processes.main:
+                sample = Sample(fleet, resources.memory // 3, options.alternations, bar.update)
+                found = _divided(sample, clusters, k)
+        found = processes.share(found)[0][0]
+        bases = []
+        for number, part in enumerate(found["parts"]):
+            members = [fleet.sources[i] for i in part]
+            basis = build_basis(members, options=options, resources=resources, base_model=base_model)
+            basis.info["cluster"] = {"number": number, "of": len(found["parts"])}
+            basis.info["skipped"] = fleet.skipped
+            bases.append(basis)
+        steps = [Step(**each) for each in found["steps"]]
+        return Clusters(bases, found["sources"], k, found["single_k"], found["modules"], steps)
+
+
+def prepare_clusters(
+    sources: Iterable[Any],
+    clusters: int | str,
+    options: BuildOptions,
+    resources: Resources,
+    *,
+    base_model: Any = None,
+    processes: ProcessGroup = ALONE,
+) -> FleetBuild:
+    """Read and check everything that clusters are built from, and one basis of all sources, which may be the outcome.
+
+    Args:
+        sources: as in `build_clusters`.
+        clusters: as in `build_clusters`.
+        options: as in `build_clusters`.
+        resources: as in `build_clusters`.
+        base_model: as in `build_clusters`.
+        processes: those that build together.
 
     Raises:
         SourceError: bad sources; lists all of them.
@@ -124,53 +165,17 @@ def build_clusters(
     """
     if clusters != "auto" and (isinstance(clusters, bool) or not isinstance(clusters, int) or clusters < 1):
         raise SubspaceError(f"clusters={clusters!r}: give a number from 1 on, or 'auto'.")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise SubspaceError(f"k={k!r}: clusters are compared at a number of directions; give one from 1 on.")
-    clash = {"builder", "k_in", "like", "target_modules", "weights"} & more.keys()
-    if clash:
-        raise SubspaceError(
-            f"build_clusters has no {sorted(clash)[0]}=: clusters are of sources, each update counting as of norm 1."
-        )
-    common = {
-        "skip_bad": skip_bad,
-        "partial": partial,
-        "allow_bin": allow_bin,
-        "base_model": base_model,
-        "token": token,
-        "progress": progress,
-    }
-    with process_group() as processes:
-        fleet = gather(sources, **common, processes=processes)
-        count = len(fleet.sources)
-        if clusters != "auto" and clusters > count:
-            raise SubspaceError(f"clusters={clusters}, and there are {count} sources. Give at most that many.")
-        # one process decides: what is equal but for rounding may come out otherwise on another machine
-        shown = progress and processes.main
-        with tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not shown) as bar:
-            sample = Sample(fleet, parse_size(max_memory) // 3, alternations, bar.update) if processes.main else None
-            found = None if sample is None else _divided(sample, clusters, k)
-        found = processes.share(found)[0][0]
-        parts = found["parts"]
-        bases = []
-        for number, part in enumerate(parts):
-            basis = build_basis(
-                [fleet.sources[i] for i in part],
-                k=k,
-                alternations=alternations,
-                max_memory=max_memory,
-                work_folder=work_folder,
-                **common,
-                **more,
-            )
-            basis.info["cluster"] = {"number": number, "of": len(parts)}
-            basis.info["skipped"] = fleet.skipped
-            bases.append(basis)
-        steps = [Step(**each) for each in found["steps"]]
-        return Clusters(bases, found["sources"], k, found["single_k"], found["modules"], steps)
+    options.check_clusters()
+    build = prepare(sources, options, resources, base_model=base_model, processes=processes)
+    assert isinstance(build, FleetBuild)  # only the builders of controls are no fleet's
+    count = len(build.fleet.sources)
+    if clusters != "auto" and clusters > count:
+        raise SubspaceError(f"clusters={clusters}, and there are {count} sources. Give at most that many.")
+    return build
 
 
 def _divided(sample: Sample, clusters: int | str, k: int) -> dict[str, Any]:
-    """The parts, the steps that led to them, and what is kept of each source; JSON-ready."""
+    """Return the parts, the steps that led to them, and how much is kept of each source; JSON-ready."""
     fleet, count = sample.fleet, len(sample.fleet.sources)
     parts, steps = partition(sample, 1, k), []
     for number in range(2, min(MOST, count) + 1) if clusters == "auto" else [clusters]:

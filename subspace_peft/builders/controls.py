@@ -1,84 +1,41 @@
-"""Builders that need no fleet: `random` and `base-weights`."""
+"""Builders that need no fleet: `random` and `base-weights`, the controls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from ..basis import ModuleBasis, SubspaceBasis
+from ..basis import ModuleBasis
 from ..basis.controls import base_weight_module, random_module, with_random_directions
 from ..basis.module_store import same_module
 from ..errors import SubspaceError
-from .fleet import gather
+from .options import BuildOptions
+
+Sizes = tuple[int, int, int, int]  # out, in, k_out, k_in
 
 
-def build_control(
-    builder: str,
-    *,
-    sources: Iterable[Any] | None,
-    like: SubspaceBasis | None,
-    base_model: nn.Module | None,
-    target_modules: str | Sequence[str] | None,
-    k: int | float,
-    k_in: int | None,
-    directions: int,
-    seed: int,
-    token: str | bool | None,
-    progress: bool,
-    allow_bin: bool,
-    skip_bad: bool,
-    arguments: dict[str, Any],
-) -> SubspaceBasis:
-    """A `random` or `base-weights` basis for the modules of `like`, of the sources, or of the base model.
+def control_module(name: str, sizes: Sizes, options: BuildOptions, weight: torch.Tensor | None) -> ModuleBasis:
+    """Build one module of a `random` or `base-weights` basis.
 
-    Raises:
-        SubspaceError: nothing says which modules; or `base-weights` without a base model.
+    Args:
+        name: the module's name, which the random directions are a function of.
+        sizes: out, in, k_out, k_in.
+        options: of which ``builder``, ``seed`` and ``directions`` count.
+        weight: the base weight (out, in), for `base-weights`.
     """
-    weights = linear_weights(base_model, target_modules) if base_model is not None else {}
-    shapes: dict[str, tuple[int, int, int, int]] = {}
-    base_name: str | None = getattr(getattr(base_model, "config", None), "_name_or_path", None) or None
-    if like is not None:
-        shapes = {name: (s["out"], s["in"], s["k_out"], s["k_in"]) for name, s in like.shapes().items()}
-        base_name = like.base_model or base_name
-    elif weights:
-        shapes = {name: (*weight.shape, int(k), k_in or int(k)) for name, weight in weights.items()}
-    elif sources is not None:
-        fleet = gather(
-            sources,
-            skip_bad=skip_bad,
-            partial=True,
-            token=token,
-            progress=progress,
-            allow_bin=allow_bin,
-            keep_duplicates=True,
-        )
-        base_name = fleet.base_model
-        for source in fleet.sources:
-            shapes |= {name: (*source.shape(name)[:2], int(k), k_in or int(k)) for name in source.keys}
-    if not shapes:
-        raise SubspaceError(
-            f"The builder {builder!r} has to know which modules: pass sources, or like=basis (--like), or base_model= "
-            "with target_modules= (--base-model, --target-modules)."
-        )
-    modules: dict[str, ModuleBasis] = {}
-    for name, (out, inner, a, b) in tqdm(
-        shapes.items(), desc=f"building ({builder})", unit="module", delay=2, disable=not progress
-    ):
-        if builder == "random":
-            module = random_module(name, out, inner, a, b, seed)
-        else:
-            module = base_weight_module(_weight_for(name, weights, (out, inner)), max(a, b)).truncate(a, b)
-        modules[name] = with_random_directions(name, module, directions, seed) if directions else module
-    info = {"base_model_name_or_path": base_name, "builder": builder, "build": arguments, "sources": [], "skipped": []}
-    return SubspaceBasis(modules, info)
+    out, inner, k_out, k_in = sizes
+    if weight is None:
+        module = random_module(name, out, inner, k_out, k_in, options.seed)
+    else:
+        module = base_weight_module(weight, max(k_out, k_in)).truncate(k_out, k_in)
+    return with_random_directions(name, module, options.directions, options.seed) if options.directions else module
 
 
 def linear_weights(model: nn.Module, target_modules: str | Sequence[str] | None) -> dict[str, torch.Tensor]:
-    """Weights (out, in) of a model's linear layers, and of `Conv1D` transposed, that `target_modules` names.
+    """Return weights (out, in) of a model's linear layers, and of `Conv1D` transposed, that `target_modules` names.
 
     Raises:
         SubspaceError: none matches, or one is quantised.
@@ -107,7 +64,12 @@ def linear_weights(model: nn.Module, target_modules: str | Sequence[str] | None)
     return found
 
 
-def _weight_for(name: str, weights: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+def weight_for(name: str, weights: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor:
+    """Return the base weight (out, in) of a module.
+
+    Raises:
+        SubspaceError: there is none of that name and shape, or several.
+    """
     hits = same_module(name, weights)
     if len(hits) != 1 or tuple(weights[hits[0]].shape) != shape:
         raise SubspaceError(

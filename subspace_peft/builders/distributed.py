@@ -1,5 +1,4 @@
-"""The processes that build together, as `accelerate launch` started them: what each tells the others, and how they
-fail as one."""
+"""The processes that build together, as `accelerate launch` started them: their messages, and how they fail as one."""
 
 from __future__ import annotations
 
@@ -30,7 +29,8 @@ class ProcessGroup:
     next exchange.
 
     Attributes:
-        index, count: which of how many.
+        index: the number of this process, from 0.
+        count: how many processes there are.
         machines: per process its machine's name.
         run: the same text in all of them, another one in every run.
         marker: a file that a process which fails writes, where one is agreed on and the disk is shared: the others
@@ -45,6 +45,7 @@ class ProcessGroup:
 
     @property
     def main(self) -> bool:
+        """Whether this is the first process, which writes and prints."""
         return self.index == 0
 
     @property
@@ -53,14 +54,22 @@ class ProcessGroup:
         return self.name_of(self.index) if self.count > 1 else ""
 
     def name_of(self, index: int) -> str:
+        """Return ``process 1 of 4 on host`` for any of the processes."""
         return f"process {index} of {self.count} on {self.machines[index].split('/')[0]}"
 
     @property
     def neighbours(self) -> list[int]:
-        """The processes on this machine, this one among them."""
+        """The numbers of the processes on this machine, this one's among them."""
         return [index for index, machine in enumerate(self.machines) if machine == self.machines[self.index]]
 
     def join(self, group: Any, index: int, count: int) -> None:
+        """Take part in a process group of torch.
+
+        Args:
+            group: of gloo's.
+            index: the number of this process.
+            count: how many processes there are.
+        """
         self._group, self.index, self.count = group, index, count
         # two containers may have one host's name, but not one network address
         machine, run = f"{platform.node()}/{uuid.getnode():x}", uuid.uuid4().hex[:12]
@@ -68,8 +77,14 @@ class ProcessGroup:
         self.machines, self.run = [each[0] for each in told], told[0][1]
 
     def deal(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """What each process is to do, by costs: the dearest first, each to whoever has least so far. The same in every
-        process."""
+        """Deal tasks to the processes: the dearest first, each to the process that has least so far.
+
+        Args:
+            costs: of every task, by name.
+
+        Returns:
+            By task the number of its process; the same in every process.
+        """
         filled = [0.0] * self.count
         dealt = {}
         for name in sorted(costs, key=lambda name: -costs[name]):
@@ -79,7 +94,7 @@ class ProcessGroup:
         return dealt
 
     def exchange(self, payload: bytes = b"") -> list[bytes]:
-        """What every process gives, in their order.
+        """Return the payloads of all processes, in their order.
 
         Raises:
             ProcessError: one of them has failed; says which, and how.
@@ -89,15 +104,15 @@ class ProcessGroup:
     def share(
         self, facts: Any, tensors: Mapping[str, torch.Tensor] | None = None
     ) -> list[tuple[Any, dict[str, torch.Tensor]]]:
-        """`exchange` of JSON and tensors on the CPU."""
+        """Exchange JSON and tensors on the CPU, see `exchange`."""
         return [unpacked(each) for each in self.exchange(packed(facts, tensors or {}))]
 
     def stopped(self) -> bool:
-        """Whether a process is known to have failed, so that going on is in vain."""
+        """Return whether a process is known to have failed, so that going on is in vain."""
         return self.marker is not None and self._group is not None and self.marker.exists()
 
     def report_error(self, error: BaseException) -> None:
-        """Have the others raise at their next exchange."""
+        """Let the others raise a `ProcessError` at their next exchange."""
         if self._group is None:
             return
         with contextlib.suppress(OSError):
@@ -108,6 +123,7 @@ class ProcessGroup:
             self._meet(f"{type(error).__name__}: {error}".encode(), failed=True)
 
     def close(self) -> None:
+        """Leave the process group of torch."""
         if self._group is not None:
             group, self._group = self._group, None
             if self.marker is not None and self.main:
@@ -147,10 +163,11 @@ _active: ProcessGroup | None = None
 
 @contextlib.contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Yield the processes that this one builds with, for as long as the block lasts; the block of an inner call is its caller's.
+    """Yield the processes that this one builds with.
 
-    Processes are those of accelerate's `PartialState`, or of the process group that is there. They leave the block
-    together: an error in one is raised in all, in the others as a `ProcessError` that names it.
+    An inner block has its caller's. A function can be decorated with it, too. Processes are those of accelerate's
+    `PartialState`, or of the process group that is there. They leave the block together: an error in one is raised in
+    all, in the others as a `ProcessError` that names it.
     """
     global _active
     if _active is not None:
@@ -182,7 +199,7 @@ def _join(processes: ProcessGroup) -> None:
 
         # without a GPU it has to be told, or it takes each process for one alone
         PartialState(cpu=not torch.accelerator.is_available())
-        # who began it ends it: torch aborts a process that leaves with a group of gloo's
+        # torch aborts a process that leaves with a group of gloo's
         atexit.register(_end)
         if not dist.is_initialized():
             raise SubspaceError(
@@ -202,14 +219,16 @@ def _end() -> None:
 
 
 def packed(facts: Any, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return JSON-ready facts and tensors as the bytes of a safetensors file."""
     return save({key: value.contiguous() for key, value in tensors.items()}, {FACTS: json.dumps(facts)})
 
 
 def unpacked(payload: bytes) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return facts and tensors from the bytes that `packed` made."""
     size = int.from_bytes(payload[:8], "little")
     return json.loads(json.loads(payload[8 : 8 + size])["__metadata__"][FACTS]), load(payload)
 
 
 def disagreeing(values: Sequence[Any]) -> int | None:
-    """The first process whose value is not the main process's, or None."""
+    """Return the first process whose value is not the main process's, or None."""
     return next((index for index, value in enumerate(values) if value != values[0]), None)

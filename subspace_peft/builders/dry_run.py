@@ -1,22 +1,30 @@
-"""What a build would do, before it does it: every source is read and checked, one module is timed, nothing is
-built."""
+"""A build's plan, before it is built: all its checks are made, one module is timed, and nothing is built."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .budget import check_asked, check_budget, even, largest
-from .fleet import gather
+from ..basis import SubspaceBasis
+from .budget import even
+from .clusters import prepare_clusters
+from .controls import control_module
+from .fleet import Fleet
 from .hosvd import exact, hosvd
-from .memory import CORES_KEPT_UP_TO, MemoryPlan, parse_size
+from .keywords import takes_options
+from .memory import MemoryPlan
 from .module_plan import ModulePlan
 from .module_stack import ModuleStack
+from .options import BuildOptions, Resources
+from .prepare import ControlBuild, FleetBuild, prepare
+from .rebuild import read_record
 from .streaming import compress
+from .update import PreparedUpdate, prepare_update
 
 TIMED_SOURCES = 16
 
@@ -49,61 +57,162 @@ class BuildPlan:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON-ready values."""
         return asdict(self)
 
 
+@takes_options(options=BuildOptions, resources=Resources)
 def plan_build(
-    sources: Iterable[Any],
+    sources: Iterable[Any] | None = None,
     *,
-    k: int | float | None = None,
-    k_in: int | None = None,
-    budget: int | None = None,
-    alternations: int = 10,
-    complete: str | None = None,
-    partial: bool = False,
-    allow_bin: bool = False,
-    max_memory: int | str = "2GB",
+    options: BuildOptions,
+    resources: Resources,
+    like: SubspaceBasis | None = None,
     base_model: nn.Module | None = None,
-    token: str | bool | None = None,
-    progress: bool = True,
+    clusters: int | str | None = None,
 ) -> BuildPlan:
-    """Read and check a fleet as `build_basis` would, and say what building its basis takes. Arguments as there.
+    """Check everything that `build_basis` would, and say how much building the basis takes.
 
-    What comes from the Hub is fetched. Where `k` is a share of energy, sizes are those of the largest basis it could
-    ask for; with a `budget`, which only building can spread, those of an even spread.
+    Adapters on the Hub are fetched. Where `k` is a share of energy, sizes are those of the largest basis it could ask
+    for; with a `budget`, which only building can spread, those of an even spread.
+
+    Args:
+        sources: as in `build_basis`. Bad ones are listed in the plan.
+        options: as in `build_basis`; its fields are keywords of their own, too.
+        resources: as in `build_basis`; its fields are keywords of their own, too.
+        like: as in `build_basis`.
+        base_model: as in `build_basis`.
+        clusters: as in `build_clusters`, of which this is the plan then: of one basis of all sources, which is as much
+            as all clusters' bases take beside their comparison.
 
     Raises:
         SourceError: no source is usable.
-        SubspaceError: `max_memory` is too little; a module to which no source contributes.
+        SubspaceError: the build would raise it.
     """
-    check_asked(budget, k, k_in, "adapters", complete)
-    memory = parse_size(max_memory)
-    fleet = gather(
-        sources,
-        skip_bad=True,
-        partial=partial,
-        token=token,
-        progress=progress,
-        allow_bin=allow_bin,
-        base_model=base_model,
-    )
-    if budget is not None:
-        check_budget(budget, len(fleet.modules))
-        k = even(budget, len(fleet.modules))
-    k = 32 if k is None else k
-    most = k if budget is None else largest(budget, len(fleet.modules))
-    cores = len(fleet.sources) if len(fleet.sources) <= CORES_KEPT_UP_TO else 0
-    plan = MemoryPlan(fleet, "adapters", most, k_in, "equal", memory, cores)
-    tasks = {name: plan.module(name) for name in fleet.modules}
+    options = replace(options, skip_bad=True)
+    if clusters is not None:
+        return _plan(prepare_clusters(sources, clusters, options, resources, base_model=base_model))
+    return _plan(prepare(sources, options, resources, like=like, base_model=base_model))
+
+
+@takes_options(resources=Resources)
+def plan_rebuild(
+    basis: SubspaceBasis | str | Path, *, resources: Resources, base_model: nn.Module | None = None
+) -> BuildPlan:
+    """Check everything that `rebuild_basis` would, and say how much building the basis takes.
+
+    Args:
+        basis: as in `rebuild_basis`.
+        resources: as in `build_basis`; its fields are keywords of their own, too.
+        base_model: as in `rebuild_basis`.
+
+    Raises:
+        SourceError: sources on record that are not what they were; lists all of them.
+        SubspaceError: the rebuild would raise it.
+    """
+    record = read_record(basis, base_model=base_model, resources=resources)
+    if isinstance(record.options, BuildOptions):
+        return _plan(prepare(**record.inputs(resources, base_model), options=record.options))
+    return _plan(prepare_update(**record.inputs(resources, base_model), options=record.options))
+
+
+def _plan(build: FleetBuild | ControlBuild | PreparedUpdate) -> BuildPlan:
+    if isinstance(build, ControlBuild):
+        return _plan_of_control(build)
+    if isinstance(build, PreparedUpdate):
+        return _plan_of_update(build)
+    options, plan, fleet = build.options, build.plan, build.fleet
+    k, k_in = options.size
+    if options.budget is not None:
+        k = even(options.budget, len(fleet.modules))
     modules = {}
-    for name, task in tasks.items():
-        (out, inner), ranks = task.shape, sum(task.ranks)
-        most = max(ranks, k, k_in or 0) if complete else ranks
-        a, b = (min(ranks if isinstance(k, float) else size, most, d) for size, d in ((k, out), (k_in or k, inner)))
-        modules[name] = {"out": out, "in": inner, "sources": len(task.members), "ranks": ranks, "k_out": a, "k_in": b}
+    for name in fleet.modules:
+        task = plan.module(name)
+        ranks = sum(task.ranks)
+        # a share of energy asks for no more directions than the sources span
+        wanted = (ranks, ranks) if isinstance(k, float) else (k, k_in or k)
+        most = max(ranks, *wanted) if options.complete else ranks
+        modules[name] = _size(task, *(min(size, most) for size in wanted))
+    cores = (len(fleet.sources) if build.keep_cores else 0) + options.directions
+    # a budget is spread by what the fleet and its null hold, each of which costs about as much as building
+    seconds = _seconds(plan, k, k_in, options.alternations) * (1 if options.budget is None else 3)
+    return _of_fleet(fleet, plan, modules, cores, seconds)
+
+
+def _plan_of_update(update: PreparedUpdate) -> BuildPlan:
+    options, plan, fleet = update.options, update.plan, update.fleet
+    old, modules = update.old.shapes(), {}
+    for key, name in update.changed.items():
+        task = plan.module(name)
+        ranks = sum(task.ranks)
+        add = ranks if isinstance(options.add, float) else options.add
+        add_in = add if options.add_in is None else options.add_in
+        grown = (old[key]["k_out"] + min(ranks, add), old[key]["k_in"] + min(ranks, add_in))
+        modules[name] = _size(task, *(options.refit or grown))
+    k, k_in = options.refit or (plan.k, None)
+    return _of_fleet(fleet, plan, modules, len(fleet.sources), _seconds(plan, k, k_in, options.alternations))
+
+
+def _of_fleet(
+    fleet: Fleet, plan: MemoryPlan, modules: dict[str, dict[str, int]], cores: int, seconds: float
+) -> BuildPlan:
+    entries = _entries(fleet)
+    size = sum(entry["bytes"] for entry in entries)
+    return BuildPlan(
+        base_model=fleet.base_model,
+        sources=entries,
+        skipped=fleet.skipped,
+        modules=modules,
+        bytes_to_read=size,
+        bytes_of_basis=_bytes(modules, cores),
+        memory=min(plan.memory, plan.needed + plan.keep + size),
+        seconds=seconds,
+    )
+
+
+def _plan_of_control(build: ControlBuild) -> BuildPlan:
+    options, fleet = build.options, build.fleet
+    modules = {}
+    for name, (out, inner, k_out, k_in) in build.sizes.items():
+        # base weights have no more singular vectors than their smaller side
+        most = (min(out, inner),) * 2 if options.builder == "base-weights" else (out, inner)
+        size = {"out": out, "in": inner, "sources": 0, "ranks": 0}
+        modules[name] = {**size, "k_out": min(k_out, most[0]), "k_in": min(k_in, most[1])}
+    entries = [] if fleet is None else _entries(fleet)
+    numbers = {name: out * inner * min(out, inner) for name, (out, inner, _, _) in build.sizes.items()}
+    name = min(numbers, key=numbers.__getitem__)
+    began = time.perf_counter()
+    control_module(name, build.sizes[name], options, build.weights.get(name))
+    seconds = (time.perf_counter() - began) * sum(numbers.values()) / numbers[name]
+    basis = _bytes(modules, options.directions)
+    largest = max(out * inner for out, inner, _, _ in build.sizes.values())
+    return BuildPlan(
+        base_model=build.base_model,
+        sources=entries,
+        skipped=[] if fleet is None else fleet.skipped,
+        modules=modules,
+        bytes_to_read=sum(entry["bytes"] for entry in entries),
+        bytes_of_basis=basis,
+        # the basis as built and as written, and one module's decomposition in float64
+        memory=2 * basis + 3 * 8 * largest,
+        seconds=seconds,
+    )
+
+
+def _size(task: ModulePlan, k_out: int, k_in: int) -> dict[str, int]:
+    out, inner = task.shape
+    size = {"out": out, "in": inner, "sources": len(task.members), "ranks": sum(task.ranks)}
+    return {**size, "k_out": min(k_out, out), "k_in": min(k_in, inner)}
+
+
+def _bytes(modules: dict[str, dict[str, int]], cores: int) -> int:
+    """Return the bytes of U, V and so many cores per module, in float32."""
     numbers = sum(m["k_out"] * m["out"] + m["k_in"] * m["in"] for m in modules.values())
-    numbers += cores * sum(m["k_out"] * m["k_in"] for m in modules.values())
-    entries = [
+    return 4 * (numbers + cores * sum(m["k_out"] * m["k_in"] for m in modules.values()))
+
+
+def _entries(fleet: Fleet) -> list[dict[str, Any]]:
+    return [
         {
             "name": source.name,
             "location": source.location,
@@ -118,25 +227,16 @@ def plan_build(
         }
         for source, group in zip(fleet.sources, fleet.groups, strict=True)
     ]
-    return BuildPlan(
-        base_model=fleet.base_model,
-        sources=entries,
-        skipped=fleet.skipped,
-        modules=modules,
-        bytes_to_read=sum(entry["bytes"] for entry in entries),
-        bytes_of_basis=4 * numbers,
-        memory=min(memory, plan.needed + plan.keep + sum(entry["bytes"] for entry in entries)),
-        # a budget is spread by what the fleet and its null hold, each of which costs about as much as building
-        seconds=_seconds(plan, tasks, k, k_in, alternations) * (1 if budget is None else 3),
-    )
 
 
-def _seconds(
-    plan: MemoryPlan, tasks: dict[str, ModulePlan], k: int | float, k_in: int | None, alternations: int
-) -> float:
-    """Of each kind, exact and streamed, one module of a few sources is built and timed; the rest follows from how the
-    work grows."""
+def _seconds(plan: MemoryPlan, k: int | float, k_in: int | None, alternations: int) -> float:
+    """Estimate how long all modules take.
+
+    Of each kind, exact and streamed, one module of a few sources is built and timed; the rest follows from how the
+    work grows.
+    """
     total = 0.0
+    tasks = {name: plan.module(name) for name in plan.fleet.modules}
     for exactly in (True, False):
         costs = {name: task.cost for name, task in tasks.items() if task.exact == exactly}
         if not costs:

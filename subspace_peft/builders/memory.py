@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from ..errors import SubspaceError
 from .fleet import Fleet
 from .module_plan import ModulePlan, plan_module
@@ -11,26 +9,6 @@ from .module_plan import ModulePlan, plan_module
 CORES_KEPT_UP_TO = 64  # sources: the default of `keep_cores`
 GUESSED_K = 32  # where k is a share of energy
 PER_TENSOR = 700  # bytes of names, places, norms and sketches for every tensor of every source, while building
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]i?)?b?\s*", re.IGNORECASE)
-
-
-# accelerate's `convert_file_size_to_int` knows neither "1.5g" nor "1TiB" nor "2000000", reads "2Gb" as bits, and takes
-# half a second to import beyond torch
-def parse_size(size: int | str) -> int:
-    """Return a size such as ``2GB``, ``512MiB`` or ``1.5g`` in bytes.
-
-    Args:
-        size: a number of bytes, or a text of a number and a unit; case and spaces do not matter.
-
-    Raises:
-        SubspaceError: it is no size above 0.
-    """
-    found = SIZE.fullmatch(str(size)) if not isinstance(size, bool) else None
-    count = int(float(found["number"]) * UNITS[(found["unit"] or "").lower()]) if found else 0
-    if count <= 0:
-        raise SubspaceError(f"max_memory={size!r} is no size: give one like '2GB', '512MiB', or a number of bytes.")
-    return count
 
 
 class MemoryPlan:
@@ -57,7 +35,7 @@ class MemoryPlan:
     def __init__(
         self, fleet: Fleet, builder: str, k: int | float, k_in: int | None, weights: str, memory: int, cores: int = 0
     ) -> None:
-        self.fleet, self.builder, self.weights = fleet, builder, weights
+        self.fleet, self.builder, self.weights, self.memory = fleet, builder, weights, memory
         self.k = max(k, k_in or 0) if isinstance(k, int) else GUESSED_K
         tensors = sum(2 * len(source.keys) for source in fleet.sources)
         fixed, most, name, factors = PER_TENSOR * tensors, 0, "", 0

@@ -1,17 +1,22 @@
-"""What a basis records of a source."""
+"""A basis's record of a source, and the source opened again from it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..sources.source import Source
+from torch import nn
+
+from ..errors import SourceError
+from ..sources.open import open_source
+from ..sources.source import IN_MEMORY, Source
 
 
 def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -> dict[str, Any]:
-    """A source's entry in the basis's list.
+    """Return a source's entry in the basis's list.
 
     Args:
+        source: as it was read.
         kept: module → the share of the source's energy there that the basis keeps; None counts as none.
         group: the number of its shared-seed group.
     """
@@ -33,6 +38,41 @@ def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -
         "energy_kept": held / total,
         **_facts(source),
     }
+
+
+def recorded_source(
+    entry: Mapping[str, Any], *, allow_bin: bool, base_model: nn.Module | None, token: str | bool | None
+) -> Source:
+    """Open the source of an entry in a basis's list, at the commit and with the name on record.
+
+    Args:
+        entry: as `source_entry` wrote it; ``location`` and ``sha256`` have to be there.
+        allow_bin: take pickled weights too.
+        base_model: as in `open_source`, where the source was converted from another method.
+        token: as in huggingface_hub.
+
+    Raises:
+        SourceError: the source is gone, was never on a disk, or has other bytes than those on record.
+    """
+    location = str(entry["location"])
+    if location.startswith(IN_MEMORY):
+        raise SourceError(f"{entry.get('name')}: it was given in memory, and is stored nowhere.")
+    reference = reference_of(location, entry.get("revision"))
+    converted = entry.get("converted_from")
+    source = open_source(reference, token=token, allow_bin=allow_bin, base_model=base_model if converted else None)
+    if source.sha256 != entry["sha256"]:
+        raise SourceError(
+            f"{reference}: its file has sha256 {source.sha256}, and had {entry['sha256']} when the basis was built."
+            " Restore that file, or build a new basis."
+        )
+    source.name = str(entry.get("name") or source.name)
+    return source
+
+
+def reference_of(location: str, revision: str | None) -> str:
+    """Return the reference of a location at a revision: ``org/name@revision:folder``."""
+    name, colon, inside = location.partition(":")
+    return f"{name}@{revision}{colon}{inside}" if revision else location
 
 
 def _facts(source: Source) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +16,100 @@ from ..basis.module import tensor_sha256
 from ..errors import SubspaceError
 from ..hub import same_model
 from ..sources.source import Source
-from .fleet import gather
-from .memory import GUESSED_K, MemoryPlan, parse_size
+from .fleet import Fleet, gather
+from .keywords import takes_options
+from .memory import GUESSED_K, MemoryPlan
+from .options import Resources, UpdateOptions
 from .reader import Reader
 from .resume import WorkFolder
 from .update_module import OldModule, update_module
 from .update_record import after_refit, record, source_weights_of
 
-WEIGHTS = ("equal", "norm")
+Updated = dict[str, tuple[ModuleBasis, dict[str, Any]]]  # by the module's name in the basis
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedUpdate:
+    """An update that can begin.
+
+    Attributes:
+        old: the basis to update.
+        options: as given.
+        resources: as given.
+        fleet: the new adapters, opened and checked, with the modules that they change.
+        names: module of the basis → its name in the fleet, of all modules that the new adapters have.
+        changed: the same, of those modules only that an update is not zero in.
+        plan: how each module is built within the memory.
+        tasks: per task of the old basis, module of the basis → core (k_out, k_in), float64.
+        kept: the folder of finished modules, or None.
+    """
+
+    old: SubspaceBasis
+    options: UpdateOptions
+    resources: Resources
+    fleet: Fleet
+    names: dict[str, str]
+    changed: dict[str, str]
+    plan: MemoryPlan
+    tasks: list[dict[str, torch.Tensor]]
+    kept: WorkFolder | None
+
+    @property
+    def sources_before(self) -> list[dict[str, Any]]:
+        """The entries of the old basis's sources."""
+        return self.old.info.get("sources") or []
+
+    def module(self, key: str) -> ModuleBasis:
+        """Return a module of the old basis.
+
+        Raises:
+            SubspaceError: it holds more or fewer sources' cores than the basis lists sources.
+        """
+        module, count = self.old[key], len(self.sources_before)
+        if module.cores is not None and len(module.cores) != count:
+            raise SubspaceError(
+                f"Module {key!r} of the basis holds {len(module.cores)} sources' cores, and its config lists {count}"
+                " sources. The two do not belong together: fetch or build the basis again."
+            )
+        return module
+
+
+@takes_options(options=UpdateOptions, resources=Resources)
 def update_basis(
     basis: SubspaceBasis | str | Path,
     sources: Iterable[Any],
     *,
-    add: int | float = 8,
-    add_in: int | None = None,
-    k: int | None = None,
-    k_in: int | None = None,
+    options: UpdateOptions,
+    resources: Resources,
     cores: Iterable[Mapping[str, torch.Tensor]] = (),
-    max_drift: float | None = None,
-    weights: str = "equal",
-    alternations: int = 10,
-    skip_bad: bool = False,
-    partial: bool = False,
-    allow_bin: bool = False,
     base_model: nn.Module | None = None,
-    max_memory: int | str = "2GB",
-    work_folder: str | Path | None = None,
-    token: str | bool | None = None,
-    progress: bool = True,
 ) -> SubspaceBasis:
-    """A new version of a basis, for further adapters; `convert.migrate_task` carries the old one's tasks over.
+    """Return a new version of a basis, for further adapters; `convert.migrate_task` carries the old one's tasks over.
 
     By default the new U and V begin with the old ones, bit for bit, and go on with directions orthogonal to them: the
-    leading ones of what the old basis leaves of the new adapters' updates (HOSVD, then JD-Full's alternations with the
-    old directions held). Tasks then
-    lose nothing: their cores are padded with zeros. With `k` both are fitted anew within k directions, for the old
-    sources' stored cores, the tasks' `cores` and the new adapters alike: the basis stays small, and tasks drift.
+    leading ones of the part of the new adapters' updates that the old basis leaves (HOSVD, then JD-Full's alternations
+    with the old directions held). Tasks then lose nothing: their cores are padded with zeros. With `k` both are fitted
+    anew within k directions, for the old sources' stored cores, the tasks' `cores` and the new adapters alike: the
+    basis stays small, and tasks drift.
 
     The mean core M stays the one that the old basis's tasks use (with `k`: its projection), as do direction tensors G
     and the spectra, which are those of the first version's fleet. Stored source cores are joined by the new sources',
-    of which an old source's say what the old basis kept of it. Modules that no new adapter changes stay as they are.
+    of which an old source's say how much the old basis kept of it. Modules that no new adapter changes stay as they
+    are.
 
     Args:
         basis: a basis, its folder or its Hub id.
         sources: the new adapters, as in `build_basis`. One that is in the basis already (by sha256) is a bad source.
-        add: at most so many new directions per side and module, or the share of the new adapters' energy in (0, 1)
-            that old and new directions have to keep together in every module.
-        add_in: on the input side, where that differs.
-        k, k_in: instead of growing, fit so many directions anew.
+        options: how to update; its fields are keywords of their own, too.
+        resources: as in `build_basis`; its fields are keywords of their own, too.
         cores: with `k`: per task of the old basis its module → core (k_out, k_in) in units of ΔW, such as
             ``read_task(task).cores``. Each counts as much as a new adapter.
-        max_drift: with `k`: refuse a basis in which a stored source's core or one of `cores` loses more than this
-            share of its norm in a module.
-        weights, alternations, skip_bad, partial, allow_bin, base_model, max_memory, work_folder, token, progress: as
-            in `build_basis`. New adapters that leave modules of the basis alone need no `partial`.
+        base_model: as in `build_basis`.
 
     Returns:
         A basis in memory. Its ``info`` has ``version``, ``lineage`` (the fingerprints it came from) and ``update``:
-        the arguments, and per module how many directions were added and what the old and the new basis keep of the new
-        adapters. ``measured`` is of the new adapters.
+        the arguments, and per module how many directions were added and how much the old and the new basis keep of the
+        new adapters. ``measured`` is of the new adapters.
 
     Raises:
         SourceError: bad sources; lists all of them.
@@ -84,20 +117,44 @@ def update_basis(
             to keep.
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
-    _check(add, add_in, k, k_in, weights, max_drift)
-    memory = parse_size(max_memory)
-    old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
-    known = old.info.get("sources") or []
+    update = prepare_update(basis, sources, options, resources, cores=cores, base_model=base_model)
+    return _new_version(update, _update_modules(update))
+
+
+def prepare_update(
+    basis: SubspaceBasis | str | Path,
+    sources: Iterable[Any],
+    options: UpdateOptions,
+    resources: Resources,
+    *,
+    cores: Iterable[Mapping[str, torch.Tensor]] = (),
+    base_model: nn.Module | None = None,
+) -> PreparedUpdate:
+    """Read and check everything that an update is made from.
+
+    Args:
+        basis: as in `update_basis`.
+        sources: as in `update_basis`.
+        options: how to update; checked by themselves already.
+        resources: what building may take.
+        cores: as in `update_basis`.
+        base_model: as in `update_basis`.
+
+    Raises:
+        SourceError: bad sources; lists all of them.
+        SubspaceError: cores that are not of this basis; too little memory.
+    """
+    old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=resources.token)
     fleet = gather(
         sources,
-        skip_bad=skip_bad,
-        partial=partial,
-        token=token,
-        progress=progress,
-        allow_bin=allow_bin,
+        skip_bad=options.skip_bad,
+        partial=options.partial,
+        token=resources.token,
+        progress=resources.progress,
+        allow_bin=options.allow_bin,
         base_model=base_model,
         judge=lambda source: _misfit(source, old),
-        taken=[str(entry.get("name")) for entry in known],
+        taken=[str(entry.get("name")) for entry in old.info.get("sources") or []],
     )
     names = {str(old.find(name)): name for name in fleet.modules}
     changed = {
@@ -106,90 +163,96 @@ def update_basis(
         if any(name in source.keys and source.norms[name] > 0 for source in fleet.sources)
     }
     fleet = replace(fleet, modules=list(changed.values()))
-    shapes = old.shapes()
-    most = max(max(shapes[key]["k_out"], shapes[key]["k_in"]) for key in changed)
-    more = GUESSED_K if isinstance(add, float) else max(add, add_in or 0)
-    plan = MemoryPlan(fleet, "adapters", max(most + more, k or 0, k_in or 0), None, weights, memory)
-    protected = [_by_basis_name(old, each) for each in cores]
-    wanted = None if k is None else (k, k_in or k)
-    arguments = {
-        "add": add,
-        "add_in": add_in,
-        "k": k,
-        "k_in": k_in,
-        "tasks": len(protected),
-        "max_drift": max_drift,
-        "weights": weights,
-        "alternations": alternations,
-        "partial": partial,
-        "allow_bin": allow_bin,
-    }
+    plan = MemoryPlan(
+        fleet, "adapters", _most_directions(old, changed, options), None, options.weights, resources.memory
+    )
+    tasks = [_by_basis_name(old, each) for each in cores]
     kept = None
-    if work_folder is not None:
-        held_too = [{key: tensor_sha256(core) for key, core in each.items()} for each in protected]
-        # how much drift is allowed changes no module: after a refusal a larger bound goes on from what is there
-        made_with = {**arguments, "max_drift": None, "update of": old.fingerprint, "cores": held_too}
-        kept = WorkFolder(Path(work_folder), fleet.sources, made_with)
-    by_name = {name: key for key, name in changed.items()}
-    # what an interrupted update finished is not read again
-    done = {
-        by_name[name]: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None
+    if resources.work_folder is not None:
+        hashes = [{key: tensor_sha256(core) for key, core in each.items()} for each in tasks]
+        # the drift that is allowed changes no module: after a refusal a larger bound goes on from the finished ones
+        arguments = {**options.record(len(tasks)), "max_drift": None}
+        kept = WorkFolder(
+            Path(resources.work_folder), fleet.sources, {**arguments, "update of": old.fingerprint, "cores": hashes}
+        )
+    return PreparedUpdate(old, options, resources, fleet, names, changed, plan, tasks, kept)
+
+
+def _most_directions(old: SubspaceBasis, changed: Mapping[str, str], options: UpdateOptions) -> int:
+    """Return the most directions that a side of a changed module may get."""
+    shapes = old.shapes()
+    before = max(max(shapes[key]["k_out"], shapes[key]["k_in"]) for key in changed)
+    more = GUESSED_K if isinstance(options.add, float) else max(options.add, options.add_in or 0)
+    return max(before + more, *(options.refit or (0, 0)))
+
+
+def _update_modules(update: PreparedUpdate) -> Updated:
+    """Update the modules that new adapters change; those that an interrupted update finished are not read again."""
+    kept, fleet, options = update.kept, update.fleet, update.options
+    keys = {name: key for key, name in update.changed.items()}
+    done: Updated = {
+        keys[name]: found for name in fleet.modules if kept is not None and (found := kept.get(name)) is not None
     }
-    reader = Reader(fleet.sources, plan.held)
-    bar = tqdm(total=len(changed), initial=len(done), desc="updating", unit="module", delay=2, disable=not progress)
-    with bar:
-        for group in reader.groups([name for name in fleet.modules if by_name[name] not in done]):
+    counts = source_weights_of(update.sources_before)
+    reader = Reader(fleet.sources, update.plan.held)
+    hidden = not update.resources.progress
+    with tqdm(total=len(keys), initial=len(done), desc="updating", unit="module", delay=2, disable=hidden) as bar:
+        for group in reader.groups([name for name in fleet.modules if keys[name] not in done]):
             reader.hold(group)
             for name in group:
-                key = by_name[name]
-                held = OldModule(
-                    key,
-                    _checked(key, old[key], len(known)),
-                    source_weights_of(known),
-                    [each[key] for each in protected if key in each],
+                key = keys[name]
+                cores = [each[key] for each in update.tasks if key in each]
+                old = OldModule(key, update.module(key), counts, cores)
+                done[key] = update_module(
+                    update.plan, reader, name, old, options.add, options.add_in, options.refit, options.alternations
                 )
-                done[key] = update_module(plan, reader, name, held, add, add_in, wanted, alternations)
                 if kept is not None:
                     kept.put(name, *done[key])
                 bar.update()
     # in one order, wherever they come from
-    modules = {key: done[key][0] for key in changed}
-    facts = {key: dict(done[key][1]) for key in changed}
+    return {key: done[key] for key in update.changed}
+
+
+def _new_version(update: PreparedUpdate, done: Updated) -> SubspaceBasis:
+    """Put updated and untouched modules together, with the record of the update.
+
+    Raises:
+        SubspaceError: more drift than `max_drift`.
+    """
+    old, options, known = update.old, update.options, update.sources_before
+    facts = {key: dict(each) for key, (_, each) in done.items()}
     drifts = {key: each.pop("drift") for key, each in facts.items()}
     squares = [each.pop("squares") for each in facts.values()]
-    worst = max(drifts, key=drifts.__getitem__)
-    if max_drift is not None and drifts[worst] > max_drift:
-        raise SubspaceError(
-            f"Within k={k} module {worst!r} would lose {drifts[worst]:.3g} of the norm of what the old basis holds,"
-            f" more than max_drift={max_drift:g}. Give a larger k, or grow with add= instead, which loses nothing."
-        )
-    untouched = {
-        key: _with_absent(_checked(key, old[key], len(known)), len(fleet.sources)) for key in old if key not in modules
-    }
-    everything = {key: modules.get(key) or untouched[key] for key in old}
-    info = record(old, fleet, names, arguments, everything, facts, drifts if k is not None else {})
-    if k is not None:
+    _check_drift(drifts, options)
+    more = len(update.fleet.sources)
+    modules = {key: done[key][0] if key in done else _with_absent(update.module(key), more) for key in old}
+    refitted = options.refit is not None
+    arguments = options.record(len(update.tasks))
+    info = record(old, update.fleet, update.names, arguments, modules, facts, drifts if refitted else {})
+    if refitted:
         info["sources"][: len(known)] = [after_refit(entry, i, squares) for i, entry in enumerate(known)]
-    return SubspaceBasis(everything, info)
+    return SubspaceBasis(modules, info)
 
 
-def _checked(name: str, module: ModuleBasis, sources: int) -> ModuleBasis:
-    if module.cores is not None and len(module.cores) != sources:
+def _check_drift(drifts: Mapping[str, float], options: UpdateOptions) -> None:
+    worst = max(drifts, key=drifts.__getitem__)
+    if options.max_drift is not None and drifts[worst] > options.max_drift:
         raise SubspaceError(
-            f"Module {name!r} of the basis holds {len(module.cores)} sources' cores, and its config lists {sources}"
-            " sources. The two do not belong together: fetch or build the basis again."
+            f"Within k={options.k} module {worst!r} would lose {drifts[worst]:.3g} of the norm of what the old basis"
+            f" holds, more than max_drift={options.max_drift:g}. Give a larger k, or grow with add= instead, which"
+            " loses nothing."
         )
-    return module
 
 
 def _with_absent(module: ModuleBasis, count: int) -> ModuleBasis:
-    """A module that no new source changes: of those its stored cores are zero."""
+    """Return a module that no new source changes: its stored cores of the new sources are zero."""
     if module.cores is None:
         return module
     return replace(module, cores=torch.cat([module.cores, module.cores.new_zeros(count, module.k_out, module.k_in)]))
 
 
 def _misfit(source: Source, basis: SubspaceBasis) -> str | None:
+    """Return why a source cannot update the basis, or None."""
     for entry in basis.info.get("sources") or []:
         if entry.get("sha256") == source.sha256:
             return f"it is in the basis already, as {entry.get('name')!r} (the same sha256). Leave it out."
@@ -215,6 +278,7 @@ def _misfit(source: Source, basis: SubspaceBasis) -> str | None:
 
 
 def _by_basis_name(basis: SubspaceBasis, cores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a task's cores by the basis's names, padded to its sizes, in float64."""
     shapes, found = basis.shapes(), {}
     for name, core in cores.items():
         key = basis.find(name)
@@ -229,27 +293,3 @@ def _by_basis_name(basis: SubspaceBasis, cores: Mapping[str, torch.Tensor]) -> d
         padded[: core.shape[0], : core.shape[1]] = core
         found[key] = padded
     return found
-
-
-def _check(
-    add: int | float, add_in: int | None, k: int | None, k_in: int | None, weights: str, max_drift: float | None
-) -> None:
-    if weights not in WEIGHTS:
-        raise SubspaceError(f"There is no weighting {weights!r}; choose one of {', '.join(WEIGHTS)}.")
-    if isinstance(add, bool) or (isinstance(add, float) and not 0 < add < 1) or (isinstance(add, int) and add < 1):
-        raise SubspaceError(
-            f"add={add!r}: give a number of new directions (1, 2, …) or a share of energy to keep (0.5)."
-        )
-    if add_in is not None and (add_in < 0 or isinstance(add, float)):
-        raise SubspaceError(
-            f"add_in={add_in}: give 0 or more, and a number for add; a share decides both sides itself."
-        )
-    for name, value in (("k", k), ("k_in", k_in)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise SubspaceError(f"{name}={value!r}: give a number of directions, at least 1.")
-    if k is None and (k_in is not None or max_drift is not None):
-        raise SubspaceError(
-            "k_in and max_drift are for a basis that is fitted anew: give k as well. Growing loses nothing."
-        )
-    if max_drift is not None and not max_drift >= 0:
-        raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")

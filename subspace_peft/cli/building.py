@@ -141,10 +141,9 @@ def _rebuilt(args: Namespace, beside: Path | None) -> tuple[str, SubspaceBasis]:
 def _plan(args: Namespace) -> int:
     from ..builders import plan_build
 
-    if args.builder in ("random", "base-weights"):
-        raise SubspaceError(f"--dry-run is for fleets; the builder {args.builder!r} reads none.")
     plan = plan_build(
-        args.sources,
+        args.sources or None,
+        builder=args.builder,
         k=None if args.k is None else number(args.k),
         k_in=args.k_in,
         budget=args.budget,

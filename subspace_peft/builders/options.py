@@ -1,0 +1,322 @@
+"""The options of builds, updates and completions, each defined once: default, check, help text and flag.
+
+Importing this module needs no torch: the command line makes its flags from these definitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import SubspaceError
+from .option_checks import (
+    Options,
+    anything,
+    directions_or_share,
+    is_whole_number,
+    names_or_none,
+    number,
+    one_of,
+    option,
+    parse_size,
+    truth,
+    truth_or_none,
+    whole,
+)
+
+BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
+CONTROLS = ("random", "base-weights")  # builders that need no fleet
+FILLINGS = ("random", "base-weights")
+WEIGHTS = ("equal", "norm")
+DEFAULT_K = 32
+
+SKIP_BAD = ("leave bad sources out, each with its reason", truth)
+ALLOW_BIN = ("read pickled adapter_model.bin too, weights_only", truth)
+ALTERNATIONS = ("most rounds after the HOSVD (default: {default})", whole(0))
+SEED = ("of all random directions (default: {default})", whole())
+INPUT_SIDE = ("directions on the input side, where they differ", whole(1, optional=True))
+
+
+@dataclass(frozen=True)
+class BuildOptions(Options):
+    """The options that decide which basis is built.
+
+    Attributes:
+        k: directions per side, or a share of energy in (0, 1) that every module has to keep; default 32.
+        k_in: directions on the input side where they differ from `k`.
+        budget: instead of `k`, how many numbers a task may train in all, Σ k_out·k_in over modules: spread over
+            modules and sides to where the fleet holds most above its strength-matched null, see `budget.spread`.
+            Directions that hold no more than the null are not bought, so less may be spent. Takes three to five times
+            as long (`adapters` only).
+        builder: ``adapters``: truncated HOSVD of the updates ΔW, free of the factors' gauge, with alternations
+            (JD-Full, arXiv 2407.00066). ``eigenlora``: PCA of the raw factors (arXiv 2502.04700), for comparison.
+            ``random``: zero-mean Gaussian, orthonormalised, the control. ``base-weights``: top singular vectors of the
+            base model's weights (LoRA-XS, arXiv 2405.17604), the other control.
+        weights: ``equal``: every source's ΔW counts as of norm 1 in every module. ``norm``: as large as it is. A
+            mapping, or a JSON file of one, from source (its name or place) to a number: as often as that, of norm 1;
+            others once. In each case the members of a shared-seed group share one vote.
+        alternations: at most this many rounds after the HOSVD (`adapters` only).
+        directions: how many direction tensors G to keep for the `directions` coefficients: the leading principal
+            axes of the sources' cores, or random orthonormal ones where there is no fleet.
+        keep_cores: whether the sources' own cores are stored, for starts at a named source; default: up to 64 sources.
+        leave_one_out: measure how much a basis built without a source keeps of it (`adapters` only): one more build
+            per shared-seed group, of the modules that are decomposed exactly; default: for fleets of 2 to 8 groups.
+        complete: where the fleet spans fewer than `k` directions, fill up with ``random`` or ``base-weights`` ones,
+            see `complete_basis`; None: the basis is smaller then, and nothing is made up.
+        target_modules: names or ends of names of the base model's modules, or a regular expression, as in PEFT.
+        seed: of the `random` builder and of random directions.
+        skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
+        partial: allow modules that only some sources adapt; each is then built from those.
+        allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
+    """
+
+    k: int | float | None = option(
+        None,
+        f"directions per side, or a share of energy to keep (0.9); default: {DEFAULT_K}",
+        anything,  # the budget comes first, see below
+        flags=("-k", "--k"),
+        convert=number,
+    )
+    budget: int | None = option(
+        None,
+        "instead of -k, what a task may train in all: spread to where the fleet holds most above chance",
+        anything,
+        convert=int,
+        metavar="NUMBERS",
+    )
+    k_in: int | None = option(None, *INPUT_SIDE, convert=int)
+    builder: str = option(
+        "adapters", "where the basis comes from (default: {default})", one_of(*BUILDERS), choices=BUILDERS
+    )
+    weights: str | Path | Mapping[str, float] = option(  # noqa: RUF009 - it is a field
+        "equal",
+        "how sources count: {default} (default), norm, or a JSON file of numbers by source",
+        anything,  # a file is read when its sources are, see `weights.read_weights`
+        metavar="HOW",
+    )
+    alternations: int = option(10, *ALTERNATIONS, convert=int)
+    directions: int = option(0, "direction tensors to keep", whole(0), convert=int, metavar="M")
+    keep_cores: bool | None = option(
+        None, "store the sources' own cores, for starts at a source (default: for up to 64 sources)", truth_or_none
+    )
+    leave_one_out: bool | None = option(
+        None,
+        "measure what a basis built without a source keeps of it (default: for 2 to 8 sources)",
+        truth_or_none,
+    )
+    complete: str | None = option(
+        None,
+        "fill up to k where the fleet spans fewer directions (default: leave it at those)",
+        one_of(*FILLINGS, optional=True),
+        choices=FILLINGS,
+    )
+    target_modules: str | Sequence[str] | None = option(
+        None, "the base model's modules", names_or_none, nargs="+", metavar="NAME"
+    )
+    seed: int = option(0, *SEED, convert=int)
+    skip_bad: bool = option(False, *SKIP_BAD)
+    allow_bin: bool = option(False, *ALLOW_BIN)
+    partial: bool = option(False, "allow modules that only some sources adapt", truth)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget is not None:
+            self._check_budget()
+        elif self.k is not None:
+            directions_or_share("k", self.k)
+        if isinstance(self.k, float):
+            if self.builder != "adapters" or self.k_in is not None:
+                raise SubspaceError("A share of energy as k is for the builder `adapters`, and decides k_in itself.")
+            if self.complete is not None:
+                self._refuse_filling()
+        if self.complete is not None and self.controls:
+            self._refuse_filling()
+
+    def _check_budget(self) -> None:
+        if not is_whole_number(self.budget) or self.budget < 1:
+            raise SubspaceError(f"budget={self.budget!r}: give how many numbers a task may train in all, as 24576.")
+        if self.k is not None or self.k_in is not None or self.complete is not None:
+            raise SubspaceError(
+                "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
+            )
+        if self.builder != "adapters":
+            raise SubspaceError(
+                f"A budget is spread by what a fleet's updates hold: for the builder `adapters`, not {self.builder!r}."
+            )
+
+    def _refuse_filling(self) -> None:
+        raise SubspaceError(
+            f"complete={self.complete!r}: a fleet's basis is filled up to a number of directions. Give k as a"
+            " number, and the builder `adapters` or `eigenlora`."
+        )
+
+    @property
+    def controls(self) -> bool:
+        """Whether the builder makes a control, which needs no fleet."""
+        return self.builder in CONTROLS
+
+    @property
+    def size(self) -> tuple[int | float, int | None]:
+        """The directions asked for, k and k_in, where no budget decides them."""
+        return DEFAULT_K if self.k is None else self.k, self.k_in
+
+    def check_inputs(self, *, sources: Any, base_model: Any) -> None:
+        """Raise `SubspaceError` where the options need sources or a base model, and there are none."""
+        if self.complete == "base-weights":
+            check_filling_model(self.complete, base_model)
+        if sources is None and not self.controls:
+            raise SubspaceError(f"The builder {self.builder!r} needs source adapters; pass their folders or Hub ids.")
+
+    def check_clusters(self) -> None:
+        """Raise `SubspaceError` where a fleet that is divided into clusters cannot have these options."""
+        odd = {"builder", "k_in", "target_modules", "weights", "budget"}
+        if clash := [name for name in self.changed() if name in odd]:
+            raise SubspaceError(
+                f"clusters= does not go with {clash[0]}=: build_clusters has no {clash[0]}=, since clusters are of"
+                " sources, each update counting as of norm 1, at one number of directions."
+            )
+        if isinstance(self.k, float):
+            raise SubspaceError(f"k={self.k!r}: clusters are compared at a number of directions; give one from 1 on.")
+
+    def record(self) -> dict[str, Any]:
+        """Return what the basis's config says of its build; `BuildOptions(**record)` makes the same basis.
+
+        Options that matter only where they are given are absent elsewhere.
+        """
+        k, k_in = (None, None) if self.budget is not None else self.size
+        kept = ("builder", "weights", "alternations", "directions", "seed", "keep_cores", "partial", "allow_bin")
+        rare = ("budget", "complete", "leave_one_out")
+        return {
+            "k": k,
+            "k_in": k_in,
+            **{name: getattr(self, name) for name in kept},
+            **{name: value for name in rare if (value := getattr(self, name)) is not None},
+        }
+
+
+@dataclass(frozen=True)
+class UpdateOptions(Options):
+    """The options that decide how a basis is updated.
+
+    Attributes:
+        add: at most so many new directions per side and module, or the share of the new adapters' energy in (0, 1)
+            that old and new directions have to keep together in every module.
+        add_in: on the input side, where that differs.
+        k: instead of growing, fit so many directions anew.
+        k_in: on the input side, where that differs.
+        max_drift: with `k`: refuse a basis in which a stored source's core or one of `cores` loses more than this
+            share of its norm in a module.
+        weights: ``equal`` or ``norm``, as in `build_basis`.
+        alternations: at most this many rounds after the HOSVD.
+        skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
+        partial: allow modules that only some of the new adapters have. Modules of the basis that none of them has are
+            always allowed.
+        allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
+    """
+
+    add: int | float = option(
+        8,
+        "most new directions per side, or a share of the new adapters' energy to keep (default: {default})",
+        directions_or_share,
+        convert=number,
+    )
+    add_in: int | None = option(None, "on the input side, where they differ", whole(0, optional=True), convert=int)
+    k: int | None = option(
+        None,
+        "fit so many directions anew; tasks drift",
+        whole(1, optional=True),
+        flags=("-k", "--k"),
+        convert=int,
+    )
+    k_in: int | None = option(None, *INPUT_SIDE, convert=int)
+    # the command line's --max-drift bounds the tasks' drift too, so it is defined there
+    max_drift: float | None = option(None, "", anything, flags=())
+    weights: str = option("equal", "how sources count (default: {default})", one_of(*WEIGHTS), choices=WEIGHTS)
+    alternations: int = option(10, *ALTERNATIONS, convert=int)
+    skip_bad: bool = option(False, *SKIP_BAD)
+    partial: bool = option(False, "allow modules that only some of the new sources adapt", truth)
+    allow_bin: bool = option(False, *ALLOW_BIN)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.add_in is not None and isinstance(self.add, float):
+            raise SubspaceError(
+                f"add_in={self.add_in}: give a number for add as well; a share of energy decides both sides itself."
+            )
+        if self.k is None and (self.k_in is not None or self.max_drift is not None):
+            raise SubspaceError(
+                "k_in and max_drift are for a basis that is fitted anew: give k as well. Growing loses nothing."
+            )
+        if self.max_drift is not None and not self.max_drift >= 0:
+            raise SubspaceError(f"max_drift={self.max_drift}: give 0 or more, as a share of ‖ΔW‖.")
+
+    @property
+    def refit(self) -> tuple[int, int] | None:
+        """The directions to fit anew, output and input side; None where the basis grows."""
+        return None if self.k is None else (self.k, self.k_in or self.k)
+
+    def record(self, tasks: int) -> dict[str, Any]:
+        """Return what the basis's config says of its update; `tasks` is how many tasks' cores it was fitted to."""
+        kept = ("add", "add_in", "k", "k_in", "max_drift", "weights", "alternations", "partial", "allow_bin")
+        return {**{name: getattr(self, name) for name in kept}, "tasks": tasks}
+
+
+@dataclass(frozen=True)
+class CompleteOptions(Options):
+    """The options that decide how a basis is filled up.
+
+    Attributes:
+        k: directions per side.
+        k_in: directions on the input side where they differ from `k`.
+        with_: ``random`` or ``base-weights``.
+        seed: of the random directions.
+    """
+
+    k: int = option(DEFAULT_K, "directions per side", whole(1), flags=("-k", "--k"), convert=int, required=True)
+    k_in: int | None = option(None, *INPUT_SIDE, convert=int)
+    with_: str = option("random", "(default: {default})", one_of(*FILLINGS), flags=("--with",), choices=FILLINGS)
+    seed: int = option(0, *SEED, convert=int)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Directions on the output and on the input side."""
+        return self.k, self.k_in or self.k
+
+
+@dataclass(frozen=True)
+class Resources(Options):
+    """What building may take; the basis is the same whatever it is.
+
+    How many processes build is decided by the launcher that starts them (`accelerate launch`, torchrun).
+
+    Attributes:
+        max_memory: how much building may take beside the interpreter, its libraries and sources in memory (those given
+            so, converted or pickled ones): bytes, or a text like ``2GB``. It is each process's own.
+        work_folder: where finished modules are kept, so that a call with the same sources and arguments goes on where
+            an interrupted one stopped, to the same bytes. Remove it when the basis is saved.
+        token: as in huggingface_hub.
+        progress: show bars for steps that take over two seconds.
+    """
+
+    max_memory: int | str = option(
+        "2GB",
+        "what building may take beside the interpreter (default: {default}); the basis is the same whatever it is",
+        lambda _, value: parse_size(value) and None,
+        metavar="SIZE",
+    )
+    work_folder: str | Path | None = option(None, "", anything, flags=())  # noqa: RUF009 - it is a field
+    token: str | bool | None = option(None, "", anything, flags=())
+    progress: bool = option(True, "no progress bars", truth, flags=("--quiet",))
+
+    @property
+    def memory(self) -> int:
+        """The bytes of `max_memory`."""
+        return parse_size(self.max_memory)
+
+
+def check_filling_model(with_: str, base_model: Any) -> None:
+    """Raise `SubspaceError` where a basis is to be completed from a base model, and there is none."""
+    if with_ == "base-weights" and base_model is None:
+        raise SubspaceError("To complete with base-weights pass the base model: base_model= (--base-model).")
