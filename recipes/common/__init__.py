@@ -20,12 +20,14 @@ from .answers import (
     prompt_ids,
 )
 from .arguments import CommonArguments, argument, parse_arguments, quiet
-from .curves import draw_curves
+from .curves import draw_curves, draw_panels
 from .data import check_rows, draw, local_splits, local_tasks, refuse_own_adapter
 from .dry_run import dry_run, planned_numbers, planned_steps, print_plan, runs_of, steps_of
+from .extras import require
+from .figures import pyplot, save_figure
 from .images import check_image, check_images, class_group, local_images, rgb
 from .measure import measure
-from .methods import Method, method_named, methods
+from .methods import Method, adapted, head_only, in_basis, lora, method_named, methods, vera
 from .recipe import Recipe
 from .run_cache import RunCache, digest
 from .stages import (
@@ -45,7 +47,7 @@ from .stages import (
     task_folder,
 )
 from .sweep import RUN_KEYS, compare
-from .table import markdown_table, write_results
+from .table import markdown_table, write_results, write_texts
 from .task import InstructionTask, LabelledTask, Task
 from .training import fit, parameter_groups
 
@@ -62,6 +64,7 @@ __all__ = [
     "Recipe",
     "RunCache",
     "Task",
+    "adapted",
     "argument",
     "basis_stage",
     "check_image",
@@ -74,6 +77,7 @@ __all__ = [
     "digest",
     "draw",
     "draw_curves",
+    "draw_panels",
     "dry_run",
     "encode_answer",
     "exact_and_rouge",
@@ -81,12 +85,15 @@ __all__ = [
     "finished",
     "fit",
     "generate_answers",
+    "head_only",
+    "in_basis",
     "instruction_task",
     "keep_unpacked",
     "last_checkpoint",
     "local_images",
     "local_splits",
     "local_tasks",
+    "lora",
     "markdown_table",
     "measure",
     "method_named",
@@ -100,15 +107,20 @@ __all__ = [
     "print_plan",
     "prompt_ids",
     "publish",
+    "pyplot",
     "quiet",
     "refuse_own_adapter",
+    "require",
     "rgb",
     "runs_of",
     "save_control",
+    "save_figure",
     "save_finished",
     "source_folders",
     "steps_of",
     "take_offline",
     "task_folder",
+    "vera",
     "write_results",
+    "write_texts",
 ]

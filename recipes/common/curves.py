@@ -6,50 +6,64 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from subspace_peft._io.atomic import write_aside
+from .figures import pyplot, save_figure
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-def draw_curves(
-    results: Sequence[Mapping[str, Any]], file: str | Path, *, title: str = "", score: str = "validation score"
-) -> Path:
-    """Draw validation score against steps into the PNG `file`: per method the mean over seeds, and the seeds' range as
-    a band.
+def draw_curves(results: Rows, file: str | Path, *, title: str = "", score: str = "validation score") -> Path:
+    """Draw the validation score against steps into the PNG `file`: see `draw_panels`, of which this is one panel.
 
     Args:
-        results: what `compare` returned. Untrained methods, whose curve is one point, become a dashed line.
+        results: the rows that `compare` returned.
         file: written aside and renamed.
         title, score: above the figure and beside its axis.
+    """
+    return draw_panels({title: results}, file, score=score, width=7.6)
+
+
+def draw_panels(
+    panels: Mapping[str, Rows], file: str | Path, *, score: str = "validation score", width: float = 4.6
+) -> Path:
+    """Draw the validation score against steps, a panel per comparison, into the PNG `file`.
+
+    A line is the mean of a method's seeds, the band around it their range; an untrained method is a dashed line.
+
+    Args:
+        panels: title of a panel → the rows that `compare` returned.
+        file: written aside and renamed.
+        score: beside the axis of the first panel.
+        width: of a panel, in inches.
 
     Raises:
-        ImportError: matplotlib is missing; install subspace-peft[report].
+        ImportError: matplotlib is missing.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.6, 4))
-    for row in results:
-        points = _by_step(row["curves"])
-        steps = sorted(points)
-        means = [sum(points[step]) / len(points[step]) for step in steps]
-        if not steps:
-            continue
-        if row["rate"] is None:
-            axis.axhline(means[-1], linestyle="--", color="#999999", label=row["method"])
-            continue
-        (line,) = axis.plot(steps, means, marker="o", markersize=3, label=row["method"])
-        low, high = [min(points[step]) for step in steps], [max(points[step]) for step in steps]
-        axis.fill_between(steps, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
-    axis.set(title=title, xlabel="step", ylabel=score)
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.tight_layout()
-    # without the version in the file, the same figure is the same bytes
-    write_aside(Path(file), lambda path: figure.savefig(path, format="png", dpi=130, metadata={"Software": None}))
-    plt.close(figure)
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), 4), squeeze=False)
+    for axis, (title, results) in zip(axes[0], panels.items(), strict=True):
+        for row in results:
+            _draw_row(axis, row)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(score)
+    if axes[0][-1].get_legend_handles_labels()[0]:
+        axes[0][-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save_figure(figure, Path(file))
     return Path(file)
+
+
+def _draw_row(axis: Any, row: Mapping[str, Any]) -> None:
+    points = _by_step(row["curves"])
+    steps = sorted(points)
+    if not steps:
+        return
+    means = [sum(points[step]) / len(points[step]) for step in steps]
+    if row["rate"] is None:
+        axis.axhline(means[-1], linestyle="--", color="#999999", label=row["method"])
+        return
+    (line,) = axis.plot(steps, means, marker="o", markersize=3, label=row["method"])
+    low, high = [min(points[step]) for step in steps], [max(points[step]) for step in steps]
+    axis.fill_between(steps, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
 
 
 def _by_step(curves: Sequence[Sequence[Sequence[Any]]]) -> dict[int, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,9 +61,10 @@ class Method:
             raise SubspaceError(f"Method {self.name!r} trains an adapter, so it needs at least one learning rate.")
 
     def apply(self, model: nn.Module, head: str | None) -> nn.Module:
-        """`model` with this method's adapter; without one, frozen but for the parameters whose name contains `head`.
+        """Return `model` with this method's adapter; without one, frozen but for parameters with `head` in their name.
 
-        Raises `SubspaceError` where the adapter does not fit the model, before the model is touched.
+        Raises:
+            SubspaceError: the adapter does not fit the model, which is left as it was.
         """
         if self.adapter is not None:
             return get_peft_model(model, self.adapter())
@@ -72,8 +73,9 @@ class Method:
         return model
 
     def identity(self) -> dict[str, Any]:
-        """What decides this method's results beside rate and seed, as JSON holds it: the name and the adapter's
-        configuration, a basis as its fingerprint wherever it lies.
+        """Return all that decides this method's results beside rate and seed, as JSON holds it.
+
+        That is the name and the adapter's configuration, a basis as its fingerprint wherever it lies.
         """
         if self.adapter is None:
             return {"name": self.name, "adapter": None}
@@ -89,43 +91,20 @@ class Method:
         return {"name": self.name, "adapter": plain}
 
 
-def methods(
+def adapted(
     *,
-    task_type: str | None,
     target_modules: Sequence[str] | str,
     layers: Sequence[int] | None = None,
     layers_pattern: str | None = None,
-    basis: SubspaceBasis,
-    random: SubspaceBasis | None,
-    coefficients: str = "core",
-    k: int | None = None,
-    r: int = 8,
-    alpha: float | None = None,
-    mean_gain: str = "none",
-    head: bool = True,
+    task_type: str | None = None,
     modules_to_save: Sequence[str] | None = None,
-    sweep: int = 0,
-) -> list[Method]:
-    """The compared methods, all on the same modules: head only (or the base model), mean only, LoRA, VeRA, a random
-    basis, this basis.
+) -> dict[str, Any]:
+    """Return what every PEFT configuration of a comparison is given: the adapted modules, and the trained head.
 
     Args:
+        target_modules, layers, layers_pattern: as LoRA's `target_modules`, `layers_to_transform`, `layers_pattern`.
         task_type: as PEFT's: ``SEQ_CLS``, ``CAUSAL_LM``, …, or None.
-        target_modules, layers, layers_pattern: the adapted modules, as LoRA's `target_modules`, `layers_to_transform`
-            and `layers_pattern`.
-        basis: the basis under test. Where it has no mean core (one not built from adapters) the mean-only row is left
-            out.
-        random: the control of equal size; None leaves its row out.
-        coefficients, k, alpha, mean_gain: of "this basis"; the random basis has the same kind, `k` and `alpha`. With
-            ``coefficients="none"`` the mean-only row is all there is of the basis, and the last two rows are left out.
-        r: LoRA's rank, and that of the `factor` coefficients.
-        head: whether there is a trained head beside the adapter. Without one, as with every causal language model, the
-            first row is the base model, untrained.
         modules_to_save: the head's name where `task_type` does not tell PEFT.
-        sweep: keep at most so many rates of each, the middle ones; 0: all.
-
-    Returns:
-        The rows in that order. Their configurations are made, and checked, when `adapter` is called.
     """
     where: dict[str, Any] = {
         "task_type": task_type,
@@ -134,33 +113,85 @@ def methods(
     }
     if layers:
         where |= {"layers_to_transform": list(layers), "layers_pattern": layers_pattern}
+    return where
 
-    def lora() -> PeftConfig:
-        return LoraConfig(r=r, lora_alpha=2 * r, **where)
 
-    def vera() -> PeftConfig:
+def head_only(rates: tuple[float, ...] = HEAD_RATES) -> Method:
+    """Return the row that trains nothing but the head."""
+    return Method("head only", None, rates)
+
+
+def lora(r: int, where: Mapping[str, Any], rates: tuple[float, ...] = LORA_RATES) -> Method:
+    """Return the row of stock LoRA, its α twice its rank, on the modules that `where` names, see `adapted`."""
+    return Method(f"LoRA r={r}", lambda: LoraConfig(r=r, lora_alpha=2 * r, **where), rates)
+
+
+def vera(
+    r: int, where: Mapping[str, Any], rates: tuple[float, ...] = VERA_RATES, *, name: str | None = None
+) -> Method:
+    """Return the row of VeRA (Kopiczko et al., arXiv 2310.11454), on the modules that `where` names."""
+
+    def config() -> PeftConfig:
         with warnings.catch_warnings():
             # PEFT warns that the random projections are not saved. They are no part of a task, as a basis is not
             warnings.simplefilter("ignore")
-            return VeraConfig(r=256, save_projection=False, **where)
+            return VeraConfig(r=r, save_projection=False, **where)
 
-    def inside(which: SubspaceBasis, **config: Any) -> Callable[[], PeftConfig]:
-        given = {"k": k, "r": r, **({} if alpha is None else {"alpha": alpha}), **config}
-        # a basis without a place of its own can only travel with the task
-        return lambda: SubspaceConfig(basis=which, save_basis=which.location is None, **given, **where)
+    return Method(name or f"VeRA r={r}", config, rates)
 
-    has_head = head and task_type != "CAUSAL_LM"
-    rows = [Method("head only", None, HEAD_RATES) if has_head else Method("base model", None, ())]
+
+def in_basis(
+    name: str, basis: SubspaceBasis, where: Mapping[str, Any], rates: tuple[float, ...] = CORE_RATES, **config: Any
+) -> Method:
+    """Return a row whose coefficients are trained in `basis`; `config` goes to `SubspaceConfig`."""
+    # a basis without a place of its own can only travel with the task
+    given = {"save_basis": basis.location is None, **config, **where}
+    return Method(name, lambda: SubspaceConfig(basis=basis, **given), rates)
+
+
+def methods(
+    *,
+    basis: SubspaceBasis,
+    random: SubspaceBasis | None,
+    coefficients: str = "core",
+    k: int | None = None,
+    r: int = 8,
+    alpha: float | None = None,
+    mean_gain: str = "none",
+    head: bool = True,
+    sweep: int = 0,
+    **where: Any,
+) -> list[Method]:
+    """Return the compared methods: head only (or base model), mean only, LoRA, VeRA, a random basis, this basis.
+
+    Args:
+        basis: the basis under test. Where it has no mean core (one not built from adapters) the mean-only row is left
+            out.
+        random: the control of equal size; None leaves its row out.
+        coefficients, k, alpha, mean_gain: of "this basis"; the random basis has the same kind, `k` and `alpha`. With
+            ``coefficients="none"`` the mean-only row is all there is of the basis, and the last two rows are left out.
+        r: LoRA's rank, and that of the `factor` coefficients.
+        head: whether there is a trained head beside the adapter. Without one, as with every causal language model, the
+            first row is the base model, untrained.
+        sweep: keep at most so many rates of each, the middle ones; 0: all.
+        where: the adapted modules, the same for all rows, see `adapted`.
+
+    Returns:
+        The rows in that order. Their configurations are made, and checked, when `adapter` is called.
+    """
+    modules = adapted(**where)
+    given = {"k": k, "r": r, **({} if alpha is None else {"alpha": alpha})}
+    has_head = head and modules["task_type"] != "CAUSAL_LM"
+    rows = [head_only() if has_head else Method("base model", None, ())]
     if all(basis[name].M is not None for name in basis):
-        rows.append(Method("mean only", inside(basis, coefficients="none", mean_gain="trainable"), MEAN_RATES))
-    rows += [
-        Method(f"LoRA r={r}", lora, LORA_RATES),
-        Method("VeRA", vera, VERA_RATES),
-    ]
+        mean = {"coefficients": "none", "mean_gain": "trainable"}
+        rows.append(in_basis("mean only", basis, modules, MEAN_RATES, **given, **mean))
+    rows += [lora(r, modules), vera(256, modules, name="VeRA")]
     if coefficients != "none":
+        kind = {**given, "coefficients": coefficients}
         if random is not None:
-            rows.append(Method("random basis", inside(random, coefficients=coefficients), CORE_RATES))
-        rows.append(Method("this basis", inside(basis, coefficients=coefficients, mean_gain=mean_gain), CORE_RATES))
+            rows.append(in_basis("random basis", random, modules, **kind))
+        rows.append(in_basis("this basis", basis, modules, **kind, mean_gain=mean_gain))
     return [replace(row, rates=_middle(row.rates, sweep)) for row in rows] if sweep > 0 else rows
 
 
@@ -170,7 +201,11 @@ def _middle(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
 
 
 def method_named(rows: Sequence[Method], name: str) -> Method:
-    """The row called `name`. Raises `SubspaceError` naming the rows there are."""
+    """Return the row called `name`.
+
+    Raises:
+        SubspaceError: there is none; names the rows there are.
+    """
     for row in rows:
         if row.name == name:
             return row

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,8 +23,9 @@ from subspace_peft.sources import open_source
 from subspace_peft.tasks.callbacks import SubspaceCardCallback, note_metrics
 
 from .arguments import CommonArguments, quiet
+from .extras import require
 from .measure import measure
-from .methods import LORA_RATES, Method, method_named
+from .methods import Method, adapted, lora, method_named
 from .run_cache import RunCache, digest
 from .stages import (
     basis_stage,
@@ -75,6 +76,7 @@ class Recipe:
         Raises:
             SubspaceError: what a stage needs is not there, or does not fit; a training diverged.
         """
+        require("datasets", "evaluate", "matplotlib", "rouge_score", "scipy", "sklearn")
         quiet()
         stages = STAGES if args.stage == "all" else (args.stage,)
         names = [args.task] if {"train", "evaluate", "compare"} & set(stages) else []
@@ -104,16 +106,8 @@ class Recipe:
         return {"target_modules": args.target_modules, "layers": args.layers, "modules_to_save": saved}
 
     def sources(self, args: CommonArguments, tasks: Mapping[str, Task]) -> None:
-        """A stock LoRA adapter for each source task; adapters that exist are fetched, and checked."""
-        where = self._where(args)
-        lora = LoraConfig(
-            r=args.source_r,
-            lora_alpha=2 * args.source_r,
-            task_type=self.task_type,
-            target_modules=where["target_modules"],
-            layers_to_transform=where["layers"] or None,
-            modules_to_save=where["modules_to_save"],
-        )
+        """Train a stock LoRA adapter for each source task; adapters that exist are fetched, and checked."""
+        method = lora(args.source_r, adapted(task_type=self.task_type, **self._where(args)))
         for name in tqdm(args.sources, desc="source adapters", unit="adapter"):
             if "/" in name:
                 if not same_model(base := open_source(name).base_model, args.model):
@@ -125,7 +119,7 @@ class Recipe:
                 model = self.make_model(args, task, args.seed)
                 # a start of its own: with one random A for all, they would fake a common subspace
                 torch.manual_seed(zlib.crc32(f"{args.seed}/{name}".encode()))
-                model = Method(name, lambda: LoraConfig(**lora.to_dict()), LORA_RATES).apply(model, self.head)
+                model = method.apply(model, self.head)
                 budget = {"rate": args.source_rate, "epochs": args.source_epochs, "examples": args.source_examples}
                 result = fit(self.make_trainer(args, model, task, seed=args.seed, **budget))
                 _on_main(save_finished, model, folder, chosen, result)

@@ -27,12 +27,14 @@ def compare(
     *,
     seeds: Sequence[int] = (1, 2, 3),
     cache: RunCache,
+    sweep_seed: int = SWEEP_SEED,
+    widenings: int = WIDENINGS,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train every method under one budget and report its test score over `seeds`.
 
-    Per method, every learning rate is tried with seed 0 and the one with the best validation score taken, the smaller
-    of equals. A best one at the edge of the sweep widens the sweep by its own ratio, at most twice. Then each of
+    Per method, every learning rate is tried with `sweep_seed` and the one with the best validation score taken, the
+    smaller of equals. A best one at the edge of the sweep widens the sweep by its own ratio. Then each of
     `seeds` is trained at that rate; the test score decides nothing. A run whose score is not finite counts as −∞: it
     is kept and reported.
 
@@ -45,6 +47,8 @@ def compare(
             reported.
         seeds: report seeds.
         cache: where finished runs are kept, and found again after an interruption.
+        sweep_seed: seed of the sweep's runs. A report seed that is the same one is not trained twice.
+        widenings: how often a sweep may be widened.
         progress: show a bar.
 
     Returns:
@@ -66,10 +70,12 @@ def compare(
         raise SubspaceError(f"seeds={list(seeds)}: give at least one, each once.")
     total = sum(len(method.rates) + len(seeds) if method.rates else 1 for method in methods)
     with tqdm(total=total, desc="comparing", unit="run", disable=not progress) as bar:
-        return [_row(method, run, seeds, cache, bar) for method in methods]
+        return [_row(method, run, seeds, cache, sweep_seed, widenings, bar) for method in methods]
 
 
-def _row(method: Method, run: Run, seeds: Sequence[int], cache: RunCache, bar: Any) -> dict[str, Any]:
+def _row(
+    method: Method, run: Run, seeds: Sequence[int], cache: RunCache, sweep_seed: int, widenings: int, bar: Any
+) -> dict[str, Any]:
     def finished(rate: float | None, seed: int, *, tested: bool = True) -> dict[str, Any]:
         bar.set_postfix_str(f"{method.name}, {'untrained' if rate is None else f'rate {rate:g}'}, seed {seed}")
         result = cache.read(method, rate, seed)
@@ -90,17 +96,17 @@ def _row(method: Method, run: Run, seeds: Sequence[int], cache: RunCache, bar: A
 
     if not method.rates:
         return _summary(method, None, False, {}, list(seeds)[:1], [finished(None, seeds[0])])
-    tried = _sweep(method.rates, lambda rate: finished(rate, SWEEP_SEED, tested=False), widened)
+    tried = _sweep(method.rates, lambda rate: finished(rate, sweep_seed, tested=False), widenings, widened)
     rate = _best(tried)
     at_edge = rate in (min(tried), max(tried))
     return _summary(method, rate, at_edge, tried, list(seeds), [finished(rate, seed) for seed in seeds])
 
 
 def _sweep(
-    rates: Sequence[float], run: Callable[[float], dict[str, Any]], widened: Callable[[], None]
+    rates: Sequence[float], run: Callable[[float], dict[str, Any]], widenings: int, widened: Callable[[], None]
 ) -> dict[float, dict[str, Any]]:
     tried = {rate: run(rate) for rate in rates}
-    for _ in range(WIDENINGS if len(rates) > 1 else 0):
+    for _ in range(widenings if len(rates) > 1 else 0):
         ordered, best = sorted(tried), _best(tried)
         if best == ordered[0]:
             further = ordered[0] ** 2 / ordered[1]
@@ -128,7 +134,7 @@ def _score(value: Any) -> float:
 
 
 def _best(tried: Mapping[float, Mapping[str, Any]]) -> float:
-    """The rate with the best validation score; of equals the smallest."""
+    """Return the rate with the best validation score; of equals the smallest."""
     return max(sorted(tried), key=lambda rate: _score(tried[rate]["validation"]))
 
 

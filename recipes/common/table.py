@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ HEADER = (
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line per method of what `compare` returned, with notes on diverged runs and on sweeps that ended at their
-    edge."""
+    """Return a table of the rows that `compare` returned, with notes on diverged runs and on sweeps that ended at an edge."""
     lines = [HEADER]
     for row in results:
         rate = "–" if row["rate"] is None else f"{row['rate']:g}{' *' if row['at_edge'] else ''}"
@@ -60,11 +59,14 @@ def write_results(
     """
     text = (f"{title}\n\n" if title else "") + markdown_table(results)
     body = {"title": title, "settings": plain(settings or {}), "results": plain(list(results))}
-    written = json.dumps(body, indent=1, allow_nan=False) + "\n"
-    write_all_aside(
-        {
-            Path(folder) / "results.json": lambda path: path.write_text(written, encoding="utf-8"),
-            Path(folder) / "table.md": lambda path: path.write_text(text, encoding="utf-8"),
-        }
-    )
+    write_texts(folder, {"results.json": json.dumps(body, indent=1, allow_nan=False) + "\n", "table.md": text})
     return text
+
+
+def write_texts(folder: str | Path, texts: Mapping[str, str]) -> None:
+    """Write text files into `folder`, all of them or, where the disk refuses one, none."""
+
+    def writer(text: str) -> Callable[[Path], object]:
+        return lambda path: path.write_text(text, encoding="utf-8")
+
+    write_all_aside({Path(folder) / name: writer(text) for name, text in texts.items()})

@@ -22,6 +22,7 @@ from rouge_score import rouge_scorer, scoring
 
 from subspace_peft.errors import SubspaceError
 
+ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
 TRUTH, GUESS = RNG.integers(0, 2, 60), RNG.integers(0, 2, 60)
 SCORES = RNG.uniform(0, 5, 60).astype(np.float32)
@@ -260,6 +261,7 @@ def test_a_hub_that_accepts_and_never_answers_is_not_waited_for():
         )
         environment = {key: value for key, value in os.environ.items() if key not in metrics.OFFLINE}
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "NO_PROXY": "127.0.0.1"}
+        environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "recipes", ROOT)))
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )
