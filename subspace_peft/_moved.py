@@ -83,6 +83,29 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "tuner.trainer_card": "tasks.callbacks",
     "tuner.weighted": "tuner.merging",
 }
+_SHARED = [
+    "answers",
+    "curves",
+    "data",
+    "images",
+    "measure",
+    "methods",
+    "recipe",
+    "stages",
+    "sweep",
+    "table",
+    "task",
+    "training",
+]
+MODULES |= {f"compare.{name}": f"recipes:common.{name}" for name in _SHARED}
+MODULES |= {
+    "compare.cells": "recipes:common.run_cache",
+    "compare.knobs": "recipes:common.arguments",
+    "compare.planned": "recipes:common.dry_run",
+    "compare.pooled": "modeling",
+}
+_OFFLINE = ["archives", "clients", "images", "instructions", "models", "more_texts", "packages", "prepare", "texts"]
+MODULES |= {f"offline.{name}": f"recipes:offline.{name}" for name in _OFFLINE}
 
 # Old module → names that it had → where they are now: a module, or ``module:new_name`` where the name is another too.
 NAMES: dict[str, dict[str, str]] = {
@@ -148,7 +171,8 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         def forward(name: str) -> Any:
-            for place in self.places:
+            # tools look for special attributes in every module: that imports nothing
+            for place in () if name.startswith("__") else self.places:
                 found = _import(place)
                 if hasattr(found, name):
                     return getattr(found, name)
@@ -168,8 +192,4 @@ def _import(place: str) -> ModuleType:
     where, _, name = place.rpartition(":")
     if not where:
         return importlib.import_module(f".{name}", PACKAGE)
-    recipes = importlib.import_module(".recipes", PACKAGE)
-    folder = str(recipes.recipe_folder())
-    if folder not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
+    return importlib.import_module(".recipes", PACKAGE).load_recipe(name)

@@ -7,6 +7,9 @@ Data, model and Trainer stay in the recipe, where a user reads and edits them.
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from subspace_peft.modeling import ImageClassifier, MeanPooledClassifier
 from subspace_peft.tuner.bnb import keep_unpacked
 
@@ -124,3 +127,19 @@ __all__ = [
     "write_results",
     "write_texts",
 ]
+
+# Recipes that were copied out by an earlier version use these names.
+_RENAMED = {
+    "Cells": "RunCache",
+    "SubspaceKnobs": "CommonArguments",
+    "knob": "argument",
+    "parse_knobs": "parse_arguments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"{__name__}.{name} is called {new} now; the old name will go.", FutureWarning, stacklevel=2)
+    return globals()[new]

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -229,14 +230,14 @@ def cache(args: Namespace) -> int:
 
 
 def demo(args: Namespace) -> int:
-    from common.demo import run_demo
+    from ..recipes import load_recipe
 
-    results = run_demo(args.out, seed=args.seed, quick=args.quick, progress=not args.quiet)
+    results = load_recipe("demo").run_demo(args.out, seed=args.seed, quick=args.quick, progress=not args.quiet)
     return print_json(results) if args.json else 0
 
 
 def copy(args: Namespace) -> int:
-    from ..recipes import copy_recipe, list_recipes
+    from ..recipes import copy_recipe, list_recipes, recipe_files
 
     if args.recipe is None:
         known = list_recipes()
@@ -245,9 +246,13 @@ def copy(args: Namespace) -> int:
         _table(known)
         return 0
     file = copy_recipe(args.recipe, args.out, force=args.force)
+    beside = [file.parent / each for each in recipe_files(args.recipe)[1:]]
     if args.json:
-        return print_json({"file": str(file)})
+        return print_json({"file": str(file), "beside": [str(each) for each in beside]})
     print(file)
+    for folder in sorted({each.parent for each in beside}):
+        count = sum(each.parent == folder for each in beside)
+        print(f"{folder}: {count} files that it imports", file=sys.stderr)
     return 0
 
 

@@ -12,10 +12,11 @@ import pytest
 
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
-from subspace_peft.recipes import copy_recipe, list_recipes, recipe_folder
+from subspace_peft.recipes import copy_recipe, list_recipes, recipe_files, recipe_folder
 
-REAL_CACHE = Path(__file__).parents[2] / ".cache" / "subspace_peft"
-RECIPES = ["data", "glue", "image_classification", "mistral"]
+ROOT = Path(__file__).parents[2]
+REAL_CACHE = ROOT / ".cache" / "subspace_peft"
+RECIPES = ["data", "demo", "glue", "image_classification", "mistral"]
 
 
 def test_recipes_are_listed_with_what_they_do(capsys):
@@ -27,17 +28,36 @@ def test_recipes_are_listed_with_what_they_do(capsys):
     assert list(json.loads(capsys.readouterr().out)) == RECIPES
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_copy_is_the_recipe_and_runs_elsewhere(name, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["data", "glue"])
+def test_a_copy_is_the_recipe_with_its_imports_and_runs_elsewhere(name, tmp_path, capsys):
     assert main(["cp", name, "--out", str(tmp_path)]) == 0
-    copy = Path(capsys.readouterr().out.strip())
+    printed = capsys.readouterr()
+    copy = Path(printed.out.strip())
     assert copy == tmp_path / f"{name}.py"
-    assert copy.read_bytes() == (recipe_folder() / f"{name}.py").read_bytes()
-    done = subprocess.run(
-        [sys.executable, str(copy), "--help"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    for file in recipe_files(name):
+        assert (tmp_path / file).read_bytes() == (recipe_folder() / file).read_bytes()
+    packages = {"offline"} if name == "data" else {"common", "offline"}
+    assert {path.name for path in tmp_path.iterdir()} == {copy.name, *packages}
+    assert all(f"{tmp_path / package}: " in printed.err for package in packages)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(ROOT)}
+    given = ["--help"] if name == "data" else ["--preset", "offline", "--dry-run"]
+    env["SUBSPACE_PEFT_CACHE"] = str(tmp_path / "cache")
+    script = [sys.executable, str(copy), *given]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    assert f"python recipes/{name}.py" in done.stdout
+    assert (f"python recipes/{name}.py" if name == "data" else "Would fetch") in done.stdout
+
+
+def test_every_recipe_is_copied_into_one_folder(tmp_path, capsys):
+    for name in RECIPES:
+        assert main(["cp", name, "--out", str(tmp_path), "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert Path(printed["file"]) == tmp_path / f"{name}.py"
+        assert all(Path(file).is_file() for file in printed["beside"])
+    (tmp_path / "common" / "table.py").write_text("edited")
+    with pytest.raises(SubspaceError, match=r"common.table\.py: exists already"):
+        copy_recipe("mistral", tmp_path)
+    assert (tmp_path / "common" / "table.py").read_text() == "edited"
 
 
 def test_copies_overwrite_nothing_unasked(tmp_path):
@@ -49,7 +69,7 @@ def test_copies_overwrite_nothing_unasked(tmp_path):
     assert target.read_text() == "edited"
     copy_recipe("glue.py", target, force=True)
     assert target.read_text() != "edited"
-    with pytest.raises(SubspaceError, match="there are data, glue"):
+    with pytest.raises(SubspaceError, match="there are data, demo, glue"):
         copy_recipe("squad", tmp_path)
 
 

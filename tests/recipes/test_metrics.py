@@ -142,7 +142,11 @@ def test_unknown_metrics_and_tasks_are_refused():
 
 @pytest.mark.parametrize(
     ("package", "name", "config"),
-    [("sklearn.metrics", "glue", "mrpc"), ("scipy.stats", "glue", "stsb"), ("rouge_score.rouge_scorer", "rouge", None)],
+    [
+        ("sklearn.metrics", "glue", "mrpc"),
+        ("scipy.stats", "glue", "stsb"),
+        ("rouge_score.rouge_scorer", "rouge", None),
+    ],
 )
 def test_a_missing_package_is_named_with_the_extra(monkeypatch, package, name, config):
     monkeypatch.setitem(sys.modules, package, None)
