@@ -1,5 +1,4 @@
-"""Many tasks on one basis in one file: packing, adding, reading one by one, pushing, and compressing a fleet of LoRAs
-into it."""
+"""Pack many tasks on one basis into one file, add to it, read them one by one, push it, and compress LoRAs into it."""
 
 from typing import Any
 

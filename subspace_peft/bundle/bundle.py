@@ -1,4 +1,4 @@
-"""`Bundle`: many tasks on one basis in one file; each is read, and verified, without reading the rest."""
+"""Open a bundle, many tasks on one basis in one file, and read a task without reading the rest."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ MOST_OPEN = 32
 
 @dataclass(frozen=True)
 class BundledTask:
-    """What a bundle's index says of a task.
+    """An entry of a bundle's index.
 
     Attributes:
-        name: in the bundle.
-        sha256: of its bytes.
-        bytes: how many these are.
+        name: The task's name in the bundle.
+        sha256: Hash of the task's bytes.
+        bytes: Number of the task's bytes.
         source: `location`, `revision` and `sha256` of the file it was made from, as far as known.
-        metrics: its scores, as they were given.
-        id2label: names of its classes by index, or None.
-        modules_to_save: modules that were trained whole and go along, or None.
-        residual_rank: rank of what is added to the basis's part, 0 for none.
-        energy_kept: share of a projected LoRA's energy that the basis keeps, or None.
+        metrics: Its scores, as they were given.
+        id2label: Names of its classes by index, or None.
+        modules_to_save: Modules that were trained whole and are stored with it, or None.
+        residual_rank: Rank of the update that is added to the basis's part, 0 for none.
+        energy_kept: Share of a projected LoRA's energy that the basis keeps, or None.
     """
 
     name: str
@@ -53,12 +53,12 @@ class BundledTask:
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
-    """A task's tensors.
+    """The tensors of a task.
 
     Attributes:
-        cores: module → (k_out, k_in) float, in units of ΔW.
-        extras: other tensors by their key in the task's file.
-        residual: module → ``(B, A)``, (out, r) and (r, in) float, added to ``U core V``.
+        cores: Module → (k_out, k_in) float, in units of ΔW.
+        extras: Further tensors by their key in the task's file.
+        residual: Module → ``(B, A)``, (out, r) and (r, in) float, whose product is added to ``U core V``.
     """
 
     cores: dict[str, torch.Tensor]
@@ -67,13 +67,15 @@ class Numbers:
 
 
 class Bundle(Mapping[str, BundledTask]):
-    """The tasks of a bundle by name, as its index has them; `read` gives a task's numbers. Made by `open_bundle`.
+    """A mapping from a task's name to its entry in the bundle's index; `read` gives its tensors.
+
+    `open_bundle` makes it.
 
     Attributes:
-        location: folder or Hub id.
-        revision: commit sha on the Hub, or None.
-        fingerprint: of the basis of all its tasks.
-        base_model: what they were trained on, or None.
+        location: Folder or Hub id.
+        revision: Commit sha on the Hub, or None.
+        fingerprint: Fingerprint of the basis of all tasks.
+        base_model: The base model of all tasks, or None.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Bundle(Mapping[str, BundledTask]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored cores."""
+        """The dtype of the stored cores."""
         return DTYPES[self.pieces["cores"].dtype]
 
     def __getitem__(self, name: str) -> BundledTask:
@@ -128,7 +130,11 @@ class Bundle(Mapping[str, BundledTask]):
         )
 
     def entry(self, name: str) -> dict[str, Any]:
-        """The index's own entry of a task. Raises `SubspaceError` where there is none of that name."""
+        """Return the index's own entry of a task.
+
+        Raises:
+            SubspaceError: The bundle has no task of that name.
+        """
         if name not in self:
             near = sorted(str(each) for each in self)[:5]
             raise SubspaceError(
@@ -138,11 +144,15 @@ class Bundle(Mapping[str, BundledTask]):
         return self.index["entries"][name]
 
     def sizes(self, name: str) -> dict[str, tuple[int, int]]:
-        """Module → (k_out, k_in) of a task."""
+        """Return the size of a task's core per module: module → (k_out, k_in)."""
         return {module: (a, b) for module, (a, b) in self.entry(name).get("modules", self.index["modules"]).items()}
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where a task's bytes begin and end in the file."""
+        """Return where a task's bytes begin and end in the file.
+
+        Raises:
+            BadFileError: They do not lie together.
+        """
         if name in self._rows:
             cores = self.pieces["cores"]
             each = width(self.index["modules"]) * DTYPES[cores.dtype].itemsize
@@ -157,20 +167,19 @@ class Bundle(Mapping[str, BundledTask]):
         return self._blocks[self._apart[name]]
 
     def tensors(self, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Key, dtype and shape of a task's tensors, in the order of its bytes."""
+        """Return key, dtype and shape of a task's tensors, in the order of its bytes."""
         if name in self._rows:
             return [("core", self.pieces["cores"].dtype, (width(self.sizes(name)),))]
         block = sorted(self._block(name).items(), key=lambda item: (item[1].start, item[1].end))
         return [(key, piece.dtype, piece.shape) for key, piece in block if key != "pad"]
 
-    # -- reading
-    # --------------------------------------------------------------------------------------------------------
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def raw(self, name: str) -> bytes:
-        """A task's bytes, held against their hash: from the Hub in one request, and nothing else of the file.
+        """Read a task's bytes and check their hash: from the Hub in one request, and nothing else of the file.
 
         Raises:
-            BadFileError: they are not there, or not those that were packed.
+            BadFileError: They are missing, or they are not those that were packed.
         """
         entry = self.entry(name)
         data = self.store.read(*self.span(name))
@@ -183,11 +192,11 @@ class Bundle(Mapping[str, BundledTask]):
         return data
 
     def read(self, name: str) -> Numbers:
-        """A task's numbers, verified; the basis is not needed.
+        """Read a task's tensors, verified; the basis is not needed.
 
         Raises:
-            SubspaceError: there is no such task.
-            BadFileError: its bytes are damaged, or hold NaN or infinite values.
+            SubspaceError: The bundle has no such task.
+            BadFileError: Its bytes are damaged, or hold NaN or infinite values.
         """
         data = self.raw(name)
         start, _ = self.span(name)
@@ -226,12 +235,17 @@ class Bundle(Mapping[str, BundledTask]):
             )
 
     def config(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> SubspaceConfig:
-        """A task's configuration: `core` coefficients, its basis pinned by fingerprint, the bundle and its commit
-        recorded.
+        """Make a task's configuration, with `core` coefficients.
+
+        The basis is pinned by its fingerprint; the bundle and its commit are recorded.
 
         Args:
-            name: the task.
-            basis: where the basis is, if not where the bundle says.
+            name: The task.
+            basis: The basis, its folder or its Hub id; by default the place that the bundle names.
+
+        Raises:
+            SubspaceError: The bundle has no such task.
+            BadFileError: The index holds no configuration.
         """
         entry = self.entry(name)
         known = {each.name for each in dataclasses.fields(SubspaceConfig)}
@@ -253,11 +267,17 @@ class Bundle(Mapping[str, BundledTask]):
         return config
 
     def task(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> SavedTask:
-        """A task with its basis found and verified, as `export_lora` and the rest take it.
+        """Read a task, find and verify its basis, and make it one that `export_lora` and other conversions take.
+
+        Args:
+            name: The task.
+            basis: See `config`.
 
         Raises:
-            SubspaceError, BadFileError: see `read`.
-            BasisNotFoundError, BasisMismatchError: the basis is nowhere, or not the one of this bundle.
+            SubspaceError: See `read`.
+            BadFileError: See `read`.
+            BasisNotFoundError: The basis cannot be found.
+            BasisMismatchError: The basis is not that of this bundle, or the task does not fit it.
         """
         numbers, config = self.read(name), self.config(name, basis)
         found = config.resolve()
@@ -284,7 +304,7 @@ class Bundle(Mapping[str, BundledTask]):
         return SavedTask(config, cores, Parts(used, found, keys), numbers.extras, numbers.residual)
 
     def verify(self) -> dict[str, str]:
-        """Read every task: name → what is wrong with it, for those that are damaged."""
+        """Read every task, and return what is wrong with those that are damaged: name → message."""
         from tqdm.auto import tqdm
 
         wrong = {}
@@ -296,8 +316,16 @@ class Bundle(Mapping[str, BundledTask]):
         return wrong
 
     def download(self) -> Path:
-        """The whole file on this machine, fetched into huggingface_hub's cache where it is on the Hub: for
-        `TaskBank.load`, and for machines that will be offline."""
+        """Fetch the whole file into huggingface_hub's cache, where it is on the Hub.
+
+        `TaskBank.load` takes the file; a machine that goes offline keeps it.
+
+        Returns:
+            The file on this machine.
+
+        Raises:
+            SubspaceError: It cannot be fetched.
+        """
         return self.store.local()
 
 
@@ -317,17 +345,20 @@ def open_bundle(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Bundle:
-    """Open a bundle: reads its header, which holds the index. One that this process has open is not read again; a
-    branch of the Hub therefore stays at the commit that was seen first, until `reopen_bundle`.
+    """Open a bundle by reading its header, which holds the index.
+
+    A bundle that this process has open is not read again. A branch of the Hub therefore stays at the commit that was
+    seen first, until `reopen_bundle`.
 
     Args:
-        path_or_id: folder of a bundle, its file, or a Hub id, with ``@revision`` if wanted.
-        revision: branch, tag or commit sha on the Hub.
-        token, cache_dir: as in huggingface_hub.
+        path_or_id: Folder of a bundle, its file, or a Hub id, with ``@revision`` if wanted.
+        revision: Branch, tag or commit sha on the Hub.
+        token: As in huggingface_hub.
+        cache_dir: As in huggingface_hub.
 
     Raises:
-        SubspaceError: there is none.
-        BadFileError: it is truncated, damaged, of a newer format, or has a task whose name could not be a folder's.
+        SubspaceError: There is no bundle at that place.
+        BadFileError: It is truncated, damaged, of a newer format, or has a task whose name could not be a folder's.
     """
     if isinstance(path_or_id, Bundle):
         return path_or_id
@@ -344,7 +375,7 @@ def open_bundle(
 
 
 def reopen_bundle(bundle: Bundle) -> Bundle:
-    """The bundle as it is now: a branch of the Hub may have moved on since this process opened it."""
+    """Open a bundle again: a branch of the Hub may have moved on since this process opened it."""
     key = next((key for key, each in _opened.items() if each is bundle), None)
     if key is None or isinstance(bundle.store, FileBytes):
         return bundle

@@ -1,4 +1,4 @@
-"""The facts of a bundle for its card, and the card in the bundle's README."""
+"""Gather the facts of a bundle, and put its card into the bundle's README."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ if TYPE_CHECKING:
 
 
 def write_card(folder: Path, bundle: Bundle, place: Place | None = None) -> None:
-    """Put or replace the card of `bundle` in `folder`'s README.md, as loaded from `place`, or else from the folder."""
+    """Put the card of `bundle` into `folder`'s README.md, in the place of an earlier one.
+
+    Args:
+        folder: The bundle's folder.
+        bundle: The bundle, opened.
+        place: Where the card says to load the bundle from; the folder by default.
+    """
     put_card(folder, bundle_card(facts_of(folder, bundle, place)))
 
 
 def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> BundleFacts:
-    """What a card says of a bundle: from its index."""
+    """Gather the facts that a bundle's card states, from its index."""
     config = bundle.index["config"]
     task_type = None if config.get("task_type") is None else str(config["task_type"])
     place = place or Place.of_folder(folder)

@@ -1,4 +1,4 @@
-"""A fleet of LoRAs → one bundle on a basis, with an honest account of what is kept, lost and saved."""
+"""Compress a fleet of LoRAs into one bundle on a basis, and account for the energy kept and the bytes saved."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .write import Packed, pack, write_bundle
 
 @dataclass(frozen=True)
 class Share:
-    """Where the energy ‖ΔW‖² of a module, or of a whole adapter, went: three shares that sum to 1.
+    """Shares of the energy ‖ΔW‖² of a module, or of a whole adapter; they sum to 1.
 
     Attributes:
-        kept: in the basis, ‖C‖² / ‖ΔW‖².
-        residual: in the low-rank residual that is stored beside.
-        lost: in neither.
+        kept: In the basis, ‖C‖² / ‖ΔW‖².
+        residual: In the low-rank residual that is stored beside it.
+        lost: In neither.
     """
 
     kept: float
@@ -40,18 +40,18 @@ class Share:
 
 @dataclass(frozen=True)
 class CompressedAdapter:
-    """What became of one adapter.
+    """The outcome for one adapter.
 
     Attributes:
-        name: in the bundle.
-        location: what it was made from.
-        total: the whole adapter's shares.
-        modules: module → its shares.
-        residual_rank: of the residual that is stored, 0 for none.
-        verdict: `Projection.verdict` of the projection alone.
-        bytes_before: of its file (of its tensors, where it is in memory).
-        bytes_after: in the bundle, its part of the index aside.
-        refused: why it is not in the bundle, or None.
+        name: Its name in the bundle.
+        location: The place of the LoRA.
+        total: Shares of the whole adapter's energy.
+        modules: Module → shares of its energy.
+        residual_rank: Rank of the residual that is stored, 0 for none.
+        verdict: `Projection.verdict` of the projection without the residual.
+        bytes_before: Bytes of its file, or of its tensors if it is in memory.
+        bytes_after: Bytes in the bundle, its part of the index aside.
+        refused: The reason why it is not in the bundle, or None.
     """
 
     name: str
@@ -67,16 +67,17 @@ class CompressedAdapter:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes, of files that were written and read.
+    """Sizes in bytes, of files as they are on the disk.
 
     Attributes:
-        adapters: how many are in the bundle.
-        before: of their files.
-        basis: of the basis's tensors' file.
-        bundle: of the bundle's file, index and all.
-        after: basis and bundle.
-        per_adapter_before, per_adapter_after: means, the basis aside.
-        break_even: from how many adapters of these means on the basis is paid for; None: never.
+        adapters: Number of adapters in the bundle.
+        before: Bytes of their files.
+        basis: Bytes of the basis's tensors.
+        bundle: Bytes of the bundle's file, index included.
+        after: Bytes of basis and bundle together.
+        per_adapter_before: Mean bytes of an adapter's file.
+        per_adapter_after: Mean bytes of an adapter in the bundle, without the basis.
+        break_even: Number of such adapters from which on basis and bundle are smaller than the files; None: never.
     """
 
     adapters: int
@@ -91,13 +92,14 @@ class Storage:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What `compress_fleet` did.
+    """The account of `compress_fleet`.
 
     Attributes:
-        folder: of the bundle.
-        adapters: what became of each.
-        storage: bytes before and after.
-        min_energy, residual: as asked for.
+        folder: The bundle's folder.
+        adapters: The outcome for each adapter.
+        storage: Bytes before and after.
+        min_energy: The argument of that name.
+        residual: The argument of that name.
     """
 
     folder: str
@@ -107,7 +109,7 @@ class CompressionReport:
     residual: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the report as JSON values."""
         return asdict(self)
 
 
@@ -126,30 +128,32 @@ def compress_fleet(
 ) -> CompressionReport:
     """Project existing LoRAs on a basis and pack them into one bundle.
 
-    An adapter of which the basis keeps less than `min_energy` gets the best low-rank approximation of what is missing,
-    at the smallest rank up to `residual`, the same in all modules, that lifts it there; where none does, it is
-    refused. Loaded again (`load_task`, `extract_task`), such a task is a stock LoRA: projection and residual, exactly.
+    An adapter of which the basis keeps less than `min_energy` gets a residual, the best low-rank approximation of the
+    missing part. Its rank is the smallest one, up to `residual` and the same in all modules, that reaches
+    `min_energy`; where none does, the adapter is refused. Loaded again (`load_task`, `extract_task`), such a task is a
+    stock LoRA, exactly projection and residual together.
 
     Args:
-        loras: folders, Hub ids with ``@revision``, state dicts, ``(state_dict, config)`` or PeftModels.
-        basis: the basis, its folder or its Hub id; it has to be stored.
-        out: the bundle's folder.
-        min_energy: share of ‖ΔW‖² from 0 to 1 that has to be in basis and residual together. Whether the *function*
-            survives is for the task's own metric to say.
-        residual: highest rank of a residual; 0 keeps none.
-        skip_bad: leave out what is refused or cannot be read, and report it; else that is an error, which lists all.
-        check_base_model: refuse a LoRA whose config names another base model than the basis.
-        dtype: of stored cores and residuals.
-        token: as in huggingface_hub.
-        progress: show a bar where it takes longer than two seconds.
+        loras: Folders, Hub ids with ``@revision``, state dicts, ``(state_dict, config)`` or PeftModels.
+        basis: The basis, its folder or its Hub id; it has to be stored.
+        out: The bundle's folder.
+        min_energy: Share of ‖ΔW‖², from 0 to 1, that basis and residual together have to hold. Only the task's own
+            metric can say whether the *function* survives.
+        residual: Highest rank of a residual; 0 keeps none.
+        skip_bad: Leave out adapters that are refused or cannot be read, and report them, instead of raising an error
+            that lists them all.
+        check_base_model: Refuse a LoRA whose config names another base model than the basis.
+        dtype: The dtype of stored cores and residuals.
+        token: As in huggingface_hub.
+        progress: Show a bar where it takes longer than two seconds.
 
     Returns:
-        The energy kept per adapter and module, and the storage table.
+        The energy kept per adapter and module, and the bytes before and after.
 
     Raises:
-        SubspaceError: some adapters are refused and `skip_bad` is off, or all are; a basis in memory only; two of one
-            name; a threshold or rank that cannot be.
-        OSError: the disk refuses; an earlier bundle stays.
+        SubspaceError: Some adapters are refused and `skip_bad` is off, or all are refused; the basis lives in memory
+            only; or a threshold or rank is out of range.
+        OSError: The disk refuses; an earlier bundle stays.
     """
     if not 0 <= min_energy <= 1:
         raise SubspaceError(f"min_energy={min_energy!r}: give a share from 0 to 1.")
@@ -241,14 +245,24 @@ def _residuals(projection: Projection) -> dict[str, Residual]:
 
 
 def enough(share: Share, min_energy: float) -> bool:
-    """Whether basis and residual hold that much. A residual of full rank is all there is, but shares sum to 1 only as
-    far as a stored basis is orthonormal: to float32's precision."""
+    """Return whether basis and residual hold that share of the energy.
+
+    With a residual of full rank nothing is lost, but the shares sum to 1 only as far as the stored basis is
+    orthonormal, which is to float32's precision: hence the tolerance.
+    """
     return share.kept + share.residual >= min_energy - 1e-6
 
 
 def shares(projection: Projection, residuals: dict[str, Residual], rank: int) -> tuple[Share, dict[str, Share]]:
-    """The whole adapter's shares, and every module's: each computed by itself, so that their sum tells whether the
-    algebra holds."""
+    """Compute the shares of the whole adapter's energy, and of every module's.
+
+    Each share is computed by itself, so that their sum checks the algebra.
+
+    Args:
+        projection: The projected LoRA.
+        residuals: Module → residual; empty for none.
+        rank: Rank at which the residuals are cut off.
+    """
     modules, sums = {}, [0.0, 0.0, 0.0, 0.0]
     for key in projection.source.keys:
         name, core = projection.source.aliases.get(key, key), projection.cores[str(projection.basis.find(key))]
@@ -264,7 +278,13 @@ def shares(projection: Projection, residuals: dict[str, Residual], rank: int) ->
 
 
 def storage(stored: list[CompressedAdapter], basis: SubspaceBasis, file: Path) -> Storage:
-    """Bytes of files as they are on the disk."""
+    """Sum up the bytes of the files on the disk.
+
+    Args:
+        stored: The adapters that are in the bundle.
+        basis: Their basis, stored in a folder.
+        file: The bundle's file.
+    """
     before, after = sum(each.bytes_before for each in stored), file.stat().st_size
     own = (basis.file or Path(str(basis.location), TENSORS_FILE)).stat().st_size
     one, other = before / len(stored), after / len(stored)

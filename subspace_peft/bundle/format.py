@@ -1,5 +1,4 @@
-"""What lies where in a bundle's file: a safetensors header, held against the file's size before anything is
-allocated."""
+"""The format of a bundle's file: a safetensors header, checked against the file's size before any allocation."""
 
 from __future__ import annotations
 
@@ -37,12 +36,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorRange:
-    """One tensor of the file.
+    """The place of one tensor in the file.
 
     Attributes:
-        dtype: safetensors' name of it.
-        shape: its sizes.
-        start, end: its bytes, counted from the file's beginning.
+        dtype: Its name in safetensors, such as ``F32``.
+        shape: Its sizes.
+        start: Its first byte, counted from the file's beginning.
+        end: The byte behind its last one.
     """
 
     dtype: str
@@ -52,11 +52,15 @@ class TensorRange:
 
 
 def check_name(name: object, where: str = "") -> str:
-    """`name`, where a task may be called so: it becomes a folder's name on extraction.
+    """Return `name` if a task may be called so; it becomes a folder's name on extraction.
+
+    Args:
+        name: The name.
+        where: The beginning of the message.
 
     Raises:
-        SubspaceError: it is no text, empty, too long, means another folder, holds a separator or a control character,
-            or means the base model.
+        SubspaceError: It is not text, is empty or too long, means another folder, holds a separator or a control
+            character, or means the base model.
     """
     bad = (
         not isinstance(name, str)
@@ -76,10 +80,15 @@ def check_name(name: object, where: str = "") -> str:
 
 
 def parse_length(data: bytes, size: int, where: str) -> int:
-    """Bytes of the header, from the file's first eight.
+    """Return the number of the header's bytes, from the file's first eight.
+
+    Args:
+        data: The first eight bytes.
+        size: Size of the whole file, in bytes.
+        where: The file, for messages.
 
     Raises:
-        BadFileError: they claim more than the file of `size` bytes holds, or than any header may.
+        BadFileError: They claim more than the file holds, or more than a header may have.
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length < 2 or length > min(size - 8, HEADER_LIMIT):
@@ -91,16 +100,19 @@ def parse_length(data: bytes, size: int, where: str) -> int:
 
 
 def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, TensorRange], dict[str, Any]]:
-    """Tensors by name and the index, from a header's JSON.
+    """Read the tensors' places and the index from a header's JSON.
 
     Args:
-        data: the header, without its length.
-        size: of the whole file, in bytes.
-        where: for messages.
+        data: The header, without its length.
+        size: Size of the whole file, in bytes.
+        where: The file, for messages.
+
+    Returns:
+        The tensors' places by name, and the index.
 
     Raises:
-        BadFileError: no bundle, a newer format, or tensors that are not what their offsets, shapes and the file's size
-            say.
+        BadFileError: It is not a bundle's, has a newer format, or has tensors whose offsets do not fit their shapes or
+            the file.
     """
     try:
         header = json.loads(data)
@@ -161,12 +173,20 @@ def _check_index(index: Mapping[str, Any], pieces: Mapping[str, TensorRange]) ->
 
 
 def width(modules: Mapping[str, Iterable[int]]) -> int:
-    """Numbers of a task with cores of these sizes, module → (k_out, k_in)."""
+    """Count the numbers of a task with cores of these sizes, module → (k_out, k_in)."""
     return sum(math.prod(size) for size in modules.values())
 
 
 def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], index: Mapping[str, Any]) -> bytes:
-    """Length and header of a file with these tensors (name, dtype, shape), one after the other."""
+    """Encode length and header of a file.
+
+    Args:
+        tensors: (name, dtype, shape) of the tensors, in the order in which they lie one behind the other.
+        index: The index, which goes into the header's metadata.
+
+    Raises:
+        SubspaceError: The index has more bytes than safetensors allows.
+    """
     header: dict[str, Any] = {"__metadata__": {"bank": json.dumps(index, sort_keys=True, allow_nan=False)}}
     offset = 0
     for name, dtype, shape in tensors:

@@ -1,4 +1,4 @@
-"""One task out of a bundle: as an adapter of a model, or as a folder."""
+"""Load one task of a bundle as an adapter of a model, or extract it as a folder."""
 
 from __future__ import annotations
 
@@ -37,30 +37,35 @@ def load_task(
     cache_dir: str | Path | None = None,
     **loading: Any,
 ) -> PeftModel | PeftMixedModel:
-    """Make one task of a bundle an adapter of the model, as `model.load_adapter` does, reading no other task. Its
-    trained modules (a classifier) come with it; `model.peft_config[adapter_name]` says what it is: `id2label`,
-    `bundle` (place, commit, name, sha256) and the basis's fingerprint.
+    """Make one task of a bundle an adapter of the model, as `model.load_adapter` does, reading no other task.
+
+    Modules that were trained whole (a classifier) come with it. `model.peft_config[adapter_name]` has `id2label`,
+    `bundle` (location, revision, task, sha256) and the basis's fingerprint.
 
     Args:
-        model: a PeftModel, which is changed; or a plain model, around which one is made.
-        bundle: folder, file or Hub id of a bundle, or an open one.
-        task: the name in it.
-        adapter_name: default that name, with ``_`` for dots, which torch allows in no module's name.
-        as_lora: load it as a stock LoRA (projection and residual in one, exact) instead of a subspace adapter. None:
-            only where it has a residual, which a subspace adapter does not hold. False leaves a residual out.
-        basis: where the basis is, if not where the bundle says.
-        is_trainable: whether it may be trained.
-        revision: branch, tag or commit sha on the Hub; `token`, `cache_dir` as in huggingface_hub.
-        loading: for PEFT's `load_adapter`, such as `torch_device` or `low_cpu_mem_usage`.
+        model: A PeftModel, which is changed; or another model, around which one is made.
+        bundle: Folder, file or Hub id of a bundle, or an open one.
+        task: The task's name in the bundle.
+        adapter_name: The adapter's name; by default the task's, with ``_`` for dots, which torch does not allow in the
+            name of a module.
+        as_lora: Load the task as a stock LoRA (projection and residual in one, exact) instead of a subspace adapter.
+            None: only if it has a residual, which a subspace adapter cannot hold. False leaves a residual out.
+        basis: The basis, its folder or its Hub id; by default the place that the bundle names.
+        is_trainable: Whether the adapter may be trained.
+        revision: Branch, tag or commit sha on the Hub.
+        token: As in huggingface_hub.
+        cache_dir: As in huggingface_hub.
+        **loading: Arguments for PEFT's `load_adapter`, such as `torch_device` or `low_cpu_mem_usage`.
 
     Returns:
         The PeftModel. As in PEFT, a further adapter is not made the active one.
 
     Raises:
-        SubspaceError: no such bundle or task, the adapter's name is taken, or the model holds adapters of another
-            method.
-        BadFileError: the task's bytes are damaged.
-        BasisNotFoundError, BasisMismatchError: as with `PeftModel.from_pretrained`, before the model is touched.
+        SubspaceError: There is no such bundle or task, the adapter's name is taken, or the model holds adapters of
+            another method.
+        BadFileError: The task's bytes are damaged.
+        BasisNotFoundError: The basis cannot be found; the model was not touched.
+        BasisMismatchError: The basis is not that of the bundle; the model was not touched.
     """
     found = _find(bundle, task, revision, token, cache_dir)
     name = adapter_name or task.replace(".", "_")
@@ -68,8 +73,8 @@ def load_task(
     _check_model(model, found, task, name, wants_lora)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "task")
-        # held until the model holds it: PEFT reads the configuration from a folder, and finds the basis in this
-        # process
+        # this configuration keeps the basis alive until the model does: PEFT reads another one from the folder, which
+        # then finds the basis in this process
         held = _write(found, task, folder, wants_lora, basis, _fill)
         if isinstance(model, (PeftModel, PeftMixedModel)):
             model.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
@@ -92,14 +97,27 @@ def extract_task(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Write one task of a bundle as a stock PEFT adapter folder, a subspace task or a LoRA (`as_lora`, as in
-    `load_task`).
+    """Write one task of a bundle as a stock PEFT adapter folder: a subspace task, or a LoRA.
+
+    Args:
+        bundle: Folder, file or Hub id of a bundle, or an open one.
+        task: The task's name in the bundle.
+        folder: The folder to write, made where it does not exist.
+        as_lora: See `load_task`.
+        basis: See `load_task`.
+        revision: Branch, tag or commit sha on the Hub.
+        token: As in huggingface_hub.
+        cache_dir: As in huggingface_hub.
 
     Returns:
         The folder.
 
     Raises:
-        As `load_task`; also `OSError` where the disk refuses, and an earlier folder stays as it was.
+        SubspaceError: There is no such bundle or task, or `folder` is a file.
+        BadFileError: The task's bytes are damaged.
+        BasisNotFoundError: The basis cannot be found.
+        BasisMismatchError: The basis is not that of the bundle.
+        OSError: The disk refuses; an earlier folder stays as it was.
     """
     found = _find(bundle, task, revision, token, cache_dir)
     folder = Path(folder)
@@ -118,7 +136,18 @@ def extract_tasks(
     progress: bool = True,
     **how: Any,
 ) -> list[Path]:
-    """`extract_task` for several tasks, by default all, each into a folder of its name in `out`. Raises as it does."""
+    """Write several tasks of a bundle as adapter folders, each called by the task's name.
+
+    Args:
+        bundle: Folder, file or Hub id of a bundle, or an open one.
+        out: The folder that the tasks' folders are written into.
+        tasks: Names of tasks; all by default.
+        progress: Show a bar where it takes longer than two seconds.
+        **how: Further arguments of `extract_task`, whose errors are raised.
+
+    Returns:
+        The tasks' folders.
+    """
     opened = {key: how.pop(key) for key in ("revision", "token", "cache_dir") if key in how}
     found = open_bundle(bundle, **opened)
     names = list(found) if tasks is None else list(tasks)
@@ -166,11 +195,7 @@ def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora
 def _write(
     bundle: Bundle, task: str, folder: Path, as_lora: bool, basis: Any, write: Callable[..., object]
 ) -> SubspaceConfig | None:
-    """Write the adapter; return the configuration of a subspace task, which holds the basis.
-
-    Args:
-        write: `write_task`, or another function of the same first arguments.
-    """
+    """Write the adapter by `write`, `write_task` or `_fill`; return a subspace task's configuration and basis."""
     if as_lora:
         export_lora(bundle.task(task, basis), folder)
         return None
@@ -185,6 +210,6 @@ def _write(
 
 
 def _fill(folder: Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a task where PEFT reads it from at once, and nobody else: without a wait for the disk."""
+    """Write a task into a scratch folder, which PEFT reads at once: without a wait for the disk."""
     folder.mkdir()
     fill_folder(folder, config, tensors)

@@ -1,4 +1,4 @@
-"""A bundle's tasks onto another basis, such as the next version of their own."""
+"""Migrate the tasks of a bundle to another basis, such as the next version of their own."""
 
 from __future__ import annotations
 
@@ -29,27 +29,29 @@ def migrate_bundle(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> tuple[Bundle, dict[str, dict[str, float]]]:
-    """Write a bundle of the same tasks on another basis; see `migrate_task`. Cores are padded or projected; trained
-    modules, residuals and what the index says of a task (scores, where it came from, energies) go along.
+    """Write a bundle of the same tasks on another basis; see `migrate_task`.
+
+    Cores are padded or projected. Trained modules, residuals and the entries of the index (scores, origin, energies)
+    go along.
 
     Args:
-        bundle: folder, file or Hub id of a bundle, or an open one.
-        basis: the basis to carry its tasks to, stored somewhere.
-        out: the folder to write; another one than the bundle's.
-        max_drift: refuse where a module's ``U core V`` changes by more than this share of its norm; the default admits
-            rounding only.
-        old_basis: where the bundle's own basis is, if not where it says.
-        token: as in huggingface_hub.
-        progress: show a bar where it takes longer than two seconds.
+        bundle: Folder, file or Hub id of a bundle, or an open one.
+        basis: The basis to migrate to, its folder or its Hub id; it has to be stored.
+        out: The folder to write; another one than the bundle's.
+        max_drift: Largest share of the norm of a module's ``U core V`` that may change; the default admits rounding
+            only.
+        old_basis: The bundle's own basis, its folder or its Hub id; by default the place that the bundle names.
+        token: As in huggingface_hub.
+        progress: Show a bar where it takes longer than two seconds.
 
     Returns:
-        The new bundle, and per task its modules' drifts, of the cores as they are stored.
+        The new bundle; and task → module → drift, of the cores as they are stored.
 
     Raises:
-        SubspaceError: more drift than `max_drift`, naming the task; a basis in memory only; `out` is the bundle
+        SubspaceError: A task drifts by more than `max_drift`; the basis lives in memory only; or `out` is the bundle
             itself.
-        BasisMismatchError: the new basis lacks a module of a task.
-        BadFileError: a task's bytes are damaged.
+        BasisMismatchError: The new basis lacks a module of a task.
+        BadFileError: A task's bytes are damaged.
     """
     found = open_bundle(bundle, token=token)
     new = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
@@ -78,7 +80,15 @@ def bundle_drifts(
     old_basis: SubspaceBasis | str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """What `migrate_bundle` would return and raise, with nothing written; `basis` may live in memory."""
+    """Return the drifts that `migrate_bundle` would return, or raise its errors, without writing anything.
+
+    Args:
+        bundle: See `migrate_bundle`.
+        basis: The basis to migrate to, which may live in memory only.
+        max_drift: See `migrate_bundle`.
+        old_basis: See `migrate_bundle`.
+        progress: See `migrate_bundle`.
+    """
     carried = _carried(open_bundle(bundle), basis, max_drift, old_basis, progress)
     return {name: drifts for name, _, drifts in carried}
 
@@ -86,13 +96,13 @@ def bundle_drifts(
 def _carried(
     bundle: Bundle, new: SubspaceBasis, max_drift: float, old_basis: Any, progress: bool
 ) -> Iterator[tuple[str, SavedTask, dict[str, float]]]:
-    """Name, task on the new basis and drifts, of the cores as they are stored."""
+    """Yield name, task on the new basis, and drifts of the cores as they are stored."""
     dtype = bundle.dtype
     known: dict[tuple[Any, ...], dict[str, Transfer]] = {}
     for name in tqdm(bundle, desc="migrating", unit="task", delay=2, disable=not progress):
         task = bundle.task(name, old_basis)
         key = tuple((module, *core.shape) for module, core in task.cores.items())
-        # tasks of one size share what takes time: reading both bases
+        # tasks of one size share the slow part, reading both bases
         moves = known[key] if key in known else known.setdefault(key, moves_of(task, new, name))
         config = moved_config(task.config, new, moves)
         used = used_moves(config, moves)

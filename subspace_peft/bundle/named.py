@@ -1,4 +1,4 @@
-"""What may be packed, one task after the other, each with its name and where it came from."""
+"""List the tasks in the arguments of `bundle_tasks`, each with its name and origin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..tuner.task_file import WEIGHTS_FILE
 
 @dataclass(frozen=True, eq=False)
 class Named:
-    """A task, what it is called, and `location`, `revision` and `sha256` of what it was made from."""
+    """A task with its name, and `location`, `revision` and `sha256` of the file it was made from."""
 
     name: str
     task: SavedTask
@@ -27,7 +27,7 @@ class Named:
 
 
 def named_tasks(tasks: Any, *, basis: Any = None, token: str | bool | None = None) -> Iterator[Named]:
-    """The tasks in what `bundle_tasks` takes. Raises as it does."""
+    """Yield the tasks in the `tasks` of `bundle_tasks`. Arguments and errors are those of that function."""
     if isinstance(tasks, Mapping) and not isinstance(tasks, TaskBank):
         for name, reference in tasks.items():
             found = list(_tasks_in(reference, basis, token))

@@ -1,4 +1,4 @@
-"""A bundle on its way to the Hub: its basis pinned to a commit that others can fetch."""
+"""Push a bundle to the Hub, its basis pinned to a commit that others can fetch."""
 
 from __future__ import annotations
 
@@ -24,24 +24,29 @@ def push_bundle(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload a bundle in one commit. Its basis is pinned first, in what is uploaded: to the commit it was fetched from
-    or pushed as, on this machine. A README that somebody wrote in the repository stays. Every task is verified on the
-    way.
+    """Upload a bundle in one commit, and verify every task on the way.
+
+    The basis is pinned in the uploaded copy, to the commit that this machine fetched it from or pushed it as. A README
+    in the repository keeps what its owners wrote.
 
     Args:
-        bundle: its folder.
-        repo_id: ``org/name``; the repository is made where there is none.
-        push_basis_to: push the basis into this repository as well, where it is not on the Hub yet.
-        force: push although the basis is in a local folder only; others have to be told where it is.
-        private, token, commit_message, create_pr: as in huggingface_hub.
-        revision: branch; made where there is none.
+        bundle: The bundle's folder, or the open bundle.
+        repo_id: ``org/name``; the repository is made where it does not exist.
+        push_basis_to: A repository to push the basis to as well, where it is not on the Hub yet.
+        force: Push the bundle even if its basis is in a local folder only, so that others have to be given the basis.
+        private: As in huggingface_hub.
+        token: As in huggingface_hub.
+        revision: The branch, made where it does not exist.
+        commit_message: "Upload a bundle of … tasks" by default.
+        create_pr: Open a pull request instead of committing.
 
     Returns:
         The commit's sha.
 
     Raises:
-        SubspaceError: the basis is in a local folder only, and nothing was said about it; or `repo_id` is a path.
-        BadFileError: a task is damaged.
+        SubspaceError: The basis is in a local folder only, and neither `push_basis_to` nor `force` is given; or
+            `repo_id` is a path.
+        BadFileError: A task is damaged.
     """
     check_repo_id(repo_id)
     found = open_bundle(bundle)

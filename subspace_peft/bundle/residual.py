@@ -1,4 +1,4 @@
-"""What a basis does not keep of a LoRA's update, and its best low-rank part: in factored form, never out × in."""
+"""Compute the part of a LoRA's update outside a basis, and its best low-rank approximation, in factored form."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..sources import Factors
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """``R = ΔW − U C V`` of one module, as a thin SVD ``P diag(S) Tᵀ``.
+    """The residual ``R = ΔW − U C V`` of one module, as a thin SVD ``P diag(S) Tᵀ``.
 
     Attributes:
         P: (out, n) float64, orthonormal columns.
-        S: (n,) float64, descending; Σ S² is what the projection lost of ‖ΔW‖².
+        S: (n,) float64, descending; Σ S² is the energy ‖ΔW‖² that the projection lost.
         T: (in, n) float64, orthonormal columns.
     """
 
@@ -25,22 +25,28 @@ class Residual:
     T: torch.Tensor
 
     def energy(self, rank: int) -> float:
-        """‖R‖² of its best approximation of this rank."""
+        """Return ‖R‖² of its best approximation of this rank."""
         return float(self.S[:rank].square().sum())
 
     def lost(self, rank: int) -> float:
-        """‖R‖² of the rest."""
+        """Return ‖R‖² of the rest."""
         return float(self.S[rank:].square().sum())
 
     def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(B, A)``, (out, r) and (r, in) float64, of the best approximation of this rank."""
+        """Return ``(B, A)``, (out, r) and (r, in) float64, of the best approximation of this rank."""
         return self.P[:, :rank] * self.S[:rank], self.T[:, :rank].T
 
 
 def residual_of(module: ModuleBasis, update: Factors, core: torch.Tensor) -> Residual:
-    """The residual of an update ``B A`` projected to ``U core V``.
+    """Compute the residual of an update ``B A`` that is projected to ``U core V``.
 
-    ``R = [B, −U·core] [A; V]``: QR of both stacks, and an SVD of their small product, (r + k) × (r + k).
+    ``R = [B, −U·core] [A; V]``: thin QR of both stacks, and an SVD of their small product, (r + k) × (r + k). Nothing
+    of size out × in is formed.
+
+    Args:
+        module: The basis of the module, with orthonormal U and V.
+        update: The update, of rank r.
+        core: (k_out, k_in), in units of ΔW.
     """
     U, V, core = module.U.double(), module.V.double(), core.double()
     B, A = (update.B, -U @ core), (update.A, V)

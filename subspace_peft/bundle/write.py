@@ -1,5 +1,4 @@
-"""Tasks → a bundle; more tasks into a bundle, whose bytes are copied, verified, and only replaced when the new file is
-whole."""
+"""Pack tasks into a bundle, or add them to one, which is replaced only once the new file is whole."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ from .card import write_card
 from .format import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width
 from .named import Named, named_tasks
 
-# what is the same for every task of a bundle, whatever the tasks said: their cores are stored, not how these were
-# trained
+# fields that every task of a bundle has alike: its cores are stored, not how they were trained
 PLAIN = {
     "coefficients": "core",
     "mean_gain": "none",
@@ -48,15 +46,15 @@ PLAIN = {
 
 @dataclass(eq=False)
 class Packed:
-    """A task on its way into a bundle's file.
+    """A task that is about to be written into a bundle's file.
 
     Attributes:
-        name: in the bundle.
-        config: its whole configuration, as JSON has it.
-        modules: module → [k_out, k_in], in the order of its numbers.
-        tensors: (key, dtype, shape), the first being the core, in the order of their bytes; one alone can be a row.
-        data: gives the bytes.
-        entry: what the index says beside.
+        name: Its name in the bundle.
+        config: Its whole configuration, as JSON values.
+        modules: Module → [k_out, k_in], in the order of its numbers.
+        tensors: (key, dtype, shape) in the order of their bytes. A task that has a core only can be a row.
+        data: Returns the bytes.
+        entry: Further values of its entry in the index.
     """
 
     name: str
@@ -81,23 +79,26 @@ def bundle_tasks(
     """Pack tasks on one basis into one file.
 
     Args:
-        tasks: a list of saved tasks (folders, Hub ids with ``@revision``), of PeftModels (all their subspace
-            adapters), `TaskBank`s (all their tasks), `Projection`s and `SavedTask`s; or a mapping, name → such a task.
-            Without names, a folder's or repository's own last part is the name.
-        out: the folder to write; a bundle that is there is replaced when the new one is whole.
-        basis: where the basis is, if not where the tasks say.
-        metrics: name → scores to record, JSON-ready.
-        id2label: name → names of the classes, where the task's own config does not have them.
-        dtype: of the stored cores, in units of ΔW; trained modules keep theirs.
-        token: as in huggingface_hub.
-        progress: show a bar where it takes longer than two seconds.
+        tasks: A list of saved tasks (folders, Hub ids with ``@revision``), PeftModels (all their subspace adapters),
+            `TaskBank`s (all their tasks) and `Projection`s; or a mapping, name → such a task or a `SavedTask`. In a
+            list, the last part of the folder's or repository's name is the task's name.
+        out: The folder to write. An earlier bundle in it is replaced once the new one is whole.
+        basis: The basis, its folder or its Hub id; by default the place that the tasks name.
+        metrics: Name → scores to record, JSON values.
+        id2label: Name → names of the classes, where the task's own config does not have them.
+        dtype: The dtype of the stored cores, in units of ΔW; trained modules keep theirs.
+        token: As in huggingface_hub.
+        progress: Show a bar where it takes longer than two seconds.
+
+    Returns:
+        The bundle, opened.
 
     Raises:
-        BasisMismatchError: the tasks are on different bases; names them.
-        SubspaceError: no tasks, two of one name, a name that could not be a folder's, a basis in memory only, metrics
-            for nobody.
-        BadFileError: NaN or infinite values; names the task.
-        OSError: the disk refuses; an earlier bundle stays.
+        BasisMismatchError: The tasks are on different bases.
+        SubspaceError: No task is given, two have one name, a name could not be a folder's, the basis lives in memory
+            only, or metrics or labels are given for a name that no task has.
+        BadFileError: A task holds NaN or infinite values.
+        OSError: The disk refuses; an earlier bundle stays.
     """
     packed = _pack_all(tasks, basis, metrics, id2label, dtype, token, progress)
     if not packed:
@@ -116,18 +117,29 @@ def add_tasks(
     token: str | bool | None = None,
     progress: bool = True,
 ) -> Bundle:
-    """Add tasks to a bundle in a folder. What is in it is copied byte for byte, and verified; the file is replaced
-    when the new one is whole, so a failure leaves it as it was.
+    """Add tasks to a bundle in a folder.
+
+    The bundle's own tasks are copied byte for byte, and verified. The file is replaced once the new one is whole, so a
+    failure leaves it as it was.
 
     Args:
-        bundle: its folder.
-        replace: whether tasks may take the place of those that have their names.
-        tasks, basis, metrics, id2label, token, progress: as in `bundle_tasks`.
+        bundle: The bundle's folder, or the open bundle.
+        tasks: See `bundle_tasks`.
+        replace: Whether tasks may replace those that have their names.
+        basis: See `bundle_tasks`.
+        metrics: See `bundle_tasks`.
+        id2label: See `bundle_tasks`.
+        token: As in huggingface_hub.
+        progress: Show a bar where it takes longer than two seconds.
+
+    Returns:
+        The new bundle, opened.
 
     Raises:
-        As `bundle_tasks`; also
-        SubspaceError: a name is taken, or the bundle is on the Hub.
-        BadFileError: a task that is in the bundle is damaged.
+        SubspaceError: A name is taken, or the bundle is on the Hub; and see `bundle_tasks`.
+        BasisMismatchError: A task is on another basis than the bundle.
+        BadFileError: A task is damaged, one of the bundle's own or a new one.
+        OSError: The disk refuses; the bundle stays as it was.
     """
     folder = Path(bundle.location if isinstance(bundle, Bundle) else bundle).expanduser()
     if not (folder / BUNDLE_FILE).is_file():
@@ -157,9 +169,24 @@ def write_bundle(
     basis: tuple[str, str | None] | None = None,
     shown_as: Place | None = None,
 ) -> Bundle:
-    """Write `bundle.safetensors` and a card into `folder`: like `old` in what is common to all tasks, and with `basis`
-    (location, commit) as its basis's place, where given. The card loads from `shown_as`, or else from the folder.
-    Raises as `bundle_tasks`."""
+    """Write `bundle.safetensors` and a card into `folder`.
+
+    Args:
+        packed: The tasks, in order.
+        folder: The folder to write, made where it does not exist.
+        dtype: The dtype of the cores that are rows.
+        old: A bundle whose common configuration and order of modules the new one takes over.
+        basis: Location and commit to record for the basis; by default those of the tasks.
+        shown_as: Where the card says to load the bundle from; the folder by default.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        SubspaceError: `folder` is a file.
+        BasisMismatchError: The tasks are on different bases.
+        OSError: The disk refuses; an earlier bundle stays.
+    """
     if folder.is_file():
         raise SubspaceError(f"{folder} is a file; a bundle is written into a folder.")
     index = _index(packed, None if old is None else old.index)
@@ -173,7 +200,7 @@ def write_bundle(
     for number, name in enumerate(index["apart"]):
         task = by_name[name]
         if gap := -place % 8:
-            # every tensor lies where its dtype may lie
+            # every tensor is aligned to 8 bytes, enough for any dtype
             tensors.append((f"{number}/pad", "U8", (gap,)))
             parts.append(lambda gap=gap: bytes(gap))
         tensors += [(f"{number}/{key}", kind, shape) for key, kind, shape in task.tensors]
@@ -198,8 +225,10 @@ def write_bundle(
 
 
 def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Which tasks are rows, which lie apart, and what is common to all. A bundle that is there keeps its own order of
-    modules."""
+    """Sort the tasks into rows and those that lie apart, and gather what all have in common.
+
+    An earlier bundle's index keeps its order of modules.
+    """
     first = packed[0]
     modules = first.modules if old is None else old["modules"]
     common = first.config if old is None else old["config"]
@@ -231,8 +260,7 @@ def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str,
     return index
 
 
-# -- packing
-# ------------------------------------------------------------------------------------------------------------
+# -- packing ----------------------------------------------------------------------------------------------------------
 
 
 def _pack_all(
@@ -273,7 +301,19 @@ def pack(
     id2label: Mapping[int, str] | None = None,
     **entry: Any,
 ) -> Packed:
-    """One task's bytes, and what the index says of it; `entry` goes into the index as well."""
+    """Pack one task: its bytes, and its entry in the index.
+
+    Args:
+        named: The task.
+        dtype: The dtype of its cores and of its residual.
+        metrics: Scores to record.
+        id2label: Names of its classes, where its own config does not have them.
+        **entry: Further values for its entry in the index.
+
+    Raises:
+        SubspaceError: The basis is not stored by itself, a dtype is not known to bundles, or the metrics are not JSON.
+        BadFileError: A tensor holds NaN or infinite values.
+    """
     name, task = check_name(named.name), named.task
     modules = sorted(task.cores, key=_natural)
     row = torch.cat([task.cores[module].T.reshape(-1) for module in modules]).to(dtype)
@@ -289,8 +329,7 @@ def pack(
                 f"Task {name!r}: {key} holds NaN or infinite values (in {value.dtype}). Leave it out, or train it"
                 " again."
             )
-    # wide numbers first, so that within a task's bytes every tensor lies where its dtype may lie; a lone core stays
-    # first
+    # wide numbers first, so that every tensor within a task's bytes is aligned to its dtype
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     data = b"".join(tensor_bytes(tensors[key]) for key in order)
     more = {"source": named.source, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **entry}
@@ -321,7 +360,7 @@ def _natural(name: str) -> list[Any]:
 
 
 def kept(bundle: Bundle, name: str) -> Packed:
-    """A task that is in a bundle, its bytes verified when they are asked for."""
+    """Make a packed task of one that is in a bundle; its bytes are read and verified when they are asked for."""
     entry = {key: value for key, value in bundle.entry(name).items() if key not in ("config", "modules")}
     start, end = bundle.span(name)
     config = {**bundle.index["config"], **bundle.entry(name).get("config", {})}
@@ -363,13 +402,13 @@ def _config(task: SavedTask, name: str, id2label: Mapping[int, str] | None) -> d
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer of a folder at a time: of two that add at once, the second adds to what the first one wrote."""
+    """Let one process at a time write a folder: of two that add at once, the second adds to the first one's bundle."""
     import os
 
     try:
         import fcntl
     except ImportError:
-        # no such locks on this system; the file is whole all the same, whoever comes last
+        # this system has no such locks: the last of two writers wins, and its file is whole
         yield
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Convert between LoRA and coefficients, both ways."""
+"""Convert LoRAs into tasks, tasks into LoRAs, and tasks from one basis to another."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Coefficients → a stock PEFT LoRA folder, exact, without an SVD of anything larger than a core."""
+"""Export a task as a stock PEFT LoRA, exactly, without an SVD of anything larger than a core."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_lora` wrote.
+    """The account of `export_lora`.
 
     Attributes:
-        folder: where.
-        rank: the LoRA's r, the same for every module.
-        modules: how many modules.
-        bytes: size of its weights' file.
-        energy_kept: share of ‖ΔW‖² that is in it: 1 unless a smaller `rank` was asked for.
-        modules_to_save: names of modules that went along whole.
+        folder: The LoRA's folder.
+        rank: The LoRA's r, the same for every module.
+        modules: Number of adapted modules.
+        bytes: Bytes of the file of its weights.
+        energy_kept: Share of ‖ΔW‖² that is in it: 1 unless a smaller `rank` was asked for.
+        modules_to_save: Names of the modules that were written whole.
     """
 
     folder: str
@@ -43,6 +43,7 @@ class Export:
     modules_to_save: list[str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the account as JSON values."""
         return asdict(self)
 
 
@@ -61,24 +62,25 @@ def export_lora(
     """Write a task as a stock PEFT LoRA folder.
 
     With k_in ≤ k_out, ``lora_A = V`` and ``lora_B = s·U·C``; else ``lora_A = s·C·V`` and ``lora_B = U``: the same ΔW,
-    no SVD. A smaller `rank` takes the SVD of the small core alone, which is optimal since U and V are orthonormal.
-    Every module gets the same rank (zeros fill up) and ``lora_alpha = r``, so that no patterns are needed.
+    without an SVD. A smaller `rank` takes the SVD of the core alone, which is optimal since U and V are orthonormal.
+    Every module gets the same rank, filled up with zeros, and ``lora_alpha = r``, so that no patterns are needed.
 
     Args:
-        task: folder or Hub id of a saved task, a live PeftModel, exported at its configured scale (`set_scale` aside),
-            or a `SavedTask`, such as a bundle's, whose residual goes along.
-        out: the folder to write.
-        adapter_name: which adapter of a live model; default the active one.
-        basis: where the basis is, if not where the task's config says.
-        rank: at most this rank, by truncation; None keeps all.
-        pad_to: a rank to fill up to with zeros, or ``"vllm"`` for the next one that vLLM serves.
-        modules_to_save: whether the task's other trained modules (a classifier) go along. None: yes, but not with
-            ``pad_to="vllm"``, which warns of what stays behind; vLLM refuses most of them.
-        dtype: of the written factors.
-        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+        task: Folder or Hub id of a saved task; a live PeftModel, exported at its configured scale (`set_scale` aside);
+            or a `SavedTask`, such as a bundle's, whose residual is included.
+        out: The folder to write, made where it does not exist.
+        adapter_name: The adapter of a live model; the active one by default.
+        basis: The basis, its folder or its Hub id; by default the place that the task's config names.
+        rank: Highest rank, reached by truncation; None keeps all.
+        pad_to: A rank to fill up to with zeros, or ``"vllm"`` for the next one that vLLM serves.
+        modules_to_save: Whether the task's other trained modules (a classifier) are written as well. None: yes, but
+            not with ``pad_to="vllm"``, since vLLM refuses most of them; a warning then names those left out.
+        dtype: The dtype of the written factors.
+        **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Raises:
-        SubspaceError: no subspace task, or a rank that cannot be.
+        SubspaceError: It is not a subspace task, a rank is out of range, or `out` is a file.
+        OSError: The disk refuses; an earlier folder stays as it was.
     """
     if rank is not None and rank < 1:
         raise SubspaceError(f"rank={rank}: give at least 1.")
@@ -103,11 +105,20 @@ def write_lora(
     modules_to_save: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Export:
-    """Write a task that was read, or put together otherwise, as a stock PEFT LoRA folder; see `export_lora`.
+    """Write a task as a stock PEFT LoRA folder; see `export_lora`.
+
+    Args:
+        read: The task.
+        out: The folder to write, made where it does not exist.
+        rank: See `export_lora`.
+        pad_to: See `export_lora`.
+        modules_to_save: Whether the task's other trained modules are written as well.
+        dtype: The dtype of the written factors.
 
     Raises:
-        SubspaceError: a rank that cannot be, or `out` is a file.
-        BadFileError: the task's config gives a weight another shape than the basis has.
+        SubspaceError: A rank is out of range, or `out` is a file.
+        BadFileError: The task's config gives a weight another shape than the basis has.
+        OSError: The disk refuses; an earlier folder stays as it was.
     """
     factors, kept, total = {}, 0.0, 0.0
     for name, core in read.cores.items():
@@ -152,10 +163,15 @@ def write_lora(
 def lora_factors(
     module: ModuleBasis, core: torch.Tensor, rank: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(B, A)``, (out, r) and (r, in) float64, with ``B A = U core V``, or its best approximation of rank `rank`.
+    """Compute LoRA factors of ``U core V``, or of its best approximation of a given rank.
 
     Args:
+        module: The basis of the module, with orthonormal U and V.
         core: (k_out, k_in), in units of ΔW.
+        rank: The rank of the approximation; None is exact.
+
+    Returns:
+        ``(B, A)``, (out, r) and (r, in) float64.
     """
     U, V = module.U.double(), module.V.double()
     core = core.double()
@@ -168,7 +184,7 @@ def lora_factors(
 def _with_residual(
     projected: tuple[torch.Tensor, torch.Tensor], residual: tuple[torch.Tensor, torch.Tensor], rank: int | None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``(B, A)`` of the sum, or of its best approximation of rank `rank`, and the sum's singular values."""
+    """Return ``(B, A)`` of the sum, or of its best approximation of rank `rank`, and the sum's singular values."""
     B, A = (torch.cat([one, two.double()], dim) for one, two, dim in zip(projected, residual, (1, 0), strict=True))
     P, S, T = Factors(B, A).canonical()
     return ((B, A) if rank is None or rank >= B.shape[1] else (P[:, :rank] * S[:rank], T[:, :rank].T)), S

@@ -1,4 +1,4 @@
-"""Coefficients → a LoRA file of llama.cpp (GGUF), for a base model in that format."""
+"""Export a task as a LoRA file of llama.cpp (GGUF), for a base model in that format."""
 
 from __future__ import annotations
 
@@ -29,21 +29,28 @@ def export_gguf(
 ) -> Path:
     """Write a task as a LoRA that llama.cpp applies to the base model `base`, exact and in float32.
 
-    llama.cpp keeps the rows of a Llama's query and key weights in another order than transformers; so has its LoRA.
+    llama.cpp keeps the rows of a Llama's query and key weights in another order than transformers, and so does its
+    LoRA.
 
     Args:
-        task: folder or Hub id of a saved task, or a live PeftModel, exported at its configured scale.
-        out: the ``.gguf`` file to write; returned.
-        base: the base model as a GGUF file, of any quantisation. Its architecture, heads and shapes are read from it.
+        task: Folder or Hub id of a saved task, or a live PeftModel, exported at its configured scale.
+        out: The ``.gguf`` file to write.
+        base: The base model as a GGUF file, of any quantisation. Its architecture, heads and shapes are read from it.
             Of llama.cpp's architectures ``llama`` is supported: the Llama and Mistral classes of transformers.
-        adapter_name, basis, hub: as in `export_lora`.
-        rank: at most this rank, by truncation; None keeps all.
+        adapter_name: The adapter of a live model; the active one by default.
+        basis: The basis, its folder or its Hub id; by default the place that the task's config names.
+        rank: Highest rank, reached by truncation; None keeps all.
+        **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
+
+    Returns:
+        The file.
 
     Raises:
-        SubspaceError: the package `gguf` is missing, the architecture is another one, the rank cannot be, or the task
-            has trained modules that a LoRA of llama.cpp cannot hold.
-        BadFileError: `base` is no GGUF file of a model.
-        BasisMismatchError: it has no such module, or one of another shape.
+        SubspaceError: The package `gguf` is missing, the architecture is another one, the rank is out of range, or the
+            task has trained modules that a LoRA of llama.cpp cannot hold.
+        BadFileError: `base` is not a GGUF file of a model.
+        BasisMismatchError: The base model lacks a module, or has it in another shape.
+        OSError: The disk refuses; an earlier file stays.
     """
     try:
         import gguf
@@ -80,7 +87,7 @@ def export_gguf(
         writer = gguf.GGUFWriter(str(path), "llama")
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        # llama.cpp multiplies by alpha over the rank, which is the same for all modules only after filling up
+        # llama.cpp scales by alpha over the rank, which is one for all modules only once they are filled up
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(r))
         for key, value in tensors.items():
             fill = r - (value.shape[0] if key.endswith("a") else value.shape[1])
@@ -96,7 +103,7 @@ def export_gguf(
 
 
 def _read_base(gguf: Any, base: Path) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Sizes of the model in a GGUF file, and its matrices' shapes, (out, in)."""
+    """Return the sizes of the model in a GGUF file, and the shapes of its matrices, (out, in)."""
     try:
         reader = gguf.GGUFReader(str(base))
         architecture = str(reader.fields["general.architecture"].contents())
@@ -118,8 +125,10 @@ def _read_base(gguf: Any, base: Path) -> tuple[dict[str, int], dict[str, tuple[i
 
 
 def _rotary_order(B: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of (heads · d, r) from transformers' order, halves of a head's rotated pairs one behind the other, to pairs
-    side by side."""
+    """Reorder rows of (heads · d, r) from transformers' order of rotated pairs to llama.cpp's.
+
+    transformers keeps the first members of a head's pairs before the second ones, llama.cpp each pair side by side.
+    """
     if heads < 1 or len(B) % (2 * heads):
         raise BadFileError(f"{len(B)} rows cannot be those of {heads} heads. Pass the base model's .gguf file.")
     return B.view(heads, 2, len(B) // heads // 2, B.shape[1]).transpose(1, 2).reshape(B.shape)

@@ -1,5 +1,7 @@
-"""A task from one basis to another, such as a basis's next version: closed form, what is lost measured on the numbers
-that are written."""
+"""Migrate a task from one basis to another, such as the basis's next version, in closed form.
+
+The loss is measured on the numbers that are written.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from ..tuner.card import MEASURED, digest_of
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, expected_shapes, scale_of, used_part
 
 MAX_DRIFT = 1e-5
-ALIKE = 1e-5  # relative difference up to which two cores are one, but for float32's rounding
+ALIKE = 1e-5  # relative difference that float32's rounding may make between two equal cores
 
 Coefficients = dict[str, torch.Tensor]
 
@@ -34,11 +36,12 @@ class Migration:
     """A task on another basis.
 
     Attributes:
-        config: its configuration there.
-        tensors: what its file holds.
-        drift: module → ``‖ΔW_old − ΔW_new‖_F / ‖ΔW_old‖_F``, mean update and all; of the numbers as they are stored.
-        total_drift: the same over all modules together.
-        converted: the kind of coefficients that the task had, where the new basis could not hold it; else None.
+        config: Its configuration there.
+        tensors: The tensors of its file, by key.
+        drift: Module → ``‖ΔW_old − ΔW_new‖_F / ‖ΔW_old‖_F`` of the numbers as they are stored, the fleet's mean update
+            included.
+        total_drift: The same over all modules together.
+        converted: The kind of coefficients that the task had, if the new basis could not hold it; else None.
     """
 
     config: SubspaceConfig
@@ -48,7 +51,7 @@ class Migration:
     converted: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors."""
+        """Return everything but the tensors, as JSON values."""
         return {
             "fingerprint": self.config.basis_fingerprint,
             "coefficients": self.config.coefficients,
@@ -58,11 +61,14 @@ class Migration:
         }
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the task as a folder that `PeftModel.from_pretrained` loads. Returns it.
+        """Write the task as a folder that `PeftModel.from_pretrained` loads.
+
+        Returns:
+            The folder.
 
         Raises:
-            SubspaceError: the new basis lives in memory only and would not be found again; or `folder` is a file.
-            OSError: the disk refuses; an earlier folder stays as it was.
+            SubspaceError: The new basis lives in memory only, or `folder` is a file.
+            OSError: The disk refuses; an earlier folder stays as it was.
         """
         return write_task(folder, self.config, self.tensors)
 
@@ -77,28 +83,31 @@ def migrate_task(
     token: str | bool | None = None,
     **hub: Any,
 ) -> Migration:
-    """Carry a task over to another basis: ``C' = (U'ᵀ U) C (V V'ᵀ)``, and the trained numbers such that ``s'·C(θ') +
-    g·M'`` is that.
+    """Migrate a task to another basis, in closed form.
 
-    Onto a basis grown by `update_basis` or filled up by `complete_basis` it is exact for all kinds: the new basis
-    begins with the old directions, so numbers are padded with zeros, and multiplied by s/s' where the number of
-    directions changes the scale. A task that was told its `k` keeps it there, and its numbers stay as they are. Onto
-    another basis: `core`, `factor` and `none` are projected; `directions` where the basis has the old direction
-    tensors' projections; otherwise, and always with `diagonal`, the task becomes one with `core` coefficients, as it
-    does where the new mean core is not the old one's projection (the mean update then becomes part of the core).
+    The new core is ``C' = (U'ᵀ U) C (V V'ᵀ)``, and the trained numbers θ' are those with ``s'·C(θ') + g·M' = C'``.
+
+    To a basis grown by `update_basis` or filled up by `complete_basis`, this is exact for all kinds of coefficients:
+    the new basis begins with the old directions, so the numbers are padded with zeros, and multiplied by s/s' where
+    the number of directions changes the scale. A task with a `k` of its own keeps it, and its numbers stay the same.
+
+    To another basis, `core`, `factor` and `none` are projected, and so are `directions` if the basis has the
+    projections of the old direction tensors. Otherwise, and always with `diagonal`, the task gets `core` coefficients;
+    also if the new mean core is not the projection of the old one, in which case the mean update becomes part of the
+    core.
 
     Args:
-        task: folder or Hub id of a saved task (also one that carries its own basis), or a live PeftModel.
-        basis: the basis to carry it to, its folder or its Hub id.
-        max_drift: refuse where a module's ΔW changes by more than this share of its norm; the default admits rounding
-            only.
-        adapter_name: which adapter of a live model; default the active one.
-        old_basis: where the task's own basis is, if not where its config says.
-        token: as in huggingface_hub, as `hub` is.
+        task: Folder or Hub id of a saved task, which may carry its own basis; or a live PeftModel.
+        basis: The basis to migrate to, its folder or its Hub id.
+        max_drift: Largest share of the norm of a module's ΔW that may change; the default admits rounding only.
+        adapter_name: The adapter of a live model; the active one by default.
+        old_basis: The task's own basis, its folder or its Hub id; by default the place that its config names.
+        token: As in huggingface_hub.
+        **hub: `revision`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Raises:
-        BasisMismatchError: the new basis lacks a module of the task, or has it in another shape.
-        SubspaceError: more drift than `max_drift`, naming the module; and what `read_task` raises.
+        BasisMismatchError: The new basis lacks a module of the task, or has it in another shape.
+        SubspaceError: A module drifts by more than `max_drift`; also the errors of `read_task`.
     """
     if not max_drift >= 0:
         raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")
@@ -141,10 +150,18 @@ def migrate_task(
 
 
 def moves_of(old: SavedTask, new: SubspaceBasis, what: str) -> dict[str, Transfer]:
-    """Per module of a task the way from what it uses to the whole of the new basis's.
+    """Compute the transfer of every module of a task from the part of its basis that it uses to a new basis.
+
+    Args:
+        old: The task.
+        new: The basis to migrate to.
+        what: The task, for messages.
+
+    Returns:
+        Module → transfer to the whole of the new basis's module.
 
     Raises:
-        BasisMismatchError: the new basis lacks a module, or has it in another shape.
+        BasisMismatchError: The new basis lacks a module, or has it in another shape.
     """
     absent = [name for name in old.cores if new.find(name) is None]
     if absent:
@@ -156,7 +173,7 @@ def moves_of(old: SavedTask, new: SubspaceBasis, what: str) -> dict[str, Transfe
 
 
 def moved_config(config: SubspaceConfig, new: SubspaceBasis, moves: Mapping[str, Transfer]) -> SubspaceConfig:
-    """The task's configuration on the new basis."""
+    """Make the task's configuration on the new basis."""
     moved = copy.deepcopy(config)
     moved.basis, moved.basis_revision, moved._given = new, None, False
     moved.basis_modules = moved.save_basis = moved.bundle = None
@@ -171,15 +188,28 @@ def moved_config(config: SubspaceConfig, new: SubspaceBasis, moves: Mapping[str,
 
 
 def used_moves(moved: SubspaceConfig, moves: Mapping[str, Transfer]) -> dict[str, Transfer]:
-    """Per module the way to the part of the new basis that the task uses."""
+    """Restrict every module's transfer to the part of the new basis that the task uses."""
     return {name: Transfer(move.old, used_part(moved, name, move.new), name) for name, move in moves.items()}
 
 
 def drifts_of(
     old: SavedTask, now: SavedTask, moves: Mapping[str, Transfer], what: str, max_drift: float
 ) -> tuple[dict[str, float], float]:
-    """Per module, and over all, how much of ΔW's norm has changed. Raises `SubspaceError` above `max_drift` in a
-    module."""
+    """Measure which share of ΔW's norm a migration changes.
+
+    Args:
+        old: The task before.
+        now: The task afterwards, its cores as they are stored.
+        moves: Module → transfer to the part of the new basis that the task uses.
+        what: The task, for messages.
+        max_drift: Largest share that may change in a module.
+
+    Returns:
+        Module → share, and the share over all modules together.
+
+    Raises:
+        SubspaceError: A module drifts by more than `max_drift`.
+    """
     drift, lost, total = {}, 0.0, 0.0
     for name, core in old.cores.items():
         drift[name] = moves[name].drift(core, now.cores[name])
@@ -208,8 +238,19 @@ def _same_kind(
     move: Transfer,
     shape: Mapping[str, int],
 ) -> Coefficients | None:
-    """The trained numbers of the same kind in the new basis of the given sizes, float64; None where it cannot hold
-    them."""
+    """Compute trained numbers of the same kind in the new basis.
+
+    Args:
+        config: The task's configuration.
+        moved: Its configuration on the new basis.
+        name: The module.
+        numbers: The module's trained numbers, by name.
+        move: Transfer to the part of the new basis that the task uses.
+        shape: Sizes of the new basis's module.
+
+    Returns:
+        The numbers by name, float64; None if the new basis cannot hold this kind exactly.
+    """
     ratio = scale_of(config, name, module_shape(move.old)) / scale_of(moved, name, shape)
     old, new = move.old, move.new
     if config.mean_gain != "none" and not (
@@ -263,7 +304,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _card(
     config: SubspaceConfig, read: dict[str, torch.Tensor], written: dict[str, torch.Tensor], drift: float
 ) -> dict[str, Any] | None:
-    """What the card says: scores of these numbers stay where the task's function does."""
+    """Make the facts for the migrated task's card, which keeps its scores if the task still computes the same."""
     card = dict(config.card or {})
     if drift > MAX_DRIFT or ("of" in card and card["of"] != digest_of(read)):
         card = {key: value for key, value in card.items() if key not in (*MEASURED, "of")}

@@ -1,4 +1,4 @@
-"""A LoRA → coefficients in a shared basis, with the share of its energy that the basis keeps."""
+"""Project a LoRA onto a shared basis, and measure the share of its energy that the basis keeps."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Projection:
     """A LoRA's coefficients in a basis.
 
     Attributes:
-        source: the LoRA.
-        basis: the basis.
-        cores: basis module → ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) float64, the least-squares optimum.
-        energy: basis module → ‖C‖² / ‖ΔW‖², the share kept (1 for a module whose ΔW is zero).
-        energy_random: the share that a random basis of the same size keeps on average.
-        energy_kept: the share over all modules together.
+        source: The LoRA.
+        basis: The basis.
+        cores: Module of the basis → ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) float64, the least-squares optimum.
+        energy: Module of the basis → ‖C‖² / ‖ΔW‖², the share kept (1 for a module whose ΔW is zero).
+        energy_random: The share that a random basis of the same size keeps on average.
+        energy_kept: The share over all modules together.
     """
 
     source: Source
@@ -50,12 +50,14 @@ class Projection:
 
     @property
     def verdict(self) -> str:
-        """``faithful``, ``partial`` or ``poor``, by the energy kept; measure the task's own score before relying on
-        it."""
+        """Class of the energy kept: ``faithful``, ``partial`` or ``poor``.
+
+        Measure the task's own score before relying on it.
+        """
         return "faithful" if self.energy_kept >= FAITHFUL else "partial" if self.energy_kept >= POOR else "poor"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the tensors."""
+        """Return everything but the tensors, as JSON values."""
         return {
             "source": self.source.location,
             "basis": self.basis.location,
@@ -68,18 +70,27 @@ class Projection:
         }
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the coefficients as a task that `PeftModel.from_pretrained` loads; the LoRA's `modules_to_save` go
-        along.
+        """Write the projection as a task's folder, which `PeftModel.from_pretrained` loads.
+
+        The LoRA's `modules_to_save` are written as well.
+
+        Returns:
+            The folder.
 
         Raises:
-            SubspaceError: the basis lives in memory only and would not be found again; or the LoRA has trained tensors
-                that a task cannot hold (token embeddings, biases of the base model).
+            SubspaceError: The basis lives in memory only; the LoRA has trained tensors that a task cannot hold (token
+                embeddings, biases of the base model); or `folder` is a file.
+            OSError: The disk refuses; an earlier folder stays as it was.
         """
         task = self.as_task()
         return write_task(folder, task.config, {**core_tensors(task.config, task.cores), **task.extras})
 
     def as_task(self) -> SavedTask:
-        """The projection as a task. Raises as `save_pretrained`."""
+        """Return the projection as a task.
+
+        Raises:
+            SubspaceError: The basis lives in memory only, or the LoRA has trained tensors that a task cannot hold.
+        """
         if self.basis.location is None:
             raise SubspaceError(
                 "The projection refers to its basis, which has to be stored: `basis.save_pretrained(folder)` first."
@@ -113,17 +124,18 @@ class Projection:
 def project_lora(
     lora: Any, basis: SubspaceBasis | str | Path, *, token: str | bool | None = None, check_base_model: bool = True
 ) -> Projection:
-    """Project an existing LoRA on a basis: closed form, exact, (UᵀB)(AVᵀ) per module.
+    """Project an existing LoRA onto a basis, in closed form: ``C = (UᵀB)(AVᵀ)`` per module.
 
     Args:
-        lora: folder, Hub id with ``@revision``, state dict, ``(state_dict, config)`` or live PeftModel.
-        basis: a basis, its folder or its Hub id.
-        token: as in huggingface_hub.
-        check_base_model: refuse a LoRA whose config names another base model than the basis.
+        lora: Folder, Hub id with ``@revision``, state dict, ``(state_dict, config)`` or live PeftModel.
+        basis: The basis, its folder or its Hub id.
+        token: As in huggingface_hub.
+        check_base_model: Refuse a LoRA whose config names another base model than the basis.
 
     Raises:
-        SourceError: the LoRA cannot be read.
-        BasisMismatchError: modules that the basis does not have, clashing shapes, another base model.
+        SourceError: The LoRA cannot be read.
+        BasisMismatchError: The basis lacks a module or has it in another shape, or the base models differ.
+        SubspaceError: Every ``lora_B`` is zero.
     """
     source = open_source(lora, token=token)
     if not isinstance(basis, SubspaceBasis):
@@ -158,7 +170,7 @@ def project_lora(
 
 
 def _extras(source: Source) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA's `modules_to_save`."""
+    """Read the tensors of a LoRA's `modules_to_save`."""
     saved = source.config.get("modules_to_save") or []
     for key in source.other_keys:
         if not any(f".{name}." in f".{key}" for name in saved):

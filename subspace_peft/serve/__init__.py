@@ -1,4 +1,4 @@
-"""Tasks for other programs to serve: exported on demand, one by one, out of a bank's file or a folder of tasks."""
+"""Serve tasks in other programs: export them on demand, one by one, from a bank's file or a folder of tasks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""`TaskExports`: a task's name → a LoRA folder, written when it is first asked for, in a cache addressed by
-content."""
+"""Export a task as a LoRA folder when its name is first asked for, into a cache addressed by content."""
 
 from __future__ import annotations
 
@@ -25,26 +24,26 @@ from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
 
 CONFIG_FILE = "adapter_config.json"
-# raised whenever an export of the same task comes out otherwise
+# increased with every change by which an export of the same task has other bytes
 EXPORT_VERSION = 1
 
 
 class TaskExports:
     """The tasks of a bank's file, or of a folder of saved tasks, as LoRA folders that other programs read.
 
-    A folder is called by the task's name and a hash of all that goes into it. A task that is trained again gets
-    another folder, and whoever holds the earlier one keeps reading what it had. Nothing is ever deleted: the cache may
-    be emptied while no server runs.
+    The name of an exported folder has the task's name and a hash of everything that the export depends on. A task that
+    is trained again gets another folder, so a program that uses the earlier one is not disturbed. Nothing is ever
+    deleted: empty the cache while no server runs.
 
     Args:
-        tasks: a file that `TaskBank.save` wrote, or a folder whose subfolders are saved tasks.
-        cache: where the LoRA folders go; ``exports`` in this package's cache by default.
-        basis: where the basis is, if not where it is recorded or was seen before on this machine.
-        rank: at most this rank, by truncation; None keeps all.
-        dtype: of the written factors.
+        tasks: A file that `TaskBank.save` wrote, or a folder whose subfolders are saved tasks.
+        cache: The folder for the exports; ``exports`` in this package's cache by default.
+        basis: The basis, its folder or its Hub id; by default the recorded place, or where this machine saw it before.
+        rank: Highest rank, reached by truncation; None keeps all.
+        dtype: The dtype of the written factors.
 
     Raises:
-        SubspaceError: there is neither such a file nor such a folder.
+        SubspaceError: There is neither such a file nor such a folder.
     """
 
     def __init__(
@@ -59,27 +58,34 @@ class TaskExports:
         self.tasks = Path(tasks).expanduser()
         if not self.tasks.exists():
             raise SubspaceError(
-                f"{self.tasks}: there is nothing. Pass a file that `TaskBank.save` wrote, or a folder of saved tasks."
+                f"{self.tasks} does not exist. Pass a file that `TaskBank.save` wrote, or a folder of saved tasks."
             )
         self.cache = Path(cache).expanduser() if cache is not None else cache_home() / "exports"
         self.basis, self.rank, self.dtype = basis, rank, dtype
 
     def names(self) -> list[str]:
-        """The tasks that can be asked for. Raises `BadFileError` where a bank's file is damaged."""
+        """List the tasks.
+
+        Raises:
+            BadFileError: The bank's file is damaged.
+        """
         if self.tasks.is_dir():
             return sorted(folder.name for folder in self.tasks.iterdir() if (folder / CONFIG_FILE).is_file())
         return list(read_index(self.tasks)["tasks"])
 
     def find(self, name: str, base_model: str | None = None) -> Path | None:
-        """The LoRA folder of the task `name`, exported now if it was not before; None where there is no such task.
+        """Return the LoRA folder of a task, exporting it if that was not done before.
 
         Args:
-            name: as a request gives it, so anything: only names of tasks that are there lead to a file.
-            base_model: name of the model that is to serve it.
+            name: The task's name. It may be any text, as requests send it; only the name of a task leads to a file.
+            base_model: The model that is to serve the task.
+
+        Returns:
+            The folder; None if there is no such task.
 
         Raises:
-            BasisMismatchError: the task belongs to another base model, both being Hub ids; or to another basis.
-            SubspaceError: the task is damaged, its basis is nowhere, or its rank is beyond what vLLM serves.
+            BasisMismatchError: The task belongs to another base model, both being Hub ids; or to another basis.
+            SubspaceError: The task is damaged, its basis cannot be found, or its rank is higher than vLLM serves.
         """
         if not is_name(name, most=255):
             return None
@@ -92,7 +98,7 @@ class TaskExports:
             about = json.dumps([index["basis_fingerprint"], index["modules"], index.get("weight_shapes")])
             content = [about.encode(), *(tensor_bytes(core) for core in cores.values())]
             return self._exported(name, content, lambda: self._of_bank(index, cores))
-        # one part of a path and no other: a name from outside must not leave the folder
+        # a single part of a path: a name from a request must not lead out of the folder
         if name in (".", "..") or re.search(r"[/\\:]", name) or not (self.tasks / name / CONFIG_FILE).is_file():
             return None
         folder = self.tasks / name
@@ -101,7 +107,7 @@ class TaskExports:
         try:
             base = json.loads(content[0]).get("base_model_name_or_path")
         except (ValueError, AttributeError, RecursionError):
-            base = None  # what is wrong with it is said when the task is read
+            base = None  # reading the task raises an error that says what is wrong with it
         self._check_base(name, base, base_model)
         return self._exported(name, content, lambda: read_task(folder, **given))
 
@@ -140,8 +146,8 @@ class TaskExports:
             known = None if names[module] is None else shapes[str(names[module])]
             if known is None or core.shape[0] > known["k_out"] or core.shape[1] > known["k_in"]:
                 raise BasisMismatchError(
-                    f"{self.tasks}: module {module!r} has cores {tuple(core.shape)}, for which the basis {fingerprint}"
-                    " has no room. The file was altered: fetch or save it again."
+                    f"{self.tasks}: module {module!r} has cores {tuple(core.shape)}, but the basis {fingerprint} has"
+                    " fewer directions. The file was altered: fetch or save it again."
                 )
         parts = Parts({module: tuple(core.shape) for module, core in cores.items()}, basis, names)  # type: ignore[arg-type]
         return SavedTask(config, {module: core.double() for module, core in cores.items()}, parts, {})

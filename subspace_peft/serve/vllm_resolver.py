@@ -1,4 +1,4 @@
-"""vLLM's plugin: a LoRA that a request names is exported, when first asked for, from a task. See docs/serving.md."""
+"""vLLM's plugin, which exports a task as a LoRA when a request first names it. See docs/serving.md."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes: offers the tasks that `SUBSPACE_PEFT_TASKS` names; without it, does
-    nothing.
+    """Offer the tasks that `SUBSPACE_PEFT_TASKS` names to vLLM, which calls this in each of its processes.
+
+    Without that variable, do nothing.
 
     Raises:
-        SubspaceError: it names nothing that is there, or `SUBSPACE_PEFT_RANK` is no number.
+        SubspaceError: The variable names a file that does not exist, or `SUBSPACE_PEFT_RANK` is not a whole number.
     """
     tasks = os.environ.get(TASKS)
     if not tasks:
@@ -46,7 +47,7 @@ def register() -> None:
 
 
 def make_resolver(exports: TaskExports) -> Any:
-    """A `vllm.lora.resolver.LoRAResolver` over `exports`, for programs that register their own."""
+    """Make a `vllm.lora.resolver.LoRAResolver` of `exports`, for programs that register their own."""
     from vllm.lora.request import LoRARequest
     from vllm.lora.resolver import LoRAResolver
 

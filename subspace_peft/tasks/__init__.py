@@ -1,4 +1,4 @@
-"""Saved tasks: write, read, swap, serve many at once, and push them."""
+"""Write, read, swap and push saved tasks, and serve many of them at once."""
 
 from typing import Any
 

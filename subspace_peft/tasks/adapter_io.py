@@ -1,5 +1,4 @@
-"""Saving and loading adapters of models that PEFT does not wrap: diffusers' UNets and transformers, anything
-injected."""
+"""Save and load adapters of models that PEFT does not wrap, such as diffusers' UNets and transformers."""
 
 from __future__ import annotations
 
@@ -27,12 +26,16 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
     `load_adapter` reads it, and so do `PeftModel.from_pretrained`, `export_lora` and the command line.
 
     Args:
-        model: what the adapter was injected into.
-        folder: is made where it is not there; returned.
-        adapter_name: default the first active one; where the model cannot tell, "default", or the first by name.
+        model: The model that holds the adapter.
+        folder: The folder to write, made where it does not exist.
+        adapter_name: The first active adapter by default; where the model does not know which is active, "default",
+            or the first by name.
+
+    Returns:
+        The folder.
 
     Raises:
-        SubspaceError: the model has no such adapter, or it is of another method.
+        SubspaceError: The model has no such adapter, or it is of another method; and see `write_task`.
     """
     known = getattr(model, "peft_config", None) or {}
     name = _active(model, known) if adapter_name is None and known else adapter_name
@@ -55,21 +58,21 @@ def load_adapter(
     basis: SubspaceBasis | str | None = None,
     **hub: Any,
 ) -> None:
-    """Inject a saved task into `model` itself, in place and active, where there is no `load_adapter` that takes it.
+    """Inject a saved task into `model` itself, in place and active, where the model has no loader for it.
 
-    diffusers' `load_lora_adapter` reads LoRA only; afterwards `set_adapters`, `fuse_lora` and the rest of diffusers'
-    calls work.
+    diffusers' `load_lora_adapter` reads LoRA only. Once the task is injected, `set_adapters`, `fuse_lora` and the rest
+    of diffusers' calls work on it.
 
     Args:
-        model: a diffusers model, or any module. Coefficients can be trained, all else is frozen.
-        task: folder or Hub id of a saved task.
-        adapter_name: a new one.
-        basis: where the basis is, if not where the task's config says.
-        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+        model: A diffusers model, or any other module. The coefficients can be trained; everything else is frozen.
+        task: Folder or Hub id of a saved task.
+        adapter_name: A name that no adapter of the model has.
+        basis: The basis, its folder or its Hub id; by default the place that the task's config names.
+        **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Raises:
-        SubspaceError: a PeftModel, a name that is taken, a folder that holds no subspace task; and what
-            `SubspaceConfig.from_pretrained` and injection raise, before the model is touched.
+        SubspaceError: The model is a PeftModel, the name is taken, or the folder holds no subspace task; also the
+            errors of `SubspaceConfig.from_pretrained` and of the injection, before the model is touched.
     """
     if isinstance(model, PeftModel):
         raise SubspaceError(f"A PeftModel loads by itself: model.load_adapter({str(task)!r}, {adapter_name!r}).")

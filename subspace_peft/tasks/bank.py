@@ -1,5 +1,4 @@
-"""`TaskBank`: thousands of tasks on one basis as rows of one tensor, beside PEFT's adapters and served by the same
-layers."""
+"""Hold thousands of tasks on one basis as rows of one tensor, which the layers of PEFT's adapters serve as well."""
 
 from __future__ import annotations
 
@@ -30,14 +29,15 @@ EMPTY = 0  # the slot of zeros, for rows of the base model
 
 
 class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
-    """Tasks by name, each a row of one tensor (slots, numbers): per module its core (k_in, k_out), transposed, in
-    units of ΔW.
+    """A mapping of tasks on one basis, stored as the rows of one tensor and served in mixed batches.
 
-    Rows of a batch name their tasks, in ``with bank.tasks([...]):`` or in stock `adapter_names=[...]`, where they mix
-    freely with the model's own adapters and ``__base__``. Adding, replacing and removing a task costs its own bytes;
-    PEFT's walk over all modules is not made. A bank holds no trained modules of other kinds (`modules_to_save`).
+    A row holds a task's core of every module, transposed to (k_in, k_out), one after the other, in units of ΔW. As a
+    mapping, the bank gives a task's cores: module → (k_out, k_in) float32.
 
-    As a mapping it gives a task's cores, module → (k_out, k_in) float32.
+    The rows of a batch name their tasks, in ``with bank.tasks([...]):`` or in stock `adapter_names=[...]`, where they
+    mix freely with the model's own adapters and ``__base__``. Adding, replacing and removing a task moves the bytes of
+    that task only, without PEFT's walk over all modules. A bank holds no modules that were trained whole
+    (`modules_to_save`).
 
     Example:
         >>> model = PeftModel.from_pretrained(base_model, "tasks/first")
@@ -48,13 +48,12 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         ...     model(**batch)
 
     Args:
-        model: a PeftModel, or any model with subspace layers.
-        adapter: the adapter on whose basis, and in whose modules and sizes, the bank's tasks are; the active one by
-            default.
-        capacity: slots to begin with; it grows by itself.
+        model: A PeftModel, or any other model with subspace layers.
+        adapter: The adapter whose basis, modules and sizes the tasks of the bank have; the active one by default.
+        capacity: Number of tasks that the bank has room for at first; it doubles when it is full.
 
     Raises:
-        SubspaceError: there is no such adapter.
+        SubspaceError: The model has no such adapter.
     """
 
     def __init__(self, model: nn.Module, adapter: str | None = None, *, capacity: int = 64) -> None:
@@ -79,8 +78,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         self.slots: dict[str, int] = {}
         self.free: list[int] = []
 
-    # -- tasks
-    # ----------------------------------------------------------------------------------------------------------
+    # -- tasks --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
         row = self.rows[self._slot(name)]
@@ -99,14 +97,15 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         """Add a task, or replace the one of that name.
 
         Args:
-            name: as rows will name it.
-            task: the folder or Hub id of a saved task; None: the model's own adapter of this name; or its cores,
-                module → (k_out, k_in) in units of ΔW, such as another bank's.
-            hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+            name: The name by which rows of a batch ask for the task.
+            task: The folder or Hub id of a saved task; or its cores, module → (k_out, k_in) in units of ΔW, such as
+                those of another bank. None takes the model's own adapter of this name.
+            **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
         Raises:
-            BasisMismatchError: the task is on another basis, or has other modules or sizes.
-            SubspaceError: it holds trained modules that a bank cannot serve; or the name means the base model.
+            BadFileError: The task holds NaN or infinite values.
+            BasisMismatchError: The task is on another basis, or has other modules or sizes.
+            SubspaceError: The task holds trained modules that a bank cannot serve, or the name means the base model.
         """
         if name == BASE:
             raise SubspaceError(f"{BASE!r} means the base model; give the task another name.")
@@ -115,21 +114,25 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         row = torch.cat([cores[module].to(self.rows).T.reshape(-1) for module in self.layers])
         if not torch.isfinite(row).all():
             raise BadFileError(f"Task {name!r} holds NaN or infinite values. Leave it out, or train it again.")
-        # written before it is named: a failure on the way leaves the earlier task of this name
+        # the row is written before it has a name: a failure on the way leaves the earlier task of this name
         slot = self.slots.get(name)
         slot = self._take() if slot is None else slot
         self.rows[slot] = row
         self.slots[name] = slot
 
     def remove(self, name: str) -> None:
-        """Remove a task. Raises `SubspaceError` where there is none of that name."""
+        """Remove a task.
+
+        Raises:
+            SubspaceError: The bank has no task of that name.
+        """
         slot = self._slot(name)
         del self.slots[name]
         self.rows[slot].zero_()
         self.free.append(slot)
 
     def detach(self) -> None:
-        """Take the bank out of the model's layers."""
+        """Take the bank out of the model's layers; the tasks stay in the bank."""
         for layer in self.layers.values():
             if layer.bank is self:
                 layer.bank = None
@@ -178,20 +181,18 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         start, k_in, k_out = layer.bank_place
         return rows[..., start : start + k_in * k_out].unflatten(-1, (k_in, k_out))
 
-    # -- batches
-    # --------------------------------------------------------------------------------------------------------
+    # -- batches ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def tasks(self, names: Sequence[str], *, copies: int = 1) -> Iterator[None]:
-        """While open, row i of every batch is task `names[i]`: of the bank, one of the model's adapters, or
-        ``__base__``.
+        """Apply the task `names[i]` to row i of every batch while the context is open.
 
         Args:
-            names: a name per row.
-            copies: how many rows `generate` makes of each, such as its beams.
+            names: A name per row: of the bank, of one of the model's adapters, or ``__base__``.
+            copies: Number of rows that `generate` makes of each row, such as its beams.
 
         Raises:
-            SubspaceError: an unknown name, or the model is in training mode.
+            SubspaceError: A name is unknown, or the model is in training mode.
         """
         inner = getattr(self.model, "base_model", self.model)
         inner = getattr(inner, "model", inner)
@@ -200,10 +201,19 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             yield
 
     def group(self, layer: SubspaceLayer, names: TaskNames, whole: bool) -> Group:
-        """The rows of a batch whose tasks are this bank's, for `mixed.prepare`."""
+        """Return the rows of a batch whose tasks are in this bank, for `row_batch.prepare`.
+
+        Args:
+            layer: The layer that is about to compute; one of the bank's.
+            names: The names of the batch's rows.
+            whole: Whether every row of the batch gets a core, that of zeros where its task is not in this bank.
+
+        Raises:
+            SubspaceError: The adapter whose basis the bank uses was deleted.
+        """
         key = (*alike(layer), whole)
         if key not in names.gathered:
-            # once for all layers that are alike: the batch's rows of the whole bank
+            # gathered once for all layers of one basis and size
             live = set(names.present[alike(layer)][0])
             mine = [EMPTY if name in live else self.slots.get(name, EMPTY) for name in names]
             places = None if whole else torch.tensor([i for i, slot in enumerate(mine) if slot != EMPTY])
@@ -212,19 +222,27 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         places, gathered = names.gathered[key]
         if self.adapter not in layer.subspace_U:
             raise SubspaceError(
-                f"The adapter {self.adapter!r}, on whose basis this bank's tasks are, was deleted. Make a bank anew."
+                f"The adapter {self.adapter!r}, whose basis this bank uses, was deleted. Make a new bank on another"
+                " adapter."
             )
         U, V = layer.subspace_U[self.adapter], layer.subspace_V[self.adapter]
         rows = None if places is None else places.to(U.device)
         return Group(rows, self._part(gathered, layer).to(U.device), U, V)
 
-    # -- files and adapters
-    # ---------------------------------------------------------------------------------------------
+    # -- files and adapters -------------------------------------------------------------------------------------------
 
     def save(self, file: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write all tasks into one safetensors file: ``cores`` (tasks, numbers), and an index in its metadata.
 
-        Raises `OSError` where the disk refuses; an earlier file stays.
+        Args:
+            file: The file to write.
+            dtype: The dtype of the stored cores.
+
+        Returns:
+            The file.
+
+        Raises:
+            OSError: The disk refuses; an earlier file stays.
         """
         names = list(self.slots)
         index = {
@@ -242,19 +260,21 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         return Path(file)
 
     def load(self, file: str | Path, *, cores_only: bool = False) -> list[str]:
-        """Add every task of a file that `save` or `bundle_tasks` wrote; those of the same names are replaced. Returns
-        their names.
+        """Add every task of a file that `save` or `bundle_tasks` wrote, replacing those of the same names.
 
         Args:
-            file: the file; of a bundle in a folder ``folder/bundle.safetensors``, of one on the Hub
+            file: The file. Of a bundle in a folder it is ``folder/bundle.safetensors``, of a bundle on the Hub
                 `open_bundle(…).download()`.
-            cores_only: take the cores of tasks, too, whose trained modules or residuals a bank cannot hold, and leave
-                these out.
+            cores_only: Take only the cores of tasks whose trained modules or residuals a bank cannot hold, instead of
+                refusing the file.
+
+        Returns:
+            The names of the tasks.
 
         Raises:
-            BadFileError: the file is damaged or no bank.
-            BasisMismatchError: its tasks are on another basis, or have other modules or sizes.
-            SubspaceError: some of its tasks have what a bank cannot hold.
+            BadFileError: The file is damaged, or it is not a bank's.
+            BasisMismatchError: Its tasks are on another basis, or have other modules or sizes.
+            SubspaceError: Some of its tasks have trained modules or a residual, and `cores_only` is off.
         """
         index = read_index(Path(file))
         names, modules, apart = list(index["tasks"]), dict(index["modules"]), list(index.get("apart", []))
@@ -302,15 +322,26 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
     def save_task(self, name: str, folder: str | Path) -> Path:
         """Write one task as a stock PEFT adapter folder, with `core` coefficients.
 
+        Args:
+            name: The task.
+            folder: The folder to write, made where it does not exist.
+
+        Returns:
+            The folder.
+
         Raises:
-            SubspaceError: there is no such task; or the basis has no place where it would be found again.
+            SubspaceError: The bank has no such task, or its basis lives in memory only; and see `write_task`.
+            OSError: The disk refuses; the folder stays as it was.
         """
         task = self.as_task(name)
         return write_task(folder, task.config, core_tensors(task.config, task.cores))
 
     def load_adapter(self, name: str) -> None:
-        """Make one task an adapter of the model, to train it on or merge it. Raises `SubspaceError` where one has that
-        name."""
+        """Make one task an adapter of the model, to train it further or to merge it.
+
+        Raises:
+            SubspaceError: The bank has no such task, or the model has an adapter of that name.
+        """
         if name in self.model.peft_config:
             raise SubspaceError(f"The model has an adapter {name!r} already: delete it first.")
         task = self.as_task(name)

@@ -1,4 +1,4 @@
-"""A bank's file, read without a model: its index, and single tasks out of it."""
+"""Read a bank's file without a model: its index, and single tasks out of it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ FORMAT_VERSION = 1
 
 
 def read_index(file: Path) -> dict[str, Any]:
-    """The index of a file that `TaskBank.save` wrote, held against the file's header; no numbers are read.
+    """Read the index of a file that `TaskBank.save` wrote, and check it against the file's header.
+
+    The tensors are not read.
 
     Returns:
         ``tasks``, names in the order of their rows; ``basis_fingerprint``; ``modules``, module → [k_out, k_in], in the
         order in which a row has them; maybe ``weight_shapes`` and ``base_model_name_or_path``, as in a task's config.
 
     Raises:
-        BadFileError: the file is damaged, no bank, or of another version.
+        BadFileError: The file is damaged, is not a bank's, or has another format version.
     """
     if file.exists() and not file.is_file():
         raise BadFileError(f"{file}: it is no regular file. Fetch or save the bank again.")
@@ -43,11 +45,14 @@ def read_index(file: Path) -> dict[str, Any]:
 
 
 def read_rows(file: Path, name: str) -> dict[str, torch.Tensor]:
-    """One task's cores out of a bank's file, module → (k_out, k_in) in units of ΔW, reading no other task.
+    """Read one task's cores out of a bank's file, and no other task.
+
+    Returns:
+        Module → (k_out, k_in) float32, in units of ΔW.
 
     Raises:
-        BadFileError: as `read_index`; or the task's numbers are not finite.
-        SubspaceError: there is no task of that name.
+        BadFileError: As `read_index`; or the task holds NaN or infinite values.
+        SubspaceError: The file has no task of that name.
     """
     index = read_index(file)
     if name not in index["tasks"]:

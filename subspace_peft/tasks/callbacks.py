@@ -1,4 +1,4 @@
-"""What a stock Trainer knows of a training, for the card: as it happens, or from what it left in a folder."""
+"""Collect the facts of a training for the task's card, from a running Trainer or from the files that it left."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
 
 STATE_FILE = "trainer_state.json"
-# of what the Trainer logs, what is about the machine and not about the task
+# entries of the Trainer's log that are about the machine and not about the task
 NOT_METRICS = re.compile(
     r"(.*_)?(runtime|per_second|epoch|flos|model_preparation_time|jit_compilation_time|num_input_tokens_seen)"
 )
@@ -28,18 +28,22 @@ HUB_DATASET = re.compile(r"hf://datasets/([^@]+)@")
 
 
 class SubspaceCardCallback(TrainerCallback):
-    """``Trainer(…, callbacks=[SubspaceCardCallback()])``: the trained task's card then says how it was trained and
-    what it scored, in every checkpoint, in `save_pretrained` and `push_to_hub`.
+    """Trainer callback by which the task's card says how it was trained and how it scored.
+
+    The card of every checkpoint says it, and the card that `save_pretrained` and `push_to_hub` write afterwards.
+
+    Example:
+        >>> Trainer(model, args, train_dataset=data, callbacks=[SubspaceCardCallback()]).train()
 
     Args:
-        datasets: Hub ids of what it is trained on; by default those that the training set says it was fetched from.
+        datasets: Hub ids of the training data; by default those that the training set says it was fetched from.
     """
 
     def __init__(self, datasets: Iterable[str] | None = None) -> None:
         self.datasets = None if datasets is None else list(datasets)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Start anew: what was known of an earlier training is not true of the one that begins."""
+        """Forget the facts of an earlier training, and note the settings of the one that begins."""
         model, data = given["model"], getattr(given.get("train_dataloader"), "dataset", None)
         self.settings = _settings(args, given.get("optimizer"), model, data)
         datasets = self.datasets if self.datasets is not None else hub_datasets(data)
@@ -51,20 +55,20 @@ class SubspaceCardCallback(TrainerCallback):
         self._progress(state, model)
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Steps, epochs and the last training loss."""
+        """Note steps, epochs and the last training loss."""
         self._progress(state, given["model"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The last evaluation's numbers."""
+        """Note the numbers of the last evaluation."""
         self._progress(state, given["model"])
         note_metrics(given["model"], "evaluation", _without("eval_", given.get("metrics") or {}))
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **given: Any) -> None:
-        """What `trainer.predict` measured on a test set."""
+        """Note the numbers that `trainer.predict` measured on a test set."""
         note_metrics(given["model"], "test", _without("test_", metrics))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """With `load_best_model_at_end`, the numbers of the model that was loaded, not of the last one."""
+        """Note the numbers of the best model, where `load_best_model_at_end` loaded it in the place of the last."""
         self._progress(state, given["model"])
         best = getattr(state, "best_global_step", None) if args.load_best_model_at_end else None
         if best and (found := _evaluation(state.log_history, best)):
@@ -80,8 +84,13 @@ class SubspaceCardCallback(TrainerCallback):
 
 
 def note_metrics(model: Any, split: str, metrics: Mapping[str, Any]) -> None:
-    """Have the cards of the model's active tasks say what they scored on `split`; what is no finite number is left
-    out."""
+    """Have the cards of the model's active tasks say how they scored on a split.
+
+    Args:
+        model: The model whose active adapters were measured.
+        split: Name of the split, such as ``test``.
+        metrics: Metric → value; values that are not finite numbers are left out.
+    """
     numbers = {name: float(value) for name, value in metrics.items() if _finite(value)}
     for config in _trained(model):
         if numbers:
@@ -97,16 +106,18 @@ def write_card(
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     datasets: Iterable[str] | None = None,
 ) -> Path:
-    """Make a saved task's card anew, with more facts where they are given; they are kept in its `adapter_config.json`.
+    """Write a saved task's card again, with further facts where they are given.
+
+    The facts are kept in the task's `adapter_config.json`.
 
     Args:
-        folder: of the task.
-        trainer_state: a Trainer's `trainer_state.json`, by default the one in `folder`: steps, epochs, loss and
-            metrics. Learning rates are in no file that can be read without unpickling it; use `SubspaceCardCallback`
-            for them.
+        folder: The task's folder.
+        trainer_state: A Trainer's `trainer_state.json`, which has steps, epochs, loss and metrics; by default the one
+            in `folder`. Learning rates are in no file that can be read without unpickling it: use
+            `SubspaceCardCallback` for them.
         controls: `results.json` of a recipe's `--stage compare`.
-        metrics: split → metric → number.
-        datasets: Hub ids of what the task was trained on.
+        metrics: Split → metric → number.
+        datasets: Hub ids of the training data.
 
     Returns:
         The README.
@@ -114,7 +125,7 @@ def write_card(
     Raises:
         SubspaceError: `folder` holds no subspace task.
         BadFileError: `trainer_state` or `controls` cannot be read, or is another kind of file.
-        OSError: the disk refuses; the earlier files stay.
+        OSError: The disk refuses; the earlier files stay.
     """
     folder = Path(folder)
     file = folder / "adapter_config.json"
@@ -148,7 +159,7 @@ def write_card(
 
 
 def hub_datasets(data: Any) -> list[str]:
-    """Hub ids of the repositories that a `datasets.Dataset` says it was fetched from."""
+    """Return the Hub ids of the repositories that a `datasets.Dataset` says it was fetched from."""
     sums = getattr(getattr(data, "info", None), "download_checksums", None) or {}
     return sorted({found[1] for url in sums if (found := HUB_DATASET.match(str(url)))})
 
@@ -164,8 +175,10 @@ def _trained(model: Any) -> list[SubspaceConfig]:
 
 
 def _settings(args: Any, optimizer: Any, model: Any, data: Any) -> dict[str, Any]:
-    """What the training is run with; learning rates from the optimizer itself, which may not be the one that `args`
-    describe."""
+    """Return the settings of the training, for the card.
+
+    Learning rates come from the optimizer itself, which need not be the one that `args` describe.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)
     groups = getattr(inner, "param_groups", None) or []
     ours = {id(p) for name, p in model.named_parameters() if "subspace_coef" in name}

@@ -1,4 +1,4 @@
-"""Replace a loaded task by another one, in place: what was compiled stays compiled."""
+"""Replace a loaded task by another one in place, so that a compiled model stays compiled."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.task_file import BASIS_KEY, weights_of
 
-# what has to be the same for one task's numbers to take another's place
+# the fields of the configuration that two tasks share where one can take the other's place
 SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", "mean_gain", "dropout")
 
 
 def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub: Any) -> None:
-    """Put the saved `task` in the place of the loaded `adapter`, under its name. No tensor, and nothing that a
-    compiler guards on, is replaced: a compiled model is not compiled again.
+    """Replace the loaded `adapter` by the saved `task`, under the adapter's name.
+
+    The task's numbers are copied into the adapter's tensors. No tensor is replaced, nor anything else that a compiler
+    guards on, so a compiled model is not compiled again.
 
     Args:
-        model: a PeftModel, or a model adapted by `inject_adapter_in_model` or transformers; also the result of
+        model: A PeftModel, or a model adapted by `inject_adapter_in_model` or by transformers; also the result of
             `torch.compile`.
-        task: folder or Hub id of a saved task on the same basis, of the same kind and size, for the same modules.
-        adapter: which adapter to replace.
-        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+        task: Folder or Hub id of a saved task on the same basis, with the same kind and number of coefficients, for
+            the same modules.
+        adapter: The adapter to replace.
+        **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Raises:
-        SubspaceError: there is no such adapter, it is merged, or the two tasks differ in more than their numbers. The
-            model is then as it was.
-        BadFileError, BasisMismatchError: see `SubspaceConfig.from_pretrained`.
+        SubspaceError: There is no such adapter, or it is merged. The model is as it was.
+        BasisMismatchError: The tasks differ in more than their numbers. The model is as it was.
+        BadFileError: See `SubspaceConfig.from_pretrained`.
     """
     inner = getattr(model, "_orig_mod", model)
     configs: Mapping[str, Any] = getattr(inner, "peft_config", {})
@@ -53,7 +56,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     targets = _targets(inner, adapter)
     found: dict[str, torch.Tensor] = {}
     for key, value in load_file(weights_of(task, new)).items():
-        # a basis of its own is the same one: both have its fingerprint
+        # a basis that the task carries is the one that is loaded: both have its fingerprint
         if not BASIS_KEY.match(key):
             found[_plain(key)] = value
     absent, extra = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
@@ -80,7 +83,7 @@ def _plain(key: str) -> str:
 
 
 def _targets(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """The tensors of `adapter` in the model, by their key in a task's file."""
+    """Return the tensors of `adapter` in the model, by the key that each has in a task's file."""
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         plain = _plain(name)

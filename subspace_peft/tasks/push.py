@@ -1,5 +1,4 @@
-"""A task on its way to the Hub: its basis pinned to a commit that others can fetch, or a word about what is
-missing."""
+"""Push a task to the Hub, its basis pinned to a commit that others can fetch."""
 
 from __future__ import annotations
 
@@ -38,28 +37,31 @@ def push_task(
     tags: list[str] | None = None,
     **saving: Any,
 ) -> str:
-    """Save a model's tasks and upload them in one commit: what `model.push_to_hub` does where one of them is a
-    subspace task.
+    """Save a model's tasks and upload them in one commit.
 
-    The basis of each is pinned first: to the commit it was fetched from or pushed as, on this machine. A README that
-    somebody wrote in the repository stays.
+    `model.push_to_hub` does this where one of the adapters is a subspace task. The basis of each task is pinned first,
+    to the commit that this machine fetched it from or pushed it as. A README in the repository keeps what its owners
+    wrote.
 
     Args:
-        model: the model.
-        repo_id: ``org/name``; the repository is made where there is none.
-        push_basis_to: push the basis into this repository as well, where it is not on the Hub yet.
-        force: push a task whose basis is in a local folder only; others have to be told where it is.
-        private, token, commit_message, create_pr: as in huggingface_hub.
-        revision: branch; made where there is none.
-        tags: added to the card.
-        saving: for `save_pretrained`.
+        model: The model.
+        repo_id: ``org/name``; the repository is made where it does not exist.
+        push_basis_to: A repository to push the basis to as well, where it is not on the Hub yet.
+        force: Push a task even if its basis is in a local folder only, so that others have to be given the basis.
+        private: As in huggingface_hub.
+        token: As in huggingface_hub.
+        revision: The branch, made where it does not exist.
+        commit_message: "Upload task" by default.
+        create_pr: Open a pull request instead of committing.
+        tags: Tags to add to the card.
+        **saving: Arguments for `save_pretrained`.
 
     Returns:
         The commit's sha.
 
     Raises:
-        SubspaceError: a basis is in a local folder or in memory only, and nothing was said about it; or `repo_id` is a
-            path.
+        SubspaceError: A basis is in a local folder or in memory only, and neither `push_basis_to` nor `force` is
+            given; or `repo_id` is a path.
     """
     check_repo_id(repo_id)
     for name in saving.get("selected_adapters") or list(model.peft_config):
@@ -96,8 +98,27 @@ def push_saved_task(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload the folder of a saved task in one commit, its basis pinned first in what is uploaded; no model is loaded.
-    Arguments, result and errors are those of `push_task`; also `BadFileError` where the folder is damaged.
+    """Upload the folder of a saved task in one commit, without loading a model.
+
+    The basis is pinned in the uploaded copy; `folder` stays as it is.
+
+    Args:
+        folder: The folder that `save_pretrained` wrote.
+        repo_id: See `push_task`, as for the other arguments.
+        push_basis_to: See `push_task`.
+        force: See `push_task`.
+        private: See `push_task`.
+        token: See `push_task`.
+        revision: See `push_task`.
+        commit_message: See `push_task`.
+        create_pr: See `push_task`.
+
+    Returns:
+        The commit's sha.
+
+    Raises:
+        SubspaceError: `folder` holds no subspace task; and see `push_task`.
+        BadFileError: The folder's files are damaged.
     """
     check_repo_id(repo_id)
     folder = Path(folder).expanduser()
@@ -129,7 +150,7 @@ def push_saved_task(
 
 @contextlib.contextmanager
 def _placed(model: PeftModel, place: Place) -> Iterator[None]:
-    """Meanwhile the tasks' cards say to load them from the Hub."""
+    """Have the tasks' cards say to load them from the Hub, while the context is open."""
     configs = {name: each for name, each in model.peft_config.items() if isinstance(each, SubspaceConfig)}
     for name, config in configs.items():
         config._place = replace(place, subfolder=None if name == "default" else name)
@@ -149,7 +170,7 @@ def pin(
     private: bool | None = None,
     token: str | bool | None = None,
 ) -> None:
-    """Have `config` refer to its basis on the Hub, at a commit; see `push_task`."""
+    """Have `config` refer to its basis on the Hub, at a commit. Arguments and errors are those of `push_task`."""
     if config.basis_modules is not None or config.save_basis:
         return
     basis = config.resolve()
@@ -173,11 +194,22 @@ def place_on_hub(
     private: bool | None = None,
     token: str | bool | None = None,
 ) -> tuple[str, str | None] | None:
-    """Repository and commit where others find `basis`, as far as this machine knows, or after pushing it there; None
-    by force.
+    """Find the place of a basis on the Hub, pushing it there where that is asked for.
+
+    Args:
+        basis: The basis.
+        what: Names the thing that needs it, for messages.
+        remedy: Another way than pushing the basis, for messages.
+        push_basis_to: See `push_task`.
+        force: See `push_task`.
+        private: See `push_task`.
+        token: See `push_task`.
+
+    Returns:
+        Repository and commit; None where there is no such place and `force` is given.
 
     Raises:
-        SubspaceError: it is in a local folder or in memory only; names `what` needs it, and the remedies.
+        SubspaceError: The basis is in a local folder or in memory only.
     """
     if basis.revision:
         return str(basis.location), basis.revision
@@ -189,20 +221,19 @@ def place_on_hub(
     where = "in memory only" if basis.location is None else f"only in {basis.location}"
     if force:
         warnings.warn(
-            f"The basis of {what} is {where}: whoever loads it has to say where the basis is, with basis=….",
+            f"The basis of {what} is {where}: others who load it have to pass the basis, with basis=….",
             stacklevel=3,
         )
         return None
     raise SubspaceError(
-        f"The basis of {what} (fingerprint {basis.fingerprint}) is {where}, where nobody who loads it from the Hub"
-        " would find it. Push the basis too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before),"
+        f"The basis of {what} (fingerprint {basis.fingerprint}) is {where}, where others who load it from the Hub"
+        " would not find it. Push the basis too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before),"
         f" {remedy}, or push anyway with force=True."
     )
 
 
 def teach_push_to_hub() -> None:
-    """Have `PeftModel.push_to_hub` do as `push_task` for models with a subspace task; other models go the way they
-    went. Idempotent."""
+    """Have `PeftModel.push_to_hub` push models with a subspace task by `push_task`, others as before. Idempotent."""
     original: Callable[..., Any] = PeftModel.push_to_hub
     if getattr(original, "subspace", False):
         return

@@ -1,4 +1,4 @@
-"""A task's numbers, read from its folder or taken from a live model, without building a model."""
+"""Read a task from its folder, or take it from a live model, without building another model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, scale_of, used_size, w
 
 @dataclass(frozen=True, eq=False)
 class SavedTask:
-    """One task in a shared basis.
+    """A task in a shared basis, in the form that every conversion starts from.
 
     Attributes:
-        config: its configuration, basis resolved.
-        cores: module → ``s·C(θ) + g·M`` (k_out, k_in) float64: the core in units of ΔW.
-        modules: module → the part of the basis that it uses.
-        extras: other saved tensors by key, such as a classifier's (`modules_to_save`).
-        residual: module → ``(B, A)``, (out, r) and (r, in): what is added to ``U core V``, where a bundle kept it; see
-            `compress_fleet`.
+        config: Its configuration, basis resolved.
+        cores: Module → ``s·C(θ) + g·M`` (k_out, k_in) float64, the core in units of ΔW.
+        modules: Module → the part of the basis that it uses.
+        extras: Further saved tensors by key, such as those of a classifier (`modules_to_save`).
+        residual: Module → ``(B, A)``, (out, r) and (r, in), whose product is added to ``U core V`` where a bundle
+            keeps it; see `compress_fleet`.
     """
 
     config: SubspaceConfig
@@ -45,13 +45,13 @@ def read_task(
     """Read a task.
 
     Args:
-        task: the folder or Hub id of a saved task, a live PeftModel, or a `SavedTask`, which is given back.
-        adapter_name: which adapter of a live model; default the active one.
-        basis: where the basis is, if not where the task's config says.
-        hub: `revision`, `token`, `cache_dir`, `subfolder` for a task on the Hub.
+        task: The folder or Hub id of a saved task, a live PeftModel, or a `SavedTask`, which is returned as it is.
+        adapter_name: The adapter of a live model; the active one by default.
+        basis: The basis, its folder or its Hub id; by default the place that the task's config names.
+        **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Raises:
-        SubspaceError: it is no subspace task; and what `SubspaceConfig.from_pretrained` raises.
+        SubspaceError: It is not a subspace task; also the errors of `SubspaceConfig.from_pretrained`.
     """
     if isinstance(task, SavedTask):
         return task
@@ -61,8 +61,10 @@ def read_task(
 def read_tensors(
     task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
 ) -> tuple[SubspaceConfig, dict[str, torch.Tensor]]:
-    """A task's configuration, and its tensors as they are saved: by their keys in its file. Arguments and errors as in
-    `read_task`."""
+    """Read a task's configuration, and its tensors by the keys that they have in its file.
+
+    Arguments and errors are those of `read_task`.
+    """
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
 
@@ -80,7 +82,7 @@ def read_tensors(
         except SubspaceError:
             raise
         except ValueError as error:
-            # PEFT's word for a folder or repository without an adapter_config.json
+            # PEFT raises this for a folder or repository without an adapter_config.json
             raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
@@ -89,7 +91,7 @@ def read_tensors(
 
 
 def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> SavedTask:
-    """The task that a configuration and its tensors, as `read_tensors` gives them, are."""
+    """Make a task of a configuration and its tensors, as `read_tensors` returns them."""
     coefficients: dict[str, dict[str, torch.Tensor]] = {}
     own: dict[str, dict[str, torch.Tensor]] = {}
     extras = {}
@@ -120,12 +122,12 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Sav
 
 
 class Parts(Mapping[str, ModuleBasis]):
-    """What the modules of a task use of the basis, read when asked for: cores alone often suffice.
+    """The parts of a basis that the modules of a task use, read when one is asked for: often the cores suffice.
 
     Args:
-        sizes: module → the (k_out, k_in) that it uses.
-        basis: where they are from.
-        names: module → its name in the basis.
+        sizes: Module → the (k_out, k_in) that it uses.
+        basis: The basis.
+        names: Module → its name in the basis.
     """
 
     def __init__(self, sizes: Mapping[str, tuple[int, ...]], basis: SubspaceBasis, names: Mapping[str, str]) -> None:
