@@ -68,7 +68,6 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "bundle.layout": "bundle.format",
     "report.draws": "report.sample",
     "report.fleet_energy": "report.measure",
-    "report.fleet_report": "report.facts",
     "tuner.arrivals": "tuner.load_tracker",
     "tuner.bank": "tasks.bank",
     "tuner.bank_file": "tasks.bank_file",

@@ -33,7 +33,7 @@ def factors(states, module="a.q"):
     return [Factors(state[f"{module}.lora_B.weight"], state[f"{module}.lora_A.weight"]) for state in states]
 
 
-def kin(n=10, out=40, inner=30, r=2, shared=3, noise=0.05, seed=0):
+def related(n=10, out=40, inner=30, r=2, shared=3, noise=0.05, seed=0):
     """Sources in a common subspace of `shared` directions per side, almost."""
     draw = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(out, shared, generator=draw, dtype=torch.float64))[0]
@@ -63,9 +63,9 @@ def dense_bases(updates, weights, k):
 def test_everything_measured_is_what_dense_algebra_gives(folds):
     states = fleet(n=4)
     dense = deltas(states)
-    votes = [1.0, 0.5, 0.5, 1.0]
-    weights = [v**0.5 / float(d.norm()) for v, d in zip(votes, dense, strict=True)]
-    found = measure_module(factors(states), votes, folds, [0.1, 0.2, 0.3, 0.4], (5, 3), seed=0)
+    source_weights = [1.0, 0.5, 0.5, 1.0]
+    weights = [v**0.5 / float(d.norm()) for v, d in zip(source_weights, dense, strict=True)]
+    found = measure_module(factors(states), source_weights, folds, [0.1, 0.2, 0.3, 0.4], (5, 3), seed=0)
     assert (found.shape, found.kept) == ((20, 16), [0.1, 0.2, 0.3, 0.4])
     total = sum(w * w * float(d.square().sum()) for w, d in zip(weights, dense, strict=True))
     moment = sum(w * w * d @ d.T for w, d in zip(weights, dense, strict=True))
@@ -77,13 +77,15 @@ def test_everything_measured_is_what_dense_algebra_gives(folds):
         U, V = dense_bases([dense[i] for i in rest], [weights[i] for i in rest], max(a, b))
         return float((U[:, :a].T @ update @ V[:, :b]).square().sum() / update.square().sum())
 
-    for k, seen, unseen, chance in zip(found.ks, found.seen, found.unseen, found.random, strict=True):
+    for k, seen, left_out, chance in zip(found.ks, found.seen, found.left_out, found.random, strict=True):
         assert chance == pytest.approx(k * k / 320)
         assert seen == pytest.approx(sum(share(d, range(4), k, k) for d in dense) / 4)
         if k <= 3 * min(sum(f != fold for f in folds) for fold in folds):
             rests = [[j for j in range(4) if folds[j] != folds[i]] for i in range(4)]
-            assert unseen == pytest.approx(sum(share(d, rest, k, k) for d, rest in zip(dense, rests, strict=True)) / 4)
-            assert found.unseen_here[0] == pytest.approx(share(dense[0], rests[0], 5, 3))
+            assert left_out == pytest.approx(
+                sum(share(d, rest, k, k) for d, rest in zip(dense, rests, strict=True)) / 4
+            )
+            assert found.left_out_here[0] == pytest.approx(share(dense[0], rests[0], 5, 3))
     for i, value in enumerate(found.mean_only):
         mean = sum(dense[j] / dense[j].norm() for j in range(4) if folds[j] != folds[i])
         cosine = float((dense[i] * mean).sum() / dense[i].norm() / mean.norm())
@@ -91,7 +93,7 @@ def test_everything_measured_is_what_dense_algebra_gives(folds):
 
 
 def test_the_null_has_the_strengths_and_nothing_in_common():
-    states = kin(n=8)
+    states = related(n=8)
     found = measure_module(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)
     again = measure_module(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)
     assert found == again
@@ -107,16 +109,16 @@ def test_the_null_has_the_strengths_and_nothing_in_common():
 
 def test_one_fold_leaves_nothing_out():
     found = measure_module(factors(fleet(n=2)), [0.5, 0.5], [0, 0], [1.0, 1.0], (2, 2), seed=0)
-    assert found.unseen_here == [None, None] and found.mean_only == [None, None]
-    assert all(math.isnan(value) for value in found.unseen)
+    assert found.left_out_here == [None, None] and found.mean_only == [None, None]
+    assert all(math.isnan(value) for value in found.left_out)
 
 
 @pytest.mark.parametrize(
-    ("unseen", "expected"),
+    ("left_out", "expected"),
     [([0.3, 0.4, 0.44], 4), ([0.3, 0.31, 0.6], 1), ([0.02, 0.5, 0.6], None), ([math.nan] * 3, None)],
 )
-def test_the_useful_k(unseen, expected):
-    assert useful_k([1, 2, 4], unseen, [0.01, 0.02, 0.03]) == expected
+def test_the_useful_k(left_out, expected):
+    assert useful_k([1, 2, 4], left_out, [0.01, 0.02, 0.03]) == expected
 
 
 # -- through the public face
@@ -124,7 +126,7 @@ def test_the_useful_k(unseen, expected):
 
 
 def test_a_fleet_that_shares_is_told_from_one_that_does_not():
-    shares, strangers = kin(), fleet(n=10, out=40, inner=30, r=2, modules=("a.q",))
+    shares, strangers = related(), fleet(n=10, out=40, inner=30, r=2, modules=("a.q",))
     good = report_basis(build_basis(shares, k=3, progress=False), shares, progress=False)
     bad = report_basis(build_basis(strangers, k=3, progress=False), strangers, progress=False)
     assert good.numbers["unseen"] > 0.9 > 0.1 > bad.numbers["unseen"]
@@ -144,14 +146,14 @@ def test_few_adapters_fit_into_anything():
 
 
 def test_adapters_that_are_new_to_the_basis_are_counted_apart():
-    states = kin()
+    states = related()
     found = report_basis(build_basis(states[:6], k=3, progress=False), states, progress=False)
     assert [entry["in_basis"] for entry in found.sources] == [True] * 6 + [False] * 4
     assert 0.9 < found.numbers["kept_of_new"] <= found.numbers["kept"] + 0.05
 
 
 def test_numbers_of_the_bytes():
-    states = kin()
+    states = related()
     found = report_basis(build_basis(states, k=3, progress=False), states, progress=False)
     # float64 sources
     assert found.numbers["bytes_per_lora"] == 8 * 2 * (40 + 30) and found.numbers["bytes_per_task"] == 4 * 9
@@ -219,7 +221,7 @@ def test_what_cannot_be_reported(fleets, bases, tmp_path):
 
 @pytest.mark.parametrize("builder", ["random", "eigenlora"])
 def test_any_basis_can_be_reported(builder):
-    states = kin()
+    states = related()
     basis = build_basis(states, k=3, builder=builder, progress=False)
     found = report_basis(basis, states, progress=False)
     if builder == "random":

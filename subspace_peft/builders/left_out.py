@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from ..sources.factors import Factors
+from ..sources.factors import Factors, in_common_span
 from .hosvd import Pair, exact, hosvd
 
 GROUPS_UP_TO = 8  # each group left out is one more build, in as many dimensions as the fleet has ranks
@@ -36,11 +34,7 @@ def left_out_energy(
         One share per source; None for each where there is one group only.
     """
     shares: list[float | None] = [None] * len(updates)
-    # all that happens lies within what the fleet spans: there the same numbers come out of matrices no larger than its
-    # ranks
-    Qb = torch.linalg.qr(torch.cat([update.B for update in updates], 1))[0]
-    Qa = torch.linalg.qr(torch.cat([update.A.T for update in updates], 1))[0]
-    updates = [Factors(Qb.T @ update.B, update.A @ Qa) for update in updates]
+    updates = in_common_span(updates)
     for group in dict.fromkeys(groups):
         rest = [i for i, other in enumerate(groups) if other != group]
         if not rest:

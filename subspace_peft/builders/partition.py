@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..sources.factors import Factors
+from ..sources.factors import Factors, in_common_span
 from .fleet import Fleet
 from .hosvd import exact, hosvd
 from .module_plan import EXACT_COLUMNS
@@ -267,10 +267,7 @@ def _sampled(fleet: Fleet, reader: Reader, name: str, members: list[int]) -> Sam
     shape = fleet.sources[members[0]].shape(name)[:2]
     norms = {i: fleet.sources[i].norms[name] for i in members}
     if sum(update.rank for update in updates.values()) <= EXACT_COLUMNS:
-        # all that happens lies within what the fleet spans: there the same numbers come out of smaller matrices
-        Qb = torch.linalg.qr(torch.cat([update.B.double() for update in updates.values()], 1))[0]
-        Qa = torch.linalg.qr(torch.cat([update.A.double().T for update in updates.values()], 1))[0]
-        updates = {i: Factors(Qb.T @ each.B.double(), each.A.double() @ Qa) for i, each in updates.items()}
+        updates = dict(zip(updates, in_common_span(list(updates.values())), strict=True))
     return Sampled(shape, updates, norms)
 
 

@@ -1,24 +1,28 @@
-"""A report's figures."""
+"""Draw a report's figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._io.atomic import write_aside
+from .facts import LEFT_OUT, ReportFacts
 from .measure import mean
 
-if TYPE_CHECKING:
-    from .facts import FleetReport
-
-FLEET, UNSEEN, NULL, RANDOM = "#1f5fa8", "#c2571a", "#8a8a8a", "#bbbbbb"
+FLEET, OTHERS, NULL, RANDOM = "#1f5fa8", "#c2571a", "#8a8a8a", "#bbbbbb"
 SHOWN = 64  # adapters in the figure of adapters
 
 
-def draw(report: FleetReport, folder: Path) -> dict[str, Path]:
-    """Draw what was measured into PNGs in `folder`, written aside; returns title → file, none where nothing was
-    measured.
+def draw(report: ReportFacts, folder: Path) -> dict[str, Path]:
+    """Draw what was measured into PNGs, written aside and renamed.
+
+    Args:
+        report: the numbers.
+        folder: where the files go.
+
+    Returns:
+        Title → file; empty where nothing was measured.
 
     Raises:
         ImportError: matplotlib is missing; install subspace-peft[report].
@@ -51,7 +55,7 @@ def draw(report: FleetReport, folder: Path) -> dict[str, Path]:
     return files
 
 
-def _spectra(plt: Any, report: FleetReport) -> Any:
+def _spectra(plt: Any, report: ReportFacts) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, side, title in zip(axes, ("out", "in"), ("output side", "input side"), strict=True):
         for prefix, label, colour in (("spectrum", "this fleet", FLEET), ("null", "noise of the same strength", NULL)):
@@ -64,13 +68,13 @@ def _spectra(plt: Any, report: FleetReport) -> Any:
     return figure
 
 
-def _energies(plt: Any, report: FleetReport) -> Any:
+def _energies(plt: Any, report: ReportFacts) -> Any:
     figure, axis = plt.subplots(figsize=(7.5, 3.6))
     modules = list(report.modules.values())
     shared = [k for k in modules[0].ks if all(k in module.ks for module in modules)]
     lines = (
         ("seen", "of adapters it was built from", FLEET, "-"),
-        ("unseen", "of adapters left out", UNSEEN, "-"),
+        ("left_out", "of adapters left out", OTHERS, "-"),
         ("null", "of noise it was built from", NULL, "--"),
         ("random", "random directions, of anything", RANDOM, "--"),
     )
@@ -85,30 +89,30 @@ def _energies(plt: Any, report: FleetReport) -> Any:
     return figure
 
 
-def _modules(plt: Any, report: FleetReport) -> Any:
+def _modules(plt: Any, report: ReportFacts) -> Any:
     names = list(report.modules)
     rows = {
         "kept by the basis": [mean(module.kept) for module in report.modules.values()],
-        "kept of adapters left out": [mean(module.unseen_here) for module in report.modules.values()],
+        "kept of adapters left out": [mean(module.left_out_here) for module in report.modules.values()],
     }
     return _bars(plt, names, rows)
 
 
-def _adapters(plt: Any, report: FleetReport) -> Any:
+def _adapters(plt: Any, report: ReportFacts) -> Any:
     entries = sorted(
-        report.sources, key=lambda entry: entry["unseen"] if entry["unseen"] is not None else entry["kept"]
+        report.sources, key=lambda entry: entry[LEFT_OUT] if entry[LEFT_OUT] is not None else entry["kept"]
     )
     entries = entries[:SHOWN]
     rows = {
         "kept by the basis": [entry["kept"] for entry in entries],
-        "kept by a basis without it": [entry["unseen"] for entry in entries],
+        "kept by a basis without it": [entry[LEFT_OUT] for entry in entries],
     }
     return _bars(plt, [entry["name"] for entry in entries], rows)
 
 
 def _bars(plt: Any, names: Sequence[str], rows: dict[str, list[float | None]]) -> Any:
     figure, axis = plt.subplots(figsize=(8.5, 0.9 + 0.28 * len(names)))
-    for number, ((label, values), colour) in enumerate(zip(rows.items(), (FLEET, UNSEEN), strict=True)):
+    for number, ((label, values), colour) in enumerate(zip(rows.items(), (FLEET, OTHERS), strict=True)):
         places = [i + (number - 0.5) * 0.38 for i in range(len(names))]
         axis.barh(places, [value or 0.0 for value in values], height=0.36, label=label, color=colour)
     axis.set_yticks(range(len(names)), [name if len(name) <= 52 else f"…{name[-51:]}" for name in names], fontsize=7)

@@ -1,9 +1,14 @@
-"""What one module's updates have in common: spectra beside a strength-matched null, and the energy a basis keeps of
-updates it has seen and has not."""
+"""Measure one module of a fleet: spectra beside a strength-matched null, and the energy that bases keep.
+
+Bases are truncated HOSVDs, whose k × k blocks for every k are leading blocks of one core: with U, V of all directions
+and ``C = Uᵀ ΔW Vᵀ``, a basis of a × b directions keeps ``Σ_{i≤a, j≤b} C_ij²`` of ‖ΔW‖². All is float64, on matrices no
+larger than the sum of the ranks.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +16,7 @@ import torch
 
 from ..builders.hosvd import Compressed, Side, exact, smallest_k
 from ..builders.null import null_update
-from ..sources.factors import Factors
+from ..sources.factors import Factors, in_common_span
 
 KEPT = 128  # leading eigenvalues that are reported
 SHARE = 0.9  # of the energy, for `k_for_share`
@@ -19,21 +24,24 @@ SHARE = 0.9  # of the energy, for `k_for_share`
 
 @dataclass(frozen=True)
 class ModuleFindings:
-    """One module of a fleet.
+    """The findings of one module of a fleet.
 
     Attributes:
         shape: out, in.
         size: k_out, k_in of the reported basis.
-        spectrum_out, spectrum_in: leading eigenvalues of both sides' second moments, as shares of the fleet's energy.
-        null_out, null_in: the same of updates of equal singular values in random directions.
-        above_out, above_in: how many eigenvalues are larger than the null's largest.
+        spectrum_out: leading eigenvalues of Σ w² ΔW ΔWᵀ, as shares of the fleet's energy.
+        spectrum_in: the same of Σ w² ΔWᵀ ΔW.
+        null_out: as `spectrum_out`, of updates of equal singular values in random directions.
+        null_in: as `spectrum_in`, of those.
+        above_out: how many eigenvalues of the output side are larger than the null's largest.
+        above_in: the same of the input side.
         k_for_share: directions per side that keep 0.9 of the fleet's energy.
         ks: sizes of the curves.
-        seen, unseen, null: energy that the truncated HOSVD with k directions per side keeps: of the updates it was
-            made of, of those of folds it was not made of (nan where there is one fold), and of the null's own; means
-            over the updates.
-        random: what random directions keep of anything, in expectation: k² / (out·in).
-        unseen_here: per update, as `unseen` at the reported basis's size; None where there is one fold.
+        seen: per k the energy that the truncated HOSVD keeps of the updates it was made of; mean over the updates.
+        left_out: the same, of the updates of folds it was not made of; nan where there is one fold.
+        null: the same, of the null's own updates.
+        random: what random directions keep of any update, in expectation: k² / (out·in).
+        left_out_here: per update, as `left_out` at the reported basis's size; None where there is one fold.
         mean_only: per update the squared cosine with the mean of the other folds' updates, each scaled to norm 1.
         kept: per update what the reported basis keeps of it.
     """
@@ -49,92 +57,121 @@ class ModuleFindings:
     k_for_share: int
     ks: list[int]
     seen: list[float]
-    unseen: list[float]
+    left_out: list[float]
     null: list[float]
     random: list[float]
-    unseen_here: list[float | None]
+    left_out_here: list[float | None]
     mean_only: list[float | None]
     kept: list[float]
+
+    @property
+    def unseen(self) -> list[float]:
+        """The old name of `left_out`."""
+        _warn_renamed("unseen", "left_out")
+        return self.left_out
+
+    @property
+    def unseen_here(self) -> list[float | None]:
+        """The old name of `left_out_here`."""
+        _warn_renamed("unseen_here", "left_out_here")
+        return self.left_out_here
 
 
 def measure_module(
     updates: Sequence[Factors],
-    votes: Sequence[float],
+    source_weights: Sequence[float],
     folds: Sequence[int],
     kept: Sequence[float],
     size: tuple[int, int],
     seed: int,
 ) -> ModuleFindings:
-    """Everything about one module, from its updates (out, in) in factored form; nothing of size out × in is formed.
+    """Measure one module from its updates (out, in) in factored form; nothing of size out × in is formed.
 
     Args:
         updates: at least one, none of them zero.
-        votes: each one's vote within its shared-seed group.
+        source_weights: how much each counts within its shared-seed group.
         folds: each one's fold: it is judged by what is made of the other folds.
-        kept: what the reported basis keeps of each, as a share.
-        size: its k_out and k_in.
+        kept: the share of each that the reported basis keeps.
+        size: that basis's k_out and k_in.
         seed: of the null's random directions.
     """
     out, inner = updates[0].shape
     norms = [update.norm() for update in updates]
-    weights = [vote**0.5 / norm for vote, norm in zip(votes, norms, strict=True)]
+    # every update counts as of norm 1, as in a basis of equal weights
+    weights = [count**0.5 / norm for count, norm in zip(source_weights, norms, strict=True)]
     draw = torch.Generator().manual_seed(seed)
     noise = [null_update(*update.shape, update.canonical()[1], draw) for update in updates]
-    # all that matters lies in what the fleet spans: there the same numbers come out of matrices no larger than its
-    # ranks
-    Qb = torch.linalg.qr(torch.cat([update.B for update in updates], 1))[0]
-    Qa = torch.linalg.qr(torch.cat([update.A.T for update in updates], 1))[0]
-    inside = [Factors(Qb.T @ update.B, update.A @ Qa) for update in updates]
+    # the null is not moved into a span: its directions are the point of it
+    inside = in_common_span(updates)
     whole, null = exact(inside, weights), exact(noise, weights)
-    most = min(len(whole.out.values), len(whole.inner.values))
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < most] + [most]
-    seen = [_blocks(whole, update, ks, norm) for update, norm in zip(inside, norms, strict=True)]
-    of_null = [_blocks(null, update, ks, norm) for update, norm in zip(noise, norms, strict=True)]
-    unseen: list[list[float]] = [[] for _ in updates]
-    here: list[float | None] = [None] * len(updates)
-    for fold in dict.fromkeys(folds) if len(set(folds)) > 1 else ():
-        rest = [i for i, other in enumerate(folds) if other != fold]
-        basis = exact([inside[i] for i in rest], [weights[i] for i in rest])
-        for i, other in enumerate(folds):
-            if other == fold:
-                unseen[i] = _blocks(basis, inside[i], ks, norms[i])
-                here[i] = _block(_held(basis, inside[i]), *size) / norms[i] ** 2
-    sides = [(side.out.values.tolist()[:KEPT], side.inner.values.tolist()[:KEPT]) for side in (whole, null)]
-    judged = [curve for curve in unseen if curve]
+    ks = _sizes(min(len(whole.out.values), len(whole.inner.values)))
+    left_out, left_out_here = _of_left_out(inside, norms, weights, folds, ks, size)
     return ModuleFindings(
         shape=(out, inner),
         size=size,
-        spectrum_out=sides[0][0],
-        spectrum_in=sides[0][1],
-        null_out=sides[1][0],
-        null_in=sides[1][1],
+        spectrum_out=whole.out.values.tolist()[:KEPT],
+        spectrum_in=whole.inner.values.tolist()[:KEPT],
+        null_out=null.out.values.tolist()[:KEPT],
+        null_in=null.inner.values.tolist()[:KEPT],
         above_out=_above(whole.out, null.out),
         above_in=_above(whole.inner, null.inner),
         k_for_share=smallest_k(whole, SHARE),
         ks=ks,
-        seen=_means(seen),
-        unseen=_means(judged) if judged else [float("nan")] * len(ks),
-        null=_means(of_null),
+        seen=_means([_blocks(whole, update, ks, norm) for update, norm in zip(inside, norms, strict=True)]),
+        left_out=left_out,
+        null=_means([_blocks(null, update, ks, norm) for update, norm in zip(noise, norms, strict=True)]),
         random=[min(k, out) * min(k, inner) / (out * inner) for k in ks],
-        unseen_here=here,
+        left_out_here=left_out_here,
         mean_only=_mean_only(inside, norms, folds),
         kept=list(kept),
     )
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are known; None where none is."""
+    """Return the mean of the values that are known; None where none is."""
     known = [value for value in values if value is not None and not math.isnan(value)]
     return sum(known) / len(known) if known else None
 
 
+def _sizes(most: int) -> list[int]:
+    """Return the sizes of the curves: powers of two, and all directions there are."""
+    return [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < most] + [most]
+
+
+def _of_left_out(
+    updates: Sequence[Factors],
+    norms: Sequence[float],
+    weights: Sequence[float],
+    folds: Sequence[int],
+    ks: Sequence[int],
+    size: tuple[int, int],
+) -> tuple[list[float], list[float | None]]:
+    """Return what bases of the other folds keep of each fold's updates.
+
+    Returns:
+        Per k the mean over the updates, nan where there is one fold only; and per update the share at the size of the
+        reported basis, None there.
+    """
+    here: list[float | None] = [None] * len(updates)
+    if len(set(folds)) < 2:
+        return [float("nan")] * len(ks), here
+    found: dict[int, list[float]] = {}
+    for fold in dict.fromkeys(folds):
+        rest = [i for i, other in enumerate(folds) if other != fold]
+        basis = exact([updates[i] for i in rest], [weights[i] for i in rest])
+        for i in (i for i, other in enumerate(folds) if other == fold):
+            found[i] = _blocks(basis, updates[i], ks, norms[i])
+            here[i] = _block(_held(basis, updates[i]), *size) / norms[i] ** 2
+    return _means([found[i] for i in range(len(updates))]), here
+
+
 def _above(side: Side, null: Side) -> int:
-    """How many of a side's eigenvalues are larger than the null's largest, rounding aside."""
+    """Return how many of a side's eigenvalues are larger than the null's largest, rounding aside."""
     return int((side.values > null.values[0] * (1 + 1e-9)).sum())
 
 
 def _held(basis: Compressed, update: Factors) -> torch.Tensor:
-    """Energy (w_out, w_in) in each leading block of the update's core in a basis's directions."""
+    """Return the energy (w_out, w_in) in each leading block of the update's core in a basis's directions."""
     core = (basis.out.Q.T @ update.B) @ (update.A @ basis.inner.Q)
     return core.square().cumsum(0).cumsum(1)
 
@@ -153,10 +190,17 @@ def _means(curves: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _mean_only(updates: Sequence[Factors], norms: Sequence[float], folds: Sequence[int]) -> list[float | None]:
+    """Return per update its squared cosine with the mean of the other folds' updates, each of norm 1.
+
+    With c_ij the cosines between the updates and O the others of update i, that is ``(Σ_{j∈O} c_ij)² / Σ_{j,l∈O}
+    c_jl``: the best multiple of their mean keeps so much of its energy. None where there are no others, or their mean
+    vanishes.
+    """
     B, A = torch.cat([update.B for update in updates], 1), torch.cat([update.A for update in updates], 0)
     ranks = [update.rank for update in updates]
     rows = []
     for update, norm in zip(updates, norms, strict=True):
+        # ⟨ΔW_i, ΔW_j⟩ = Σ B_iᵀB_j ∘ A_i A_jᵀ, for all j at once
         products = ((update.B.T @ B) * (update.A @ A.T)).sum(0)
         rows.append(torch.stack([part.sum() for part in products.split(ranks)]) / norm)
     cosines = torch.stack(rows) / torch.tensor(norms, dtype=torch.float64)
@@ -166,3 +210,8 @@ def _mean_only(updates: Sequence[Factors], norms: Sequence[float], folds: Sequen
         square = float(cosines[others][:, others].sum()) if others.any() else 0.0
         found.append(min(1.0, float(cosines[i, others].sum()) ** 2 / square) if square > 1e-12 else None)
     return found
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    message = f"ModuleFindings.{old} is now called {new}; the old name will go."
+    warnings.warn(message, FutureWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What the numbers of a report mean, in plain words."""
+"""Say in plain words what the numbers of a report mean."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# shares of an unseen adapter's energy between which a basis holds a part of it. Of the twelve text tasks of
+from .facts import LEFT_OUT
+
+# shares of a left-out adapter's energy between which a basis holds a part of it. Of the twelve text tasks of
 # docs/evidence.md, the five of which less was kept ended 3.2 points behind LoRA r=8, the seven others 0.7 ahead
 LITTLE, MUCH = 0.06, 0.5
-FAITHFUL, PARTIAL = 0.9, 0.5  # shares of a seen adapter's energy
+FAITHFUL, PARTIAL = 0.9, 0.5  # shares of the energy of an adapter that the basis was built from
 RARE = 3.0  # times what random directions keep; below that a fleet's directions are not told from them
 
 
 def verdict(numbers: Mapping[str, Any]) -> list[str]:
-    """Sentences about a basis, from `FleetReport.numbers`: for adapters that exist, for new tasks, and what cannot be
-    said."""
+    """Return sentences about a basis: for adapters that exist, for new tasks, and on the limits of both.
+
+    Args:
+        numbers: those of `ReportFacts`.
+    """
     return [*_existing(numbers), *_new(numbers), *_groups(numbers), LIMITS]
 
 
@@ -55,34 +60,34 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def _new(numbers: Mapping[str, Any]) -> list[str]:
-    unseen, random, mean = numbers["unseen"], numbers["random"], numbers["mean_only"]
-    if unseen is None:
+    left_out, random, mean = numbers[LEFT_OUT], numbers["random"], numbers["mean_only"]
+    if left_out is None:
         return [
             "Of adapters that it was not built from nothing can be said: there are too few sources of own seeds to"
             " leave one out. Pass more with --fleet."
         ]
     words = (
-        f"Of an adapter left out, a basis of the others keeps {percent(unseen)}; random directions keep"
+        f"Of an adapter left out, a basis of the others keeps {percent(left_out)}; random directions keep"
         f" {percent(random)}."
     )
-    if unseen < RARE * random:
+    if left_out < RARE * random:
         words += (
             " By its weights, this fleet does not tell where a new task will go: expect of the basis about what a"
             " random one of equal size gives, and a LoRA to do better."
         )
-    elif unseen < LITTLE:
+    elif left_out < LITTLE:
         words += (
             " It holds little of where new tasks go. Tasks of which as little was kept ended behind a LoRA in our own"
             " measurements, though not behind a random basis of equal size (docs/evidence.md)."
         )
-    elif unseen < MUCH:
+    elif left_out < MUCH:
         words += (
-            " It holds a part of where new tasks go. It may help where examples are few and the fleet has kin of the"
-            " task; where they are many, expect a LoRA to be as good or better."
+            " It holds a part of where new tasks go. It may help where examples are few and the fleet has related"
+            " tasks; where they are many, expect a LoRA to be as good or better."
         )
     else:
         words += " New tasks of this kind lie mostly within it: training in it is the natural choice."
-    if mean is not None and unseen >= LITTLE and mean > unseen / 2:
+    if mean is not None and left_out >= LITTLE and mean > left_out / 2:
         words += (
             f" Much of that is the fleet's mean, which alone keeps {percent(mean)}: try `coefficients='none'` with a"
             " trained gain."
@@ -103,12 +108,19 @@ def _new(numbers: Mapping[str, Any]) -> list[str]:
     return [words]
 
 
-def useful_k(ks: Sequence[int], unseen: Sequence[float], random: Sequence[float]) -> int | None:
-    """The largest of the sizes `ks` up to which every step keeps at least RARE times as much more of adapters left out
-    as random directions would; None where the first does not.
+def useful_k(ks: Sequence[int], left_out: Sequence[float], random: Sequence[float]) -> int | None:
+    """Return the k up to which further directions are worth it for new tasks; None where none is.
+
+    That is the largest of the sizes up to which every step keeps at least `RARE` times as much more of adapters left
+    out as random directions would.
+
+    Args:
+        ks: sizes, ascending.
+        left_out: the share kept of adapters left out, at each size.
+        random: the share that random directions keep.
     """
     best, before, before_random = None, 0.0, 0.0
-    for k, share, chance in zip(ks, unseen, random, strict=True):
+    for k, share, chance in zip(ks, left_out, random, strict=True):
         if not share - before >= RARE * (chance - before_random):
             break
         best, before, before_random = k, share, chance
@@ -121,11 +133,12 @@ def _groups(numbers: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"{shared} of {numbers['sources']} adapters began from a random A that another one shares. That alone makes"
-        " input directions common; they share one vote, and are left out together here."
+        " input directions common; they share one weight, and are left out together here."
     ]
 
 
 def percent(share: float | None) -> str:
+    """Format a share with three digits, and an unknown one as a dash."""
     if share is None or math.isnan(share):
         return "–"
     return f"{100 * share:.3g} %"

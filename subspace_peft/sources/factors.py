@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,19 @@ class Factors:
     def norm(self) -> float:
         """Return ‖ΔW‖_F = √(Σ BᵀB ∘ A Aᵀ), from the r × r Gram matrices."""
         return float(((self.B.T @ self.B) * (self.A @ self.A.T)).sum().clamp_min(0).sqrt())
+
+
+def in_common_span(updates: Sequence[Factors]) -> list[Factors]:
+    """Return the updates in orthonormal coordinates of the span of all of them.
+
+    Norms, products and truncated SVDs are the same there, of matrices no larger than the sum of the ranks.
+
+    Args:
+        updates: of one module, in any float dtype; converted to float64.
+    """
+    Qb = torch.linalg.qr(torch.cat([update.B.double() for update in updates], 1))[0]
+    Qa = torch.linalg.qr(torch.cat([update.A.double().T for update in updates], 1))[0]
+    return [Factors(Qb.T @ update.B.double(), update.A.double() @ Qa) for update in updates]
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
