@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import subspace_peft.basis.files as basis_files
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.errors import BadFileError, BasisMismatchError, BasisNotFoundError
 
+from . import fresh
 from .conftest import bert
 
 # -- basis ----------------------------------------------------------------------------------------------------------
@@ -141,7 +139,7 @@ def test_a_killed_save_leaves_the_earlier_basis_as_it_was(basis_folder, fleets, 
         files.save_file = killed
         build_basis({fleets[bert][:3]!r}, k=3, progress=False).save_pretrained({str(basis_folder)!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    done = fresh.run("-c", script)
     assert done.returncode == -9
     assert {name: (basis_folder / name).read_bytes() for name in before} == before
     assert SubspaceBasis.from_pretrained(basis_folder)[next(iter(SubspaceBasis.from_pretrained(basis_folder)))]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from subspace_peft.builders import module_plan
 from subspace_peft.builders.distributed import ProcessGroup, disagreeing, packed, process_group, unpacked
 from subspace_peft.builders.distributed_modules import collect, divide
 
+from . import fresh
 from .conftest import bert
 from .test_resume import contents
 
@@ -33,26 +33,8 @@ def environment() -> dict[str, str]:
 
 def two(scenario: str, out: Path, sources: list[str]) -> list[dict[str, Any]]:
     """What two processes of a group say; {} of one that was killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {
-        **environment(),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), scenario, str(out), *sources],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[1] for process in running]
+    running = fresh.start_group(str(WORKER), scenario, str(out), *sources)
+    said = [process.communicate()[1] for process in running]
     assert running[0].returncode == 0, said[0][-3000:]
     assert running[1].returncode == (-9 if scenario == "killed" else 0), said[1][-3000:]
     files = [out / f"{rank}.json" for rank in range(2)]
@@ -136,6 +118,19 @@ def test_one_process_alone_meets_nobody(bases):
 # ------------------------------------------------------------------------------------------------------
 
 
+def test_the_command_line_gives_the_bytes_of_one_process_and_says_them_once(fleets, tmp_path, whole):
+    out = tmp_path / "out"
+    asked = ["build", *fleets[bert], "--out", str(out), "-k", "4", "--directions", "2", "--json", "--quiet"]
+    running = fresh.start_group("-m", "subspace_peft", *asked)
+    said = [each.communicate() for each in running]
+    assert [each.returncode for each in running] == [0, 0], said
+    assert contents(out) == whole
+    assert json.loads(said[0][0])["modules"] == 4
+    assert said[1][0] == ""
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
 def test_accelerate_launch_gives_the_bytes_of_one_process_and_says_them_once(fleets, tmp_path, whole):
     out = tmp_path / "out"
     done = launched(["build", *fleets[bert], "--out", str(out), "-k", "4", "--directions", "2", "--json", "--quiet"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from subspace_peft import SubspaceCardCallback, SubspaceConfig, build_basis, project_lora, write_card
 from subspace_peft.errors import BadFileError, SubspaceError
 
+from . import fresh
 from .conftest import bert, gpt2, randomise, train_lora
 from .push_hub import PushHub
 from .test_sharing import TOKEN, client
@@ -110,7 +109,7 @@ def test_the_snippet_of_a_folder_runs(basis_folder, tmp_path):
     card = (tmp_path / "task" / "README.md").read_text()
     assert "More Information Needed" not in card and "base_model" not in front_matter(card)
     assert f'"{tmp_path}/task/other"' in (tmp_path / "task" / "other" / "README.md").read_text()
-    assert subprocess.run([sys.executable, "-c", snippet(card)], check=False).returncode == 0
+    fresh.run("-c", snippet(card), check=True)
 
 
 # -- training -------------------------------------------------------------------------------------------------------

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from subspace_peft import SubspaceConfig
 
 from . import distributed_worker as worker
+from . import fresh
 from .conftest import bert, inputs, randomise
 
 WORKER = Path(worker.__file__)
@@ -25,15 +24,9 @@ WORKER = Path(worker.__file__)
 @pytest.fixture(scope="module")
 def results(bases: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    done = subprocess.run(
-        [*command, "--rdzv-endpoint", "127.0.0.1:0", str(WORKER), str(bases[bert].location), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    for each in fresh.start_group(str(WORKER), str(bases[bert].location), str(out)):
+        errors = each.communicate()[1]
+        assert each.returncode == 0, errors[-3000:]
     return json.loads((out / "results.json").read_text())
 
 

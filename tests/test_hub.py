@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from peft import get_peft_model
 
 from subspace_peft import SubspaceConfig, build_basis
 
+from . import fresh
 from .conftest import bert, randomise
 from .hub import Hub, commit_of
 
@@ -27,14 +26,7 @@ def client(hub: Hub, home: Path, program: str, **env: str) -> subprocess.Complet
         "SUBSPACE_PEFT_CACHE": str(home / "subspace"),
         **env,
     }
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **settings},
-        cwd=Path(__file__).parent.parent,
-    )
+    return fresh.run("-c", program, env={**os.environ, **settings})
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from subspace_peft import SubspaceConfig
+
+from . import fresh
 
 ROOT = Path(__file__).parent.parent / "benchmarks" / "method_comparison" / "MetaMathQA" / "experiments"
 TRAINED = {"llama-3.2-3B-core-k16": 14_336, "llama-3.2-3B-core-k48": 129_024}
@@ -135,6 +135,5 @@ def test_the_readmes_command_lets_a_script_of_the_benchmarks_form_resolve_it(tmp
         "print(PeftConfig.from_pretrained(sys.argv[2]).peft_type.value)\n"
     )
     rest = ["run.py", "-v", "experiments/subspace/llama-3.2-3B-core-k48"]
-    command = [sys.executable, "-m", "subspace_peft", "run", *rest]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = fresh.run("-m", "subspace_peft", "run", *rest, cwd=tmp_path)
     assert (done.returncode, done.stdout.strip()) == (0, "SUBSPACE"), done.stderr

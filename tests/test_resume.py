@@ -3,9 +3,6 @@ unharmed."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from subspace_peft.builders.resume import forget
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
+from . import fresh
 from .conftest import bert
 
 
@@ -117,7 +115,7 @@ def test_kill_9_at_any_module_and_in_the_midst_of_writing(fleets, tmp_path, whol
     """
     partial = tmp_path / "out.partial"
     for finished in (1, 2, 3):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(killed), *arguments], check=False)
+        done = fresh.run("-c", killed, *arguments)
         assert done.returncode == -9
         assert len(list(partial.glob("*/*.safetensors"))) == finished
         assert not (tmp_path / "out").exists()

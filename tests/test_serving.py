@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-import textwrap
 import types
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from subspace_peft.errors import BasisMismatchError, SubspaceError
 from subspace_peft.serve import TaskExports
 from subspace_peft.serve.vllm_resolver import make_resolver, register
 
+from . import fresh
 from .conftest import bert, inputs, randomise
 
 
@@ -86,7 +86,7 @@ def test_an_export_for_vllm_holds_what_it_serves_and_nothing_else(bases, tmp_pat
 def test_stock_peft_loads_an_export_where_this_package_is_not(folder, model, tmp_path):
     export_lora(folder / "spam", tmp_path / "lora", pad_to="vllm")
     bert().save_pretrained(tmp_path / "base")
-    program = textwrap.dedent("""
+    program = """
         import sys
         sys.modules["subspace_peft"] = None  # importing it fails
         import torch
@@ -97,10 +97,8 @@ def test_stock_peft_loads_an_export_where_this_package_is_not(folder, model, tmp
         x = torch.randint(0, 100, (3, 7), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             torch.save(model(x).logits, out)
-        """)
-    call = [sys.executable, "-c", program, tmp_path / "base", tmp_path / "lora", tmp_path / "logits.pt"]
-    done = subprocess.run([str(part) for part in call], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """
+    fresh.run("-c", program, *(str(tmp_path / name) for name in ("base", "lora", "logits.pt")), check=True)
     expected = logits(PeftModel.from_pretrained(bert(), folder / "spam"))
     given = torch.load(tmp_path / "logits.pt", weights_only=True)
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-4)

@@ -26,8 +26,8 @@ from subspace_peft.builders import (
     streaming,
 )
 from subspace_peft.builders.hosvd import exact, factor_pca
-from subspace_peft.builders.option_checks import parse_size
 from subspace_peft.builders.module_stack import ModuleStack
+from subspace_peft.builders.option_checks import parse_size
 from subspace_peft.builders.streaming import compress
 from subspace_peft.errors import SubspaceError
 from subspace_peft.sources.factors import Factors

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis
 from subspace_peft.errors import BadFileError, BasisMismatchError, BasisNotFoundError, SubspaceError
 from subspace_peft.tuner import SubspaceLayer
 
+from . import fresh
 from .conftest import bert, gpt2, inputs, randomise
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -236,15 +235,9 @@ def test_needs_that_the_basis_cannot_serve(fleets, tmp_path):
 # -- where a basis is looked for --------------------------------------------------------------------------------------
 
 
-def fresh(script: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **env},
-        cwd=Path(__file__).parent.parent,
-    )
+def elsewhere(script: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process that has loaded nothing yet."""
+    return fresh.run("-c", script, env={**os.environ, **env})
 
 
 LOAD = """
@@ -261,18 +254,18 @@ def test_a_moved_basis_is_found_beside_the_task_by_argument_or_not_at_all(task_f
     expected = logits(PeftModel.from_pretrained(bert(), task_folder)).double().sum().item()
     moved = Path(shutil.move(basis_folder, tmp_path / "elsewhere"))
     cache = str(tmp_path / "empty-cache")
-    lost = fresh(LOAD.format(task=str(task_folder), more=""), SUBSPACE_PEFT_CACHE=cache)
+    lost = elsewhere(LOAD.format(task=str(task_folder), more=""), SUBSPACE_PEFT_CACHE=cache)
     assert lost.returncode == 1
     assert "BasisNotFoundError" in lost.stderr
     assert "from_pretrained" in lost.stderr
-    told = fresh(LOAD.format(task=str(task_folder), more=f", basis={str(moved)!r}"), SUBSPACE_PEFT_CACHE=cache)
+    told = elsewhere(LOAD.format(task=str(task_folder), more=f", basis={str(moved)!r}"), SUBSPACE_PEFT_CACHE=cache)
     assert float(told.stdout) == pytest.approx(expected, abs=1e-9), told.stderr
     # the cache now knows where this fingerprint was seen
-    known = fresh(LOAD.format(task=str(task_folder), more=""), SUBSPACE_PEFT_CACHE=cache)
+    known = elsewhere(LOAD.format(task=str(task_folder), more=""), SUBSPACE_PEFT_CACHE=cache)
     assert float(known.stdout) == pytest.approx(expected, abs=1e-9), known.stderr
     shutil.move(moved, task_folder / "basis")
     edit(task_folder / CONFIG, basis="basis")
-    beside = fresh(LOAD.format(task=str(task_folder), more=""), SUBSPACE_PEFT_CACHE=str(tmp_path / "empty-too"))
+    beside = elsewhere(LOAD.format(task=str(task_folder), more=""), SUBSPACE_PEFT_CACHE=str(tmp_path / "empty-too"))
     assert float(beside.stdout) == pytest.approx(expected, abs=1e-9), beside.stderr
 
 
@@ -301,18 +294,18 @@ def test_a_self_contained_task_needs_no_basis_and_notices_a_changed_one(basis_fo
     expected = logits(model).double().sum().item()
     shutil.rmtree(basis_folder)
     cache = str(tmp_path / "empty-cache")
-    alone = fresh(LOAD.format(task=str(tmp_path / "task"), more=""), SUBSPACE_PEFT_CACHE=cache)
+    alone = elsewhere(LOAD.format(task=str(tmp_path / "task"), more=""), SUBSPACE_PEFT_CACHE=cache)
     assert float(alone.stdout) == pytest.approx(expected, abs=1e-9), alone.stderr
     tensors = load_file(tmp_path / "task" / WEIGHTS)
     key = next(key for key in tensors if key.endswith("subspace_U"))
     tensors[key][0, 0] += 1
     save_file(tensors, tmp_path / "task" / WEIGHTS)
-    changed = fresh(LOAD.format(task=str(tmp_path / "task"), more=""), SUBSPACE_PEFT_CACHE=cache)
+    changed = elsewhere(LOAD.format(task=str(tmp_path / "task"), more=""), SUBSPACE_PEFT_CACHE=cache)
     assert changed.returncode == 1
     assert "sha256" in changed.stderr
     tensors.pop(key)
     save_file(tensors, tmp_path / "task" / WEIGHTS)
-    missing = fresh(LOAD.format(task=str(tmp_path / "task"), more=""), SUBSPACE_PEFT_CACHE=cache)
+    missing = elsewhere(LOAD.format(task=str(tmp_path / "task"), more=""), SUBSPACE_PEFT_CACHE=cache)
     assert missing.returncode == 1
     assert "subspace_U" in missing.stderr
 
@@ -352,7 +345,7 @@ def test_transformers_own_loading_finds_the_basis(basis_folder, tmp_path, self_c
         ),
         f"model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / 'task')!r})",
     ):
-        done = fresh(NATIVE.format(load=load), SUBSPACE_PEFT_CACHE=str(tmp_path / "empty-cache"))
+        done = elsewhere(NATIVE.format(load=load), SUBSPACE_PEFT_CACHE=str(tmp_path / "empty-cache"))
         assert done.returncode == 0, done.stderr
         assert float(done.stdout) == pytest.approx(expected, abs=1e-9)
 

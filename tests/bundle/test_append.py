@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from subspace_peft import add_tasks, build_basis, load_task, open_bundle
 from subspace_peft.bundle.format import BUNDLE_FILE
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 
+from .. import fresh
 from ..conftest import bert
 from .conftest import NAMES, logits, save
 
@@ -73,9 +72,8 @@ def test_two_that_add_at_once_both_add(bundle, folders):
         "import sys; from subspace_peft import add_tasks; add_tasks(sys.argv[1], {sys.argv[2]: sys.argv[3]},"
         " progress=False)"
     )
-    started = [
-        subprocess.Popen([sys.executable, "-c", program, bundle.location, name, str(folders[0])])
-        for name in ("left", "right")
-    ]
-    assert [each.wait() for each in started] == [0, 0]
+    started = [fresh.start("-c", program, bundle.location, name, str(folders[0])) for name in ("left", "right")]
+    for each in started:
+        each.communicate()
+    assert [each.returncode for each in started] == [0, 0]
     assert {"left", "right", *NAMES} == set(open_bundle(bundle.location))

@@ -14,6 +14,8 @@ from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 from subspace_peft.recipes import copy_recipe, list_recipes, recipe_files, recipe_folder
 
+from .. import fresh
+
 ROOT = Path(__file__).parents[2]
 REAL_CACHE = ROOT / ".cache" / "subspace_peft"
 RECIPES = ["data", "demo", "glue", "image_classification", "mistral"]
@@ -42,9 +44,7 @@ def test_a_copy_is_the_recipe_with_its_imports_and_runs_elsewhere(name, tmp_path
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(ROOT)}
     given = ["--help"] if name == "data" else ["--preset", "offline", "--dry-run"]
     env["SUBSPACE_PEFT_CACHE"] = str(tmp_path / "cache")
-    script = [sys.executable, str(copy), *given]
-    done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stderr
+    done = fresh.run(str(copy), *given, cwd=tmp_path, env=env, check=True)
     assert (f"python recipes/{name}.py" if name == "data" else "Would fetch") in done.stdout
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from subspace_peft.errors import SubspaceError
 
+from ... import fresh
 from ..conftest import RECIPES
 from .conftest import save_model, save_task, sentences, tiny
 
@@ -192,14 +191,7 @@ def test_training_that_diverges_is_not_saved(recipe, world, done, tmp_path):
 
 
 def test_run_as_a_script_an_error_is_one_line(tmp_path):
-
-    said = subprocess.run(
-        [sys.executable, str(RECIPES / "glue.py"), "--task", "nope"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-    )
+    said = fresh.run(str(RECIPES / "glue.py"), "--task", "nope", cwd=tmp_path)
     # bitsandbytes, where installed, has a line of its own on some CPUs
     said_by_us = [line for line in said.stderr.splitlines() if line.strip() and "kernels-community" not in line]
     assert said.returncode == 1 and len(said_by_us) == 1, said.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 from common import RUN_KEYS
@@ -20,6 +18,7 @@ from transformers import (
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.modeling import MeanPooledClassifier
 
+from ... import fresh
 from ..conftest import goes_on_from_its_checkpoint
 from .conftest import save_model, tiny
 
@@ -70,8 +69,7 @@ def test_the_tasks_card_tells_its_training_and_its_controls(done):
         assert line in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "MeanPooledClassifier" in code
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    fresh.run("-c", code, check=True)
 
 
 def test_controls_of_other_settings_are_not_put_into_a_card(done, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +15,7 @@ from transformers import ViTModel
 from subspace_peft import build_basis
 from subspace_peft.errors import SubspaceError
 
+from ... import fresh
 from ..conftest import RECIPES
 from .conftest import tiny
 
@@ -214,10 +214,8 @@ def test_a_task_of_another_base_model_is_not_evaluated(recipe, world, done, tmp_
 
 
 def test_run_as_a_script_an_error_is_one_line(world, tmp_path):
-    import subprocess
-
-    typed = [sys.executable, str(RECIPES / "image_classification.py"), "--data-dir", str(world), "--task", "nope"]
-    said = subprocess.run(typed, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    typed = [str(RECIPES / "image_classification.py"), "--data-dir", str(world), "--task", "nope"]
+    said = fresh.run(*typed, cwd=tmp_path)
     # bitsandbytes, where installed, has a line of its own on some CPUs
     said_by_us = [line for line in said.stderr.splitlines() if line.strip() and "kernels-community" not in line]
     assert said.returncode == 1 and len(said_by_us) == 1, said.stderr
