@@ -1,7 +1,9 @@
-"""The bytes of a bundle's file: on this machine, or on the Hub, where only what is asked for is fetched."""
+"""Read bytes of a bundle's file, on this machine or on the Hub, where only the bytes asked for are fetched."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import re
 from pathlib import Path
@@ -10,19 +12,22 @@ from typing import Any
 from ..errors import BadFileError, SubspaceError
 from .format import BUNDLE_FILE
 
-# what the first request fetches: the header of some hundred tasks, and all of a small bundle
+# bytes that the first request fetches: the header of some hundred tasks, and all of a small bundle
 FIRST = 128 * 1024
 SHA = re.compile(r"[0-9a-f]{40}")
 SPAN = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class FileBytes:
-    """A file on this machine.
+    """A bundle's file on this machine.
 
     Attributes:
-        size: in bytes.
-        revision: commit sha, where it is a file of the Hub's cache.
-        state: what changes where somebody replaces or writes the file.
+        size: Its size in bytes.
+        revision: Commit sha, if it is a file of the Hub's cache.
+        state: Inode, size and time of change, by which a later read notices that the file was replaced.
+
+    Raises:
+        SubspaceError: There is no such file.
     """
 
     def __init__(self, file: Path, where: str | None = None, revision: str | None = None) -> None:
@@ -37,12 +42,15 @@ class FileBytes:
         self.size = self.state[1]
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end`. Raises `BadFileError` where they are not there, or no longer those that were
-        opened."""
+        """Read the bytes from `start` up to `end`.
+
+        Raises:
+            BadFileError: The file is shorter, cannot be read, or was replaced since it was opened.
+        """
         try:
             with open(self.file, "rb") as stream:
                 if state_of(stream.fileno()) != self.state:
-                    raise BadFileError(f"{self.where}: somebody replaced it meanwhile. Open it again.")
+                    raise BadFileError(f"{self.where}: it was replaced since it was opened. Open it again.")
                 stream.seek(start)
                 data = stream.read(end - start)
         except OSError as error:
@@ -52,16 +60,23 @@ class FileBytes:
         return data
 
     def local(self) -> Path:
-        """The file itself."""
+        """Return the file."""
         return self.file
 
 
 class HubBytes:
-    """A file on the Hub, read by HTTP range requests at one commit; the first names that commit.
+    """A bundle's file on the Hub, read by HTTP range requests, all at the commit that the first answer names.
+
+    huggingface_hub's `HfFileSystem` makes four requests to open a bundle and read a task, where this makes two: it
+    asks for the repository and the file's size first. It also takes any range of any size that a server sends.
 
     Attributes:
-        size: in bytes.
-        revision: commit sha.
+        size: Its size in bytes.
+        revision: Commit sha.
+
+    Raises:
+        SubspaceError: It cannot be fetched.
+        BadFileError: The Hub sends other bytes than it was asked for.
     """
 
     def __init__(self, repo_id: str, revision: str | None, token: str | bool | None, cache_dir: Any) -> None:
@@ -73,7 +88,12 @@ class HubBytes:
         self.start = self._get(0, FIRST, first=True)
 
     def read(self, start: int, end: int) -> bytes:
-        """Bytes `start` to `end`, in one request where they were not fetched before."""
+        """Read the bytes from `start` up to `end`, in one request if they were not fetched before.
+
+        Raises:
+            SubspaceError: They cannot be fetched.
+            BadFileError: The Hub sends other bytes than it was asked for.
+        """
         if end <= len(self.start):
             return self.start[start:end]
         if self.whole is None:
@@ -83,7 +103,11 @@ class HubBytes:
         return self._get(start, end)
 
     def local(self) -> Path:
-        """The whole file, fetched into huggingface_hub's cache."""
+        """Fetch the whole file into huggingface_hub's cache, and return it.
+
+        Raises:
+            SubspaceError: It cannot be fetched.
+        """
         from huggingface_hub import hf_hub_download
 
         where = {"token": self.token, "cache_dir": self.cache_dir}
@@ -98,33 +122,18 @@ class HubBytes:
             raise SubspaceError(f"{self.where}: the bundle cannot be fetched at {self.revision}: {error}") from error
 
     def _get(self, start: int, end: int, first: bool = False) -> bytes:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
-        headers = {**build_hf_headers(token=self.token), "Range": f"bytes={start}-{end - 1}"}
-        # a range of what was compressed on the way is none of the file's
-        headers["Accept-Encoding"] = "identity"
         try:
-            url = hf_hub_url(self.repo_id, BUNDLE_FILE, revision=self.revision)
-            with http_stream_backoff("GET", url, headers=headers, max_retries=3) as response:
-                if not response.is_success:
-                    response.read()
-                hf_raise_for_status(response)
-                if first:
-                    self.revision = _commit(response) or self.revision
-                if response.status_code == 206:
-                    data = _at_most(response, end - start)
-                    return self._checked(response.headers.get("Content-Range", ""), data, start, end, first)
-        except BadFileError:
-            raise
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
-        except Exception as error:
-            # httpx's own errors are no OSErrors; their class's name differs between versions of huggingface_hub
-            if not type(error).__module__.startswith("httpx"):
-                raise
-            raise self._failed(error) from error
-        # a server that knows no ranges sends everything: then rather once, into the cache
+            status, span, data, commit = _request(self.repo_id, self.revision, self.token, start, end)
+        except (OSError, ValueError, *_client_errors()) as error:
+            raise SubspaceError(
+                f"{self.where}: there is no such folder, and no {BUNDLE_FILE} could be read from the Hub under that id"
+                f" (revision {self.revision}): {error}"
+            ) from error
+        if first:
+            self.revision = commit or self.revision
+        if status == 206:
+            return self._checked(span, data, start, end, first)
+        # a server without ranges would send the whole file every time: fetch it once, into the cache
         self.whole = FileBytes(self.local(), self.where, self.revision)
         self.size = self.whole.size
         return self.whole.read(start, min(end, self.size))
@@ -141,15 +150,9 @@ class HubBytes:
             )
         return data
 
-    def _failed(self, error: Exception) -> SubspaceError:
-        return SubspaceError(
-            f"{self.where}: there is no such folder, and no {BUNDLE_FILE} could be read from the Hub under that id"
-            f" (revision {self.revision}): {error}"
-        )
-
 
 def cached(repo_id: str, revision: str | None, cache_dir: Any) -> FileBytes | None:
-    """The whole file in huggingface_hub's cache, where somebody fetched it at this revision; else None."""
+    """Return the whole file in huggingface_hub's cache, if it was fetched there at this revision; else None."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo_id, BUNDLE_FILE, cache_dir=cache_dir, revision=revision)
@@ -161,11 +164,19 @@ def cached(repo_id: str, revision: str | None, cache_dir: Any) -> FileBytes | No
 def on_hub(
     repo_id: str, revision: str | None, token: str | bool | None, cache_dir: Any = None
 ) -> FileBytes | HubBytes:
-    """A bundle on the Hub; out of the cache where it is whole in there at that very commit, or where the machine is
-    offline.
+    """Open the file of a bundle on the Hub.
+
+    If the cache has the whole file at that very commit, or at that revision while the machine is offline, it is read
+    from there.
+
+    Args:
+        repo_id: ``org/name``.
+        revision: Branch, tag or commit sha; None for main.
+        token: As in huggingface_hub.
+        cache_dir: As in huggingface_hub.
 
     Raises:
-        SubspaceError: it is not there; or offline and not in the cache.
+        SubspaceError: It does not exist, or the machine is offline and the cache does not have it.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
@@ -188,13 +199,45 @@ def on_hub(
 
 
 def state_of(file: Path | int) -> tuple[int, int, int]:
-    """Inode, size and time of change of a file."""
+    """Return inode, size and time of change of a file."""
     found = os.stat(file)
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+def _request(
+    repo_id: str, revision: str, token: str | bool | None, start: int, end: int
+) -> tuple[int, str, bytes, str | None]:
+    """Ask the Hub for a range of a bundle's file.
+
+    Returns:
+        The status, the range that was sent, its bytes (none where the answer is not a range), and the commit.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{end - 1}"}
+    # compressed on the way, a range would not be one of the file's bytes
+    headers["Accept-Encoding"] = "identity"
+    url = hf_hub_url(repo_id, BUNDLE_FILE, revision=revision)
+    with http_stream_backoff("GET", url, headers=headers, max_retries=3) as response:
+        if not response.is_success:
+            response.read()
+        hf_raise_for_status(response)
+        data = _at_most(response, end - start) if response.status_code == 206 else b""
+        return response.status_code, response.headers.get("Content-Range", ""), data, _commit(response)
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Return the base class of the errors of huggingface_hub's HTTP client, which are no OSErrors."""
+    found = []
+    for name in ("httpx2", "httpx"):  # of huggingface_hub 2 and 1
+        with contextlib.suppress(ImportError):
+            found.append(importlib.import_module(name).HTTPError)
+    return tuple(found)
+
+
 def _at_most(response: Any, limit: int) -> bytes:
-    # a server that sends more than was asked for is not believed, nor given memory
+    # stop reading a server that sends more than it was asked for, before it takes up memory
     data = bytearray()
     for chunk in response.iter_bytes():
         data += chunk
