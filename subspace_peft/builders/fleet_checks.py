@@ -1,0 +1,99 @@
+"""Check the sources of a fleet against one another: base model, modules, shapes, duplicates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..hub import same_model
+from ..sources.source import Source
+from .duplicates import duplicates
+
+Misfit = tuple[int, str]  # a source's number, and the reason to leave it out
+
+
+def common_base(names: Sequence[str | None]) -> str | None:
+    """Return the base model that most sources name, with its owner where one of them has it.
+
+    Names of one model count as one.
+
+    Args:
+        names: per source its base model's name, or None.
+    """
+    counts = Counter(name for name in names if name)
+
+    def count(name: str) -> int:
+        others = [number for other, number in counts.items() if other != name and same_model(name, other)]
+        # an id without an owner may be several models' older form: it goes with one of them only
+        return counts[name] + (sum(others) if "/" in name else max(others, default=0))
+
+    return max(counts, key=lambda name: (count(name), "/" in name), default=None)
+
+
+def misfits(sources: Mapping[int, Source], partial: bool) -> list[Misfit]:
+    """Return the sources that do not belong with the majority.
+
+    Args:
+        sources: number → source, with its module names unified.
+        partial: allow modules that only some of the sources adapt.
+    """
+    base = common_base([source.base_model for source in sources.values()])
+    counts = Counter(frozenset(source.keys) for source in sources.values())
+    common: frozenset[str] = max(counts, key=counts.__getitem__) if counts else frozenset()
+    shapes: dict[str, Counter[tuple[int, int]]] = {}
+    for source in sources.values():
+        for module in source.keys:
+            shapes.setdefault(module, Counter())[source.shape(module)[:2]] += 1
+    usual = {module: each.most_common(1)[0][0] for module, each in shapes.items()}
+    found = []
+    for number, source in sources.items():
+        reason = _other_model(source, base, usual) or (None if partial else _other_modules(source, common))
+        if reason is not None:
+            found.append((number, reason))
+    return found
+
+
+def _other_model(source: Source, base: str | None, usual: Mapping[str, tuple[int, int]]) -> str | None:
+    """Return why a source belongs to another base model than the others; `usual` has each module's (out, in)."""
+    if not same_model(source.base_model, base):
+        return (
+            f"trained on {source.base_model!r}, the others on {base!r}. If that is the same model, mend "
+            "base_model_name_or_path in its adapter_config.json."
+        )
+    own = {module: source.shape(module)[:2] for module in source.keys}
+    odd = [module for module, shape in own.items() if shape != usual[module]]
+    if odd:
+        return (
+            f"module {odd[0]!r} is {own[odd[0]]}, the others' {usual[odd[0]]} ({len(odd)} such modules). It"
+            " belongs to another base model."
+        )
+    return None
+
+
+def _other_modules(source: Source, common: frozenset[str]) -> str | None:
+    """Return which modules a source lacks, or has beside those of most others."""
+    missing, extra = sorted(common - source.keys.keys()), sorted(source.keys.keys() - common)
+    if not missing and not extra:
+        return None
+    difference = f"lacks {len(missing)} modules, such as {missing[0]!r}" if missing else f"also adapts {extra[0]!r}"
+    return (
+        f"{difference}, unlike the others. partial=True (--partial) builds each module from the sources that have it."
+    )
+
+
+def repeats(sources: Mapping[int, Source], sketches: Mapping[int, torch.Tensor]) -> list[Misfit]:
+    """Return the sources that are the same adapter as an earlier one.
+
+    Args:
+        sources: number → source.
+        sketches: number → its sketches, see `duplicates`.
+    """
+    numbers, listed = list(sources), list(sources.values())
+    found = []
+    for i, j, value in duplicates(listed, [sketches[number] for number in numbers]):
+        how = "the same bytes (sha256)" if value is None else f"cosine of the updates {value:.5f}"
+        first = f"{listed[j].location}{'@' + listed[j].revision[:12] if listed[j].revision else ''}"
+        found.append((numbers[i], f"a duplicate of {first}: {how}. It would count twice; list it once."))
+    return found
