@@ -16,7 +16,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 from subspace_peft.report import analyze_fleet, validate_basis
 
-from .conftest import bert, train_lora
+from .models import bert, train_lora
 from .test_build import deltas, fleet
 from .test_fleet import broken
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from subspace_peft import SubspaceConfig, TaskBank, build_basis
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 
-from .conftest import bert, gpt2, inputs, randomise
+from .models import bert, gpt2, inputs, randomise
 
 KINDS = [
     {},

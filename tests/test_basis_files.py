@@ -15,7 +15,7 @@ from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.errors import BadFileError, BasisMismatchError, BasisNotFoundError
 
 from . import fresh
-from .conftest import bert
+from .models import bert
 
 # -- basis ----------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 from subspace_peft.sources.factors import Factors
 
-from .conftest import bert
+from .models import bert
 from .test_build import deltas, fleet, kept
 from .test_update import orthonormal
 

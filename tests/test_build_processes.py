@@ -19,7 +19,7 @@ from subspace_peft.builders.distributed import ProcessGroup, disagreeing, packed
 from subspace_peft.builders.distributed_modules import collect, divide
 
 from . import fresh
-from .conftest import bert
+from .models import bert
 from .test_resume import contents
 
 WORKER = Path(__file__).with_name("build_worker.py")

@@ -18,7 +18,7 @@ from subspace_peft.bundle import store
 from subspace_peft.bundle.format import BUNDLE_FILE
 from subspace_peft.errors import BadFileError, SubspaceError
 
-from .conftest import bert, inputs, randomise
+from .models import bert, inputs, randomise
 from .push_hub import Handler, PushHub
 from .test_sharing import TOKEN, client
 
@@ -27,7 +27,7 @@ LOAD = """
     from subspace_peft import load_task
     from subspace_peft.bundle import store
     store.FIRST = 1024
-    from tests.conftest import bert, inputs
+    from tests.models import bert, inputs
     model, sums = bert(), {}
     for name in ["t7", "h2"]:
         model = load_task(model, "org/bundle", name)

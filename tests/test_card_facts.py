@@ -18,7 +18,7 @@ from subspace_peft import SubspaceCardCallback, SubspaceConfig, build_basis, pro
 from subspace_peft.errors import BadFileError, SubspaceError
 
 from . import fresh
-from .conftest import bert, gpt2, randomise, train_lora
+from .models import bert, gpt2, randomise, train_lora
 from .push_hub import PushHub
 from .test_sharing import TOKEN, client
 
@@ -26,7 +26,7 @@ PUSH = """
     import torch, transformers
     from peft import get_peft_model
     from subspace_peft import SubspaceBasis, SubspaceConfig
-    from tests.conftest import inputs, randomise
+    from tests.models import inputs, randomise
     def made(auto, base, **given):
         return getattr(transformers, auto).from_pretrained(base, **given)
     def push(base, task, **config):
@@ -36,7 +36,7 @@ PUSH = """
             print(task, model(inputs()).logits.double().sum().item())
 """
 USE = """
-from tests.conftest import inputs
+from tests.models import inputs
 print(model.eval()(inputs()).logits.double().sum().item())
 """
 

@@ -16,7 +16,7 @@ from subspace_peft.builders.partition import Sample, compared, left_out, partiti
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 
-from .conftest import bert
+from .models import bert
 
 SIZES = {"layer.0.up": (96, 80), "layer.1.up": (80, 96)}
 OWN = 12  # directions of a kind, per side

@@ -15,7 +15,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 from subspace_peft.report import validate_basis
 
-from .conftest import bert, gpt2
+from .models import bert, gpt2
 from .test_build import fleet
 from .test_migrate import KINDS, ids, logits, saved
 from .test_update import NAMES, orthonormal

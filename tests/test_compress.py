@@ -20,7 +20,7 @@ from subspace_peft.errors import SubspaceError
 from subspace_peft.sources import open_source
 
 from .bundle.conftest import logits
-from .conftest import bert, gpt2, train_lora
+from .models import bert, gpt2, train_lora
 from .test_layer_kinds import Small, lora, outputs
 
 

@@ -17,7 +17,7 @@ from subspace_peft.errors import BasisMismatchError, SubspaceError
 from subspace_peft.report import inspect_path, null_basis
 from subspace_peft.tasks import read_task
 
-from .conftest import bert, gpt2, inputs, randomise, train_lora
+from .models import bert, gpt2, inputs, randomise, train_lora
 
 
 def logits(model):

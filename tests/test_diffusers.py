@@ -14,7 +14,7 @@ from subspace_peft import SubspaceConfig, build_basis, export_lora, load_adapter
 from subspace_peft.errors import BadFileError, SubspaceError
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import bert, randomise
+from .models import bert, randomise
 
 diffusers = pytest.importorskip("diffusers", reason="tests of diffusers' adapter calls; diffusers is not installed")
 

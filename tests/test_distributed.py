@@ -16,7 +16,7 @@ from subspace_peft import SubspaceConfig
 
 from . import distributed_worker as worker
 from . import fresh
-from .conftest import bert, inputs, randomise
+from .models import bert, inputs, randomise
 
 WORKER = Path(worker.__file__)
 

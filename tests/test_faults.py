@@ -21,7 +21,7 @@ from subspace_peft.report import null_basis
 from subspace_peft.sources import open_source
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import basis_storage, bert, inputs, needs_transformers_adapters, randomise, train_lora
+from .models import basis_storage, bert, inputs, needs_transformers_adapters, randomise, train_lora
 
 
 def logits(model):

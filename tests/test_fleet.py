@@ -18,7 +18,7 @@ from subspace_peft.errors import SourceError, SubspaceError
 from subspace_peft.sources import Factors, open_source
 from subspace_peft.sources.lora import scaling
 
-from .conftest import bert, gpt2, train_lora
+from .models import bert, gpt2, train_lora
 from .test_build import fleet
 
 # -- sources --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from subspace_peft.errors import SourceError
 from subspace_peft.sources import open_source
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import bert, gpt2, inputs
+from .models import bert, gpt2, inputs
 
 # -- kohya
 # ----------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from subspace_peft import SubspaceConfig
 from subspace_peft.convert import export_gguf
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 
-from .conftest import randomise
+from .models import randomise
 
 gguf = pytest.importorskip("gguf")
 X = torch.arange(1, 9)[None]

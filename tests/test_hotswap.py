@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from subspace_peft import SubspaceConfig, hotswap
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 
-from .conftest import bert, inputs, randomise
+from .models import bert, inputs, randomise
 
 
 def logits(model):

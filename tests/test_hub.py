@@ -13,8 +13,8 @@ from peft import get_peft_model
 from subspace_peft import SubspaceConfig, build_basis
 
 from . import fresh
-from .conftest import bert, randomise
 from .hub import Hub, commit_of
+from .models import bert, randomise
 
 
 def client(hub: Hub, home: Path, program: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ def test_a_task_pins_the_commit_of_its_basis_and_loads_after_the_tag_has_moved(r
     train = f"""
         from peft import get_peft_model
         from subspace_peft import SubspaceConfig
-        from tests.conftest import bert, inputs, randomise
+        from tests.models import bert, inputs, randomise
         model = randomise(get_peft_model(bert(), SubspaceConfig(basis="org/basis", basis_revision="v1"))).eval()
         model.save_pretrained({str(tmp_path / "task")!r})
         print(model(inputs()).logits.double().sum().item())
@@ -70,7 +70,7 @@ def test_a_task_pins_the_commit_of_its_basis_and_loads_after_the_tag_has_moved(r
     load = """
         import subspace_peft
         from peft import PeftConfig, PeftModel
-        from tests.conftest import bert, inputs
+        from tests.models import bert, inputs
         model = PeftModel.from_pretrained(bert(), "me/task").eval()
         config = model.peft_config["default"]
         print(model(inputs()).logits.double().sum().item(), config.basis, config.basis_revision)
@@ -112,7 +112,7 @@ def test_a_changed_basis_under_a_pinned_name_is_refused_naming_both(repos, bases
     program = f"""
         import subspace_peft
         from peft import PeftModel
-        from tests.conftest import bert
+        from tests.models import bert
         PeftModel.from_pretrained(bert(), {str(tmp_path / "task")!r})
     """
     with Hub(repos) as hub:

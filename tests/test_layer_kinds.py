@@ -11,7 +11,7 @@ from subspace_peft import SubspaceConfig, build_basis, export_lora, project_lora
 from subspace_peft.errors import SubspaceError
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import randomise
+from .models import randomise
 
 TARGETS = ["embed", "conv", "point", "lin"]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, migrate_task, update_basis
 from subspace_peft.errors import BasisMismatchError, SubspaceError
 
-from .conftest import bert, gpt2, inputs, randomise, train_lora
+from .models import bert, gpt2, inputs, randomise, train_lora
 
 KINDS = [
     {"coefficients": coefficients, "mean_gain": gain, **more}

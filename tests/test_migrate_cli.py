@@ -23,7 +23,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
 from .bundle.conftest import KINDS, NAMES, logits, save
-from .conftest import bert, train_lora
+from .models import bert, train_lora
 
 
 @pytest.fixture

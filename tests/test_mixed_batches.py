@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from subspace_peft import SubspaceConfig, build_basis
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import bert, gpt2, randomise
+from .models import bert, gpt2, randomise
 
 NAMES = ["default", "two", "__base__", "other", "default", "three", "two", "__base__"]
 

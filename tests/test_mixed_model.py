@@ -25,7 +25,7 @@ from subspace_peft import SubspaceConfig, build_basis
 from subspace_peft.errors import BasisMismatchError
 from subspace_peft.tuner import SubspaceLayer, SubspaceModel, peft_mixed, register
 
-from .conftest import TARGETS, bert, gpt2, inputs, randomise, train_lora
+from .models import TARGETS, bert, gpt2, inputs, randomise, train_lora
 from .test_layer_kinds import Small
 from .test_layer_kinds import outputs as outputs_of_small
 

@@ -23,7 +23,7 @@ from subspace_peft.report import validate_basis
 from subspace_peft.report.inspect import inspect_path
 from subspace_peft.sources import open_source
 
-from .conftest import bert, inputs, randomise
+from .models import bert, inputs, randomise
 
 LOWER = ("bfloat16", "float16", "int8")
 # of a fleet of 12 in 256 × 192 dimensions: share of the energy in the basis

@@ -24,7 +24,7 @@ from subspace_peft.errors import BasisMismatchError, SubspaceError
 from subspace_peft.tuner import SubspaceLayer, targets
 from subspace_peft.tuner.targets import base_weight
 
-from .conftest import randomise
+from .models import randomise
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="quantised bases are read through bitsandbytes; it is not installed"

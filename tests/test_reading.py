@@ -19,7 +19,7 @@ from subspace_peft.errors import SourceError
 from subspace_peft.sources import open_source
 from subspace_peft.sources.factors import gram
 
-from .conftest import bert
+from .models import bert
 from .test_build import fleet
 
 

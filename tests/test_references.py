@@ -18,8 +18,8 @@ from subspace_peft.errors import SourceError
 from subspace_peft.hub import looks_like_path, same_model, split_inside
 from subspace_peft.sources import expand, open_source
 
-from .conftest import bert
 from .hub import Hub, commit_of
+from .models import bert
 from .test_build import deltas, fleet
 from .test_hub import client
 

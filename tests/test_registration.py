@@ -18,8 +18,8 @@ import subspace_peft
 from subspace_peft import SubspaceConfig, SubspaceModel
 from subspace_peft.tuner import register
 
-from .conftest import bert
 from .fresh import Server
+from .models import bert
 
 #: Runs a program in a process that has imported torch and transformers, but not PEFT.
 fresh = Server("torch", "transformers.modeling_utils").run

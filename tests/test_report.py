@@ -21,7 +21,7 @@ from subspace_peft.report.measure import measure_module
 from subspace_peft.report.verdict import useful_k, verdict
 from subspace_peft.sources.factors import Factors
 
-from .conftest import bert
+from .models import bert
 from .test_build import deltas, fleet
 from .test_fleet import broken
 from .test_streaming import saved_fleet, shared_fleet

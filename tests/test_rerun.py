@@ -15,8 +15,8 @@ from subspace_peft.builders import rebuild_basis
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 
-from .conftest import bert
 from .hub import Hub
+from .models import bert
 from .test_build import deltas, fleet, kept
 from .test_fleet import broken
 from .test_foreign import trained

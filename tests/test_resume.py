@@ -16,7 +16,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
 from . import fresh
-from .conftest import bert
+from .models import bert
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -26,7 +26,7 @@ from subspace_peft.serve import TaskExports
 from subspace_peft.serve.vllm_resolver import make_resolver, register
 
 from . import fresh
-from .conftest import bert, inputs, randomise
+from .models import bert, inputs, randomise
 
 
 def logits(model) -> torch.Tensor:

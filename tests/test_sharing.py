@@ -15,7 +15,7 @@ from peft import get_peft_model
 from subspace_peft import SubspaceConfig, build_basis
 from subspace_peft.errors import SubspaceError
 
-from .conftest import bert, randomise
+from .models import bert, randomise
 from .push_hub import PushHub
 from .test_hub import client as plain_client
 
@@ -23,14 +23,14 @@ TOKEN = "hf_test"
 PUSH = """
     from peft import get_peft_model
     from subspace_peft import SubspaceBasis, SubspaceConfig
-    from tests.conftest import bert, inputs, randomise
+    from tests.models import bert, inputs, randomise
     basis = SubspaceBasis.from_pretrained({basis!r})
     model = randomise(get_peft_model(bert(), SubspaceConfig(basis=basis, task_type="SEQ_CLS"))).eval()
 """
 LOAD = """
     import subspace_peft
     from peft import PeftModel
-    from tests.conftest import bert, inputs
+    from tests.models import bert, inputs
     model = PeftModel.from_pretrained(bert(), "me/task", **{more}).eval()
     config = model.peft_config["default"]
     print(model(inputs()).logits.double().sum().item(), config.basis, config.basis_revision)
@@ -131,7 +131,7 @@ def test_private_repositories_need_a_token_for_task_and_basis(hub, push, tmp_pat
 @pytest.mark.slow
 def test_a_branch_a_revision_and_an_auto_class(hub, push, tmp_path):
     client(
-        hub, tmp_path / "one", "from tests.conftest import bert", f"bert().save_pretrained({str(tmp_path / 'bert')!r})"
+        hub, tmp_path / "one", "from tests.models import bert", f"bert().save_pretrained({str(tmp_path / 'bert')!r})"
     )
     train = push.replace(
         "bert(),",
@@ -152,7 +152,7 @@ def test_a_branch_a_revision_and_an_auto_class(hub, push, tmp_path):
     auto = """
         from peft import AutoPeftModelForSequenceClassification
         import subspace_peft
-        from tests.conftest import inputs
+        from tests.models import inputs
         model = AutoPeftModelForSequenceClassification.from_pretrained("me/task", revision="dev").eval()
         print(model(inputs()).logits.double().sum().item())
     """

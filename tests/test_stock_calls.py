@@ -26,7 +26,7 @@ from subspace_peft import SubspaceConfig
 from subspace_peft.errors import BasisMismatchError
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import TARGETS, bert, inputs, randomise
+from .models import TARGETS, bert, inputs, randomise
 from .test_layer_kinds import Small
 
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from subspace_peft import SubspaceConfig, export_lora
 
-from .conftest import basis_storage, bert, inputs, needs_transformers_adapters, randomise
+from .models import basis_storage, bert, inputs, needs_transformers_adapters, randomise
 
 
 def logits(model):

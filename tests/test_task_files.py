@@ -19,7 +19,7 @@ from subspace_peft.errors import BadFileError, BasisMismatchError, BasisNotFound
 from subspace_peft.tuner import SubspaceLayer
 
 from . import fresh
-from .conftest import bert, gpt2, inputs, randomise
+from .models import bert, gpt2, inputs, randomise
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -242,7 +242,7 @@ def elsewhere(script: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 LOAD = """
     import sys
-    from tests.conftest import bert, inputs
+    from tests.models import bert, inputs
     from peft import PeftModel
     import subspace_peft, torch
     model = PeftModel.from_pretrained(bert(), {task!r}{more}).eval()
@@ -322,7 +322,7 @@ def test_a_basis_in_memory_is_carried_along_but_never_silently(fleets, tmp_path)
 NATIVE = """
     import subspace_peft, torch
     from transformers import AutoModelForSequenceClassification
-    from tests.conftest import inputs
+    from tests.models import inputs
     {load}
     print(model.eval()(inputs()).logits.double().sum().item())
 """

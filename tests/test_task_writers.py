@@ -33,7 +33,7 @@ from subspace_peft import (
 from subspace_peft.cards.readme import BEGIN
 from subspace_peft.errors import SubspaceError
 
-from .conftest import bert, inputs, randomise
+from .models import bert, inputs, randomise
 
 KINDS: dict[str, dict[str, Any]] = {
     "core": {"mean_gain": "fixed"},

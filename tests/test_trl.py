@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from subspace_peft import SubspaceConfig, build_basis
 
-from .conftest import basis_storage, randomise
+from .models import basis_storage, randomise
 
 trl = pytest.importorskip("trl", reason="tests of TRL's trainers; trl is not installed")
 

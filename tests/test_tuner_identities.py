@@ -14,7 +14,7 @@ from torch import nn
 from subspace_peft import SubspaceConfig, export_lora
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import basis_storage, inputs, randomise
+from .models import basis_storage, inputs, randomise
 
 KINDS = ["core", "factor", "diagonal", "directions"]
 GAINS = ["none", "fixed", "trainable"]
@@ -278,7 +278,7 @@ def test_one_adam_step_moves_the_update_by_alpha_times_the_learning_rate(kind, b
 @pytest.mark.parametrize("generated", ["random", "base-weights"])
 @pytest.mark.parametrize("coefficients", KINDS)
 def test_generated_bases_travel_with_the_task(kind, generated, coefficients, tmp_path):
-    from .conftest import TARGETS
+    from .models import TARGETS
 
     config = SubspaceConfig(basis=generated, k=4, coefficients=coefficients, target_modules=TARGETS[kind], r=2)
     model = randomise(get_peft_model(kind(), config).eval())

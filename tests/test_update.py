@@ -15,7 +15,7 @@ from subspace_peft.builders import rebuild_basis
 from subspace_peft.errors import BadFileError, SourceError, SubspaceError
 from subspace_peft.report import validate_basis
 
-from .conftest import bert, train_lora
+from .models import bert, train_lora
 from .test_build import deltas, fleet, kept
 
 NAMES = ("a.q", "a.v")

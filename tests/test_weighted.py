@@ -11,7 +11,7 @@ from subspace_peft import SubspaceConfig
 from subspace_peft.errors import BasisMismatchError, SubspaceError
 from subspace_peft.tuner import SubspaceLayer
 
-from .conftest import inputs, randomise
+from .models import inputs, randomise
 
 
 def logits(model):

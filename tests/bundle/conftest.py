@@ -12,7 +12,7 @@ from peft import get_peft_model
 from subspace_peft import SubspaceConfig, bundle_tasks
 from subspace_peft.bundle.format import BUNDLE_FILE
 
-from ..conftest import bert, inputs, randomise
+from ..models import bert, inputs, randomise
 
 KINDS = [
     {},

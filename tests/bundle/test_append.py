@@ -14,7 +14,7 @@ from subspace_peft.bundle.format import BUNDLE_FILE
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 
 from .. import fresh
-from ..conftest import bert
+from ..models import bert
 from .conftest import NAMES, logits, save
 
 

@@ -27,7 +27,7 @@ from subspace_peft.bundle.format import BUNDLE_FILE
 from subspace_peft.cli import main
 from subspace_peft.errors import BasisMismatchError, SubspaceError
 
-from ..conftest import bert
+from ..models import bert
 from .conftest import KINDS, NAMES, logits, rewrite, save
 
 

@@ -23,7 +23,7 @@ from subspace_peft.bundle.format import BUNDLE_FILE, check_name
 from subspace_peft.cli import main
 from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 
-from ..conftest import bert
+from ..models import bert
 from .conftest import logits, rewrite, save
 
 

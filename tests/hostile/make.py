@@ -18,7 +18,7 @@ from torch import nn
 from subspace_peft import SubspaceConfig, build_basis
 from subspace_peft.tasks import TaskBank
 
-from ..conftest import randomise
+from ..models import randomise
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASIS, BASIS_CONFIG = "basis.safetensors", "basis_config.json"

@@ -46,7 +46,7 @@ from subspace_peft.cli import main
 from subspace_peft.convert import read_task
 from subspace_peft.tuner import SubspaceLayer
 
-from ..conftest import needs_transformers_adapters
+from ..models import needs_transformers_adapters
 from .models import MAKERS, outputs
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

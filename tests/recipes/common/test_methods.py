@@ -13,7 +13,7 @@ from common import Method, RunCache, compare
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.errors import SubspaceError
 
-from ...conftest import bert
+from ...models import bert
 from .conftest import Runs, head_only
 
 
