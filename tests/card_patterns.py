@@ -169,7 +169,7 @@ data: accuracy on 600 test examples
 \| random basis \| 0\.785 ± 0\.017 \| 3 \| 1,536 \| 770 \| 7,216 \| 0\.004 \|
 \| this basis \| diverged in 1 of 3 \| 3 \| 1,536 \| 770 \| 7,216 \| 0\.012 \|
 
-Every row was trained anew .* not of this file's very numbers\.
+Every row was trained from scratch .* not from the numbers in this file\.
 {END}
 """
 

@@ -1,6 +1,7 @@
-"""Model cards: facts → Markdown with Hub front matter, and where it goes in a README that others write in too.
+"""Model cards: facts → Markdown with the Hub's front matter, merged into a README that others write in too.
 
-Facts are gathered by those who have them (`basis/card.py`, `tuner/card.py`); rendering is pure.
+Facts are gathered where they are known (`basis/card.py`, `tuner/card.py`, `bundle/card.py`). Rendering is a function of
+the facts alone: the text is in `templates/`, how values are escaped in `markdown.py`.
 """
 
 from .facts import (
@@ -13,6 +14,7 @@ from .facts import (
     SourceFacts,
     TaskFacts,
 )
+from .markdown import arguments
 from .readme import Card, add_tags, put_card
 from .render import basis_card, bundle_card, task_card
 
@@ -27,6 +29,7 @@ __all__ = [
     "SourceFacts",
     "TaskFacts",
     "add_tags",
+    "arguments",
     "basis_card",
     "bundle_card",
     "put_card",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..hub import is_hub_id
 
@@ -77,7 +77,27 @@ class BaseFacts:
 
     @property
     def hub_id(self) -> str | None:
+        """The Hub id, or None for a folder and an unknown model."""
         return self.reference if self.reference and is_hub_id(self.reference) else None
+
+    @property
+    def how_to_load(self) -> Literal["code", "auto class"] | None:
+        """What a snippet makes the base model with; None where nothing is known that could."""
+        if self.code:
+            return "code"
+        known = self.reference is not None and self.auto_class is not None and self.auto_class.isidentifier()
+        return "auto class" if known else None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the auto class beside the reference."""
+        return {
+            "revision": self.revision,
+            "id2label": dict(enumerate(self.labels)) if self.labels else None,
+            "num_labels": None if self.labels else self.num_labels,
+            # the checkpoint's own head may have other classes; it is replaced by the task's
+            "ignore_mismatched_sizes": None if self.num_labels is None else True,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
