@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cards import BaseFacts, BasisReferenceFacts, BundledTaskFacts, BundleFacts, Place, bundle_card, put_card
+from ..cards import (
+    BaseFacts,
+    BasisReferenceFacts,
+    BundledTaskFacts,
+    BundleFacts,
+    Place,
+    arguments,
+    bundle_card,
+    put_card,
+)
 from ..cards.facts import AUTO_CLASSES
 
 if TYPE_CHECKING:
@@ -36,7 +45,6 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
         tasks.append(
             BundledTaskFacts(name=name, coefficients=own.get("coefficients"), numbers=numbers, metrics=metrics)
         )
-    revision = f', revision="{place.revision}"' if place.revision else ""
     # a head has to be made for its number of classes, which tasks of a bundle may have each their own
     headed = next((bundle[name] for name in bundle if bundle[name].id2label), None)
     first = headed.name if headed is not None else tasks[0].name
@@ -52,7 +60,9 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
             fingerprint=bundle.fingerprint, reference=config.get("basis"), revision=config.get("basis_revision")
         ),
         tasks=tuple(tasks),
-        loading=(f'model = load_task(base_model, "{place.reference}", "{first}"{revision})',),
+        loading=(
+            f"model = load_task(base_model, {arguments(place.reference, first, revision=place.revision or None)})",
+        ),
         imports=("from subspace_peft import load_task",),
         base=base,
         task_type=task_type,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
+from markupsafe import Markup
+
 # between letters an underscore is one: names such as `first_task` stay readable
 INLINE = re.compile(r"[\\`*\[\]|<]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 # what begins a heading, quotation, list or rule at the start of a line
