@@ -2,109 +2,264 @@
 
 from __future__ import annotations
 
+import tempfile
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..builders.build_file import BASIS_CONFIG, INPUTS, BuildFile, read_build_file
+from ..builders.options import BuildOptions, Resources
 from ..errors import SubspaceError
-from .verbs import base_model, inspect, number, print_json, unfinished
+from .common import Add, add_json, base_model, print_json, unfinished
+from .flags import add_options, flag_of, given_options
+from .inspecting import inspect
 
 if TYPE_CHECKING:
     from ..basis import SubspaceBasis
-    from ..builders import Clusters
+    from ..builders import BuildPlan, Clusters
+
+PRECISIONS = ["float32", "bfloat16", "float16", "int8"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A build as it was asked for, by a file and by flags.
+
+    Attributes:
+        sources: references; None where there are none.
+        options: which basis to build.
+        resources: how much building may take.
+        inputs: ``base_model``, ``like``, ``clusters`` and ``precision``, where given.
+        again: a basis to build again, from its own record.
+    """
+
+    sources: list[Any] | None
+    options: BuildOptions
+    resources: Resources
+    inputs: dict[str, Any]
+    again: str | None = None
+
+
+def add_build(add: Add) -> None:
+    """Add the verb ``build``."""
+    verb = add(
+        "build",
+        help="build a basis from LoRA adapters",
+        description=(
+            "Build a basis from LoRA adapters. Interrupted, the same command goes on from the modules kept in"
+            " FOLDER.partial. Started by `accelerate launch -m subspace_peft build …`, processes and machines divide"
+            " the work."
+        ),
+    )
+    verb.add_argument(
+        "sources",
+        nargs="*",
+        metavar="ADAPTER",
+        help=(
+            "LoRA folder or file, org/name[@revision][:folder], collection:owner/slug, a pattern, or a .txt with one a"
+            " line"
+        ),
+    )
+    verb.add_argument("--out", metavar="FOLDER", help="where to write the basis")
+    verb.add_argument(
+        "--dry-run", action="store_true", help="read and check everything, say what building takes, build nothing"
+    )
+    verb.add_argument(
+        "--config",
+        metavar="FILE",
+        help=(
+            "YAML or JSON with `sources:` (paths, Hub ids, or mappings with `model:` and `weight:`) and the options"
+            " below by their names (`k: 16`, `skip_bad: true`); flags given here win. A basis's folder is such a file"
+        ),
+    )
+    verb.add_argument(
+        "--from-config",
+        metavar="BASIS",
+        help="build a basis again: its own sources, held against their hashes, and its arguments",
+    )
+    add_options(verb, BuildOptions)
+    verb.add_argument("--like", metavar="BASIS", help="a basis whose modules and sizes `random` takes over")
+    verb.add_argument(
+        "--base-model",
+        help=(
+            "model id or folder: for `random` and `base-weights`, --complete base-weights, and to convert adapters"
+            " that are no LoRA"
+        ),
+    )
+    verb.add_argument(
+        "--clusters",
+        metavar="N",
+        help=(
+            "several bases, FOLDER/cluster-0 …, of the parts of the fleet that they keep most of: a number, or 'auto'"
+            " for as many as pay"
+        ),
+    )
+    verb.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="what U and V are stored as (default: float32); the basis says what of the energy that loses",
+    )
+    add_options(verb, Resources)
+    add_json(verb)
+    verb.set_defaults(run=build)
 
 
 def build(args: Namespace) -> int:
+    """Build a basis or clusters of them and say what they are; or plan that, which makes the same checks."""
     from ..builders.distributed import process_group
     from ..builders.resume import forget
 
     if args.out is None and not args.dry_run:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
-    out = None if args.dry_run else Path(args.out).expanduser()
-    beside = None if out is None else unfinished(out)
-    clusters: Clusters | None = None
+    out = None if args.out is None else Path(args.out).expanduser()
     with process_group() as processes:
-        if out is None:
-            return _plan(args) if processes.main else 0
-        said = ""
-        if args.clusters:
-            clusters = _clustered(args, beside)
-        elif args.from_config:
-            said, basis = _rebuilt(args, beside)
-        else:
-            basis = _built(args, beside)
-        if processes.main and clusters is not None:
-            clusters.save_pretrained(out)
-        elif processes.main:
-            basis.to_precision(args.precision or basis.precision or "float32").save_pretrained(out)
+        request = _request(args, out)
+        if args.dry_run:
+            return _say_plan(_planned(request), args.json, bool(request.options.skip_bad)) if processes.main else 0
+        assert out is not None
+        made, said = _made(request)
+        if processes.main:
+            made.save_pretrained(out)
         # not before it is written
         processes.exchange()
+        beside = request.resources.work_folder
         if beside is not None and processes.index == processes.neighbours[0]:
-            forget(beside)
+            forget(Path(beside))
     if not processes.main:
         return 0
-    if clusters is not None:
-        return _say(clusters, args, out)
+    if request.inputs.get("clusters") is not None:
+        return _say_clusters(made, args.json, out)
     if said and not args.json:
         print(said)
     return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
 
 
-def _built(args: Namespace, beside: Path | None) -> SubspaceBasis:
-    from ..basis import SubspaceBasis
-    from ..builders import build_basis
-
-    return build_basis(
-        args.sources or None,
-        k=None if args.k is None else number(args.k),
-        k_in=args.k_in,
-        budget=args.budget,
-        builder=args.builder,
-        like=None if args.like is None else SubspaceBasis.from_pretrained(args.like),
-        weights=args.weights,
-        target_modules=args.target_modules,
-        **_common(args, beside),
-    )
-
-
-def _common(args: Namespace, beside: Path | None) -> dict[str, Any]:
-    """What bases and clusters of them are built with alike."""
-    return {
-        "alternations": args.alternations,
-        "directions": args.directions,
-        "leave_one_out": args.leave_one_out,
-        "complete": args.complete,
-        "base_model": base_model(args),
-        "seed": args.seed,
-        "skip_bad": args.skip_bad,
-        "partial": args.partial,
-        "allow_bin": args.allow_bin,
-        "max_memory": args.max_memory,
-        "work_folder": beside,
-        "progress": not args.quiet,
-    }
+def _request(args: Namespace, out: Path | None) -> Request:
+    """Put together a file and the flags, which win, and check all that needs no source."""
+    again = args.from_config
+    file = BuildFile()
+    given = given_options(args, BuildOptions)
+    if again is not None:
+        if args.config is not None:
+            raise SubspaceError("--from-config and --config are two builds. Give one of them.")
+        place = Path(again).expanduser()
+        if place.is_file() and place.name != BASIS_CONFIG:
+            again, file = None, read_build_file(place)
+        elif place.is_file():
+            again = str(place.parent)
+        _check_again(args, given)
+    elif args.config is not None:
+        file = read_build_file(args.config)
+    settings = {**file.settings, **given}
+    for name in INPUTS:
+        if (value := getattr(args, name)) is not None:
+            settings[name] = value
+    inputs = {name: settings.pop(name) for name in INPUTS if name in settings}
+    resources = {key: inputs.pop(key) for key in ("max_memory",) if key in inputs}
+    if args.progress is not None:
+        resources["progress"] = args.progress
+    if out is not None:
+        _check_writable(out)
+        resources["work_folder"] = unfinished(out)
+    options = BuildOptions(**settings)
+    inputs = _checked(inputs)
+    sources = list(args.sources or file.sources) or None
+    return Request(sources, options, Resources(**resources), inputs, again)
 
 
-def _clustered(args: Namespace, beside: Path | None) -> Clusters:
-    from ..builders import build_clusters
-
-    odd = [name for name in ("from_config", "like", "k_in", "target_modules", "budget") if getattr(args, name)]
-    odd += [name for name, usual in (("builder", "adapters"), ("weights", "equal")) if getattr(args, name) != usual]
+def _check_again(args: Namespace, given: dict[str, Any]) -> None:
+    """Raise `SubspaceError` where a rebuild is given what only a new build decides."""
+    if args.sources:
+        raise SubspaceError("--from-config takes the sources on record; leave the others out.")
+    odd = [*given, *(name for name in ("like", "clusters") if getattr(args, name) is not None)]
     if odd:
-        raise SubspaceError(f"--clusters does not go with --{odd[0].replace('_', '-')}.")
-    given = {} if args.k is None else {"k": number(args.k)}
-    found = build_clusters(
-        args.sources,
-        args.clusters if args.clusters == "auto" else number(args.clusters),
-        **given,
-        **_common(args, beside),
-    )
-    return found.to_precision(args.precision or "float32")
+        raise SubspaceError(
+            f"--from-config takes the options on record; leave {flag_of(odd[0])} out. --config takes the same record"
+            " as a beginning, of which flags change parts."
+        )
 
 
-def _say(clusters: Clusters, args: Namespace, out: Path) -> int:
+def _checked(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs that are there, with numbers read; raise `SubspaceError` where they clash."""
+    found = {name: value for name, value in inputs.items() if value is not None}
+    if (precision := found.get("precision")) not in (None, *PRECISIONS):
+        raise SubspaceError(
+            f"precision={precision!r}: there is no such choice; choose one of {', '.join(PRECISIONS)}."
+        )
+    clusters = found.get("clusters")
+    if isinstance(clusters, str) and clusters != "auto":
+        if not clusters.isdecimal():
+            raise SubspaceError(f"clusters={clusters!r}: give a number from 1 on, or 'auto'.")
+        found["clusters"] = int(clusters)
+    if clusters is not None and "like" in found:
+        raise SubspaceError("clusters= does not go with like=: clusters are of sources.")
+    return found
+
+
+def _check_writable(out: Path) -> None:
+    """Raise `SubspaceError` where no folder can be written at `out`; nothing is left behind."""
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise SubspaceError(f"--out {out}: {there} is a file. Give a folder.")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise SubspaceError(f"--out {out}: nothing can be written in {there} ({error.strerror}).") from error
+
+
+def _opened(request: Request) -> dict[str, Any]:
+    """Return the arguments of builds and plans alike, with models and bases loaded."""
+    from ..basis import SubspaceBasis
+    from ..builders.build_file import open_sources
+
+    model = base_model(request.inputs.get("base_model"))
+    common: dict[str, Any] = {"base_model": model, "resources": request.resources}
+    if request.again is not None:
+        old, precision = SubspaceBasis.from_pretrained(request.again), request.inputs.get("precision")
+        if old.precision is not None and precision not in (None, old.precision):
+            raise SubspaceError(
+                f"precision={precision!r}: {request.again} is stored as {old.precision}, and is built again as that."
+                " --config takes the same record as a beginning, with another precision."
+            )
+        return {"basis": old, **common}
+    sources = request.sources
+    if sources is not None:
+        sources = open_sources(sources, allow_bin=request.options.allow_bin, base_model=model)
+    like = request.inputs.get("like")
+    if like is not None:
+        common["like"] = SubspaceBasis.from_pretrained(like)
+    return {"sources": sources, "options": request.options, **common}
+
+
+def _made(request: Request) -> tuple[SubspaceBasis | Clusters, str]:
+    """Build; returns the basis or bases, and how a basis that was built again compares with the one on record."""
+    from ..builders import build_basis, build_clusters, rebuild_basis
+
+    given, precision = _opened(request), request.inputs.get("precision")
+    if (clusters := request.inputs.get("clusters")) is not None:
+        return build_clusters(clusters=clusters, **given).to_precision(precision or "float32"), ""
+    if request.again is None:
+        return build_basis(**given).to_precision(precision or "float32"), ""
+    old, made = given["basis"], rebuild_basis(**given)
+    other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
+    said = f"built again; the fingerprint {'is the one on record' if made == old else other}"
+    return made.to_precision(precision or made.precision or "float32"), said
+
+
+def _planned(request: Request) -> BuildPlan:
+    from ..builders import plan_build, plan_rebuild
+
+    given = _opened(request)
+    if request.again is not None:
+        return plan_rebuild(**given)
+    return plan_build(clusters=request.inputs.get("clusters"), **given)
+
+
+def _say_clusters(clusters: Clusters, as_json: bool, out: Path) -> int:
     facts = clusters.to_dict()
-    if args.json:
+    if as_json:
         return print_json(facts)
     for step in facts["steps"]:
         print(
@@ -124,39 +279,9 @@ def _say(clusters: Clusters, args: Namespace, out: Path) -> int:
     return 0
 
 
-def _rebuilt(args: Namespace, beside: Path | None) -> tuple[str, SubspaceBasis]:
-    from ..basis import SubspaceBasis
-    from ..builders import rebuild_basis
-
-    if args.sources:
-        raise SubspaceError("--from-config takes the sources on record; leave the others out.")
-    old = SubspaceBasis.from_pretrained(args.from_config)
-    new = rebuild_basis(
-        old, base_model=base_model(args), max_memory=args.max_memory, work_folder=beside, progress=not args.quiet
-    )
-    other = f"is not {old.fingerprint}, as on record: other versions or another platform round otherwise"
-    return f"built again; the fingerprint {'is the one on record' if new == old else other}", new
-
-
-def _plan(args: Namespace) -> int:
-    from ..builders import plan_build
-
-    plan = plan_build(
-        args.sources or None,
-        builder=args.builder,
-        k=None if args.k is None else number(args.k),
-        k_in=args.k_in,
-        budget=args.budget,
-        alternations=args.alternations,
-        complete=args.complete,
-        partial=args.partial,
-        allow_bin=args.allow_bin,
-        max_memory=args.max_memory,
-        base_model=base_model(args),
-        progress=not args.quiet,
-    )
-    refused = bool(plan.skipped) and not args.skip_bad
-    if args.json:
+def _say_plan(plan: BuildPlan, as_json: bool, skip_bad: bool) -> int:
+    refused = bool(plan.skipped) and not skip_bad
+    if as_json:
         print_json(plan.to_dict())
         return int(refused)
     for entry in plan.sources:

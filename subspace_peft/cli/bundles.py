@@ -1,22 +1,21 @@
-"""``subspace-peft bundle …`` and ``compress``: their arguments, and what they print. Imports happen inside."""
+"""``subspace-peft bundle …`` and `compress`: their arguments and output. Imports happen inside."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..builders.option_checks import number
 from ..errors import SubspaceError
-from .verbs import number, print_json
+from .common import Add, add_json, add_quiet, print_json
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
 
-def add_bundle(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """The verb ``bundle`` with its own verbs."""
+def add_bundle(add: Add) -> None:
+    """Add the verb ``bundle`` with its own verbs."""
     top = add("bundle", help="pack tasks into one file", description="Pack tasks into one file; list, add, extract.")
     verb = top.add_subparsers(dest="what", metavar="WHAT", required=True).add_parser
 
@@ -56,12 +55,44 @@ def add_bundle(add: Callable[..., argparse.ArgumentParser]) -> None:
     for each in (show, out):
         each.add_argument("--revision", help="branch, tag or commit on the Hub")
     for each in (make, more, show, out):
-        each.add_argument("--json", action="store_true", help="print the result as JSON")
+        add_json(each)
     for each in (make, more, out):
-        each.add_argument("--quiet", action="store_true", help="no progress bars")
+        add_quiet(each)
+
+
+def add_compress(add: Add) -> None:
+    """Add the verb ``compress``."""
+    verb = add(
+        "compress",
+        help="turn a fleet of LoRAs into a bundle",
+        description="Project LoRAs on a basis and pack them into one bundle; say what is kept, lost and saved.",
+    )
+    verb.add_argument("loras", nargs="+", metavar="LORA", help="LoRA folder, or Hub id with @revision")
+    verb.add_argument("--basis", required=True, help="folder or Hub id of the basis")
+    verb.add_argument("--out", required=True, metavar="FOLDER", help="the bundle's folder")
+    verb.add_argument(
+        "--min-energy",
+        default="0.5",
+        metavar="SHARE",
+        help="refuse an adapter of which less than this is kept, residual and all (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--residual",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="below the threshold, keep a residual of up to this rank (1 to 4 are usual)",
+    )
+    verb.add_argument("--skip-bad", action="store_true", help="leave refused adapters out, each with its reason")
+    verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
+    verb.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored numbers")
+    add_json(verb)
+    add_quiet(verb)
+    verb.set_defaults(run=compress)
 
 
 def create(args: Namespace) -> int:
+    """Pack saved tasks into a bundle."""
     import torch
 
     from ..bundle import bundle_tasks
@@ -74,6 +105,7 @@ def create(args: Namespace) -> int:
 
 
 def add_to(args: Namespace) -> int:
+    """Add saved tasks to a bundle."""
     from ..bundle import add_tasks
 
     made = add_tasks(
@@ -83,6 +115,7 @@ def add_to(args: Namespace) -> int:
 
 
 def ls(args: Namespace) -> int:
+    """List the tasks of a bundle."""
     from ..bundle import open_bundle
 
     found = open_bundle(args.bundle, revision=args.revision)
@@ -90,6 +123,7 @@ def ls(args: Namespace) -> int:
 
 
 def extract(args: Namespace) -> int:
+    """Write tasks of a bundle as adapter folders."""
     from ..bundle import extract_tasks
 
     if not args.tasks and not args.all:
@@ -112,6 +146,7 @@ def extract(args: Namespace) -> int:
 
 
 def compress(args: Namespace) -> int:
+    """Turn a fleet of LoRAs into a bundle."""
     import torch
 
     from ..bundle import compress_fleet
@@ -146,7 +181,7 @@ def compress(args: Namespace) -> int:
 
 
 def storage_table(storage: Any) -> str:
-    """The storage report in a few lines."""
+    """Return the storage report in a few lines."""
     even = "never" if storage.break_even is None else f"from {storage.break_even:,} adapters on"
     rows = [
         (f"{storage.adapters:,} adapters before", storage.before),

@@ -1,18 +1,20 @@
-"""`subspace-peft update`, `complete` and `migrate`: a basis's next version, and its tasks."""
+"""``subspace-peft update``, `complete` and `migrate`: a basis's next version, and its tasks."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..builders.options import CompleteOptions, Resources, UpdateOptions
 from ..errors import SubspaceError
-from .verbs import base_model, inspect, number, print_json, unfinished
+from .common import BASE_MODEL_HELP, Add, add_json, add_quiet, base_model, print_json, unfinished
+from .flags import add_options, given_options
+from .inspecting import inspect
 
 
-def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
-    """The verb `update`."""
+def add_update(add: Add) -> None:
+    """Add the verb ``update``."""
     verb = add(
         "update",
         help="grow a basis by what new adapters need, and carry its tasks over",
@@ -25,32 +27,20 @@ def add_update(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     verb.add_argument("basis", help="folder or Hub id of the basis")
     verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
-    verb.add_argument(
-        "--add",
-        default="8",
-        help="most new directions per side, or a share of the new adapters' energy to keep (default: %(default)s)",
-    )
-    verb.add_argument("--add-in", type=int, help="on the input side, where they differ")
-    verb.add_argument("-k", "--k", type=int, help="fit so many directions anew; tasks drift")
-    verb.add_argument("--k-in", type=int, help="on the input side, where they differ")
-    verb.add_argument("--weights", default="equal", choices=["equal", "norm"], help="how sources count")
-    verb.add_argument("--alternations", type=int, default=10, help="most rounds after the HOSVD")
-    verb.add_argument("--skip-bad", action="store_true", help="leave bad sources out, each with its reason")
-    verb.add_argument("--partial", action="store_true", help="allow modules that only some of the new sources adapt")
-    verb.add_argument("--allow-bin", action="store_true", help="read pickled adapter_model.bin too, weights_only")
-    verb.add_argument("--base-model", help="model id or folder, to convert adapters that are no LoRA")
-    verb.add_argument("--max-memory", default="2GB", metavar="SIZE", help="as for build (default: %(default)s)")
+    add_options(verb, UpdateOptions)
+    verb.add_argument("--base-model", help=BASE_MODEL_HELP)
     verb.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="tasks and bundles on the basis to carry over"
     )
     verb.add_argument("--tasks-out", metavar="FOLDER", help="where to write them, each under its own name")
     _add_drift(verb)
+    add_options(verb, Resources)
+    add_json(verb)
     verb.set_defaults(run=update)
-    return verb
 
 
-def add_migrate(add: Callable[..., ArgumentParser]) -> ArgumentParser:
-    """The verb `migrate`."""
+def add_migrate(add: Add) -> None:
+    """Add the verb ``migrate``."""
     verb = add(
         "migrate",
         help="carry tasks over to another version of their basis",
@@ -63,12 +53,13 @@ def add_migrate(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write them, each under its own name")
     verb.add_argument("--old-basis", help="where their own basis is, if not where they say")
     _add_drift(verb)
+    add_json(verb)
+    add_quiet(verb)
     verb.set_defaults(run=migrate)
-    return verb
 
 
-def add_complete(add: Callable[..., ArgumentParser]) -> ArgumentParser:
-    """The verb `complete`."""
+def add_complete(add: Add) -> None:
+    """Add the verb ``complete``."""
     verb = add(
         "complete",
         help="fill a basis up to more directions",
@@ -79,15 +70,11 @@ def add_complete(add: Callable[..., ArgumentParser]) -> ArgumentParser:
     )
     verb.add_argument("basis", help="folder or Hub id of the basis")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
-    verb.add_argument("-k", "--k", type=int, required=True, help="directions per side")
-    verb.add_argument("--k-in", type=int, help="directions on the input side, where they differ")
-    verb.add_argument(
-        "--with", dest="filling", default="random", choices=["random", "base-weights"], help="(default: %(default)s)"
-    )
+    add_options(verb, CompleteOptions)
     verb.add_argument("--base-model", help="model id or folder, for base-weights")
-    verb.add_argument("--seed", type=int, default=0)
+    add_json(verb)
+    add_quiet(verb)
     verb.set_defaults(run=complete)
-    return verb
 
 
 def _add_drift(verb: ArgumentParser) -> None:
@@ -100,7 +87,7 @@ def _add_drift(verb: ArgumentParser) -> None:
 
 
 def update(args: Namespace) -> int:
-    """Update a basis; first see what that does to all the tasks, then write."""
+    """Update a basis: carry all tasks over in memory first, then write."""
     from ..basis import SubspaceBasis
     from ..builders import update_basis
     from ..builders.resume import forget
@@ -108,28 +95,22 @@ def update(args: Namespace) -> int:
 
     if bool(args.tasks) != bool(args.tasks_out):
         raise SubspaceError("Give both, --tasks and --tasks-out: which tasks to carry over, and where to.")
+    given = given_options(args, UpdateOptions)
+    if "k" not in given:
+        given.pop("max_drift", None)  # of the tasks alone: where the basis grows, it keeps all
+    options = UpdateOptions(**given)
+    beside = unfinished(args.out)
+    resources = Resources(work_folder=beside, **given_options(args, Resources))
     old = SubspaceBasis.from_pretrained(args.basis)
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
-    tasks = _Tasks(args.tasks, args.tasks_out, bound, not args.quiet)
-    beside = unfinished(args.out)
+    tasks = _Tasks(args.tasks, args.tasks_out, bound, resources.progress)
     new = update_basis(
         old,
         args.sources,
-        add=number(args.add),
-        add_in=args.add_in,
-        k=args.k,
-        k_in=args.k_in,
-        cores=tasks.cores() if args.k is not None else (),
-        weights=args.weights,
-        alternations=args.alternations,
-        max_drift=args.max_drift if args.k is not None else None,
-        skip_bad=args.skip_bad,
-        partial=args.partial,
-        allow_bin=args.allow_bin,
-        base_model=base_model(args),
-        max_memory=args.max_memory,
-        work_folder=beside,
-        progress=not args.quiet,
+        cores=tasks.cores() if options.refit is not None else (),
+        base_model=base_model(args.base_model),
+        options=options,
+        resources=resources,
     )
     tasks.try_out(new)
     new.save_pretrained(args.out)
@@ -165,12 +146,9 @@ def complete(args: Namespace) -> int:
 
     new = complete_basis(
         args.basis,
-        args.k,
-        k_in=args.k_in,
-        with_=args.filling,
-        base_model=base_model(args),
-        seed=args.seed,
+        base_model=base_model(args.base_model),
         progress=not args.quiet,
+        **given_options(args, CompleteOptions),
     )
     new.save_pretrained(args.out)
     return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
@@ -231,7 +209,7 @@ class _Tasks:
                 self.tasks[name] = (repo, {} if revision is None else {"revision": revision})
 
     def cores(self) -> list[dict[str, Any]]:
-        """The cores of all tasks, in units of ΔW."""
+        """Return the cores of all tasks, in units of ΔW."""
         from ..bundle import open_bundle
         from ..tasks import read_task
 
@@ -252,7 +230,7 @@ class _Tasks:
             self.done[name] = migrate_task(repo, basis, max_drift=self.max_drift, old_basis=self.old_basis, **hub)
 
     def write(self, basis: Any) -> list[dict[str, Any]]:
-        """Write all of them; what `--json` says of each."""
+        """Write all of them; returns the facts that `--json` prints of each."""
         from ..bundle import migrate_bundle
 
         facts = []

@@ -1,0 +1,55 @@
+"""Small things that several verbs share. Imports happen inside."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Add = Callable[..., ArgumentParser]  # argparse's `add_parser`
+
+BASE_MODEL_HELP = "model id or folder, to convert adapters that are no LoRA"
+ALLOW_BIN_HELP = "read pickled adapter_model.bin too, weights_only"
+
+
+def add_json(verb: ArgumentParser) -> None:
+    """Add the flag that prints the result as JSON."""
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_quiet(verb: ArgumentParser) -> None:
+    """Add the flag that hides progress bars."""
+    verb.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def base_model(name: str | None) -> Any:
+    """Load a base model by its id or folder; None where there is no name."""
+    if not name:
+        return None
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(name)
+
+
+def unfinished(out: str | Path) -> Path | None:
+    """Return the folder where finished modules are kept until all of `out` is written: ``<out>.partial``.
+
+    None where `out` has no name.
+    """
+    out = Path(out).expanduser()
+    return out.with_name(f"{out.name}.partial") if out.name else None
+
+
+def print_json(facts: Any) -> int:
+    """Print JSON; returns the exit status 0."""
+    print(json.dumps(facts, indent=2, default=str))
+    return 0
+
+
+def print_table(facts: dict[str, Any]) -> None:
+    """Print names and values in two columns."""
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")

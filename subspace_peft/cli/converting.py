@@ -1,0 +1,83 @@
+"""``subspace-peft project`` and `export-lora`. Imports happen inside."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ..builders.option_checks import number
+from .common import Add, add_json, add_quiet, print_json
+
+
+def add_project(add: Add) -> None:
+    """Add the verb ``project``."""
+    verb = add(
+        "project",
+        help="turn a LoRA into coefficients",
+        description="Project a LoRA on a basis and say how much of it the basis keeps.",
+    )
+    verb.add_argument("lora", help="LoRA folder, or Hub id with @revision")
+    verb.add_argument("--basis", required=True, help="folder or Hub id of the basis")
+    verb.add_argument("--out", metavar="FOLDER", help="write the coefficients as a task")
+    verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
+    add_json(verb)
+    add_quiet(verb)
+    verb.set_defaults(run=project)
+
+
+def add_export_lora(add: Add) -> None:
+    """Add the verb ``export-lora``."""
+    verb = add(
+        "export-lora",
+        help="turn a task into a stock PEFT LoRA",
+        description="Write a task as a stock PEFT LoRA folder: exact, no SVD unless --rank asks for one.",
+    )
+    verb.add_argument("task", help="folder or Hub id of a task")
+    verb.add_argument("--out", required=True, metavar="FOLDER")
+    verb.add_argument("--basis", help="where the basis is, if not where the task says")
+    verb.add_argument("--rank", type=int, help="truncate to this rank")
+    verb.add_argument("--pad-to", help="fill up to this rank with zeros, or 'vllm'")
+    verb.add_argument("--no-modules-to-save", action="store_true", help="leave classifiers and the like out")
+    add_json(verb)
+    add_quiet(verb)
+    verb.set_defaults(run=export_lora)
+
+
+def project(args: Namespace) -> int:
+    """Project a LoRA on a basis."""
+    from ..convert import project_lora
+
+    projection = project_lora(args.lora, args.basis, check_base_model=not args.no_base_check)
+    facts = projection.to_dict()
+    if args.out:
+        facts["out"] = str(projection.save_pretrained(args.out))
+    if args.json:
+        return print_json(facts)
+    for name, share in projection.energy.items():
+        print(f"  {share:.4f}  {name}")
+    print(
+        f"energy kept {projection.energy_kept:.4f} (random basis {projection.energy_random:.4f}), relative error "
+        f"{projection.relative_error:.3f}: {projection.verdict}"
+    )
+    return 0
+
+
+def export_lora(args: Namespace) -> int:
+    """Write a task as a stock LoRA."""
+    from ..convert import export_lora as export
+
+    pad = args.pad_to if args.pad_to in (None, "vllm") else number(args.pad_to)
+    result = export(
+        args.task,
+        args.out,
+        basis=args.basis,
+        rank=args.rank,
+        pad_to=pad,
+        modules_to_save=False if args.no_modules_to_save else None,
+    )
+    if args.json:
+        return print_json(result.to_dict())
+    print(
+        f"{result.folder}: LoRA r={result.rank} for {result.modules} modules, {result.bytes:,} bytes, "
+        f"{result.energy_kept:.6f} of the update's energy"
+    )
+    return 0

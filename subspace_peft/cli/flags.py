@@ -1,0 +1,95 @@
+"""Flags made from the definitions of options, and options made from the flags that were given."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Collection
+from dataclasses import Field, fields
+from typing import Any
+
+from ..builders.option_checks import Options, number, truth_or_none
+from ..builders.options import BuildOptions, CompleteOptions, Resources, UpdateOptions
+from ..errors import ProcessError, SourceError
+
+INPUTS = {"base_model": "--base-model", "like": "--like", "clusters": "--clusters", "precision": "--precision"}
+
+
+def add_options(verb: ArgumentParser, kind: type[Options], leave_out: Collection[str] = ()) -> None:
+    """Add a flag for every option that has one.
+
+    Args:
+        verb: the verb's parser.
+        kind: the dataclass of options.
+        leave_out: names of options that the verb does not take.
+    """
+    for each in fields(kind):  # type: ignore[arg-type]
+        flags = flags_of(each)
+        if not flags or each.name in leave_out:
+            continue
+        shown: dict[str, Any] = dict(each.metadata["shown"])
+        if each.default is False:
+            shown["action"] = "store_true"
+        elif each.default is True:
+            shown["action"] = "store_false"
+        elif each.metadata["check"] is truth_or_none:
+            shown["action"] = argparse.BooleanOptionalAction
+        elif each.metadata["convert"] in (int, float):
+            shown["type"] = each.metadata["convert"]
+        help = each.metadata["help"].replace("{default}", str(each.default))
+        # None: not given, so that a file's settings or the option's own default hold
+        verb.add_argument(*flags, dest=each.name, default=None, help=help, **shown)
+
+
+def flags_of(option: Field[Any]) -> tuple[str, ...]:
+    """Return an option's flags; empty where it has none."""
+    flags = option.metadata["flags"]
+    return (f"--{option.name.replace('_', '-')}",) if flags is None else tuple(flags)
+
+
+def given_options(args: Namespace, kind: type[Options]) -> dict[str, Any]:
+    """Return the options that were given on the command line, by name.
+
+    Raises:
+        SubspaceError: a text that is no number.
+    """
+    found = {}
+    for each in fields(kind):  # type: ignore[arg-type]
+        value = getattr(args, each.name, None)
+        if value is not None:
+            found[each.name] = number(value) if each.metadata["convert"] is number else value
+    return found
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of an option or input by its name in Python."""
+    return _flags().get(name, f"--{name.replace('_', '-')}")
+
+
+def in_flags(error: Exception) -> str:
+    """Return an error's text with options in the command line's words: ``k=0`` as ``-k 0``.
+
+    Texts about sources name files, whose names may hold anything; there only hints such as ``skip_bad=True
+    (--skip-bad)`` are shortened.
+    """
+    flags = _flags()
+
+    def shortened(match: re.Match[str]) -> str:
+        return match["flag"] if flags.get(match["name"]) == match["flag"] else match[0]
+
+    text = re.sub(r"\b(?P<name>\w+)=[\w'\[\]]*\s\((?P<flag>--?[\w-]+)\)", shortened, str(error))
+    if isinstance(error, (SourceError, ProcessError)):
+        return text
+    # as options are written, but not within paths
+    names = "|".join(sorted(flags, key=len, reverse=True))
+    text = re.sub(rf"(?<![\w/.-])({names})=(?=[\s.,:;)]|$)", lambda match: flags[match[1]], text)
+    return re.sub(
+        rf"(?<![\w/.-])({names})=(True\b)?", lambda match: f"{flags[match[1]]}{'' if match[2] else ' '}", text
+    )
+
+
+def _flags() -> dict[str, str]:
+    kinds = (BuildOptions, UpdateOptions, CompleteOptions, Resources)
+    found = {each.name: flags_of(each) for kind in kinds for each in fields(kind)}
+    return {name: flags[0] for name, flags in found.items() if flags} | INPUTS | {"max_drift": "--max-drift"}

@@ -1,0 +1,205 @@
+"""``subspace-peft inspect``, `validate`, `analyze` and `report`. Imports happen inside."""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import Namespace
+
+from ..errors import SubspaceError
+from .common import ALLOW_BIN_HELP, BASE_MODEL_HELP, Add, add_json, add_quiet, base_model, print_json, print_table
+
+
+def add_inspect(add: Add) -> None:
+    """Add the verb ``inspect``."""
+    verb = add(
+        "inspect", help="say what a basis or a task is", description="Say what a basis or a task is; verify it."
+    )
+    verb.add_argument("path", help="folder or Hub id")
+    verb.add_argument("--no-verify", action="store_true", help="do not read and hash every tensor")
+    add_json(verb)
+    verb.set_defaults(run=inspect)
+
+
+def add_validate(add: Add) -> None:
+    """Add the verb ``validate``."""
+    verb = add(
+        "validate",
+        help="check a basis file",
+        description=(
+            "Check a basis: hashes, fingerprint, shapes, finite values, orthonormal directions. Exit status 1 if"
+            " anything is wrong."
+        ),
+    )
+    verb.add_argument("basis", help="folder or Hub id")
+    add_json(verb)
+    verb.set_defaults(run=validate)
+
+
+def add_analyze(add: Add) -> None:
+    """Add the verb ``analyze``."""
+    verb = add(
+        "analyze",
+        help="compare adapters with one another, and with a basis",
+        description=(
+            "Pairwise similarity of the adapters' updates, near-duplicates, shared seeds, outliers, and what a basis"
+            " keeps of each."
+        ),
+    )
+    verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
+    verb.add_argument("--basis", help="folder or Hub id of a basis")
+    verb.add_argument("--base-model", help=BASE_MODEL_HELP)
+    verb.add_argument("--allow-bin", action="store_true", help=ALLOW_BIN_HELP)
+    add_json(verb)
+    add_quiet(verb)
+    verb.set_defaults(run=analyze)
+
+
+def add_report(add: Add) -> None:
+    """Add the verb ``report``."""
+    verb = add(
+        "report",
+        help="say what a basis is worth for a fleet",
+        description=(
+            "Hold a basis against a fleet, from weights alone: spectra beside noise of the same strength, what it"
+            " keeps of adapters it has seen and has not, a k, and a verdict. Writes report.html, report.json and the"
+            " figures."
+        ),
+    )
+    verb.add_argument("basis", help="folder or Hub id")
+    verb.add_argument(
+        "--fleet",
+        nargs="+",
+        metavar="ADAPTER",
+        help="as for build; default: the basis's own sources, where they still are",
+    )
+    verb.add_argument("--out", default="basis-report", metavar="FOLDER", help="default: %(default)s")
+    verb.add_argument(
+        "--sample", type=int, default=64, metavar="N", help="measure at most so many adapters (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--modules", type=int, metavar="N", help="measure so many modules (default: all, 16 where ranks are many)"
+    )
+    verb.add_argument("--seed", type=int, default=0, help="of the sample, the folds and the noise")
+    verb.add_argument("--base-model", help=BASE_MODEL_HELP)
+    verb.add_argument("--allow-bin", action="store_true", help=ALLOW_BIN_HELP)
+    add_json(verb)
+    add_quiet(verb)
+    verb.set_defaults(run=report)
+
+
+def inspect(args: Namespace) -> int:
+    """Say what a basis or a task is."""
+    from ..report.inspect import inspect_path
+
+    facts = inspect_path(args.path, verify=not args.no_verify)
+    if args.json:
+        return print_json(facts)
+    if facts["kind"] == "task":
+        hidden = {"update_norms"}
+        print_table({key: value for key, value in facts.items() if key not in hidden})
+        return 0
+    print(f"{facts['location']}: a basis for {facts['modules']} modules of {facts['base_model']}, {facts['k']}")
+    print(f"fingerprint {facts['fingerprint']}" + (" (every tensor verified)" if facts["verified"] else ""))
+    print(
+        f"{facts['frozen_numbers']:,} frozen numbers, {facts['bytes'] or 0:,} bytes; a task:"
+        f" {facts['core_numbers_per_task']:,} numbers"
+    )
+    if "energy_kept" in facts:
+        print(f"energy kept {facts['energy_kept']:.4f}; a random basis of equal size {facts['energy_random']:.4f}")
+    if facts["precision"]:
+        lost = facts["precision"]
+        print(
+            f"stored as {lost['stored']}, which loses {lost['energy_lost']:.2g} of that energy (at most"
+            f" {lost['energy_lost_at_most']:.2g} of any update's)"
+        )
+    if "energy_left_out" in facts:
+        print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
+    for source in facts["sources"]:
+        print(
+            f"  {source['name']}: ranks {source['ranks']}, energy kept {_share(source['energy_kept'])}, seed group"
+            f" {source['seed_group']}"
+        )
+    for entry in facts["skipped"]:
+        print(f"  left out: {entry['reason']}")
+    return 0
+
+
+def validate(args: Namespace) -> int:
+    """Check a basis; the exit status is 1 where anything is wrong."""
+    from ..report import validate_basis
+
+    facts = validate_basis(args.basis)
+    if args.json:
+        print_json(facts)
+        return int(bool(facts["problems"]))
+    for problem in facts["problems"]:
+        print(f"  {problem}")
+    verdict = f"{len(facts['problems'])} problems" if facts["problems"] else "valid"
+    print(
+        f"{facts['location']}: {verdict}; {facts['modules']} modules read and hashed, fingerprint"
+        f" {facts['fingerprint']}, directions orthonormal to {facts['orthonormality']:.1e}"
+    )
+    return int(bool(facts["problems"]))
+
+
+def analyze(args: Namespace) -> int:
+    """Compare adapters with one another, and with a basis."""
+    from ..report import analyze_fleet
+
+    found = analyze_fleet(
+        args.sources,
+        basis=args.basis,
+        allow_bin=args.allow_bin,
+        base_model=base_model(args.base_model),
+        progress=not args.quiet,
+    )
+    if args.json:
+        return print_json(found.to_dict())
+    for entry in found.sources:
+        line = (
+            f"  {entry['name']}: ranks {entry['ranks']}, {entry['modules']} modules, norm {entry['norm']:.4g}, seed"
+            f" group {entry['seed_group']}"
+        )
+        if "nearest" in entry:
+            line += f", nearest {entry['nearest']} (cosine {entry['nearest_cosine']:.3f})"
+        if "energy_kept" in entry:
+            line += f", the basis keeps {entry['energy_kept']:.4f} (a random one {entry['energy_random']:.4f})"
+        print(line + (f", not covered: {entry['not_covered']}" if "not_covered" in entry else ""))
+    for one, other, value in found.near_duplicates:
+        print(f"  near-duplicates: {one}, {other} (cosine {value:.4f})")
+    for entry in found.outliers:
+        print(f"  outlier: {entry['name']}: {entry['reason']}")
+    for entry in found.skipped:
+        print(f"  cannot be used: {entry['reason']}")
+    return 0
+
+
+def report(args: Namespace) -> int:
+    """Write a report on a basis and say its verdict."""
+    from ..report import report_basis
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SubspaceError("A report's figures need matplotlib: pip install subspace-peft[report].")
+    found = report_basis(
+        args.basis,
+        args.fleet,
+        sample=args.sample,
+        modules=args.modules,
+        seed=args.seed,
+        allow_bin=args.allow_bin,
+        base_model=base_model(args.base_model),
+        progress=not args.quiet,
+    )
+    page = found.save(args.out)
+    if args.json:
+        return print_json({"page": str(page), **found.to_dict()})
+    for line in found.verdict:
+        print(line)
+    if found.skipped:
+        print(f"{len(found.skipped)} adapters were not used; the page says why.")
+    print(page)
+    return 0
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"

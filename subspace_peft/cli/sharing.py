@@ -1,0 +1,113 @@
+"""``subspace-peft push`` and `cache`: bases, tasks and bundles on the Hub. Imports happen inside."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..errors import SubspaceError
+from .common import Add, add_json, print_json
+
+
+def add_push(add: Add) -> None:
+    """Add the verb ``push``."""
+    verb = add(
+        "push",
+        help="upload a basis, a task or a bundle",
+        description=(
+            "Upload a basis, a saved task or a bundle to the Hub in one commit; a task's basis is pinned to a commit"
+            " first."
+        ),
+    )
+    verb.add_argument("folder", help="of the basis, the task or the bundle")
+    verb.add_argument("repo_id", help="org/name; made where there is none")
+    verb.add_argument(
+        "--push-basis-to", metavar="REPO", help="push a task's or bundle's basis as well, where it is local only"
+    )
+    verb.add_argument("--force", action="store_true", help="push although its basis is local only")
+    verb.add_argument("--private", action="store_true", help="make new repositories private")
+    verb.add_argument("--branch", help="other than main; made where there is none")
+    verb.add_argument("--message", help="of the commit")
+    verb.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    add_json(verb)
+    verb.set_defaults(run=push)
+
+
+def add_cache(add: Add) -> None:
+    """Add the verb ``cache``."""
+    verb = add(
+        "cache",
+        help="list, verify or remove fetched bases",
+        description="List, verify or remove the bases this machine has fetched.",
+    )
+    verb.add_argument("what", choices=["ls", "verify", "rm"], help="what to do")
+    verb.add_argument(
+        "fingerprint", nargs="*", help="their beginnings suffice; all by default, which rm wants said by --all"
+    )
+    verb.add_argument("--all", action="store_true", help="remove every one")
+    add_json(verb)
+    verb.set_defaults(run=cache)
+
+
+def push(args: Namespace) -> int:
+    """Upload a basis, a task or a bundle."""
+    from ..basis import SubspaceBasis
+    from ..basis.files import CONFIG_FILE
+    from ..bundle import push_bundle
+    from ..bundle.format import BUNDLE_FILE
+    from ..tasks.push import push_saved_task
+
+    folder = Path(args.folder).expanduser()
+    common = {"private": args.private or None, "commit_message": args.message, "create_pr": args.create_pr}
+    dependent = {**common, "push_basis_to": args.push_basis_to, "force": args.force, "revision": args.branch}
+    if (folder / CONFIG_FILE).is_file():
+        kind = "basis"
+        commit = SubspaceBasis.from_pretrained(folder).push_to_hub(args.repo_id, branch=args.branch, **common)
+    elif (folder / BUNDLE_FILE).is_file():
+        kind, commit = "bundle", push_bundle(folder, args.repo_id, **dependent)
+    elif (folder / "adapter_config.json").is_file():
+        kind, commit = "task", push_saved_task(folder, args.repo_id, **dependent)
+    else:
+        raise SubspaceError(f"{folder}: neither a basis, a task nor a bundle is in there.")
+    if args.json:
+        return print_json({"kind": kind, "repo_id": args.repo_id, "revision": commit})
+    print(f"{args.repo_id}@{commit} ({kind})")
+    return 0
+
+
+def cache(args: Namespace) -> int:
+    """List, verify or remove fetched bases."""
+    from ..basis import cache as kept
+
+    if args.what == "rm" and not args.fingerprint and not args.all:
+        raise SubspaceError(
+            "cache rm: give the beginning of a fingerprint, or --all. `subspace-peft cache ls` lists them."
+        )
+    chosen = [kept.find_entry(start) for start in args.fingerprint] or list(kept.entries())
+    facts = []
+    for entry in chosen:
+        fact = {
+            "fingerprint": entry.fingerprint,
+            "location": entry.location,
+            "revision": entry.revision,
+            "bytes": entry.bytes,
+            "modules": entry.modules,
+            "base_model": entry.base_model,
+        }
+        if args.what == "verify":
+            fact["problem"] = kept.verify(entry)
+        if args.what == "rm":
+            kept.remove(entry)
+        facts.append(fact)
+    if args.json:
+        print_json(facts)
+    elif not facts:
+        print("The cache is empty.")
+    else:
+        for fact in facts:
+            done = {"rm": "removed: ", "verify": f"{fact.get('problem') or 'intact'}: ", "ls": ""}[args.what]
+            print(
+                f"{done}{fact['fingerprint'][:12]}  {fact['bytes']:,} bytes, {fact['modules']} modules of"
+                f" {fact['base_model']}, from {fact['location']}@{(fact['revision'] or '')[:12]}"
+            )
+    return 1 if any(fact.get("problem") for fact in facts) else 0
