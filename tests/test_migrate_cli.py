@@ -121,7 +121,7 @@ def test_all_or_none(bases, folders, new_loras, tmp_path, capsys):
     bundle_tasks(folders[:2], tmp_path / "bundle", progress=False)
     for some in (tasks, ["--tasks", str(tmp_path / "bundle"), "--tasks-out", str(tmp_path / "moved")]):
         assert main([*command, *some]) == 1
-        assert "max_drift=1e-05" in capsys.readouterr().err
+        assert "--max-drift 1e-05" in capsys.readouterr().err
     assert not (tmp_path / "v2").exists() and not (tmp_path / "moved").exists()
     assert main([*command, *tasks, "--max-drift", "1", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -81,12 +81,16 @@ def in_flags(error: Exception) -> str:
     text = re.sub(r"\b(?P<name>\w+)=[\w'\[\]]*\s\((?P<flag>--?[\w-]+)\)", shortened, str(error))
     if isinstance(error, (SourceError, ProcessError)):
         return text
-    # as options are written, but not within paths
+    # options as they are written, but not within paths, nor in calls that are quoted
     names = "|".join(sorted(flags, key=len, reverse=True))
-    text = re.sub(rf"(?<![\w/.-])({names})=(?=[\s.,:;)]|$)", lambda match: flags[match[1]], text)
-    return re.sub(
-        rf"(?<![\w/.-])({names})=(True\b)?", lambda match: f"{flags[match[1]]}{'' if match[2] else ' '}", text
-    )
+    written = re.compile(rf"(?<![\w/.-])({names})=(?:True\b|(?P<alone>(?=[\s.,:;)]|$))|(?=.))")
+
+    def flagged(match: re.Match[str]) -> str:
+        alone = match["alone"] is not None or match[0].endswith("True")
+        return flags[match[1]] + ("" if alone else " ")
+
+    parts = text.split("`")
+    return "`".join(written.sub(flagged, part) if place % 2 == 0 else part for place, part in enumerate(parts))
 
 
 def _flags() -> dict[str, str]:
