@@ -68,12 +68,12 @@ def in_float32(source: Path, target: Path) -> None:
 def our_side(root: Path, length: int) -> dict[str, Any]:
     """Write basis and task below `root`; returns the prompts and our own tokens, without the task and with it."""
     import torch
-    from offline.models import llama_lm
     from peft import get_peft_model
 
     from subspace_peft import SubspaceConfig, TaskBank, build_basis
+    from subspace_peft.recipes import load_recipe
 
-    model, tokenizer = llama_lm()
+    model, tokenizer = load_recipe("offline.models").llama_lm()
 
     def tokens() -> list[list[int]]:
         found = []
@@ -103,11 +103,10 @@ def main() -> int:
     parser.add_argument("--node", type=Path, required=True, help="where node-llama-cpp is or is to be")
     parser.add_argument("--length", type=int, default=24, help="tokens per prompt")
     args = parser.parse_args()
-    from offline.models import LANGUAGE_MODEL
-    from offline.packages import fetch, find
-
     from subspace_peft.convert import export_gguf
+    from subspace_peft.recipes import load_recipe
 
+    models, packages = load_recipe("offline.models"), load_recipe("offline.packages")
     node = args.node.resolve()
     if not (node / "node_modules" / "node-llama-cpp").is_dir():
         node.mkdir(parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ def main() -> int:
             check=True,
         )
     (node / "tokens.mjs").write_text(SCRIPT, encoding="utf-8")
-    model = find(fetch(LANGUAGE_MODEL), ".gguf")
+    model = packages.find(packages.fetch(models.LANGUAGE_MODEL), ".gguf")
     with tempfile.TemporaryDirectory(prefix="llama-cpp-tokens-") as scratch:
         root = Path(scratch)
         ours = our_side(root, args.length)

@@ -51,7 +51,7 @@ def environment(folder: Path) -> Path:
         subprocess.run([*pip, "install", "--progress-bar", "off", VLLM], check=True)
         subprocess.run([*pip, "uninstall", "--yes", *UNUSED], check=True)
         ready.write_text(VLLM + "\n", encoding="utf-8")
-    # anew each time: the resolver under test is this checkout's
+    # each time again: the resolver under test is this checkout's
     install = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--progress-bar", "off"]
     subprocess.run([*install, "--force-reinstall", "--no-deps", str(HERE.parent.parent)], check=True)
     subprocess.run([*install, "peft>=0.21", "accelerate", "datasets", "evaluate"], check=True)
@@ -61,13 +61,13 @@ def environment(folder: Path) -> Path:
 def our_side(root: Path, length: int, layers: int | None) -> dict[str, Any]:
     """Write model, LoRA folder, basis and bank below `root`; returns our own tokens per task, and the base model's."""
     import torch
-    from offline.models import mistral_lm
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from subspace_peft import SubspaceConfig, TaskBank, build_basis, export_lora
+    from subspace_peft.recipes import load_recipe
 
-    model_folder = mistral_lm(root / "model", layers)
+    model_folder = load_recipe("offline.models").mistral_lm(root / "model", layers)
     tokenizer = AutoTokenizer.from_pretrained(str(model_folder))
     model = AutoModelForCausalLM.from_pretrained(str(model_folder), dtype=torch.float32).eval()
 

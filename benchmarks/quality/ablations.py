@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from common.methods import Method
+from common import Method
 from peft import LoraConfig
 from safetensors.torch import load_file
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import common as shared
 import torch
-from common.methods import Method
-from common.run_cache import RunCache, plain
-from common.sweep import compare
+from common import Method, RunCache
+from common.run_cache import plain
 from peft import get_peft_model
 
 from subspace_peft import SubspaceBasis, build_basis
@@ -24,7 +24,7 @@ from .encoder import ADAPTED, Head, half_is_faster
 from .fleet import others, require_left_out, source
 from .gradients import Gradients, first_gradients
 from .rows import PerSeed
-from .training import Budget, make_model, pooled, score, train, trained
+from .training import HEAD, Budget, make_model, pooled, score, train
 
 SEEDS = (1, 2, 3)
 K = 16
@@ -55,18 +55,18 @@ class Bench:
     results: Path | None = None
 
     def __post_init__(self) -> None:
-        self._tasks: dict[str, tasks.Task] = {}
-        self._pooled: dict[str, tasks.Task] = {}
+        self._tasks: dict[str, tasks.EncodedTask] = {}
+        self._pooled: dict[str, tasks.EncodedTask] = {}
         self._bases: dict[Any, SubspaceBasis] = {}
         self._gradients: dict[str, Gradients] = {}
 
-    def task(self, name: str) -> tasks.Task:
+    def task(self, name: str) -> tasks.EncodedTask:
         if name not in self._tasks:
             # one at a time: a task takes a hundred megabytes
             self._tasks = {name: tasks.load(name, self.folder)}
         return self._tasks[name]
 
-    def pooled(self, name: str) -> tasks.Task:
+    def pooled(self, name: str) -> tasks.EncodedTask:
         if name not in self._pooled:
             self._pooled = {name: pooled(self.top(name), self.task(name))}
         return self._pooled[name]
@@ -138,7 +138,7 @@ class Bench:
                 wrapped = get_peft_model(make_model(self.top(name), task.outputs, seed), config)
             reported = seed != 0
             result = train(wrapped, data, budget, rate, seed, curve=reported)
-            adapter, head = (sum(p.numel() for p in part) for part in trained(wrapped))
+            adapter, head = (sum(p.numel() for p in part) for part in shared.trained_parameters(wrapped, HEAD))
             return {
                 **result,
                 "test": score(wrapped, data, "test") if reported else None,
@@ -148,7 +148,7 @@ class Bench:
                 "bytes": 4 * adapter,
             }
 
-        return compare(
+        return shared.compare(
             methods, run, seeds=self.seeds, cache=RunCache(self.folder / "cells" / name, settings), progress=False
         )
 

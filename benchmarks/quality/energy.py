@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import rankdata
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
 from benchmarks.quality import tasks  # noqa: E402
 from benchmarks.quality.paired import Difference  # noqa: E402
@@ -25,12 +26,6 @@ from subspace_peft._io.atomic import write_text_aside  # noqa: E402
 
 SHUFFLES = 20_000
 K = 16
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, ties getting their mean."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[places]
 
 
 def agreement(energy: dict[str, float], found: Difference, seed: int = 0) -> tuple[float, float]:
@@ -41,7 +36,7 @@ def agreement(energy: dict[str, float], found: Difference, seed: int = 0) -> tup
         ValueError: fewer than three tasks in common, or the same number for all.
     """
     common = [task for task in found.tasks if task in energy]
-    a, b = (ranks(np.array([each[task] for task in common])) for each in (energy, found.tasks))
+    a, b = (rankdata([each[task] for task in common]) for each in (energy, found.tasks))
     if len(common) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         raise ValueError(f"{len(common)} tasks in common: nothing to correlate.")
     a, b = (each - each.mean() for each in (a, b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from common.methods import Method
+from common import Method
 
 from subspace_peft.report import null_basis
 
@@ -125,13 +125,14 @@ def short_rows(bench: Bench, name: str) -> list[Method]:
 def control_rows(bench: Bench, name: str) -> list[Method]:
     """Fleets that hold nothing about the task, and fleets of one kind, of five adapters each."""
     members = others(name, tasks.names("text"))
-    kin, strangers = (tasks.SENTIMENT, tasks.TOPIC) if name in tasks.SENTIMENT else (tasks.TOPIC, tasks.SENTIMENT)
+    both = (tasks.SENTIMENT, tasks.TOPIC)
+    related, unrelated = both if name in tasks.SENTIMENT else both[::-1]
     noise = null_basis([str(bench.source(other)) for other in members], k=K, progress=False, leave_one_out=False)
     return [
         inside("noise fleet", noise),
         inside("one shared seed", bench.basis(name, start=7)),
-        inside("kin only", bench.basis(name, fleet=kin)),
-        inside("strangers only", bench.basis(name, fleet=strangers[:5])),
+        inside("related only", bench.basis(name, fleet=related)),
+        inside("unrelated only", bench.basis(name, fleet=unrelated[:5])),
         inside("image fleet", bench.basis(name, fleet=tasks.IMAGES[:7])),
     ]
 

@@ -20,7 +20,7 @@ from subspace_peft.errors import SubspaceError
 from .bases import input_roots
 from .encoder import ADAPTED, Top
 from .gradients import backward
-from .tasks import Task, kind_of, load, top_layers
+from .tasks import EncodedTask, kind_of, load, top_layers
 from .training import Budget, make_model, score, train
 
 TARGETS = list(ADAPTED)
@@ -70,7 +70,7 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
     return home
 
 
-def _started(model: Top, task: Task, start: int | str | None) -> PeftModel:
+def _started(model: Top, task: EncodedTask, start: int | str | None) -> PeftModel:
     """`model` with a LoRA r=8 at its `start`; see `source`."""
     config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD)
     if start in IN_WEIGHTS:
@@ -102,7 +102,7 @@ def _keep_start(wrapped: PeftModel, folder: Path) -> str:
     return str(begun)
 
 
-def some_inputs(task: Task, count: int = 300) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def some_inputs(task: EncodedTask, count: int = 300) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Hidden states and lengths of the task's first training examples, fifty at a time."""
     split = task.splits["train"]
     return [(split.hidden[i : i + 50], split.lengths[i : i + 50]) for i in range(0, min(count, len(split)), 50)]
@@ -136,7 +136,9 @@ def require_left_out(basis: SubspaceBasis, own: Path) -> SubspaceBasis:
     """
     sources: Sequence[Mapping[str, Any]] = basis.info.get("sources") or []
     if not sources:
-        raise SubspaceError("This basis lists no sources, so nobody can tell whether the held-out task is in it.")
+        raise SubspaceError(
+            "This basis lists no sources, so whether the held-out task is among them cannot be told. Build it by `build_basis`."
+        )
     digest = hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
     for each in sources:
         if each["sha256"] == digest or Path(str(each["location"])).name == own.name:

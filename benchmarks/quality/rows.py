@@ -1,21 +1,21 @@
-"""The rows of the comparison: how the top layers are adapted, and which learning rates are tried."""
+"""The rows of the comparison: those of `common.methods` on the top layers, with the learning rates of this benchmark."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from common.methods import Method
-from peft import LoraConfig, PeftConfig, VeraConfig
+import common as shared
+from common import Method
+from peft import PeftConfig
 
-from subspace_peft import SubspaceBasis, SubspaceConfig
+from subspace_peft import SubspaceBasis
 
 from .fleet import HEAD, TARGETS
 
-WHERE: dict[str, Any] = {"target_modules": TARGETS, "modules_to_save": HEAD}
+WHERE = shared.adapted(target_modules=TARGETS, modules_to_save=HEAD)
 # a factor of 4 between neighbours; `compare` goes on beyond an edge that is best, at most twice
 HEAD_RATES = (1e-3, 4e-3, 1.6e-2)
 LORA_RATES = (4e-4, 1.6e-3, 6.4e-3)
@@ -32,40 +32,40 @@ class PerSeed(Method):
 
 
 def head_only() -> Method:
-    return Method("head only", None, HEAD_RATES)
+    """Return the row that trains nothing but the head."""
+    return shared.head_only(HEAD_RATES)
 
 
 def lora(r: int) -> Method:
-    return Method(f"LoRA r={r}", lambda: LoraConfig(r=r, lora_alpha=2 * r, **WHERE), LORA_RATES)
+    """Return the row of LoRA of rank r."""
+    return shared.lora(r, WHERE, LORA_RATES)
 
 
 def vera(r: int) -> Method:
-    def config() -> PeftConfig:
-        with warnings.catch_warnings():
-            # of projections that are not saved: nothing here is
-            warnings.simplefilter("ignore")
-            return VeraConfig(r=r, save_projection=False, **WHERE)
-
-    return Method(f"VeRA r={r}", config, VERA_RATES)
+    """Return the row of VeRA of rank r."""
+    return shared.vera(r, WHERE, VERA_RATES)
 
 
 def inside(name: str, basis: SubspaceBasis, rates: tuple[float, ...] = CORE_RATES, **config: Any) -> Method:
-    """A row whose coefficients are trained in `basis`; `config`: of `SubspaceConfig`."""
-    return Method(name, lambda: _inside(basis, **config), rates)
+    """Return a row whose coefficients are trained in `basis`; `config` goes to `SubspaceConfig`."""
+    return shared.in_basis(name, basis, WHERE, rates, **config)
 
 
 def inside_per_seed(name: str, make: Callable[[int], SubspaceBasis], **config: Any) -> PerSeed:
-    """`inside` a basis that `make` makes from a seed's training examples. The sweep's, of seed 0, stands for all in
-    what is kept."""
+    """Return a row `inside` a basis that `make` makes from a seed's training examples.
+
+    The basis of the sweep, of seed 0, stands for all in what is kept.
+    """
     made = cache(make)
-    return PerSeed(
-        name, lambda: _inside(made(0), **config), CORE_RATES, for_seed=lambda seed: _inside(made(seed), **config)
-    )
 
+    def for_seed(seed: int) -> PeftConfig:
+        adapter = inside(name, made(seed), **config).adapter
+        assert adapter is not None
+        return adapter()
 
-def _inside(basis: SubspaceBasis, **config: Any) -> PeftConfig:
-    return SubspaceConfig(basis=basis, save_basis=True, **config, **WHERE)
+    return PerSeed(name, lambda: for_seed(0), CORE_RATES, for_seed=for_seed)
 
 
 def mean_only(basis: SubspaceBasis) -> Method:
+    """Return the row that trains the gain of the fleet's mean core alone."""
     return inside("mean only", basis, MEAN_RATES, coefficients="none", mean_gain="trainable")

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+
+import common as shared  # noqa: E402
 
 from benchmarks.quality.paired import difference, mean_score  # noqa: E402
 from benchmarks.quality.sections import (  # noqa: E402
@@ -132,11 +134,7 @@ def render(found: Mapping[str, Rows], energy: Mapping[str, Any] | None = None) -
 
 def draw(found: Mapping[str, Rows], folder: Path) -> None:
     """scores.png: mean score against trained numbers; differences.png: fleet minus LoRA r=8 and random, per task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = shared.pyplot()
     main = found["main"]
     methods = [method for method in MAIN_ORDER if method in main]
     common = [task for task in main[methods[0]] if all(task in main[m] for m in methods)]
@@ -151,7 +149,7 @@ def draw(found: Mapping[str, Rows], folder: Path) -> None:
         ylabel=f"mean test score of {len(common)} tasks, points",
     )
     axis.grid(alpha=0.3)
-    _save(plt, figure, folder / "scores.png")
+    shared.save_figure(figure, folder / "scores.png", dpi=110)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True)
     for axis, other in zip(axes, ("LoRA r=8", "random"), strict=True):
         both = difference(scores(main, "fleet"), scores(main, other))
@@ -165,13 +163,7 @@ def draw(found: Mapping[str, Rows], folder: Path) -> None:
             axis.annotate(task, (0, place), textcoords="offset points", xytext=(3, -3), fontsize=7)
         axis.axvline(0, color="black", lw=0.8)
         axis.set(title=f"fleet − {other}: {both}", xlabel="points", yticks=[])
-    _save(plt, figure, folder / "differences.png")
-
-
-def _save(plt: Any, figure: Any, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    shared.save_figure(figure, folder / "differences.png", dpi=110)
 
 
 def insert(text: str, generated: str) -> str:

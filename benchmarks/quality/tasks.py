@@ -17,9 +17,9 @@ import torch
 from offline.images import ImageTask, image_tasks
 from offline.instructions import LEXNAMES, WORDNET
 from offline.models import vit_encoder
-from offline.more_texts import OPINIONS, _mails
+from offline.more_texts import mails, opinions
 from offline.packages import fetch, find
-from offline.texts import ENCODER, Row, TextTask, _election, _table, _tweets, plain, ratings
+from offline.texts import ENCODER, Row, TextTask, election, ratings, table, tweets
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -78,7 +78,7 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class EncodedTask:
     """A task: its splits, how many classes (1: a number is predicted), and a hash of what it was made from."""
 
     name: str
@@ -104,7 +104,7 @@ def kind_of(name: str) -> str:
     raise KeyError(f"There is no task {name!r}; there are {', '.join((*names('text'), *names('image')))}.")
 
 
-def load(name: str, folder: Path) -> Task:
+def load(name: str, folder: Path) -> EncodedTask:
     """A task, from `folder` or computed and kept there. Hidden states are kept in half precision."""
     file = folder / "hidden" / f"{name}.safetensors"
     if not file.is_file():
@@ -118,7 +118,7 @@ def load(name: str, folder: Path) -> Task:
         split: Split(tensors[f"{split}.hidden"].float(), tensors[f"{split}.lengths"], tensors[f"{split}.labels"])
         for split in SIZES
     }
-    return Task(name, splits, facts["outputs"], facts["digest"])
+    return EncodedTask(name, splits, facts["outputs"], facts["digest"])
 
 
 def _make(name: str, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -136,12 +136,12 @@ def text_tasks() -> dict[str, TextTask]:
         "products": lambda: ratings("amazonReviewSnippets"),
         "movies": lambda: ratings("movieReviewSnippets"),
         "moods": lambda: ratings("tweets"),
-        "tweets": _tweets,
-        "reviews": _reviews,
-        "reuters": lambda: _table("reuters-r8"),
-        "newsgroups": lambda: _table("20newsgroups"),
-        "mail": _mails,
-        "election": _election,
+        "tweets": tweets,
+        "reviews": lambda: [row for file in ("imdb", "amazon", "yelp") for row in opinions(file)],
+        "reuters": lambda: table("reuters-r8"),
+        "newsgroups": lambda: table("20newsgroups"),
+        "mail": mails,
+        "election": election,
         "speech-parts": lambda: _definitions(speech_parts=True),
         "noun-kinds": lambda: _definitions(speech_parts=False),
     }
@@ -154,14 +154,6 @@ def text_tasks() -> dict[str, TextTask]:
 def image_set() -> list[ImageTask]:
     sources, held_out = image_tasks()
     return [*sources, *held_out]
-
-
-def _reviews() -> Iterator[Row]:
-    root = fetch(OPINIONS)
-    for file in ("imdb", "amazon", "yelp"):
-        for row in json.loads(find(root, f"fixtures/{file}.json").read_text(encoding="utf-8")):
-            if row["text"]:
-                yield Row(row["text"].strip(), ("bad", "good")[row["class"]])
 
 
 def _definitions(*, speech_parts: bool) -> Iterator[Row]:
@@ -231,22 +223,13 @@ def top_layers(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def split_texts(task: TextTask, sizes: Mapping[str, int], seed: int) -> dict[str, list[Row]]:
-    """Disjoint splits; texts of one document are all in one, and as few of each are used as suffice (3, 6, 12).
+    """Draw disjoint splits with as few texts of each document as suffice (3, 6, 12).
 
     Raises:
         SubspaceError: too few texts.
     """
-    documents: dict[str, list[Row]] = {}
-    for row in {plain(row.text): row for row in task.rows}.values():
-        documents.setdefault(row.document or plain(row.text), []).append(row)
     for most in (3, 6, 12):
-        order = sorted(documents)
-        random.Random(f"{seed}/{task.name}").shuffle(order)
-        parts: dict[str, list[Row]] = {name: [] for name in sizes}
-        queue = iter(order)
-        for name, size in sizes.items():
-            while len(parts[name]) < size and (document := next(queue, None)) is not None:
-                parts[name] += documents[document][: min(most, size - len(parts[name]))]
+        parts = task.split_rows(sizes, seed, most)
         if all(len(parts[name]) == size for name, size in sizes.items()):
             return parts
     raise SubspaceError(f"Task {task.name!r} has {len(task.rows)} texts, too few for the splits {dict(sizes)}.")

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import common as shared
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import nn
 
 from .encoder import Top, half_is_faster
-from .tasks import Split, Task
+from .tasks import EncodedTask, Split
 
+HEAD = "classifier"
 HEAD_RATE = 5e-3  # of the classifier, in every row that trains an adapter
 
 
@@ -41,38 +44,26 @@ def make_model(top: dict[str, Any], outputs: int, seed: int) -> Top:
     return Top(**top, outputs=outputs, seed=seed, half=half_is_faster())
 
 
-def pooled(top: dict[str, Any], task: Task) -> Task:
+def pooled(top: dict[str, Any], task: EncodedTask) -> EncodedTask:
     """The task with the features that a head on untouched layers sees, one position each."""
     model = make_model(top, 1, 0)
     splits = {}
     for name, split in task.splits.items():
         features = outputs_of(model.features, split)[:, None]
         splits[name] = Split(features, torch.ones(len(split), dtype=torch.int64), split.labels)
-    return Task(task.name, splits, task.outputs, task.digest)
+    return EncodedTask(task.name, splits, task.outputs, task.digest)
 
 
-def trained(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(the adapter's parameters, the head's) that are trained."""
-    adapter, head = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (head if "classifier" in name else adapter).append(parameter)
-    return adapter, head
-
-
-def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, *, curve: bool) -> dict[str, Any]:
+def train(
+    model: nn.Module, task: EncodedTask, budget: Budget, rate: float, seed: int, *, curve: bool
+) -> dict[str, Any]:
     """Train on `budget.examples` of the task's training examples, drawn by `seed`: AdamW, warm-up over 6 % of the
     steps, linear decay.
 
     Where there is no adapter `rate` is the head's. Returns ``validation``, ``curve`` (pairs of step and validation
     score, only the last without `curve`) and ``seconds`` of training.
     """
-    adapter, head = trained(model)
-    groups = (
-        [{"params": adapter, "lr": rate}, {"params": head, "lr": HEAD_RATE}]
-        if adapter
-        else [{"params": head, "lr": rate}]
-    )
+    groups = shared.parameter_groups(model, HEAD, rate, HEAD_RATE)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     warm = max(1, round(0.06 * budget.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -88,7 +79,7 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
         loss = loss_of(model(some.hidden, some.lengths), some.labels)
         loss.backward()
         if budget.clip:
-            nn.utils.clip_grad_norm_([*adapter, *head], budget.clip)
+            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], budget.clip)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
@@ -103,7 +94,7 @@ def train(model: nn.Module, task: Task, budget: Budget, rate: float, seed: int, 
     return {"validation": points[-1][1], "curve": points, "seconds": seconds}
 
 
-def make_loss(task: Task, known: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def make_loss(task: EncodedTask, known: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """(outputs, labels) → cross-entropy, or the squared error of labels that are standardised as the `known` ones (n,)
     are."""
     if not task.number:
@@ -112,7 +103,7 @@ def make_loss(task: Task, known: torch.Tensor) -> Callable[[torch.Tensor, torch.
     return lambda outputs, labels: F.mse_loss(outputs[:, 0], (labels - centre) / spread)
 
 
-def draw_examples(task: Task, budget: Budget, seed: int) -> tuple[list[int], random.Random]:
+def draw_examples(task: EncodedTask, budget: Budget, seed: int) -> tuple[list[int], random.Random]:
     """Places of the training examples that `seed` draws, and what draws their order."""
     count = len(task.splits["train"])
     draw = random.Random(f"{seed}/{task.name}")
@@ -153,7 +144,7 @@ def outputs_of(
     return found
 
 
-def score(model: nn.Module, task: Task, name: str) -> float:
+def score(model: nn.Module, task: EncodedTask, name: str) -> float:
     """Accuracy, or Spearman's correlation where a number is predicted, on the split `name`; NaN where outputs are not
     finite."""
     split = task.splits[name]
@@ -166,14 +157,7 @@ def measure(outputs: torch.Tensor, labels: torch.Tensor) -> float:
         return float("nan")
     if outputs.shape[1] > 1:
         return float((outputs.argmax(1) == labels).double().mean())
-    ranks = [_ranks(column.double().numpy()) for column in (outputs[:, 0], labels)]
+    ranks = [rankdata(column.double().numpy()) for column in (outputs[:, 0], labels)]
     if any(np.ptp(rank) == 0 for rank in ranks):
         return 0.0
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[inverse]

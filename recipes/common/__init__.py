@@ -52,7 +52,7 @@ from .stages import (
 from .sweep import RUN_KEYS, compare
 from .table import markdown_table, write_results, write_texts
 from .task import InstructionTask, LabelledTask, Task
-from .training import fit, parameter_groups
+from .training import fit, parameter_groups, trained_parameters
 
 __all__ = [
     "OFFLINE",
@@ -123,6 +123,7 @@ __all__ = [
     "steps_of",
     "take_offline",
     "task_folder",
+    "trained_parameters",
     "vera",
     "write_results",
     "write_texts",

@@ -1,4 +1,4 @@
-"""A stock Trainer's run: which rates its parameters learn at, and what to read off it."""
+"""A stock Trainer's run: the rates of its parameters, and its scores, curve and seconds."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from typing import Any
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, head: str, rate: float, head_rate: float) -> list[dict[str, Any]]:
-    """What is trained, for the optimizer: the adapter at `rate`, the modules called `head` at `head_rate`; where
-    nothing but the head is trained, that at `rate`.
-    """
+def trained_parameters(model: nn.Module, head: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trained parameters of the adapter, and those of the modules called `head`."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    top, rest = [p for name, p in trained if head in name], [p for name, p in trained if head not in name]
-    groups = [{"params": rest, "lr": rate}, {"params": top, "lr": head_rate if rest else rate}]
+    return [p for name, p in trained if head not in name], [p for name, p in trained if head in name]
+
+
+def parameter_groups(model: nn.Module, head: str, rate: float, head_rate: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: the adapter at `rate`, the modules called `head` at `head_rate`.
+
+    Where nothing but the head is trained, its rate is `rate`.
+    """
+    adapter, top = trained_parameters(model, head)
+    groups = [{"params": adapter, "lr": rate}, {"params": top, "lr": head_rate if adapter else rate}]
     return [group for group in groups if group["params"]]
 
 
 def fit(trainer: Any, resume: str | None = None) -> dict[str, Any]:
-    """Train, by a `transformers.Trainer` that evaluates every epoch, from the checkpoint `resume` on; with no epochs,
-    evaluate alone.
+    """Train by a `transformers.Trainer` that evaluates every epoch; with no epochs, evaluate alone.
+
+    Args:
+        trainer: with a metric called ``score``, or without any.
+        resume: the checkpoint to go on from.
 
     Returns:
         ``validation``, the last validation score: what the Trainer's `compute_metrics` calls ``score``, or minus the

