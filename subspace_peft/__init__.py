@@ -96,7 +96,7 @@ __all__ = [
 
 
 def _register() -> None:
-    from .tuner.registration import register
+    from ._peft_hooks import register
 
     register()
 

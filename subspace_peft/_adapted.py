@@ -1,4 +1,4 @@
-"""What a model says of its adapters, whoever adapted it."""
+"""What a model says of its adapters, through whichever library it was adapted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def active_adapter(model: Any) -> str:
-    """The (first) active adapter of a PeftModel, or of a model adapted by transformers' own `add_adapter`."""
+    """Return the (first) active adapter of a PeftModel, or of a model adapted by transformers' own `add_adapter`."""
     active = model.active_adapters
     names = active() if callable(active) else active
     return names if isinstance(names, str) else str(names[0])

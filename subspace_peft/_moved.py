@@ -73,10 +73,11 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "tuner.bank_file": "tasks.bank_file",
     "tuner.hotswap": "tasks.hotswap",
     "tuner.injected": "tasks.adapter_io",
-    "tuner.kinds": "tuner.layers",
+    "tuner.kinds": "tuner.layer_kinds",
     "tuner.mixed": "tuner.row_batch",
     "tuner.push": "tasks.push",
     "tuner.quantised": "tuner.bnb",
+    "tuner.registration": ("tuner.peft_type", "_peft_hooks"),
     "tuner.saved": "tasks.read",
     "tuner.task_files": "tuner.task_file",
     "tuner.trainer_card": "tasks.callbacks",
@@ -113,7 +114,13 @@ NAMES: dict[str, dict[str, str]] = {
     "convert": {"Task": "tasks:SavedTask", "read_task": "tasks"},
     "tasks": {"Task": "tasks:SavedTask"},
     "tasks.read": {"Task": "tasks.read:SavedTask"},
-    "tuner": {"TaskBank": "tasks", "hotswap": "tasks", "load_adapter": "tasks", "save_adapter": "tasks"},
+    "tuner": {
+        "TaskBank": "tasks",
+        "hotswap": "tasks",
+        "load_adapter": "tasks",
+        "register": "_peft_hooks",
+        "save_adapter": "tasks",
+    },
 }
 
 

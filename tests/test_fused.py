@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from subspace_peft import SubspaceConfig
-from subspace_peft.tuner import layers as kinds
+from subspace_peft.tuner import layer_kinds as kinds
 from subspace_peft.tuner.fused import add_update, linear_with_update
 
 

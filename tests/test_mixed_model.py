@@ -22,8 +22,9 @@ from peft.tuners.mixed import model as mixed_tuner
 from torch import nn
 
 from subspace_peft import SubspaceConfig, build_basis
+from subspace_peft._peft_hooks import join_mixed_models, register
 from subspace_peft.errors import BasisMismatchError
-from subspace_peft.tuner import SubspaceLayer, SubspaceModel, peft_mixed, register
+from subspace_peft.tuner import SubspaceLayer, SubspaceModel
 
 from .models import TARGETS, bert, gpt2, inputs, randomise, train_lora
 from .test_layer_kinds import Small
@@ -296,8 +297,8 @@ def test_joining_is_idempotent_and_asks_for_pefts_lists(monkeypatch):
     assert PEFT_TYPE_TO_MIXED_MODEL_MAPPING["SUBSPACE"] is SubspaceModel
     method = inspect.getattr_static(mixed_tuner.MixedModel, "_create_and_replace")
     register()
-    assert peft_mixed.join_mixed_models()
+    assert join_mixed_models()
     assert mixed_tuner.PREFIXES.count("subspace_") == mixed_tuner.COMPATIBLE_TUNER_TYPES.count("SUBSPACE") == 1
     assert inspect.getattr_static(mixed_tuner.MixedModel, "_create_and_replace") is method
     monkeypatch.delattr(mixed_tuner, "PREFIXES")
-    assert not peft_mixed.join_mixed_models()
+    assert not join_mixed_models()

@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import subspace_peft
 from subspace_peft import SubspaceConfig, SubspaceModel
-from subspace_peft.tuner import register
+from subspace_peft._peft_hooks import register
 
 from .fresh import Server
 from .models import bert

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import BadFileError, BasisMismatchError, BasisNotFoundError
 from . import cache
 from .basis import SubspaceBasis, alive, basis_of
+from .basis_reference import BasisReference
 from .locations import read_notes
 
 
@@ -72,6 +73,21 @@ def resolve_basis(
         "Say where it is with `SubspaceConfig(basis=…)` or, for a saved task, set `config.basis` to its folder or Hub "
         "id; open it once with `SubspaceBasis.from_pretrained(…)` in this process; or save tasks with "
         "`save_basis=True` to make them self-contained."
+    )
+
+
+def resolve_reference(reference: BasisReference) -> SubspaceBasis:
+    """Find and verify the basis that `reference` means. Raises as `resolve_basis`."""
+    if reference.exact:
+        return SubspaceBasis.from_pretrained(
+            str(reference.location), fingerprint=reference.fingerprint, token=reference.token
+        )
+    return resolve_basis(
+        reference.location,
+        revision=reference.revision,
+        fingerprint=reference.fingerprint,
+        near=reference.near,
+        token=reference.token,
     )
 
 

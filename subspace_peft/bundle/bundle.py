@@ -17,7 +17,7 @@ from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..hub import looks_like_path, split_revision
 from ..tasks.read import Parts, SavedTask
 from ..tuner.config import SubspaceConfig
-from ..tuner.task_file import used_size
+from ..tuner.loaded_from import LoadedFrom
 from .format import BUNDLE_FILE, DTYPES, TensorRange, parse_header, parse_length, width
 from .store import FileBytes, HubBytes, on_hub
 
@@ -260,11 +260,8 @@ class Bundle(Mapping[str, BundledTask]):
             "task": name,
             "sha256": entry["sha256"],
         }
-        config._near, config._token = self._near, self._token
-        if basis is not None:
-            config.basis = basis if isinstance(basis, SubspaceBasis) else str(basis)
-            config.basis_revision, config._given = None, True
-        return config
+        config.loaded_from = LoadedFrom(self._near, self._token)
+        return config if basis is None else config.on_basis(basis)
 
     def task(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> SavedTask:
         """Read a task, find and verify its basis, and make it one that `export_lora` and other conversions take.
@@ -286,7 +283,7 @@ class Bundle(Mapping[str, BundledTask]):
         keys, shapes = {}, found.shapes()
         for module, core in numbers.cores.items():
             key = found.find(module)
-            size = None if key is None else used_size(config, module, shapes[key]["k_out"], shapes[key]["k_in"])
+            size = None if key is None else config.sizes.used(module, shapes[key]["k_out"], shapes[key]["k_in"])
             if key is None or size != tuple(core.shape):
                 raise BasisMismatchError(
                     f"{self.location}: task {name!r} has a core {tuple(core.shape)} in module {module!r}, its basis "

@@ -17,7 +17,7 @@ from ..basis import SubspaceBasis
 from ..convert.export import export_lora
 from ..errors import SubspaceError
 from ..tasks.write import core_tensors, fill_folder, write_task
-from ..tuner.card import MEASURED, digest_of, note
+from ..tuner.card import MEASURED, digest_of, noted
 from ..tuner.config import SubspaceConfig
 from .bundle import Bundle, open_bundle, reopen_bundle
 from .format import check_name
@@ -82,7 +82,8 @@ def load_task(
             model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=is_trainable, **loading)
     config = model.peft_config[name]
     if isinstance(config, SubspaceConfig) and held is not None:
-        config._near, config._token = held._near, held._token
+        # the folder that PEFT has read it from is gone
+        config.loaded_from = held.loaded_from
     return model
 
 
@@ -204,7 +205,7 @@ def _write(
     tensors = {**core_tensors(config, numbers.cores), **numbers.extras}
     if config.card and any(key in config.card for key in MEASURED):
         # the cores are those of the task that was packed, so what was measured of it holds of them as well
-        note(config, of=digest_of(tensors))
+        config.card = noted(config.card, of=digest_of(tensors))
     write(folder, config, tensors)
     return config
 

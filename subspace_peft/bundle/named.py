@@ -72,7 +72,7 @@ def _saved(reference: str | Path, basis: Any, token: str | bool | None) -> Named
     repo, revision = (str(folder), None) if folder.is_dir() else split_revision(str(reference))
     hub = {key: value for key, value in (("revision", revision), ("token", token)) if value is not None}
     task = read_task(repo, basis=basis, **hub)
-    near = Path(str(task.config._near))
+    near = Path(str(task.config.loaded_from.folder))
     sha = near.name if not folder.is_dir() and near.parent.name == "snapshots" else None
     where = {
         "location": str(folder.resolve()) if folder.is_dir() else repo,

@@ -23,7 +23,7 @@ from ..tasks.write import write_task
 from ..tuner import SubspaceConfig
 from ..tuner.base_check import PROBED_SIDE
 from ..tuner.card import MEASURED, digest_of
-from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, expected_shapes, scale_of, used_part
+from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY
 
 MAX_DRIFT = 1e-5
 ALIKE = 1e-5  # relative difference that float32's rounding may make between two equal cores
@@ -112,9 +112,9 @@ def migrate_task(
     if not max_drift >= 0:
         raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")
     hub = {**hub, **({} if token is None else {"token": token})}
-    config, tensors = read_tensors(task, adapter_name=adapter_name, basis=old_basis, **hub)
+    config, tensors, found = read_tensors(task, adapter_name=adapter_name, basis=old_basis, **hub)
     tensors = {key: value.detach().cpu() for key, value in tensors.items()}
-    old = assemble(config, tensors)
+    old = assemble(config, tensors, found)
     new = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
     what = str(task) if isinstance(task, (str, Path)) else "the model's task"
     moves = moves_of(old, new, what)
@@ -133,7 +133,7 @@ def migrate_task(
         converted = config.coefficients
         moved_to.coefficients, moved_to.mean_gain = "core", "none"
         for name, core in old.cores.items():
-            made[name] = {"weight": used[name].core(core) / scale_of(moved_to, name, shapes[name])}
+            made[name] = {"weight": used[name].core(core) / moved_to.sizes.scale(name, shapes[name])}
     written = {
         f"base_model.model.{name}.subspace_coef.{part}": value.float().contiguous()
         for name, each in made.items()
@@ -144,7 +144,7 @@ def migrate_task(
         for key, value in tensors.items()
         if not COEFFICIENT_KEY.match(key) and not BASIS_KEY.match(key)
     }
-    drift, total = drifts_of(old, assemble(moved_to, written), used, what, max_drift)
+    drift, total = drifts_of(old, assemble(moved_to, written, new), used, what, max_drift)
     moved_to.card = _card(config, tensors, written, total)
     return Migration(moved_to, {**others, **written}, drift, total, converted)
 
@@ -175,10 +175,8 @@ def moves_of(old: SavedTask, new: SubspaceBasis, what: str) -> dict[str, Transfe
 def moved_config(config: SubspaceConfig, new: SubspaceBasis, moves: Mapping[str, Transfer]) -> SubspaceConfig:
     """Make the task's configuration on the new basis."""
     moved = copy.deepcopy(config)
-    moved.basis, moved.basis_revision, moved._given = new, None, False
-    moved.basis_modules = moved.save_basis = moved.bundle = None
-    moved._plan = moved._place = moved._file_modules = None
-    moved.adopt(new)
+    moved.basis, moved.basis_revision, moved.basis_fingerprint = new, new.revision, new.fingerprint
+    moved.basis_modules = moved.save_basis = moved.bundle = moved.loaded_from = None
     if not all(move.leading for move in moves.values()):
         # the leading k of other directions would be another choice than the one that was made
         moved.k, moved.rank_pattern = None, {}
@@ -189,7 +187,7 @@ def moved_config(config: SubspaceConfig, new: SubspaceBasis, moves: Mapping[str,
 
 def used_moves(moved: SubspaceConfig, moves: Mapping[str, Transfer]) -> dict[str, Transfer]:
     """Restrict every module's transfer to the part of the new basis that the task uses."""
-    return {name: Transfer(move.old, used_part(moved, name, move.new), name) for name, move in moves.items()}
+    return {name: Transfer(move.old, moved.sizes.part(name, move.new), name) for name, move in moves.items()}
 
 
 def drifts_of(
@@ -251,7 +249,7 @@ def _same_kind(
     Returns:
         The numbers by name, float64; None if the new basis cannot hold this kind exactly.
     """
-    ratio = scale_of(config, name, module_shape(move.old)) / scale_of(moved, name, shape)
+    ratio = config.sizes.scale(name, module_shape(move.old)) / moved.sizes.scale(name, shape)
     old, new = move.old, move.new
     if config.mean_gain != "none" and not (
         old.M is not None and new.M is not None and _alike(move.core(old.M), new.M.double())
@@ -260,7 +258,7 @@ def _same_kind(
     gain = {"gain": numbers["gain"].double()} if "gain" in numbers else {}
     if config.coefficients == "none":
         return gain
-    sizes = expected_shapes(moved, name, shape)
+    sizes = moved.sizes.expected(name, shape)
     if config.coefficients == "core":
         return {"weight": move.core(numbers["weight"]) * ratio, **gain}
     if config.coefficients == "factor":

@@ -99,7 +99,12 @@ class Projection:
         keys = {name: str(self.basis.find(key)) for key, name in names.items()}
         config = self._config(sorted(keys))
         cores = {name: self.cores[key] for name, key in keys.items()}
-        return SavedTask(config, cores, Parts(config, self.basis, keys), _extras(self.source))
+        return SavedTask(
+            config,
+            cores,
+            Parts({name: tuple(core.shape) for name, core in cores.items()}, self.basis, keys),
+            _extras(self.source),
+        )
 
     def _config(self, targets: list[str]) -> SubspaceConfig:
         source = self.source.config
@@ -110,12 +115,13 @@ class Projection:
         }
         config = SubspaceConfig(
             basis=self.basis.location,
+            basis_revision=self.basis.revision,
+            basis_fingerprint=self.basis.fingerprint,
             target_modules=targets,
             base_model_name_or_path=self.source.base_model,
             inference_mode=True,
             **kept,
         )
-        config.adopt(self.basis)
         shapes = {self.source.aliases.get(key, key): self.source.weight_shape(key) for key in self.source.keys}
         config.weight_shapes = {name: shape for name, shape in shapes.items() if shape is not None} or None
         return config

@@ -89,6 +89,6 @@ def _task(path: str | Path) -> dict[str, Any]:
         "carries_basis": config.basis_modules is not None,
         "modules": len(task.cores),
         "other_tensors": sorted(task.extras),
-        "bytes": (Path(str(config._near)) / WEIGHTS_FILE).stat().st_size,
+        "bytes": (Path(str(config.loaded_from.folder)) / WEIGHTS_FILE).stat().st_size,
         "update_norms": {name: float(core.norm()) for name, core in task.cores.items()},
     }

@@ -14,7 +14,7 @@ from torch import nn
 from .._adapted import active_adapter
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
-from ..tuner.card import base_facts, note
+from ..tuner.card import base_facts, noted
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import weights_of
 from .write import PREFIX, write_task
@@ -46,7 +46,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
             f"{type(model).__name__} has {kind} named {name!r}; its adapters are"
             f" {', '.join(sorted(known)) or '(none)'}. Add it by `model.add_adapter(SubspaceConfig(…), name)` first."
         )
-    note(config, base={**base_facts(model, config), "injected": True})
+    config.card = noted(config.card, base={**base_facts(model, config), "injected": True})
     return write_task(folder, config, get_peft_model_state_dict(model, adapter_name=name))
 
 
@@ -91,7 +91,7 @@ def load_adapter(
             f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own"
             " load_lora_adapter, or projected into a basis by `project_lora` first."
         )
-    file = weights_of(task, config)
+    file = weights_of(task, config.loaded_from.folder)
     state = {key.removeprefix(PREFIX): value for key, value in load_file(file).items()}
     config.inference_mode = False
     add = getattr(model, "add_adapter", None)

@@ -20,7 +20,7 @@ from .._version import __version__
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
-from ..tuner.row_batch import BASE, Group, TaskNames, alike, task_names_passed
+from ..tuner.row_batch import BASE, Group, TaskNames, batch_key, task_names_passed
 from .bank_file import FORMAT_VERSION, read_index
 from .read import SavedTask, read_task
 from .write import core_tensors, write_task
@@ -211,10 +211,10 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         Raises:
             SubspaceError: The adapter whose basis the bank uses was deleted.
         """
-        key = (*alike(layer), whole)
+        key = (*batch_key(layer), whole)
         if key not in names.gathered:
             # gathered once for all layers of one basis and size
-            live = set(names.present[alike(layer)][0])
+            live = set(names.present[batch_key(layer)][0])
             mine = [EMPTY if name in live else self.slots.get(name, EMPTY) for name in names]
             places = None if whole else torch.tensor([i for i, slot in enumerate(mine) if slot != EMPTY])
             chosen = torch.tensor([slot for slot in mine if whole or slot != EMPTY], device=self.rows.device)
@@ -369,5 +369,4 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             target_modules=set(self.layers),
             modules_to_save=None,
         )
-        config._basis, config._given = self.config._basis, self.config._given
         return SavedTask(config, cores, {}, {})

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from .._io.atomic import write_text_aside
 from ..cards import Place
 from ..errors import BadFileError, SubspaceError
-from ..tuner.card import coefficients_digest, note, write_section
+from ..tuner.card import coefficients_digest, measured, noted, publish, write_section
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
 
@@ -51,7 +51,7 @@ class SubspaceCardCallback(TrainerCallback):
             card = {key: value for key, value in (config.card or {}).items() if key == "base"}
             config.card = card | ({"datasets": datasets} if datasets else {})
             if args.push_to_hub and args.hub_model_id:
-                config._place = Place(args.hub_model_id)
+                publish(args.output_dir, Place(args.hub_model_id))
         self._progress(state, model)
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -79,8 +79,8 @@ class SubspaceCardCallback(TrainerCallback):
         if settings is None:
             return
         for config in _trained(model):
-            note(config, training=settings | _progress(state.global_step, state.epoch, state.log_history))
-            config._recorded = True
+            progress = _progress(state.global_step, state.epoch, state.log_history)
+            config.card = measured(config.card, training=settings | progress)
 
 
 def note_metrics(model: Any, split: str, metrics: Mapping[str, Any]) -> None:
@@ -94,8 +94,7 @@ def note_metrics(model: Any, split: str, metrics: Mapping[str, Any]) -> None:
     numbers = {name: float(value) for name, value in metrics.items() if _finite(value)}
     for config in _trained(model):
         if numbers:
-            note(config, metrics={split: numbers})
-            config._recorded = True
+            config.card = measured(config.card, metrics={split: numbers})
 
 
 def write_card(
@@ -142,19 +141,19 @@ def write_card(
     config = SubspaceConfig(**{key: value for key, value in values.items() if key in names})
     state = folder / STATE_FILE if trainer_state is None else Path(trainer_state)
     if trainer_state is not None or (state.is_file() and "training" not in (config.card or {})):
-        note(config, **_from_state(state))
+        config.card = noted(config.card, **_from_state(state))
     if controls is not None:
-        note(config, controls=_from_results(Path(controls)))
+        config.card = noted(config.card, controls=_from_results(Path(controls)))
     if metrics is not None:
-        note(config, metrics={split: dict(numbers) for split, numbers in metrics.items()})
+        config.card = noted(config.card, metrics={split: dict(numbers) for split, numbers in metrics.items()})
     if datasets is not None:
-        note(config, datasets=list(datasets))
+        config.card = noted(config.card, datasets=list(datasets))
     if config.card and (digest := coefficients_digest(folder / WEIGHTS_FILE)):
-        note(config, of=digest)
+        config.card = noted(config.card, of=digest)
     text = json.dumps({**values, "card": config.card}, indent=2, sort_keys=True) + "\n"
     if values.get("card") != config.card:
         write_text_aside(file, text)
-    write_section(folder, config)
+    write_section(folder, config.to_dict())
     return folder / "README.md"
 
 

@@ -55,7 +55,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
             )
     targets = _targets(inner, adapter)
     found: dict[str, torch.Tensor] = {}
-    for key, value in load_file(weights_of(task, new)).items():
+    for key, value in load_file(weights_of(task, new.loaded_from.folder)).items():
         # a basis that the task carries is the one that is loaded: both have its fingerprint
         if not BASIS_KEY.match(key):
             found[_plain(key)] = value

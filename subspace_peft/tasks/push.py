@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from ..basis.locations import read_notes
 from ..cards import Place, add_tags
 from ..errors import SubspaceError
 from ..hub import check_repo_id, upload
-from ..tuner.card import write_section
+from ..tuner.card import published
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
 
@@ -70,7 +67,7 @@ def push_task(
             pin(config, name, push_basis_to=push_basis_to, force=force, private=private, token=token)
 
     def write(folder: Path, repo: str) -> None:
-        with _placed(model, Place(repo, revision=revision)):
+        with published(_places(model, folder, Place(repo, revision=revision))):
             model.save_pretrained(str(folder), **saving)
         if tags and (folder / "README.md").is_file():
             add_tags(folder / "README.md", tags)
@@ -133,9 +130,8 @@ def push_saved_task(
         shutil.copyfile(folder / WEIGHTS_FILE, copy / WEIGHTS_FILE)
         if (folder / "README.md").is_file() and not (copy / "README.md").is_file():
             shutil.copyfile(folder / "README.md", copy / "README.md")
-        config.save_pretrained(str(copy))
-        config._place = Place(repo, revision=revision)
-        write_section(copy, config)
+        with published({copy: Place(repo, revision=revision)}):
+            config.save_pretrained(str(copy))
 
     return upload(
         repo_id,
@@ -148,17 +144,12 @@ def push_saved_task(
     )[1]
 
 
-@contextlib.contextmanager
-def _placed(model: PeftModel, place: Place) -> Iterator[None]:
-    """Have the tasks' cards say to load them from the Hub, while the context is open."""
-    configs = {name: each for name, each in model.peft_config.items() if isinstance(each, SubspaceConfig)}
-    for name, config in configs.items():
-        config._place = replace(place, subfolder=None if name == "default" else name)
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config._place = None
+def _places(model: PeftModel, folder: Path, place: Place) -> dict[Path, Place]:
+    """Return where the tasks that PEFT saves in `folder` will be loaded from, by their folders."""
+    names = [
+        name for name, each in model.peft_config.items() if isinstance(each, SubspaceConfig) and name != "default"
+    ]
+    return {folder: place, **{folder / name: replace(place, subfolder=name) for name in names}}
 
 
 def pin(
@@ -230,22 +221,3 @@ def place_on_hub(
         " would not find it. Push the basis too (push_basis_to='org/basis', or basis.push_to_hub('org/basis') before),"
         f" {remedy}, or push anyway with force=True."
     )
-
-
-def teach_push_to_hub() -> None:
-    """Have `PeftModel.push_to_hub` push models with a subspace task by `push_task`, others as before. Idempotent."""
-    original: Callable[..., Any] = PeftModel.push_to_hub
-    if getattr(original, "subspace", False):
-        return
-
-    @functools.wraps(original)
-    def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(config, SubspaceConfig) for config in self.peft_config.values()):
-            kwargs = {
-                key: value for key, value in kwargs.items() if key not in ("max_shard_size", "commit_description")
-            }
-            return push_task(self, repo_id, *args, **kwargs)
-        return original(self, repo_id, *args, **kwargs)
-
-    push_to_hub.subspace = True  # type: ignore[attr-defined]
-    PeftModel.push_to_hub = push_to_hub  # type: ignore[method-assign]

@@ -16,7 +16,8 @@ from ..basis.module import module_shape
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.coefficients import make_coefficients
 from ..tuner.config import SubspaceConfig
-from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, scale_of, used_size, weights_of
+from ..tuner.layer import SubspaceLayer
+from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +61,12 @@ def read_task(
 
 def read_tensors(
     task: Any, *, adapter_name: str | None = None, basis: SubspaceBasis | str | None = None, **hub: Any
-) -> tuple[SubspaceConfig, dict[str, torch.Tensor]]:
-    """Read a task's configuration, and its tensors by the keys that they have in its file.
+) -> tuple[SubspaceConfig, dict[str, torch.Tensor], SubspaceBasis | None]:
+    """Read a task's parts. Arguments and errors as in `read_task`.
 
-    Arguments and errors are those of `read_task`.
+    Returns:
+        Its configuration; its tensors as they are saved, by their keys in its file; and its basis, None where the
+        tensors have it.
     """
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
@@ -74,24 +77,24 @@ def read_tensors(
         config = task.peft_config[name]
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")
-        tensors = get_peft_model_state_dict(task, adapter_name=name)
-    else:
-        given = {} if basis is None else {"basis": basis}
-        try:
-            config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
-        except SubspaceError:
-            raise
-        except ValueError as error:
-            # PEFT raises this for a folder or repository without an adapter_config.json
-            raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
-        if not isinstance(config, SubspaceConfig):
-            raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
-        tensors = load_file(weights_of(task, config))
-    return config, tensors
+        held = (layer.bases.get(name) for layer in task.modules() if isinstance(layer, SubspaceLayer))
+        found = next(filter(None, held), None) or config.resolve()
+        return config, get_peft_model_state_dict(task, adapter_name=name), found
+    given = {} if basis is None else {"basis": basis}
+    try:
+        config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
+    except SubspaceError:
+        raise
+    except ValueError as error:
+        # PEFT raises this for a folder or repository without an adapter_config.json
+        raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
+    if not isinstance(config, SubspaceConfig):
+        raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
+    return config, load_file(weights_of(task, config.loaded_from.folder)), config.resolve()
 
 
-def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> SavedTask:
-    """Make a task of a configuration and its tensors, as `read_tensors` returns them."""
+def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], basis: SubspaceBasis | None) -> SavedTask:
+    """Return the task that a configuration, its tensors and its basis, as `read_tensors` gives them, are."""
     coefficients: dict[str, dict[str, torch.Tensor]] = {}
     own: dict[str, dict[str, torch.Tensor]] = {}
     extras = {}
@@ -102,7 +105,6 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Sav
             own.setdefault(found["module"], {})[found["name"]] = value.detach().cpu()
         else:
             extras[key] = value.detach().cpu()
-    basis = config.resolve() if config._basis is None else config._basis
     if basis is None:
         carried = {
             name: ModuleBasis(**{key: part.float() for key, part in own[name].items()}) for name in coefficients
@@ -115,7 +117,7 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> Sav
         keys = {name: str(basis.find(name)) for name in coefficients}
         shapes = basis.shapes()
         known = {name: shapes[key] for name, key in keys.items()}
-        sizes = {name: used_size(config, name, shape["k_out"], shape["k_in"]) for name, shape in known.items()}
+        sizes = {name: config.sizes.used(name, shape["k_out"], shape["k_in"]) for name, shape in known.items()}
         parts_of = Parts(sizes, basis, keys)
     cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
     return SavedTask(config, cores, parts_of, extras)
@@ -151,7 +153,7 @@ def _core(
     parts_of: Mapping[str, ModuleBasis],
     parts: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    scale = scale_of(config, name, shape)
+    scale = config.sizes.scale(name, shape)
     if config.coefficients == "core" and config.mean_gain == "none":
         return parts["weight"].double() * scale
     needs_module = config.coefficients == "directions" or config.mean_gain != "none"
@@ -164,7 +166,7 @@ def _core(
     mean, directions = (None, None) if module is None else (module.M, module.G)
     made = make_coefficients(
         config.coefficients,
-        *used_size(config, name, shape["k_out"], shape["k_in"]),
+        *config.sizes.used(name, shape["k_out"], shape["k_in"]),
         r=config.r,
         directions=0 if directions is None else directions.shape[0],
         mean_gain=config.mean_gain,

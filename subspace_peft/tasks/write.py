@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from .._io.atomic import write_folder_aside
 from .._version import __version__
 from ..cards import Place
 from ..errors import SubspaceError
+from ..tuner.card import published
 from ..tuner.config import SubspaceConfig
-from ..tuner.task_file import BASIS_KEY, WEIGHTS_FILE, scale_of
+from ..tuner.task_file import BASIS_KEY, WEIGHTS_FILE
 
 README_FILE = "README.md"
 PREFIX = "base_model.model."  # PEFT's, before the name of every module of the base model
@@ -67,9 +68,11 @@ def fill_folder(
     Arguments are those of `write_task`, which gives the same files to folders that others read.
     """
     save_file(saved_tensors(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    with _as_saved(config, place):
+    # a copy with the values of a saved one, as PEFT gives them to it
+    saved = replace(config, inference_mode=True, subspace_version=__version__)
+    with published({} if place is None else {folder: place}):
         # what PEFT calls as well, after it has written the tensors: config, version and card come from there
-        config.save_pretrained(str(folder))
+        saved.save_pretrained(str(folder))
 
 
 def saved_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,7 +97,7 @@ def core_tensors(config: SubspaceConfig, cores: Mapping[str, torch.Tensor]) -> d
     """
     tensors = {}
     for module, core in cores.items():
-        scale = scale_of(config, module, {"k_out": core.shape[0], "k_in": core.shape[1]})
+        scale = config.sizes.scale(module, {"k_out": core.shape[0], "k_in": core.shape[1]})
         tensors[f"{PREFIX}{module}.subspace_coef.weight"] = (core.double() / scale).float()
     return tensors
 
@@ -108,18 +111,3 @@ def _check_basis(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) ->
             "The task refers to its basis, which lives in memory only and has to be stored first:"
             " `basis.save_pretrained(folder)`, before the model is adapted."
         )
-
-
-@contextmanager
-def _as_saved(config: SubspaceConfig, place: Place | None) -> Iterator[None]:
-    """Give `config` the values of a saved one meanwhile, as PEFT does with `inference_mode`."""
-    names = ("inference_mode", "subspace_version", "_place")
-    before = {name: getattr(config, name) for name in names}
-    config.inference_mode, config.subspace_version = True, __version__
-    if place is not None:
-        config._place = place
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)

@@ -8,11 +8,8 @@ from .._moved import moved_name
 from .config import SubspaceConfig
 from .layer import SubspaceLayer
 from .model import SubspaceModel
-from .registration import register
 
-register()
-
-__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel", "register"]
+__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel"]
 
 
 def __getattr__(name: str) -> Any:

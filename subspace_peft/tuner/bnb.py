@@ -30,7 +30,7 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def unpack(layer: nn.Module) -> None:
-    """Undo that layout in one layer, where it has it; block scales stay rounded to bfloat16."""
+    """Undo that layout in one layer, if it has it; block scales stay rounded to bfloat16."""
     weight = getattr(layer, "weight", None)
     if not getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return
@@ -55,7 +55,7 @@ class KeptWeight:
 
     @classmethod
     def of(cls, layer: nn.Module) -> KeptWeight | None:
-        """The weight of `layer`; None unless it is one that bitsandbytes has quantised."""
+        """Return the weight of `layer`; None unless it is one that bitsandbytes has quantised."""
         weight = getattr(layer, "weight", None)
         kind = type(weight).__name__
         if kind == "Params4bit" and weight.bnb_quantized:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..basis.module import tensor_sha256
 from ..errors import BasisMismatchError
+from .load_tracker import Arrivals
 
-if TYPE_CHECKING:
-    from .config import SubspaceConfig
-    from .load_tracker import Arrivals
+
+class SavesBasis(Protocol):
+    """The two fields of a task's configuration that decide whether its basis is in the state dict."""
+
+    save_basis: bool | None
+    basis_modules: dict[str, Any] | None
 
 
 class SharedBuffers(nn.Module):
@@ -27,12 +31,18 @@ class SharedBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._expected: dict[str, str] = {}
-        self._configs: dict[str, SubspaceConfig] = {}
+        self._configs: dict[str, SavesBasis] = {}
         self._origins: dict[str, tuple[Arrivals, str, str]] = {}
 
-    def put(self, adapter: str, value: torch.Tensor, config: SubspaceConfig, sha256: str | None = None) -> None:
-        """Hold `value` for `adapter`, whose `config` says whether it is in the state dict; a loaded tensor has to have
-        `sha256`."""
+    def put(self, adapter: str, value: torch.Tensor, config: SavesBasis, sha256: str | None = None) -> None:
+        """Hold a tensor for an adapter.
+
+        Args:
+            adapter: the adapter's name.
+            value: the tensor; another adapter's own, where both share it.
+            config: the adapter's, which says whether the tensor is in the state dict.
+            sha256: what a tensor that is loaded for the adapter has to hash to; None for any.
+        """
         # not register_buffer, which refuses adapters named like any attribute of this class
         self._buffers[adapter] = value
         self._configs[adapter] = config
@@ -46,7 +56,7 @@ class SharedBuffers(nn.Module):
         self._origins[adapter] = (arrivals, module, name)
 
     def arrived(self, sha256: str | None) -> torch.Tensor | None:
-        """The tensor with that hash, where some adapter has it and does not itself wait for it."""
+        """Return the tensor with that hash, where some adapter has it and does not itself wait for it."""
         known = (name for name, value in self._expected.items() if value == sha256 and name not in self._origins)
         return next((self._buffers[name] for name in known), None)
 
@@ -63,7 +73,7 @@ class SharedBuffers(nn.Module):
                 destination[prefix + adapter] = value if keep_vars else value.detach()
 
     def verify(self, adapter: str, key: str, value: torch.Tensor) -> str | None:
-        """The complaint about a tensor that was loaded for `adapter`, or None."""
+        """Return what is wrong with a tensor that was loaded for `adapter`, or None."""
         known = self._buffers.get(adapter)
         if known is not None and known.shape != value.shape:
             return f"size mismatch for {key}: the file has {tuple(value.shape)}, the model {tuple(known.shape)}"
@@ -91,10 +101,10 @@ class SharedBuffers(nn.Module):
         super().__setattr__(name, self._one_storage(name, value.detach()) if loads else value)
 
     def _one_storage(self, adapter: str, value: torch.Tensor) -> torch.Tensor:
-        """The tensor of another adapter that equals `value`, so that self-contained tasks share too; else a copy."""
+        """Return another adapter's tensor that equals `value`, so that self-contained tasks share too; else a copy."""
         for other in {id(t): t for name, t in self._buffers.items() if name != adapter and t is not None}.values():
-            alike = (other.shape, other.dtype, other.device) == (value.shape, value.dtype, value.device)
-            if alike and other.device.type != "meta" and torch.equal(other, value):
+            same_kind = (other.shape, other.dtype, other.device) == (value.shape, value.dtype, value.device)
+            if same_kind and other.device.type != "meta" and torch.equal(other, value):
                 return other
         return value.clone()
 
@@ -120,9 +130,11 @@ class SharedBuffers(nn.Module):
         return len(self._buffers)
 
     def keys(self) -> Any:
+        """Return the adapters' names."""
         return self._buffers.keys()
 
     def get(self, adapter: str) -> torch.Tensor | None:
+        """Return the adapter's tensor, or None."""
         return self._buffers.get(adapter)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SharedBuffers:

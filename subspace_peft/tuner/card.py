@@ -1,12 +1,16 @@
-"""The facts of a task for its card, and the card in the task's README."""
+"""The facts of a task for its card, and the card in the task's README.
+
+Everything takes and returns plain values. What was measured of a task's numbers is kept in its configuration's `card`
+beside ``of``, a hash of these numbers. Facts without ``of`` are of the numbers that are in memory.
+"""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,11 +21,7 @@ from ..cards import BaseFacts, BasisReferenceFacts, Place, TaskFacts, put_card, 
 from ..cards.facts import AUTO_CLASSES
 from .task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from .config import SubspaceConfig
-
+Card = dict[str, Any]
 # what was measured of certain numbers, and is not true of others
 MEASURED = ("training", "metrics", "controls", "datasets")
 HEADED = ("SEQ_CLS", "TOKEN_CLS")
@@ -37,34 +37,68 @@ MORE_AUTO_CLASSES = (
 MOST_LABELS = 64
 
 
-def write_section(folder: Path, config: SubspaceConfig) -> None:
-    """Put or replace the task's card in `folder`'s README.md; whatever else is in there stays."""
+# folder → where its tasks will be loaded from: a task's configuration does not know where its folder goes
+_places: dict[Path, Place] = {}
+
+
+def publish(folder: str | Path, place: Place) -> None:
+    """Let the cards of tasks that are saved in `folder`, or in folders of it, say to load them from `place`."""
+    _places[Path(folder).resolve()] = place
+
+
+@contextlib.contextmanager
+def published(places: Mapping[Path, Place]) -> Iterator[None]:
+    """While open, let cards name other places than their folders: folder → place. See `publish`."""
+    before = dict(_places)
+    for folder, place in places.items():
+        publish(folder, place)
+    try:
+        yield
+    finally:
+        _places.clear()
+        _places.update(before)
+
+
+def _place(folder: Path) -> Place:
+    whole = folder.resolve()
+    return next((_places[path] for path in (whole, *whole.parents) if path in _places), None) or Place.of_folder(
+        folder
+    )
+
+
+def write_section(folder: Path, config: Mapping[str, Any]) -> None:
+    """Put or replace the task's card in `folder`'s README.md; whatever else is in there stays.
+
+    Args:
+        folder: of the task.
+        config: the task's configuration, as `SubspaceConfig.to_dict` gives it.
+    """
     put_card(folder, task_card(facts_of(folder, config)))
 
 
-def facts_of(folder: Path, config: SubspaceConfig) -> TaskFacts:
-    """What a card says of the task: from its configuration and the header of its file."""
-    said: Mapping[str, Any] = config.card or {}
+def facts_of(folder: Path, config: Mapping[str, Any]) -> TaskFacts:
+    """Return a card's facts of a task, from its configuration and the header of its file. Arguments as above."""
+    said: Mapping[str, Any] = config["card"] or {}
     size = _sizes(folder / WEIGHTS_FILE)
-    task_type = None if config.task_type is None else str(getattr(config.task_type, "value", config.task_type))
+    task_type = _text(config["task_type"])
     base = dict(said.get("base") or {"auto_class": AUTO_CLASSES.get(task_type or "")})
     if task_type in HEADED and size:
         base.setdefault("num_labels", size.pop("classes"))
     for key in ("labels", "code"):
         base[key] = tuple(base[key]) if base.get(key) else None
-    carried = config.basis_modules is not None
-    versions = {"subspace_peft": config.subspace_version or __version__, "PEFT": config.peft_version}
+    carried = config["basis_modules"] is not None
+    versions = {"subspace_peft": config["subspace_version"] or __version__, "PEFT": config["peft_version"]}
     return TaskFacts(
-        place=config._place or Place.of_folder(folder),
+        place=_place(folder),
         basis=BasisReferenceFacts(
-            fingerprint=config.basis_fingerprint,
-            reference=None if carried else config.to_dict()["basis"],
-            revision=None if carried else config.basis_revision,
+            fingerprint=config["basis_fingerprint"],
+            reference=None if carried else config["basis"],
+            revision=None if carried else config["basis_revision"],
         ),
-        coefficients=config.coefficients,
-        mean_gain=config.mean_gain,
-        start=config.start,
-        base=BaseFacts(reference=config.base_model_name_or_path or None, revision=config.revision, **base),
+        coefficients=config["coefficients"],
+        mean_gain=config["mean_gain"],
+        start=config["start"],
+        base=BaseFacts(reference=config["base_model_name_or_path"] or None, revision=config["revision"], **base),
         task_type=task_type,
         numbers=size.get("numbers"),
         head=size.get("head"),
@@ -75,6 +109,10 @@ def facts_of(folder: Path, config: SubspaceConfig) -> TaskFacts:
         datasets=tuple(said.get("datasets") or ()),
         versions={name: str(version) for name, version in versions.items() if version},
     )
+
+
+def _text(task_type: Any) -> str | None:
+    return None if task_type is None else str(getattr(task_type, "value", task_type))
 
 
 def _sizes(file: Path) -> dict[str, Any]:
@@ -98,33 +136,50 @@ def _sizes(file: Path) -> dict[str, Any]:
     return {**counts, "classes": classes, "bytes": file.stat().st_size}
 
 
-def note(config: SubspaceConfig, **facts: Any) -> None:
-    """Have the card say `facts` (`training`, `metrics`, `datasets`, `controls`, `base`); metrics are added to those of
-    other splits."""
-    card = dict(config.card or {})
+def noted(card: Mapping[str, Any] | None, **facts: Any) -> Card:
+    """Return `card` with more facts.
+
+    Args:
+        card: a configuration's `card`.
+        facts: `training`, `metrics`, `datasets`, `controls`, `base` or `of`; metrics are added to those of other
+            splits, all else takes the place of what was there.
+    """
+    made = dict(card or {})
     for key, value in facts.items():
-        card[key] = {**card.get(key, {}), **value} if key == "metrics" else value
-    config.card = card
+        made[key] = {**made.get(key, {}), **value} if key == "metrics" else value
+    return made
 
 
-def forget_others(folder: Path, config: SubspaceConfig) -> None:
-    """Have `config.card` say nothing of other numbers than those in `folder`: it may have been trained on since it was
-    read."""
-    card = config.card
-    if not card or not any(key in card for key in MEASURED):
-        return
-    digest = coefficients_digest(folder / WEIGHTS_FILE)
-    if digest is None:
-        return
-    if not config._recorded and card.get("of") != digest:
-        card = {key: value for key, value in card.items() if key not in (*MEASURED, "of")}
-        config.card = card or None
-    else:
-        config.card = {**card, "of": digest}
+def measured(card: Mapping[str, Any] | None, **facts: Any) -> Card:
+    """Return `card` with facts that were measured just now, of the numbers in memory. Arguments as in `noted`."""
+    return {key: value for key, value in noted(card, **facts).items() if key != "of"}
+
+
+def card_for(card: Mapping[str, Any] | None, digest: str | None) -> Card | None:
+    """Return what `card` says of the coefficients with that hash; None where nothing is left.
+
+    What was measured of others is left out: the task may have been trained on since it was read.
+
+    Args:
+        card: a configuration's `card`.
+        digest: of the coefficients that are being saved; None: not known, and everything stays.
+    """
+    if not card or digest is None or not any(key in card for key in MEASURED):
+        return None if card is None else dict(card)
+    if card.get("of", digest) == digest:
+        return {**card, "of": digest}
+    return {key: value for key, value in card.items() if key not in (*MEASURED, "of")} or None
+
+
+def unmeasured(card: Mapping[str, Any] | None) -> Card | None:
+    """Return a card that was read from a file, without facts that may be of other numbers than those beside it."""
+    if card is None or "of" in card:
+        return None if card is None else dict(card)
+    return {key: value for key, value in card.items() if key not in MEASURED} or None
 
 
 def coefficients_digest(file: Path) -> str | None:
-    """sha256 of a task's coefficients; None where they cannot be read."""
+    """Return the sha256 of a saved task's coefficients; None where they cannot be read."""
     try:
         with safe_open(file, framework="pt") as tensors:
             return digest_of({key: tensors.get_tensor(key) for key in filter(COEFFICIENT_KEY.match, tensors.keys())})
@@ -133,7 +188,7 @@ def coefficients_digest(file: Path) -> str | None:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of the coefficients among a task's tensors."""
+    """Return the sha256 of the coefficients among a task's tensors."""
     digest = hashlib.sha256()
     for key in sorted(filter(COEFFICIENT_KEY.match, tensors)):
         value = tensors[key]
@@ -142,15 +197,20 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def base_facts(base: Any, config: SubspaceConfig) -> dict[str, Any]:
-    """What `config.card` keeps of a live base model: how to make one like it."""
+def base_facts(base: Any, config: Any) -> dict[str, Any]:
+    """Return what a card keeps of a live base model: how to make one like it.
+
+    Args:
+        base: the model.
+        config: a PEFT configuration, of which `task_type` and `modules_to_save` are read.
+    """
     facts: dict[str, Any] = {"class_name": type(base).__name__}
     settings = getattr(base, "config", None)
     if (family := getattr(settings, "model_type", None)) not in (None, "", "custom"):
         facts["family"] = family
     if (code := getattr(base, "card_code", None)) is not None:
         return {**facts, "code": code()}
-    if (auto := _auto_class(base, settings, config)) is None:
+    if (auto := _auto_class(base, settings, _text(config.task_type))) is None:
         return facts
     facts["auto_class"] = auto
     if config.modules_to_save and "Classification" in auto:
@@ -162,10 +222,10 @@ def base_facts(base: Any, config: SubspaceConfig) -> dict[str, Any]:
     return facts
 
 
-def _auto_class(base: Any, settings: Any, config: SubspaceConfig) -> str | None:
+def _auto_class(base: Any, settings: Any, task_type: str | None) -> str | None:
     import transformers
 
-    first = AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)))
+    first = AUTO_CLASSES.get(str(task_type))
     for name in dict.fromkeys([*([first] if first else []), *AUTO_CLASSES.values(), *MORE_AUTO_CLASSES]):
         # transformers has no public way to ask which class an auto class makes of a configuration
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", None)
@@ -173,33 +233,3 @@ def _auto_class(base: Any, settings: Any, config: SubspaceConfig) -> str | None:
         if type(base) in (made if isinstance(made, (tuple, list)) else [made]):
             return name
     return None
-
-
-def teach_cards() -> None:
-    """Have `PeftModel.create_or_update_model_card`, which writes a page of gaps to fill in, leave a subspace task's
-    README to its own card, and note how to make the base model. Other models go the way they went. Idempotent.
-    """
-    from peft import PeftModel
-
-    original: Callable[..., Any] = PeftModel.create_or_update_model_card
-    if getattr(original, "subspace", False):
-        return
-
-    @functools.wraps(original)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> Any:
-        from .config import SubspaceConfig
-
-        for config in self.peft_config.values():
-            if isinstance(config, SubspaceConfig):
-                note(config, base=base_facts(self.get_base_model(), config))
-        # the adapter that PEFT saves in that folder, the others in folders of it
-        default = self.peft_config.get("default")
-        if not isinstance(default, SubspaceConfig):
-            return original(self, output_dir)
-        if (Path(output_dir) / "README.md").is_file():
-            # the Trainer has just written one of its own, and asks for what belongs into it
-            write_section(Path(output_dir), default)
-        return None
-
-    create_or_update_model_card.subspace = True  # type: ignore[attr-defined]
-    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]

@@ -1,18 +1,16 @@
-"""How the core C(θ) of one module is parameterised: all kinds behind one face."""
+"""Parameterisations of the core C(θ) of one module: all kinds behind one interface."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import BadFileError
-
-if TYPE_CHECKING:
-    from .load_tracker import Arrivals
+from .load_tracker import Arrivals
 
 KINDS = ("core", "factor", "diagonal", "directions", "none")
 
@@ -55,14 +53,19 @@ class Coefficients(nn.Module):
         super().__setattr__(name, value)
 
     def core(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
-        """``C(θ) + g·M`` as (k_out, k_in)."""
+        """Return ``C(θ) + g·M`` (k_out, k_in).
+
+        Args:
+            mean: M (k_out, k_in) in units of the core, or None for none.
+            directions: G (m, k_out, k_in), for the kind that needs them.
+        """
         core = self.own_core(directions)
         if mean is not None:
             core = core + (mean.to(core.dtype) if self.gain is None else self.gain * mean.to(core.dtype))
         return core
 
     def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
-        """C(θ) as (k_out, k_in)."""
+        """Return C(θ) (k_out, k_in); `directions` as in `core`."""
         raise NotImplementedError(type(self).__name__)
 
     def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
@@ -70,18 +73,20 @@ class Coefficients(nn.Module):
         raise NotImplementedError(type(self).__name__)
 
     def perturb(self) -> None:
-        """A small random θ, so that the update is not zero (`init_weights=False`)."""
+        """Draw a small random θ, so that the update is not zero (`init_weights=False`)."""
         for parameter in self.parameters():
             if parameter.device.type != "meta":
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what `core` does, in a tensor of its own."""
         core = self.core(mean, directions)
         # a parameter itself may be emptied by such hooks once this call is over
         return core.clone() if isinstance(core, nn.Parameter) else core
 
     @property
     def dtype(self) -> torch.dtype:
+        """The trained tensors' dtype."""
         return next(self.parameters()).dtype
 
 
@@ -99,9 +104,11 @@ class Core(Coefficients):
         self.weight = nn.Parameter(torch.zeros(k_out, k_in))
 
     def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        """Return C(θ): θ itself."""
         return self.weight
 
     def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        """Set θ to `core`, or to zero."""
         with torch.no_grad():
             self.weight.zero_() if core is None else self.weight.copy_(core)
 
@@ -119,9 +126,11 @@ class Factor(Coefficients):
         self.down = nn.Parameter(torch.zeros(r, k_in))
 
     def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        """Return C(θ): up · down."""
         return self.up @ self.down
 
     def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        """Set the factors to the best ones of rank r, or `up` to zero and `down` to random orthonormal rows."""
         with torch.no_grad():
             if core is None:
                 self.up.zero_()
@@ -143,10 +152,12 @@ class Diagonal(Coefficients):
         self.weight = nn.Parameter(torch.zeros(k))
 
     def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        """Return C(θ): diag(θ), padded to (k_out, k_in)."""
         k = self.weight.shape[0]
         return F.pad(torch.diag(self.weight), (0, self.k_in - k, 0, self.k_out - k))
 
     def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        """Set θ to the diagonal of `core`, or to zero."""
         with torch.no_grad():
             self.weight.zero_() if core is None else self.weight.copy_(core.diagonal()[: self.weight.shape[0]])
 
@@ -159,11 +170,13 @@ class Directions(Coefficients):
         self.weight = nn.Parameter(torch.zeros(m))
 
     def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        """Return C(θ): Σ_j θ_j G_j."""
         if directions is None:
             raise RuntimeError("the `directions` coefficients need the basis's directions G")
         return torch.einsum("m,moi->oi", self.weight, directions.to(self.weight.dtype))
 
     def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
+        """Set θ to the least-squares solution of ``Σ_j θ_j G_j = core``, or to zero."""
         with torch.no_grad():
             if core is None or directions is None:
                 self.weight.zero_()
@@ -179,14 +192,24 @@ class MeanOnly(Coefficients):
         super().__init__(k_out, k_in, 1, mean_gain)
 
     def own_core(self, directions: torch.Tensor | None) -> torch.Tensor:
+        """Return C(θ): zeros."""
         return torch.zeros(self.k_out, self.k_in, dtype=self.dtype, device=next(self.parameters()).device)
 
     def start(self, core: torch.Tensor | None, directions: torch.Tensor | None) -> None:
-        """Nothing to set: this kind has no θ."""
+        """Set nothing: this kind has no θ."""
 
 
 def make_coefficients(kind: str, k_out: int, k_in: int, *, r: int, directions: int, mean_gain: str) -> Coefficients:
-    """The coefficients of one module, at zero. `r` is for `factor`, `directions` (m) for `directions`."""
+    """Return the coefficients of one module, at zero.
+
+    Args:
+        kind: one of `KINDS`.
+        k_out: rows of the core.
+        k_in: columns of the core.
+        r: rank, for `factor`.
+        directions: how many direction tensors the basis has, for `directions`.
+        mean_gain: ``trainable`` adds the trained gain g of the mean core.
+    """
     if kind == "none":
         return MeanOnly(k_out, k_in, mean_gain)
     if kind == "core":
@@ -199,5 +222,5 @@ def make_coefficients(kind: str, k_out: int, k_in: int, *, r: int, directions: i
 
 
 def default_scale(alpha: float, coefficients: Coefficients) -> float:
-    """``s = α / √steps``: one Adam step of learning rate η moves ΔW by at most α·η in Frobenius norm, whatever k."""
+    """Return ``s = α / √steps``: an Adam step of rate η moves ΔW by at most α·η in Frobenius norm, whatever k."""
     return alpha / math.sqrt(coefficients.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +13,32 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .._io.untrusted import read_json
 from .._version import __version__
-from ..basis import SubspaceBasis, resolve_basis
+from ..basis import BasisReference, SubspaceBasis, resolve_reference
 from ..basis.basis import note_location
 from ..basis.resolve import require_same
 from ..errors import BadFileError, BasisNotFoundError, NoConfigurationError, SubspaceError
+from .card import card_for, coefficients_digest, unmeasured, write_section
 from .config_check import check_choices, check_values, unknown_keys
-from .registration import SUBSPACE
+from .loaded_from import LoadedFrom
+from .peft_type import SUBSPACE
+from .task_file import PICKLED_FILE, WEIGHTS_FILE, check_task, locate_task
+from .task_sizes import TaskSizes
 
 GENERATED = ("random", "base-weights")
+# true of one process only, like PEFT's own `runtime_config`
+NOT_SAVED = ("loaded_from",)
 
 
 @dataclass
 class SubspaceConfig(PeftConfig):
     """Configuration of a task in a shared basis: ``ΔW = s · U (g·M/s + C(θ)) V``, of which only θ (and g) is trained.
 
-    A relative `basis` is looked for beside the saved task first, then in the working directory.
+    Plain data: declared fields and checks. A relative `basis` is looked for beside the saved task first, then in the
+    working directory. One configuration may be used for several adapters and models; fields that are "filled in when
+    the adapter is made" then describe the last of them.
+
+    Raises:
+        SubspaceError: a value is of a wrong kind or size, or does not go with another; names it.
     """
 
     basis: Any = field(
@@ -179,31 +190,29 @@ class SubspaceConfig(PeftConfig):
     subspace_version: str | None = field(
         default=None, metadata={"help": "Version of subspace_peft that saved this file; None until it is saved."}
     )
+    loaded_from: LoadedFrom | None = field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "Where the task was read from. Filled in when the task is loaded; not saved."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SUBSPACE
-        check_values(self)
+        check_values(vars(self))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         if self.layers_pattern and self.layers_to_transform is None:
             raise SubspaceError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        check_choices(self)
+        check_choices(vars(self))
         if self.id2label is not None:
             # JSON makes texts of the indices
             self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
-        self._basis: SubspaceBasis | None = None
-        self._plan: Any = None
-        self._near: Path | None = None
-        self._token: str | bool | None = None
-        self._given = False
-        self._file_modules: frozenset[str] | None = None
-        self._place: Any = None
-        self._recorded = False
 
-    # -- the basis --------------------------------------------------------------------------------------------------
+    # -- facts that follow from the fields --------------------------------------------------------------------------
 
     @property
     def generated(self) -> bool:
@@ -215,118 +224,109 @@ class SubspaceConfig(PeftConfig):
         """Whether this configuration was read from a saved task."""
         return self.subspace_version is not None
 
+    @property
+    def sizes(self) -> TaskSizes:
+        """The fields that decide the trained tensors' sizes and scale."""
+        return TaskSizes(self.coefficients, self.k, self.rank_pattern, self.r, self.alpha, self.mean_gain)
+
+    @property
+    def basis_reference(self) -> BasisReference:
+        """Where the basis is to be found, and which one it has to be."""
+        origin = self.loaded_from or LoadedFrom()
+        return BasisReference(
+            location=None if self.generated else self._location(),
+            revision=self.basis_revision,
+            fingerprint=self.basis_fingerprint,
+            near=origin.folder,
+            token=origin.token,
+            exact=origin.basis_given,
+        )
+
+    def _location(self) -> str | None:
+        basis = self.basis.location if isinstance(self.basis, SubspaceBasis) else self.basis
+        return None if basis is None else str(basis)
+
     # what PEFT's `hotswap_adapter` reads of every configuration, whatever the method, to compute each layer's scale
     use_rslora = False
 
     @property
     def lora_alpha(self) -> float:
-        """s · r of a module that `alpha_pattern` does not name."""
+        """The product s · r of a module that `alpha_pattern` does not name."""
         return self.alpha
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """Per key of a loaded task's coefficients, as a regular expression, s · r: PEFT divides it by r."""
-        from .task_file import scale_of
-
-        known = self.basis_modules if self._basis is None else None
-        pattern = {}
-        for module in self._file_modules or ():
-            name = module if self._basis is None else str(self._basis.find(module))
-            shape = known[name]["shape"] if known is not None else self._basis.shapes()[name]  # type: ignore[union-attr]
-            # the module itself too: PEFT warns of patterns that no module matches
-            pattern[rf"{re.escape(module)}(\.subspace_coef\..*)?"] = scale_of(self, module, shape) * self.r
-        return pattern
+        shapes = (self.loaded_from or LoadedFrom()).modules or {}
+        # the module itself too: PEFT warns of patterns that no module matches
+        return {
+            rf"{re.escape(module)}(\.subspace_coef\..*)?": self.sizes.scale(module, shape) * self.r
+            for module, shape in shapes.items()
+        }
 
     def resolve(self) -> SubspaceBasis | None:
-        """Find and verify the basis. None: it is to be generated, or lies in the task's own file.
+        """Find and verify the basis. Nothing is kept: a model, once it uses the basis, holds it.
+
+        Returns:
+            The basis; None where it is to be generated, or lies in the task's own file.
 
         Raises:
             BasisNotFoundError: none is given, or it is nowhere.
             BasisMismatchError: the one found has another fingerprint; names both.
         """
-        if self._basis is not None:
-            return self._basis
         if isinstance(self.basis, SubspaceBasis):
             require_same(self.basis, self.basis_fingerprint, "This task")
-            self._basis = self.basis
             note_location(self.basis)
-        elif (self.basis_modules is not None and not self._given) or (self.generated and not self.loaded):
+            return self.basis
+        reference = self.basis_reference
+        if self.generated and not self.loaded:
             return None
-        elif self.basis is None and self.basis_fingerprint is None:
+        if self.basis_modules is not None and not reference.exact and (self.loaded or self.basis is None):
+            return None
+        if self.basis is None and self.basis_fingerprint is None:
             raise BasisNotFoundError(
                 "SubspaceConfig has no basis. Build one from LoRA adapters with `subspace_peft.build_basis([...])` or"
                 " `subspace-peft build`, and pass it, its folder or its Hub id as basis=…; or ask for a random one"
                 " with basis='random', k=16."
             )
-        elif self._given:
-            # said by hand: that place and no other, whatever this process or machine has seen before
-            self._basis = SubspaceBasis.from_pretrained(
-                str(self.basis), fingerprint=self.basis_fingerprint, token=self._token
-            )
-        else:
-            self._basis = resolve_basis(
-                None if self.basis is None or self.generated else str(self.basis),
-                revision=self.basis_revision,
-                fingerprint=self.basis_fingerprint,
-                near=self._near,
-                token=self._token,
-            )
-        return self._basis
-
-    def adopt(self, basis: SubspaceBasis) -> None:
-        """Take `basis` as the resolved one and record its fingerprint and, on the Hub, its commit."""
-        self._basis = basis
-        self.basis_fingerprint = basis.fingerprint
-        if basis.revision is not None:
-            self.basis_revision = basis.revision
-
-    def start_over(self) -> None:
-        """Forget the generated basis, and what was filled in with it, of the modules that it was made for."""
-        self._basis = self.basis_fingerprint = self.basis_modules = self.base_probe = None
+        return resolve_reference(reference)
 
     # -- PEFT's own interface ---------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's, with the basis as its location: a folder or a Hub id."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        basis = values["basis"]
-        values["basis"] = (
-            basis.location if isinstance(basis, SubspaceBasis) else (None if basis is None else str(basis))
-        )
+        """Return the fields that are saved, as PEFT's does, with the basis as its location: a folder or a Hub id."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_SAVED}
+        values["basis"] = self._location()
         return {
             key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; where a task is saved, its README gets a card."""
-        from .card import forget_others, write_section
-
-        if self.save_basis and self.basis_modules is None and self._plan is not None:
-            # asked for after the adapter was made: the tensors are in the task's file already, see SharedBuffers
-            self.basis_modules = self._plan.describe()
+        """Write `adapter_config.json` as PEFT's does; where a task is saved, its README gets a card."""
+        folder = Path(save_directory)
         if isinstance(self.basis, SubspaceBasis):
             # it may have been saved or pushed since the adapter was made
             self.basis_revision = self.basis.revision
-        before = self.subspace_version
+        self.card = card_for(self.card, coefficients_digest(folder / WEIGHTS_FILE))
         # a configuration that no adapter was made from is a wish, and loading it must not count as loading a task
-        self.subspace_version = (
-            __version__ if before is not None or self.base_probe is not None or self._plan else None
-        )
-        forget_others(Path(save_directory), self)
+        made = self.base_probe is not None or self.basis_modules is not None
+        made = made or any((folder / name).is_file() for name in (WEIGHTS_FILE, PICKLED_FILE))
+        before = self.subspace_version
+        self.subspace_version = __version__ if before is not None or made else None
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.subspace_version = before
         if self.basis_fingerprint is not None:
-            write_section(Path(save_directory), self)
+            write_section(folder, self.to_dict())
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """As PEFT's, which `from_pretrained` calls.
+        """Read a configuration's file, as PEFT's does, which `from_pretrained` calls.
 
         Raises:
-            BadFileError: no JSON object, a method that PEFT does not know, or keys that nobody writes into a saved
-                task.
+            BadFileError: no JSON object, a method that PEFT does not know, or keys that no version writes into a
+                saved task.
         """
         try:
             values = read_json(Path(path_json_file))
@@ -340,7 +340,8 @@ class SubspaceConfig(PeftConfig):
                 f"{path_json_file}: its peft_type is {str(kind)[:80]!r}, which this PEFT does not know. Upgrade PEFT,"
                 " or fetch the adapter again."
             )
-        unknown = unknown_keys(values, [item.name for item in fields(cls)]) if kind == SUBSPACE else []
+        known = [item.name for item in fields(cls) if item.name not in NOT_SAVED]
+        unknown = unknown_keys(values, known) if kind == SUBSPACE else []
         if unknown:
             raise BadFileError(
                 f"{path_json_file}: it has {', '.join(unknown[:5])}, which neither the version that saved it nor this"
@@ -350,19 +351,24 @@ class SubspaceConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's. `basis=` says where the basis is, if not where the task's config says;
-        `check_base_model=False` tries another base model anyway.
+        """Load a task's configuration, as PEFT's does.
 
         The task's tensors, where they lie beside the config, are checked against the basis here, before any model is
         touched.
 
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the task.
+            subfolder: in it.
+            kwargs: as PEFT's. `basis` says where the basis is, if not where the task's config says: that place and no
+                other, whatever this process or machine has seen before. `check_base_model=False` tries another base
+                model anyway.
+
         Raises:
             BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers. Of JSON that is no
                 configuration it is a TypeError as well, as with PEFT's other methods.
-            BasisNotFoundError, BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
+            BasisNotFoundError: see `resolve`.
+            BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
         """
-        from .task_file import check_task, locate_task
-
         basis, check = kwargs.pop("basis", None), kwargs.pop("check_base_model", None)
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -379,19 +385,28 @@ class SubspaceConfig(PeftConfig):
             return config
         if check is not None:
             config.check_base_model = check
-        if basis is not None:
-            config.basis, config.basis_revision, config._given = basis, None, True
         folder, weights = locate_task(pretrained_model_name_or_path, subfolder, kwargs)
-        config._near = folder
-        config._token = kwargs.get("token")
+        config.loaded_from = LoadedFrom(folder, kwargs.get("token"))
+        config.card = unmeasured(config.card)
+        if basis is not None:
+            config = config.on_basis(basis)
         if weights is not None:
-            config._file_modules = check_task(weights, config)
+            modules = check_task(weights, config.sizes, config.basis_reference, config.basis_modules, config.resolve)
+            config.loaded_from = replace(config.loaded_from, modules=modules)
         return config
 
+    def on_basis(self, basis: SubspaceBasis | str | Path) -> SubspaceConfig:
+        """Return a copy that takes its basis from `basis`, and from nowhere else.
+
+        Args:
+            basis: the basis, its folder or its Hub id.
+        """
+        origin = replace(self.loaded_from or LoadedFrom(), basis_given=True)
+        return replace(self, basis=basis, basis_revision=None, loaded_from=origin)
+
     def __getstate__(self) -> dict[str, Any]:
-        # a pickled config carries the basis's whereabouts, not its tensors
+        # a pickled config carries where a stored basis is, not its tensors
         state = dict(self.__dict__)
-        state["_basis"] = state["_plan"] = state["_token"] = None
-        if isinstance(state.get("basis"), SubspaceBasis) and state["basis"].location is not None:
-            state["basis"] = state["basis"].location
+        if isinstance(self.basis, SubspaceBasis) and self.basis.location is not None:
+            state["basis"] = self.basis.location
         return state

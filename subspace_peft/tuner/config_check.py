@@ -1,31 +1,34 @@
-"""Whether a configuration's values are of the kinds they are meant to be: a saved task's config may come from
-anywhere."""
+"""Checks that a configuration's values are of their kinds: a saved task's config may come from anywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
 from ..basis import SubspaceBasis
 from ..basis.schema import MOST_FEATURES, shape_problem
 from ..errors import SubspaceError
 from .coefficients import KINDS
-
-if TYPE_CHECKING:
-    from .config import SubspaceConfig
+from .loaded_from import LoadedFrom
 
 CARRIED = ("U", "V", "M", "G")
 MOST_PROBED = 4096
 Check = Callable[[Any], "str | None"]
 
 
-def check_values(config: SubspaceConfig) -> None:
-    """Raise `SubspaceError` naming the first value of `config` that is of a wrong kind or size, and what it should
-    be."""
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check a configuration's fields one by one.
+
+    Args:
+        values: field → value.
+
+    Raises:
+        SubspaceError: a value is of a wrong kind or size; names the first, and what it should be.
+    """
     for name, check in CHECKS.items():
-        value = getattr(config, name)
+        value = values[name]
         wanted = check(value)
         if wanted is not None:
             shown = f"a {type(value).__name__}" if isinstance(value, (Mapping, list, set, tuple)) else _short(value)
@@ -33,39 +36,50 @@ def check_values(config: SubspaceConfig) -> None:
             raise SubspaceError(f"{name}{wanted}." if wanted.startswith("[") else f"{name}={shown}: {wanted}.")
 
 
-def check_choices(config: SubspaceConfig) -> None:
-    """Raise `SubspaceError` naming the first choice of `config` that there is not, or that does not go with
-    another."""
+def check_choices(values: Mapping[str, Any]) -> None:
+    """Check a configuration's choices, and that they go with one another.
+
+    Args:
+        values: field → value, each checked by `check_values`.
+
+    Raises:
+        SubspaceError: there is no such choice, or it does not go with another; names the first.
+    """
     for name, choices in (("coefficients", KINDS), ("mean_gain", ("none", "fixed", "trainable"))):
-        if getattr(config, name) not in choices:
-            raise SubspaceError(f"{name}={getattr(config, name)!r}: choose one of {', '.join(choices)}.")
-    if config.coefficients == "none" and config.mean_gain != "trainable":
+        if values[name] not in choices:
+            raise SubspaceError(f"{name}={values[name]!r}: choose one of {', '.join(choices)}.")
+    if values["coefficients"] == "none" and values["mean_gain"] != "trainable":
         raise SubspaceError("coefficients='none' trains only the mean core's gain, so it needs mean_gain='trainable'.")
-    if config.coefficients == "none" and config.start not in ("zero", "mean"):
+    if values["coefficients"] == "none" and values["start"] not in ("zero", "mean"):
         raise SubspaceError(
-            f"start={config.start!r}: coefficients='none' has only the mean's gain and cannot stand for a source;"
+            f"start={values['start']!r}: coefficients='none' has only the mean's gain and cannot stand for a source;"
             " start at 'zero' or 'mean'."
         )
-    if config.target_parameters:
+    if values["target_parameters"]:
         raise SubspaceError(
-            f"target_parameters={config.target_parameters!r} is not supported: a basis has two sides, which such a"
+            f"target_parameters={values['target_parameters']!r} is not supported: a basis has two sides, which such a"
             " stack of weights shares among experts. Name layers in target_modules; LoRA can adapt parameters."
         )
-    if config.bias not in ("none", "all", "subspace_only"):
-        raise SubspaceError(f"bias={config.bias!r}: choose one of none, all, subspace_only.")
-    if not (config.basis is None or isinstance(config.basis, (str, Path, SubspaceBasis))):
+    if values["bias"] not in ("none", "all", "subspace_only"):
+        raise SubspaceError(f"bias={values['bias']!r}: choose one of none, all, subspace_only.")
+    basis = values["basis"]
+    if not (basis is None or isinstance(basis, (str, Path, SubspaceBasis))):
+        raise SubspaceError(f"basis={type(basis).__name__}: give a SubspaceBasis, the folder of one, or a Hub id.")
+    if not (basis is None or isinstance(basis, SubspaceBasis) or is_name(str(basis))):
         raise SubspaceError(
-            f"basis={type(config.basis).__name__}: give a SubspaceBasis, the folder of one, or a Hub id."
-        )
-    if not (config.basis is None or isinstance(config.basis, SubspaceBasis) or is_name(str(config.basis))):
-        raise SubspaceError(
-            f"basis={str(config.basis)[:80]!r}: that can be no place. Give the folder of a basis, or a Hub id."
+            f"basis={str(basis)[:80]!r}: that can be no place. Give the folder of a basis, or a Hub id."
         )
 
 
 def unknown_keys(values: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """Keys of a saved task's config that nobody writes: none where a newer PEFT or subspace_peft saved it, which may
-    know more."""
+    """Return the keys of a saved task's config that no version writes.
+
+    None are reported where a newer PEFT or subspace_peft saved the config, which may know more.
+
+    Args:
+        values: what the config's file holds.
+        known: the keys that this version writes.
+    """
     if values.get("subspace_version") is None:
         return []
     import peft
@@ -223,5 +237,6 @@ CHECKS: dict[str, Check] = {
         )
     ),
     "basis_modules": _none_or(_carried),
+    "loaded_from": _none_or(_be(lambda value: isinstance(value, LoadedFrom), "leave it out: loading fills it in")),
     "weight_shapes": _none_or(_be(_shapes, "give a dict, module → the two or four sizes of its weight")),
 }

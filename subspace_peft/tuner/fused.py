@@ -1,5 +1,8 @@
-"""``result + s · x Vᵀ Cᵀ Uᵀ`` in place, keeping only the k-wide ``x Vᵀ`` for the backward pass; and the same with the
-base layer's own product, whose gradient for x then takes the update's in place too."""
+"""Add an update to a base layer's output in place, keeping only the k-wide ``x Vᵀ`` for the backward pass.
+
+`add_update` does so behind the base layer, `linear_with_update` together with the base layer's own product, whose
+gradient for x then takes the update's in place too.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class _AddUpdate(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # h comes without its own history: second derivatives would be wrong without a word
+    @once_differentiable  # h comes without its own history: second derivatives would silently be wrong
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         h, V, C, U = ctx.saved_tensors
         grad_z = (grad.reshape(-1, grad.shape[-1]) @ U).mul_(ctx.scale)
@@ -59,7 +62,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable  # h comes without its own history: second derivatives would be wrong without a word
+    @once_differentiable  # h comes without its own history: second derivatives would silently be wrong
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         h, W, V, C, U = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
@@ -81,11 +84,17 @@ def linear_with_update(
     U: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """``x Wᵀ + bias + s · x Vᵀ Cᵀ Uᵀ`` (…, out).
+    """Return ``x Wᵀ + bias + s · x Vᵀ Cᵀ Uᵀ`` (…, out).
+
+    All tensors are of one dtype, outside autocast. Gradients go to x and C only.
 
     Args:
-        x: (…, in). W: (out, in). bias: (out,) or None. V: (k_in, in). C: (k_out, k_in). U: (out, k_out). All of one
-            dtype, outside autocast. Gradients go to x and C only.
+        x: (…, in).
+        W: (out, in).
+        bias: (out,) or None.
+        V: (k_in, in).
+        C: (k_out, k_in).
+        U: (out, k_out).
         scale: s.
     """
     return _LinearWithUpdate.apply(x, W, bias, V, C, U, scale)
@@ -100,12 +109,17 @@ def add_out(result: torch.Tensor, z: torch.Tensor, U: torch.Tensor, scale: float
 def add_update(
     result: torch.Tensor, x: torch.Tensor, V: torch.Tensor, C: torch.Tensor, U: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Add ``s · x Vᵀ Cᵀ Uᵀ`` to `result` (…, out), which is changed and returned.
+    """Add ``s · x Vᵀ Cᵀ Uᵀ`` to `result`, which is changed and returned.
+
+    All tensors are in result's dtype. No gradient goes to U and V.
 
     Args:
-        result: contiguous; not needed by the operation it came from, which holds for a linear layer's output.
-        x: (…, in). V: (k_in, in). C: (k_out, k_in). U: (out, k_out). All in result's dtype. No gradient goes to U and
-            V.
+        result: (…, out), contiguous; not needed by the operation it came from, which holds for a linear layer's
+            output.
+        x: (…, in).
+        V: (k_in, in).
+        C: (k_out, k_in).
+        U: (out, k_out).
         scale: s.
     """
     needed = torch.is_grad_enabled() and (result.requires_grad or x.requires_grad or C.requires_grad)

@@ -1,70 +1,102 @@
-"""What is decided and checked before a model is touched: which modules, which basis, whether they fit."""
+"""Decide and check, before a model is touched, which modules are adapted in which basis: `make_plan`.
+
+Four steps, none of which changes the configuration or the model: resolve the basis, match its modules with the
+targets, check that everything fits, and decide whether the task's own file carries the basis.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.basis import alive
 from ..basis.controls import base_weight_module, random_module, with_random_directions
-from ..basis.module import module_shape, tensor_sha256
 from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
-from .base_check import check_base_name, check_probe, same_weights
+from .base_check import check_base_name, probe, probed_modules, same_weights
 from .config import SubspaceConfig
 from .load_tracker import Arrivals
+from .plan import InjectionPlan, carried_entry
 from .targets import base_of, base_weight, is_conv1d, outer_modules, readable, sizes, supported, weight_shape
-from .task_file import k_of, used_part, used_size
 
 GENERATED_K = 16
+Layers = Mapping[str, nn.Module]
+Shapes = Mapping[str, Mapping[str, int]]
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """For one adapter: the basis's name of each target module, and where the tensors come from.
+def make_plan(
+    model: nn.Module, config: SubspaceConfig, targets: Sequence[str], basis: SubspaceBasis | None = None
+) -> InjectionPlan:
+    """Check that an adapter can be injected into the modules named `targets`, and say how.
 
-    Attributes:
-        config: the adapter's.
-        basis: where the tensors come from; None where the task's own file will bring them.
-        names: target module → its name in the basis.
-        shapes: the basis's name of a module → its shape, as `SubspaceBasis.shapes` has it.
-        arrivals: what has come from the task's own file, where something is yet to come.
+    Args:
+        model: the base model.
+        config: the adapter's configuration, which stays as it is.
+        targets: names of modules, in the model's order.
+        basis: the configuration's, where it is resolved already.
+
+    Raises:
+        SubspaceError: a target of an unsupported kind; coefficients or a start that the basis cannot serve.
+        BasisNotFoundError: see `SubspaceConfig.resolve`.
+        BasisMismatchError: targets absent from the basis, clashing shapes, a wrong base model; lists them.
     """
+    layers = _target_layers(model, targets)
+    basis = _resolve(config, layers) if basis is None else basis
+    names, shapes = _match(config, basis, targets)
+    probed = _check(model, config, layers, basis, names, shapes)
+    carried = _carry(config, basis, names)
+    filled_in: dict[str, Any] = {
+        "fan_in_fan_out": any(map(is_conv1d, layers.values())),
+        "weight_shapes": {n: shape for n, layer in layers.items() if (shape := weight_shape(layer)) is not None}
+        or None,
+        "basis_modules": carried,
+    }
+    if basis is not None:
+        filled_in["basis_fingerprint"] = basis.fingerprint
+        if basis.revision is not None:
+            filled_in["basis_revision"] = basis.revision
+        # the record that a loaded task brings is of what it was trained on, and stays
+        if not config.loaded or config.base_probe is None:
+            of_others = config.basis_fingerprint not in (None, basis.fingerprint)
+            filled_in["base_probe"] = None if of_others and probed is None else probed or config.base_probe
+    # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
+    unchecked = config.loaded and (config.loaded_from is None or config.loaded_from.modules is None)
+    arrivals = Arrivals() if basis is None or unchecked else None
+    return InjectionPlan(config, basis, names, shapes, carried, arrivals, filled_in)
 
-    config: SubspaceConfig
-    basis: SubspaceBasis | None
-    names: dict[str, str]
-    shapes: Mapping[str, Mapping[str, int]]
-    arrivals: Arrivals | None
 
-    def module(self, key: str) -> ModuleBasis:
-        """The part of the basis that the layer at `key` uses."""
-        if self.basis is None:
-            return placeholder(self.config, self.names[key])
-        return used_part(self.config, key, self.basis[self.names[key]])
+def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBasis | None:
+    """Name the basis's own modules in `config` where it names no targets, as PEFT does with a method's defaults.
 
-    def basis_key(self, key: str) -> tuple[Any, ...] | None:
-        """What two adapters have to agree in to share the basis's tensors at `key`; None where they are yet to
-        come."""
-        shape = self.shapes[self.names[key]]
-        used = used_size(self.config, key, shape["k_out"], shape["k_in"])
-        return None if self.basis is None else (self.config.basis_fingerprint, self.names[key], *used)
+    A generated basis has none, and leaves them to PEFT.
 
-    def describe(self) -> dict[str, Any]:
-        """Per target module the shapes and hashes of the tensors that the task's own file will carry."""
-        return {name: _description(self.config, self.module(name)) for name in self.names}
+    Returns:
+        The basis, where it had to be resolved.
+
+    Raises:
+        BasisNotFoundError: see `SubspaceConfig.resolve`.
+        BasisMismatchError: see `modules_of_basis`.
+        SubspaceError: see `modules_of_basis`.
+    """
+    if config.target_modules is not None:
+        return None
+    basis = config.resolve()
+    if basis is not None:
+        config.target_modules = modules_of_basis(model, basis, config)
+    elif config.basis_modules is not None:
+        config.target_modules = set(config.basis_modules)
+    return basis
 
 
 def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceConfig) -> set[str]:
-    """The model's supported modules that the basis knows, in the layers that the config's `layers_to_transform` names.
+    """Return the model's supported modules that the basis knows, in the layers that `layers_to_transform` names.
 
     Raises:
         BasisMismatchError: none.
@@ -88,21 +120,6 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
     return found
 
 
-def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> None:
-    """Where the config names no targets: those that its basis has. A generated basis has none, and leaves them to
-    PEFT.
-
-    Raises:
-        BasisNotFoundError, BasisMismatchError, SubspaceError: see `SubspaceConfig.resolve` and `modules_of_basis`.
-    """
-    if config.target_modules is None:
-        basis = config.resolve()
-        if basis is not None:
-            config.target_modules = modules_of_basis(model, basis, config)
-        elif config.basis_modules is not None:
-            config.target_modules = set(config.basis_modules)
-
-
 def _in_layers(config: SubspaceConfig, name: str) -> bool:
     # PEFT's own rule, which it applies to ends of names only, never to names given in full
     ending = LoraConfig(
@@ -113,13 +130,8 @@ def _in_layers(config: SubspaceConfig, name: str) -> bool:
     return bool(check_target_module_exists(ending, name))
 
 
-def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> Plan:
-    """Check that the adapter can be injected into the modules named `targets`, and say how.
-
-    Raises:
-        SubspaceError: a target of an unsupported kind; coefficients or a start that the basis cannot serve.
-        BasisMismatchError: targets absent from the basis, clashing shapes, a wrong base model; lists them.
-    """
+def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers of the targets. Raise `SubspaceError` where one, or the whole model, cannot be adapted."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise SubspaceError(
             f"This {type(model).__name__} is split by tensor parallelism (tp_plan, size {model._tp_size}), whose parts"
@@ -133,73 +145,43 @@ def make_plan(model: nn.Module, config: SubspaceConfig, targets: list[str]) -> P
                 " kinds of it, transformers' Conv1D, nn.Conv2d without groups, and nn.Embedding. Narrow"
                 " target_modules, or leave it out with exclude_modules."
             )
-    basis = config.resolve()
-    again = basis is not None and config.generated and not config.loaded
-    if again and basis is not None and not _made_for(basis, modules, targets):
-        config.start_over()
-        basis = None
-    if basis is None and config.basis_modules is None:
-        basis = generate(config, {name: modules[name] for name in targets})
-    if basis is not None:
-        check_base_name(model, config, basis)
-        config.adopt(basis)
-    names = _match(config, basis, targets)
-    known = basis.shapes() if basis is not None else {n: e["shape"] for n, e in (config.basis_modules or {}).items()}
-    clashes = [
-        f"{name}: the basis has (out={known[key]['out']}, in={known[key]['in']}), the model {sizes(modules[name])}"
-        for name, key in names.items()
-        if (known[key]["out"], known[key]["in"]) != sizes(modules[name])
-    ]
-    if clashes:
-        raise BasisMismatchError(
-            f"{len(clashes)} modules have other shapes than the basis: {'; '.join(clashes[:3])}. The basis was built"
-            f" for {(basis.base_model if basis else None) or 'another base model'}: load that one."
-        )
-    if config._file_modules is not None and config._file_modules != set(targets):
-        absent, extra = config._file_modules - set(targets), set(targets) - config._file_modules
-        what = f"has no module {names_of(absent, 3)}" if absent else f"also targets {names_of(extra, 3)}"
-        raise BasisMismatchError(
-            f"The saved task adapts {len(config._file_modules)} modules, but this {type(model).__name__} {what}. Load"
-            f" the base model that it was trained on ({config.base_model_name_or_path})."
-        )
-    config.fan_in_fan_out = any(is_conv1d(modules[name]) for name in targets)
-    config.weight_shapes = {
-        name: shape for name in targets if (shape := weight_shape(modules[name])) is not None
-    } or None
-    # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
-    arrivals = Arrivals() if basis is None or (config.loaded and config._file_modules is None) else None
-    plan = Plan(config, basis, names, known, arrivals)
-    if again and config.basis == "base-weights" and not same_weights(modules, plan):
-        config.start_over()
-        return make_plan(model, config, targets)
-    _check_coefficients(config, basis, names, known)
-    check_probe(model, modules, plan)
-    if basis is not None and config.save_basis is False and basis.location is None:
-        warnings.warn(
-            "save_basis=False, and the basis lives in memory only: a saved task could not be loaded again. Save the"
-            " basis with `basis.save_pretrained(folder)` before `get_peft_model`, or leave save_basis out.",
-            stacklevel=2,
-        )
-    if basis is not None and config.basis_modules is None and _carries_basis(config, basis):
-        config.basis_modules = plan.describe()
-        if config.save_basis is None and not config.generated:
-            size = sum(
-                value.numel() * value.element_size() for n in targets for value in (plan.module(n).U, plan.module(n).V)
-            )
-            warnings.warn(
-                f"This basis lives in memory only, so the task's own file will carry a copy of it ({size:,} bytes)."
-                " Save it with `basis.save_pretrained(folder)` before `get_peft_model` for a task of kilobytes, or"
-                " pass save_basis=True if this is meant.",
-                stacklevel=2,
-            )
-    return plan
+    return {name: modules[name] for name in targets}
 
 
-def generate(config: SubspaceConfig, targets: Mapping[str, nn.Module]) -> SubspaceBasis:
-    """A basis of the config's generated kind for the given layers."""
+# -- resolve ----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(config: SubspaceConfig, layers: Layers) -> SubspaceBasis | None:
+    """Find, or generate, the basis; None where the task's own file will bring it."""
+    if not config.generated or config.loaded:
+        return config.resolve()
+    if config.basis == "base-weights" and (made := _made_before(config, layers)) is not None:
+        return made
+    return generate(config, layers)
+
+
+def _made_before(config: SubspaceConfig, layers: Layers) -> SubspaceBasis | None:
+    """Return the basis that an earlier use of `config` generated, where it is alive and of these very layers."""
+    basis = None if config.basis_fingerprint is None else alive(config.basis_fingerprint)
+    if basis is None or any(name not in basis for name in layers):
+        return None
+    shapes = basis.shapes()
+    if any((shapes[name]["out"], shapes[name]["in"]) != sizes(layer) for name, layer in layers.items()):
+        return None
+    found = _probe(config, layers, basis, {name: name for name in layers})
+    known = config.base_probe
+    return basis if found is None or known is None or same_weights(known, found) else None
+
+
+def generate(config: SubspaceConfig, layers: Layers) -> SubspaceBasis:
+    """Return a basis of the config's generated kind for the given layers.
+
+    Raises:
+        SubspaceError: it is to be made from weights that cannot be read.
+    """
     made: dict[str, ModuleBasis] = {}
-    for name, layer in targets.items():
-        k = k_of(config, name) or GENERATED_K
+    for name, layer in layers.items():
+        k = config.sizes.k_of(name) or GENERATED_K
         out, inner = sizes(layer)
         if config.basis == "random":
             module = random_module(name, out, inner, k, k, config.seed)
@@ -217,52 +199,25 @@ def generate(config: SubspaceConfig, targets: Mapping[str, nn.Module]) -> Subspa
     return SubspaceBasis(made, {"builder": config.basis, "base_model_name_or_path": config.base_model_name_or_path})
 
 
-def _made_for(basis: SubspaceBasis, modules: Mapping[str, nn.Module], targets: list[str]) -> bool:
-    # one configuration may be used again, for other modules or for another model, as one of LoRA's may
-    shapes = basis.shapes()
-    return all(n in shapes and (shapes[n]["out"], shapes[n]["in"]) == sizes(modules[n]) for n in targets)
+# -- match ------------------------------------------------------------------------------------------------------------
 
 
-def placeholder(config: SubspaceConfig, name: str) -> ModuleBasis:
-    """Zeros in the shape of a basis that the task's own file will fill in."""
-    entry = (config.basis_modules or {})[name]
-    shape, hashes = entry["shape"], entry["sha256"]
-    a, b = shape["k_out"], shape["k_in"]
-    return ModuleBasis(
-        U=torch.zeros(shape["out"], a),
-        V=torch.zeros(b, shape["in"]),
-        M=torch.zeros(a, b) if "M" in hashes else None,
-        G=torch.zeros(shape["directions"], a, b) if "G" in hashes else None,
-    )
-
-
-def _description(config: SubspaceConfig, module: ModuleBasis) -> dict[str, Any]:
-    tensors = {"U": module.U, "V": module.V}
-    if config.mean_gain != "none" and module.M is not None:
-        tensors["M"] = module.M
-    if config.coefficients == "directions" and module.G is not None:
-        tensors["G"] = module.G
-    return {
-        "shape": module_shape(module),
-        "sha256": {key: tensor_sha256(value.float()) for key, value in tensors.items()},
-    }
-
-
-def _carries_basis(config: SubspaceConfig, basis: SubspaceBasis) -> bool:
-    if config.save_basis is not None:
-        return config.save_basis
-    return basis.location is None
-
-
-def _match(config: SubspaceConfig, basis: SubspaceBasis | None, targets: list[str]) -> dict[str, str]:
-    known = config.basis_modules or {}
-    matches = {name: basis.find(name) if basis is not None else (name if name in known else None) for name in targets}
+def _match(
+    config: SubspaceConfig, basis: SubspaceBasis | None, targets: Sequence[str]
+) -> tuple[dict[str, str], Shapes]:
+    """Return target → module of the basis, and module of the basis → shape."""
+    if basis is None:
+        shapes: Shapes = {name: entry["shape"] for name, entry in (config.basis_modules or {}).items()}
+        matches = {name: name if name in shapes else None for name in targets}
+    else:
+        shapes = basis.shapes()
+        matches = {name: basis.find(name) for name in targets}
     absent = [name for name, key in matches.items() if key is None]
     if absent:
         raise BasisMismatchError(
             f"{len(absent)} of {len(targets)} target modules are not in the basis, such as {names_of(absent, 3)}; it"
-            f" has {names_of(basis if basis is not None else known, 3)}. Narrow target_modules (None takes the basis's"
-            " own), or build a basis from sources that adapt these modules."
+            f" has {names_of(shapes, 3)}. Narrow target_modules (None takes the basis's own), or build a basis from"
+            " sources that adapt these modules."
         )
     uses = Counter(matches.values())
     twice = sorted(name for name, key in matches.items() if uses[key] > 1)
@@ -272,14 +227,80 @@ def _match(config: SubspaceConfig, basis: SubspaceBasis | None, targets: list[st
             " their names aside. It was built for one of them: narrow target_modules, or leave the others out with"
             " exclude_modules."
         )
-    return {name: str(key) for name, key in matches.items()}
+    return {name: str(key) for name, key in matches.items()}, shapes
+
+
+# -- check ------------------------------------------------------------------------------------------------------------
+
+
+def _check(
+    model: nn.Module,
+    config: SubspaceConfig,
+    layers: Layers,
+    basis: SubspaceBasis | None,
+    names: Mapping[str, str],
+    shapes: Shapes,
+) -> list[float] | None:
+    """Raise where the basis, the task and the model do not belong together; return the probe of the base weights."""
+    if basis is not None and config.check_base_model:
+        check_base_name(model, basis.base_model)
+    _check_shapes(layers, basis, names, shapes)
+    _check_file(model, config, layers)
+    _check_coefficients(config, basis, names, shapes)
+    if basis is None:
+        return None
+    found = _probe(config, layers, basis, names)
+    known = config.base_probe if config.loaded and config.check_base_model else None
+    if found is not None and known is not None and not same_weights(known, found):
+        raise BasisMismatchError(
+            f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}):"
+            f" this {type(model).__name__} ({getattr(getattr(model, 'config', None), '_name_or_path', '')}) has other"
+            f" numbers in {names_of(probed_modules(list(layers)), 2)}. Load that base model, or pass"
+            " check_base_model=False in the config to try anyway."
+        )
+    return None if found is None else [float(f"{value:.4g}") for value in found]
+
+
+def _probe(
+    config: SubspaceConfig, layers: Layers, basis: SubspaceBasis, names: Mapping[str, str]
+) -> list[float] | None:
+    probed = probed_modules(list(layers))
+    return probe(layers, list(layers), {name: config.sizes.part(name, basis[names[name]]) for name in probed})
+
+
+def _check_shapes(layers: Layers, basis: SubspaceBasis | None, names: Mapping[str, str], shapes: Shapes) -> None:
+    clashes = [
+        f"{name}: the basis has (out={shapes[key]['out']}, in={shapes[key]['in']}), the model {sizes(layers[name])}"
+        for name, key in names.items()
+        if (shapes[key]["out"], shapes[key]["in"]) != sizes(layers[name])
+    ]
+    if clashes:
+        raise BasisMismatchError(
+            f"{len(clashes)} modules have other shapes than the basis: {'; '.join(clashes[:3])}. The basis was built"
+            f" for {(basis.base_model if basis else None) or 'another base model'}: load that one."
+        )
+
+
+def _check_file(model: nn.Module, config: SubspaceConfig, layers: Layers) -> None:
+    """Hold the targets against the modules that the task's file has coefficients for."""
+    if not config.loaded or config.loaded_from is None or config.loaded_from.modules is None:
+        return
+    saved, targets = set(config.loaded_from.modules), set(layers)
+    if saved == targets:
+        return
+    absent, extra = saved - targets, targets - saved
+    what = f"has no module {names_of(absent, 3)}" if absent else f"also targets {names_of(extra, 3)}"
+    raise BasisMismatchError(
+        f"The saved task adapts {len(saved)} modules, but this {type(model).__name__} {what}. Load the base model that"
+        f" it was trained on ({config.base_model_name_or_path})."
+    )
 
 
 def _check_coefficients(
-    config: SubspaceConfig, basis: SubspaceBasis | None, names: Mapping[str, str], known: Mapping[str, Any]
+    config: SubspaceConfig, basis: SubspaceBasis | None, names: Mapping[str, str], shapes: Shapes
 ) -> None:
     first = next(iter(names.values()))
-    if config.coefficients == "directions" and not known[first].get("directions"):
+    if config.coefficients == "directions" and not shapes[first].get("directions"):
         raise SubspaceError(
             f"coefficients='directions' needs a basis with direction tensors, and module {first!r} has none. Build it "
             "with `build_basis(..., directions=m)` (--directions m), or choose other coefficients."
@@ -302,7 +323,11 @@ def _check_coefficients(
 
 
 def source_index(config: SubspaceConfig, basis: SubspaceBasis) -> int:
-    """Place of the source that `config.start` names in the basis's list of sources."""
+    """Return the place of the source that `config.start` names in the basis's list of sources.
+
+    Raises:
+        SubspaceError: the basis has no such source; lists those that it has.
+    """
     names = [source.get("name") for source in basis.info.get("sources", [])]
     if config.start not in names:
         raise SubspaceError(
@@ -310,3 +335,34 @@ def source_index(config: SubspaceConfig, basis: SubspaceBasis) -> int:
             f"{', '.join(map(str, names)) or '(it has none)'}."
         )
     return names.index(config.start)
+
+
+# -- carry ------------------------------------------------------------------------------------------------------------
+
+
+def _carry(config: SubspaceConfig, basis: SubspaceBasis | None, names: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return shapes and hashes of the basis that the task's own file carries, by module; None where it carries none.
+
+    Warns where that was not asked for, and where a saved task could not be loaded again.
+    """
+    if basis is None or (config.loaded and config.basis_modules is not None):
+        return config.basis_modules
+    if config.save_basis is False and basis.location is None:
+        warnings.warn(
+            "save_basis=False, and the basis lives in memory only: a saved task could not be loaded again. Save the"
+            " basis with `basis.save_pretrained(folder)` before `get_peft_model`, or leave save_basis out.",
+            stacklevel=2,
+        )
+    again = config.basis_modules is not None and not config.generated
+    if not again and not (basis.location is None if config.save_basis is None else config.save_basis):
+        return None
+    parts = {name: config.sizes.part(name, basis[key]) for name, key in names.items()}
+    if config.save_basis is None and not config.generated and not again:
+        size = sum(value.numel() * value.element_size() for part in parts.values() for value in (part.U, part.V))
+        warnings.warn(
+            f"This basis lives in memory only, so the task's own file will carry a copy of it ({size:,} bytes)."
+            " Save it with `basis.save_pretrained(folder)` before `get_peft_model` for a task of kilobytes, or"
+            " pass save_basis=True if this is meant.",
+            stacklevel=2,
+        )
+    return {name: carried_entry(config, part) for name, part in parts.items()}

@@ -1,10 +1,10 @@
-"""What all adapter layers share: ``x → V x → C · → U ·`` beside a frozen layer, coefficients and basis by adapter."""
+"""The part of all adapter layers: ``x → V x → C · → U ·`` beside a frozen layer, tensors by adapter."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,35 +13,38 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..basis import ModuleBasis
+from ..basis import ModuleBasis, SubspaceBasis
 from ..errors import SubspaceError
 from .bnb import KeptWeight, unpack
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
-from .injection import Plan, source_index
+from .injection import source_index
 from .load_tracker import Arrivals
-from .row_batch import add_updates, check_rows
+from .plan import InjectionPlan
+from .row_batch import RowBank, add_updates, check_rows
 from .targets import kind_of, sizes
-
-if TYPE_CHECKING:
-    from ..tasks.bank import TaskBank
 
 
 class SubspaceLayer(BaseTunerLayer):
-    """What every adapter layer has: coefficients by adapter, and the shared basis.
+    """Coefficients by adapter, and the shared basis, around any layer.
 
     Attributes:
         subspace_coef: adapter → `Coefficients`, the only Parameters.
-        subspace_U, subspace_V, subspace_M, subspace_G: adapter → frozen tensor; adapters on one basis share it.
+        subspace_U: adapter → U (out, k_out), frozen; adapters on one basis share it, as they share V, M and G.
+        subspace_V: adapter → V (k_in, in).
+        subspace_M: adapter → M (k_out, k_in), where its mean core is used.
+        subspace_G: adapter → G (m, k_out, k_in), for `directions` coefficients.
         scaling: adapter → s, as `set_scale` and others may have changed it.
         configured_scaling: adapter → s as its config has it.
         r: adapter → (k_out, k_in).
+        bases: adapter → its whole basis, which others find by its fingerprint as long as an adapter uses it; not there
+            where the task's own file brings the tensors, nor in copies of the model.
         basis_key: adapter → fingerprint and size of the basis, by which adapters find one to share.
-        arrivals: adapter → what has come of its own file, its module's name there, the basis tensors it has to bring;
-            gone after the first forward pass.
-        bank, bank_place: further tasks on the basis of one of the adapters, or None; where in a row of it this layer's
-            core begins, and its (k_in, k_out).
-        batch_names: while `mixed.task_names_passed` is open, a task name per row.
+        arrivals: adapter → record of the tensors that came from its own file, the module's name there, the basis
+            tensors that it has to bring; gone after the first forward pass.
+        bank: further tasks on the basis of one of the adapters, or None.
+        bank_place: where in a row of the bank this layer's core begins, and its (k_in, k_out).
+        batch_names: while `row_batch.task_names_passed` is open, a task name per row.
     """
 
     adapter_layer_names = ("subspace_coef",)
@@ -54,6 +57,7 @@ class SubspaceLayer(BaseTunerLayer):
         "scaling",
         "configured_scaling",
         "r",
+        "bases",
         "basis_key",
         "arrivals",
     )
@@ -75,9 +79,10 @@ class SubspaceLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.configured_scaling: dict[str, float] = {}
         self.r: dict[str, tuple[int, int]] = {}
+        self.bases: dict[str, SubspaceBasis] = {}
         self.basis_key: dict[str, tuple[Any, ...]] = {}
         self.arrivals: dict[str, tuple[Arrivals, str, set[str]]] = {}
-        self.bank: TaskBank | None = None
+        self.bank: RowBank | None = None
         self.bank_place = (0, 0, 0)
         self.batch_names: Sequence[str] | None = None
         self._disable_adapters = False
@@ -88,8 +93,8 @@ class SubspaceLayer(BaseTunerLayer):
 
     # -- making an adapter ------------------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, plan: Plan, key: str, inference_mode: bool = False) -> None:
-        """Add (or replace) the adapter `adapter_name` as `plan` says for the module at `key`."""
+    def update_layer(self, adapter_name: str, plan: InjectionPlan, key: str, inference_mode: bool = False) -> None:
+        """Add the adapter `adapter_name`, or replace it, as `plan` says for the module at `key`."""
         config = plan.config
         to_come = self._put_basis(adapter_name, plan, key)
         U, V = self.subspace_U[adapter_name], self.subspace_V[adapter_name]
@@ -115,14 +120,20 @@ class SubspaceLayer(BaseTunerLayer):
         # not `set_adapter`, which walks all adapters: a thousandth one should cost what the first did
         coefficients.requires_grad_(adapter_name in self.active_adapters and not inference_mode)
 
-    def _put_basis(self, adapter_name: str, plan: Plan, key: str) -> list[str]:
-        """Hold the basis's tensors, another adapter's where it is the same; returns the names of those yet to come
-        from a file."""
+    def _put_basis(self, adapter_name: str, plan: InjectionPlan, key: str) -> list[str]:
+        """Hold the basis's tensors, another adapter's where it is the same.
+
+        Returns:
+            The names of those yet to come from a file.
+        """
         config = plan.config
-        # placeholders are empty until the task's own file fills them, so they are nobody else's basis yet
+        # placeholders are empty until the task's own file fills them, and until then no other adapter shares them
         wanted = plan.basis_key(key) or ("own", adapter_name)
         self.basis_key[adapter_name] = wanted
-        hashes = (config.basis_modules or {}).get(key, {}).get("sha256", {})
+        self.bases.pop(adapter_name, None)
+        if plan.basis is not None:
+            self.bases[adapter_name] = plan.basis
+        hashes = plan.hashes(key)
         names = (
             "UV" + ("M" if config.mean_gain != "none" else "") + ("G" if config.coefficients == "directions" else "")
         )
@@ -145,7 +156,7 @@ class SubspaceLayer(BaseTunerLayer):
         return to_come
 
     def _twins(self, adapter_name: str) -> Iterator[str]:
-        """Other adapters on the same basis."""
+        """Yield the other adapters on the same basis."""
         wanted = self.basis_key[adapter_name]
         return (other for other, known in self.basis_key.items() if known == wanted and other != adapter_name)
 
@@ -154,7 +165,17 @@ class SubspaceLayer(BaseTunerLayer):
         for container in (self.subspace_U, self.subspace_V):
             container[adapter_name] = container[other]
         self.basis_key[adapter_name] = self.basis_key[other]
+        if other in self.bases:
+            self.bases[adapter_name] = self.bases[other]
         self.arrivals.pop(adapter_name, None)
+
+    def basis_part(self, adapter_name: str) -> ModuleBasis:
+        """Return the adapter's part of its basis, as far as this layer has it."""
+        if adapter_name in self.bases:
+            _, name, k_out, k_in = self.basis_key[adapter_name]
+            return self.bases[adapter_name][name].truncate(k_out, k_in)
+        tensors = {name: getattr(self, f"subspace_{name}").get(adapter_name) for name in "UVMG"}
+        return ModuleBasis(**{name: value.detach().cpu() for name, value in tensors.items() if value is not None})
 
     def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, to_come: list[str]) -> None:
         self.subspace_coef[adapter_name].expect(arrivals, key)
@@ -169,7 +190,7 @@ class SubspaceLayer(BaseTunerLayer):
             arrivals.check(key, {name for name, _ in self.subspace_coef[adapter].named_parameters()}, brought)
             del self.arrivals[adapter]
 
-    def _start(self, coefficients: Coefficients, adapter_name: str, plan: Plan, key: str) -> None:
+    def _start(self, coefficients: Coefficients, adapter_name: str, plan: InjectionPlan, key: str) -> None:
         config = plan.config
         directions = self.subspace_G.get(adapter_name)
         core = None
@@ -211,7 +232,7 @@ class SubspaceLayer(BaseTunerLayer):
     # -- what an adapter computes -----------------------------------------------------------------------------------
 
     def _core(self, adapter: str) -> torch.Tensor:
-        """``C(θ) + g·M/s`` (k_out, k_in), detached."""
+        """Return ``C(θ) + g·M/s`` (k_out, k_in), detached."""
         mean, directions = self._frozen(adapter)
         with torch.no_grad():
             return self.subspace_coef[adapter].core(mean, directions)
@@ -221,26 +242,26 @@ class SubspaceLayer(BaseTunerLayer):
         return None if mean is None else mean / self.configured_scaling[adapter], self.subspace_G.get(adapter)
 
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-        """``V x`` (…, k_in) for the layer's input and V (k_in, in), in V's dtype."""
+        """Return ``V x`` (…, k_in) for the layer's input and V (k_in, in), in V's dtype."""
         raise NotImplementedError(type(self).__name__)
 
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-        """``U z`` in the layout of the layer's output, for z (…, k_out) and U (out, k_out)."""
+        """Return ``U z`` in the layout of the layer's output, for z (…, k_out) and U (out, k_out)."""
         raise NotImplementedError(type(self).__name__)
 
     def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
-        """`result` plus ``U z``, in result's dtype; `result` itself may be changed where no gradient is asked for."""
+        """Return `result` plus ``U z`` in result's dtype; `result` may be changed where no gradient is asked for."""
         return result + self.leave(z, U).to(result.dtype)
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        """ΔW (out, in) in the base weight's layout."""
+        """Return ΔW, given as (out, in), in the base weight's layout."""
         raise NotImplementedError(type(self).__name__)
 
     def _dropped(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         return self.subspace_dropout[adapter](x)
 
     def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """``result + s · U C V x``, in result's dtype."""
+        """Return ``result + s · U C V x``, in result's dtype."""
         dtype = result.dtype
         U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
         core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
@@ -248,13 +269,15 @@ class SubspaceLayer(BaseTunerLayer):
         return result + self.leave(F.linear(h, core * self.scaling[adapter]), U)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """ΔW in the base weight's layout and the coefficients' dtype, as PEFT's own layers have it."""
+        """Return ΔW in the base weight's layout and the coefficients' dtype, as PEFT's own layers do."""
         coefficients = next(self.subspace_coef[adapter].parameters())
         return self._delta(adapter).to(coefficients.dtype)
 
     def _delta(self, adapter: str) -> torch.Tensor:
-        """ΔW in the base weight's layout, float32 or wider: what is merged is rounded once, to the base weight's
-        dtype."""
+        """Return ΔW in the base weight's layout, float32 or wider.
+
+        So what is merged is rounded once, to the base weight's dtype.
+        """
         U, V, core = self.subspace_U[adapter], self.subspace_V[adapter], self._core(adapter) * self.scaling[adapter]
         dtype = torch.promote_types(U.dtype, torch.float32)
         return self.as_weight((U.to(dtype) @ core.to(dtype)) @ V.to(dtype))
@@ -281,23 +304,38 @@ class SubspaceLayer(BaseTunerLayer):
                 self.scaling[adapter] = known if scale is None else self.scaling[adapter] / scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` can: it takes ΔW for a matrix. `export_lora` converts layers of all
-        kinds."""
+        """Tell whether PEFT's `convert_to_lora` can convert this layer: it takes ΔW for a matrix.
+
+        `export_lora` converts layers of all kinds.
+        """
         return kind_of(self) == "linear"
 
 
 class AdapterLayer(nn.Module, SubspaceLayer):
-    """What the adapter layers of every kind do alike: make, run, merge."""
+    """An adapter layer: how it is made, run and merged, whatever the kind of the layer inside.
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, plan: Plan, key: str, **kwargs: Any) -> None:
+    Args:
+        base_layer: the layer inside.
+        adapter_name: the first adapter's name.
+        plan: the adapter's.
+        key: the layer's name in the base model, kept as `key`.
+        kwargs: what PEFT's quantisation backends need of the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, plan: InjectionPlan, key: str, **kwargs: Any) -> None:
         super().__init__()
         SubspaceLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
-        self._name = key
+        self.key = key
         self._kept: KeptWeight | None = None
         self.update_layer(adapter_name, plan, key, inference_mode=plan.config.inference_mode)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickled or copied layer has the tensors that it uses; the whole basis is found by its fingerprint
+        return {**self.__dict__, "bases": {}}
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the base layer's output with the updates of the active adapters, or of each row's own task."""
         names = kwargs.pop("adapter_names", self.batch_names)
         if names is not None:
             check_rows(self, x, names)
@@ -328,7 +366,7 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         return result
 
     def _with_first(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """The base layer's output with the update of `adapter`, or None where that is not quicker in one."""
+        """Return the base layer's output with the update of `adapter`, or None where that is not quicker in one."""
         return None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -344,7 +382,7 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise SubspaceError(
-                f"Module {self._name!r}: {backend.backend_name} weights cannot be changed, so nothing can be merged"
+                f"Module {self.key!r}: {backend.backend_name} weights cannot be changed, so nothing can be merged"
                 " into them. Load the base model unquantised to merge, or leave the adapter beside it."
             )
         for adapter in check_adapters_to_merge(self, adapter_names):
@@ -378,7 +416,7 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         if safe and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
         if self.quantization_backend is None:
-            # in place, so that whoever else holds this weight sees the same
+            # in place, so that other holders of this weight see the same
             weight.copy_(merged)
         else:
             self.set_base_weight(merged)
@@ -387,4 +425,5 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         return "subspace." + super().__repr__()
 
     def extra_repr(self) -> str:
+        """Return what PEFT's layers say of a quantised weight."""
         return quantization_extra_repr(self)

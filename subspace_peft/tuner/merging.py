@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
 from ..errors import BasisMismatchError, SubspaceError
+from .config import SubspaceConfig
 from .layer import SubspaceLayer
-
-if TYPE_CHECKING:
-    from .config import SubspaceConfig
-    from .model import SubspaceModel
 
 EXACT = ("linear", "cat")  # in LoRA `cat` is the exact sum; on one basis the plain one is exact already
 PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -22,7 +20,7 @@ TYPES = (*EXACT, *PRUNED, "svd", *(f"{name}_svd" for name in PRUNED))
 
 
 def add_weighted(
-    tuner: SubspaceModel,
+    tuner: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
@@ -46,13 +44,12 @@ def add_weighted(
         mean_gain="none",
         start="zero",
         target_modules=_united(configs),
-        subspace_version=None,
+        # a basis that only the tasks' files have is not looked for elsewhere: a layer shares it below
+        subspace_version=configs[0].subspace_version if configs[0].basis_modules is not None else None,
         card=None,
         inference_mode=False,
-        basis_modules=configs[0].basis_modules,
         rank_pattern=dict(configs[0].rank_pattern),
     )
-    config._basis, config._given, config._near = configs[0]._basis, configs[0]._given, configs[0]._near
     tuner.peft_config[adapter_name] = config
     try:
         tuner.inject_adapter(tuner.model, adapter_name)
@@ -86,7 +83,7 @@ def _combined(
 
 
 def _checked(
-    tuner: SubspaceModel,
+    tuner: BaseTuner,
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,

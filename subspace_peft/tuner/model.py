@@ -11,14 +11,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
+from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .bnb import keep_unpacked
 from .config import SubspaceConfig
-from .injection import Plan, fill_target_modules, make_plan
-from .layer import SubspaceLayer
-from .layers import make_layer
+from .injection import fill_target_modules, make_plan
+from .layer import AdapterLayer, SubspaceLayer
+from .layer_kinds import make_layer
 from .merging import add_weighted
-from .registration import PREFIX
+from .peft_type import PREFIX
+from .plan import InjectionPlan, carried_entry
 from .row_batch import task_names_passed
 from .targets import outer_modules, target_names
 
@@ -36,25 +38,39 @@ class SubspaceModel(BaseTuner):
     tuner_layer_cls = SubspaceLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _prepare_adapter_config(self, peft_config: SubspaceConfig, model_config: dict[str, Any]) -> SubspaceConfig:
-        fill_target_modules(peft_config, self.model)
-        return super()._prepare_adapter_config(peft_config, model_config)
+    @property
+    def bases(self) -> dict[str, SubspaceBasis]:
+        """Adapter → its basis, of adapters whose basis is not in their own file alone. The layers hold them."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, SubspaceLayer)]
+        return {adapter: basis for layer in layers for adapter, basis in layer.bases.items()}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter's layers in, as PEFT's own does."""
         # `state_dict` decides which modules are adapted; the plan has to be for the same ones
         given = kwargs.get("state_dict")
-        self._given = (
+        self._only = (
             None if given is None else {key.rsplit(f".{PREFIX}", 1)[0].removeprefix("_orig_mod.") for key in given}
         )
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._basis: SubspaceBasis | None = None
+        self._plan: InjectionPlan | None = None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            # true of this injection only: the layers hold what lasts
+            self._only = self._basis = self._plan = None
         _keep_out_of_broadcasts(model, adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: SubspaceConfig, model_config: dict[str, Any]) -> SubspaceConfig:
+        self._basis = fill_target_modules(peft_config, self.model)
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
         keep_unpacked(model)
-        targets = target_names(model, peft_config, getattr(self, "_given", None))
+        targets = target_names(model, peft_config, self._only)
         if targets:
-            peft_config._plan = make_plan(model, peft_config, targets)
+            self._plan = make_plan(model, peft_config, targets, self._basis)
+            fill_in(peft_config, self._plan)
 
     def _create_and_replace(
         self,
@@ -67,16 +83,20 @@ class SubspaceModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
-        plan: Plan = peft_config._plan
-        if isinstance(target, SubspaceLayer):
-            target.update_layer(adapter_name, plan, current_key, inference_mode=peft_config.inference_mode)
-            if adapter_name not in self.active_adapters:
-                target.subspace_coef[adapter_name].requires_grad_(False)
-            return
-        layer = make_layer(target, adapter_name, plan, current_key, **get_quantization_kwargs(self.model))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        put_in(self, self._plan, adapter_name, target, target_name, parent, current_key)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: SubspaceConfig, *args: Any, **kwargs: Any) -> Any:
+        # PEFT takes the tensors before it saves the configuration, in all ways in which it saves
+        if config.save_basis and config.basis_modules is None:
+            adapter = kwargs["adapter_name"] if "adapter_name" in kwargs else args[0]
+            # asked for after the adapter was made: SharedBuffers gives the tensors, the configuration describes them
+            config.basis_modules = {
+                layer.key: carried_entry(config, layer.basis_part(adapter))
+                for layer in model.modules()
+                if isinstance(layer, AdapterLayer) and adapter in layer.subspace_coef
+            }
+        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -101,7 +121,11 @@ class SubspaceModel(BaseTuner):
         an adapter adds is part of what is merged.
 
         Args:
-            adapters, weights: names of loaded adapters, and a weight for each.
+            adapters: names of loaded adapters.
+            weights: a weight for each.
+            adapter_name: a new name.
+            combination_type: as above.
+            svd_rank: by default the largest k of the adapters.
             density: share of numbers that the pruning kinds keep.
             majority_sign_method: ``total`` or ``frequency``, for ties.
 
@@ -126,9 +150,48 @@ class SubspaceModel(BaseTuner):
             yield
 
 
+def fill_in(config: SubspaceConfig, plan: InjectionPlan) -> None:
+    """Fill in the fields of `config` that are declared to be filled in when the adapter is made."""
+    for name, value in plan.filled_in.items():
+        setattr(config, name, value)
+
+
+def put_in(
+    tuner: BaseTuner,
+    plan: InjectionPlan,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    key: str,
+) -> None:
+    """Make the adapter's layer around `target`, or add the adapter to the layer that `target` is.
+
+    Args:
+        tuner: `SubspaceModel`, or PEFT's mixed model.
+        plan: the adapter's.
+        adapter_name: its name.
+        target: the module to adapt.
+        target_name: its name in `parent`.
+        parent: the module that holds it.
+        key: its full name in the base model.
+    """
+    inference_mode = plan.config.inference_mode
+    if isinstance(target, SubspaceLayer):
+        target.update_layer(adapter_name, plan, key, inference_mode=inference_mode)
+        if adapter_name not in tuner.active_adapters:
+            target.subspace_coef[adapter_name].requires_grad_(False)
+        return
+    layer = make_layer(target, adapter_name, plan, key, **get_quantization_kwargs(tuner.model))
+    if adapter_name not in tuner.active_adapters:
+        layer.requires_grad_(False)
+    tuner._replace_module(parent, target_name, layer, target)
+
+
 def _keep_out_of_broadcasts(model: nn.Module, adapter_name: str) -> None:
-    """Tell `DistributedDataParallel` not to broadcast the frozen basis at every forward pass, as it does with all
-    buffers: every process has loaded the same, by fingerprint.
+    """Tell `DistributedDataParallel` not to broadcast the frozen basis at every forward pass, as it does with buffers.
+
+    Every process has loaded the same basis, by fingerprint.
     """
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for name, layer in outer_modules(model):

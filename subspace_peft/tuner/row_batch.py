@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import SubspaceError
-
-if TYPE_CHECKING:
-    from .layer import SubspaceLayer
 
 BASE = "__base__"
 
@@ -35,6 +32,49 @@ class Group:
     V: torch.Tensor
 
 
+class RowBank(Protocol):
+    """Tasks beside a layer's adapters, of which rows of a batch may be; `tasks.TaskBank` is one."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def group(self, layer: RowLayer, names: TaskNames, whole: bool) -> Group:
+        """Return the group of those rows whose tasks are the bank's.
+
+        Args:
+            layer: the layer that the batch goes through.
+            names: a task name per row.
+            whole: whether all rows are in this group, those of the base with a zero core.
+        """
+        ...
+
+
+class RowLayer(Protocol):
+    """What a batch of several tasks asks of an adapter layer; `SubspaceLayer` is one."""
+
+    subspace_coef: nn.ModuleDict
+    subspace_U: Any
+    subspace_V: Any
+    scaling: dict[str, float]
+    bank: RowBank | None
+    merged: bool
+
+    def _core(self, adapter: str) -> torch.Tensor: ...
+
+    def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """Return ``V x``; see `SubspaceLayer`."""
+        ...
+
+    def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """Return ``U z``; see `SubspaceLayer`."""
+        ...
+
+    def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """Return ``result + U z``; see `SubspaceLayer`."""
+        ...
+
+
 class TaskNames(list[str]):
     """A task name per row, with what each layer has prepared for it: one `generate` calls every layer many times.
 
@@ -52,17 +92,19 @@ class TaskNames(list[str]):
         self.gathered: dict[tuple[Any, ...], tuple[torch.Tensor | None, torch.Tensor]] = {}
 
 
-def alike(layer: SubspaceLayer) -> tuple[Any, ...]:
-    """What layers agree in whose rows of a batch are the same: their adapters and their bank."""
+def batch_key(layer: RowLayer) -> tuple[Any, ...]:
+    """Return what layers agree in whose rows of a batch are the same: their adapters and their bank."""
     return (id(layer.bank), *layer.subspace_coef)
 
 
-def prepare(layer: SubspaceLayer, names: TaskNames) -> list[Group]:
-    """The groups of a batch in one layer. A name that this layer does not have leaves its rows as the base has
-    them."""
+def prepare(layer: RowLayer, names: TaskNames) -> list[Group]:
+    """Return the groups of a batch in one layer.
+
+    A name that this layer does not have leaves its rows as the base has them.
+    """
     if id(layer) in names.prepared:
         return names.prepared[id(layer)]
-    key = alike(layer)
+    key = batch_key(layer)
     if key not in names.present:
         distinct = [name for name in dict.fromkeys(names) if name != BASE]
         live = [name for name in distinct if name in layer.subspace_coef]
@@ -80,7 +122,7 @@ def prepare(layer: SubspaceLayer, names: TaskNames) -> list[Group]:
     return groups
 
 
-def _group(layer: SubspaceLayer, names: Sequence[str], tasks: list[str], whole: bool) -> Group:
+def _group(layer: RowLayer, names: Sequence[str], tasks: list[str], whole: bool) -> Group:
     U, V = layer.subspace_U[tasks[0]], layer.subspace_V[tasks[0]]
     # core 0 is zero, for rows of the base: dropping them from the batch would cost more than multiplying them by it
     stack = [torch.zeros(U.shape[1], V.shape[0], device=U.device)]
@@ -92,8 +134,18 @@ def _group(layer: SubspaceLayer, names: Sequence[str], tasks: list[str], whole: 
     return Group(rows, cores, U, V)
 
 
-def add_updates(layer: SubspaceLayer, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """``result + s U C_row V x`` for x (batch, …, in) and result (batch, …, out), row by row its own task's core."""
+def add_updates(layer: RowLayer, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """Add each row's own update to `result`: ``result + s U C_row V x``.
+
+    Args:
+        layer: the adapter layer.
+        result: (batch, …, out), of the base layer; it may be changed where no gradient is asked for.
+        x: (batch, …, in), the layer's input.
+        names: a task name per row.
+
+    Returns:
+        (batch, …, out), in result's dtype.
+    """
     dtype = result.dtype
     for group in prepare(layer, names if isinstance(names, TaskNames) else TaskNames(names)):
         given = x if group.rows is None else x.index_select(0, group.rows)
@@ -107,12 +159,12 @@ def add_updates(layer: SubspaceLayer, result: torch.Tensor, x: torch.Tensor, nam
 
 
 def _through(h: torch.Tensor, group: Group) -> torch.Tensor:
-    """Each row of h (rows, …, k_in) times its own core: (rows, …, k_out)."""
+    """Multiply each row of h (rows, …, k_in) by its own core: (rows, …, k_out)."""
     z = torch.bmm(h.reshape(len(h), -1, h.shape[-1]), group.cores.to(h.dtype))
     return z.reshape(*h.shape[:-1], -1)
 
 
-def check_rows(layer: SubspaceLayer, x: torch.Tensor, names: Sequence[str]) -> None:
+def check_rows(layer: RowLayer, x: torch.Tensor, names: Sequence[str]) -> None:
     """Raise `SubspaceError` where the names do not fit the batch, or adapters are merged into the weights."""
     if len(x) != len(names):
         raise SubspaceError(
@@ -137,6 +189,7 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
 
     Raises:
         SubspaceError: in training mode, or for a name that no layer has.
+        TypeError: `adapter_names` is no list.
     """
     names = kwargs.get("adapter_names")
     if names is None:
@@ -148,39 +201,47 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
         )
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-    targets = [module for module in model.modules() if isinstance(module, (layers, AuxiliaryTrainingWrapper))]
-    adapted = [module for module in targets if isinstance(module, layers)]
-    known = {BASE}.union(*(module.subspace_coef for module in adapted))
-    for bank in {id(module.bank): module.bank for module in adapted if module.bank is not None}.values():
+    adapted = [module for module in model.modules() if isinstance(module, layers)]
+    wrapped = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    _check_known(names, adapted)
+    # an encoder sees each input once; only the decoder's batch is multiplied
+    once = _encoder_modules(model)
+    single, repeated = TaskNames(names), TaskNames([name for name in names for _ in range(_copies(kwargs))])
+    handles, earlier = [], [(module, module.batch_names) for module in adapted]
+    try:
+        # a hook on each layer would cost more than the layer's own products at one token per row
+        for module in adapted:
+            module.batch_names = single if id(module) in once else repeated
+        for module in wrapped:
+            given = single if id(module) in once else repeated
+            handles.append(module.register_forward_pre_hook(_passing(given), with_kwargs=True))
+        yield
+    finally:
+        for module, before in earlier:
+            module.batch_names = before
+        for handle in handles:
+            handle.remove()
+
+
+def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:
+    """Raise `SubspaceError` where neither the layers nor their banks have one of the names."""
+    known = {BASE}.union(*(layer.subspace_coef for layer in layers))
+    for bank in {id(layer.bank): layer.bank for layer in layers if layer.bank is not None}.values():
         known |= set(bank)
     if unknown := sorted(set(names) - known):
         raise SubspaceError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Loaded are"
             f" {', '.join(sorted(known))}."
         )
-    single, repeated = TaskNames(names), TaskNames([name for name in names for _ in range(_copies(kwargs))])
+
+
+def _encoder_modules(model: nn.Module) -> set[int]:
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    # an encoder sees each input once; only the decoder's batch is multiplied
-    once = set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
-    handles, earlier = [], [(module, module.batch_names) for module in adapted]
-    try:
-        for module in targets:
-            given = single if id(module) in once else repeated
-            if isinstance(module, layers):
-                # a hook on each would cost more than the layer's own products at one token per row
-                module.batch_names = given
-            else:
-                handles.append(module.register_forward_pre_hook(_passing(given), with_kwargs=True))
-        yield
-    finally:
-        for module, names in earlier:
-            module.batch_names = names
-        for handle in handles:
-            handle.remove()
+    return set() if encoder is None or encoder is model else {id(module) for module in encoder.modules()}
 
 
 def _copies(kwargs: dict[str, Any]) -> int:
-    """How many rows `generate` makes of each input."""
+    """Return how many rows `generate` makes of each input."""
     config = kwargs.get("generation_config")
     counts = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
     return max([1, *(count for count in counts if isinstance(count, int))])

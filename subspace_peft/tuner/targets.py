@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """The layer itself, or the one inside an adapter layer."""
+    """Return the layer itself, or the one inside an adapter layer."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def backend_of(layer: nn.Module) -> QuantizationBackend | None:
-    """PEFT's quantisation backend of a layer, good for reading its weight; None where it is not quantised."""
+    """Return PEFT's quantisation backend of a layer, for reading its weight; None where it is not quantised."""
     # PEFT wants torchao's callable for storing weights, even of those who only read
     return resolve_quantization_backend(layer, get_apply_tensor_subclass=_reads_only)
 
@@ -35,8 +35,11 @@ def _reads_only() -> Any:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """``linear`` (`nn.Linear`, quantised kinds of it, transformers' `Conv1D`), ``conv2d``, ``embedding``, or None: not
-    supported."""
+    """Return the kind of a layer, or of the one inside an adapter layer; None where it is not supported.
+
+    ``linear`` stands for `nn.Linear`, quantised kinds of it, and transformers' `Conv1D`; the others are ``conv2d``
+    (without groups) and ``embedding``.
+    """
     base = base_of(module)
     if isinstance(base, (nn.Linear, Conv1D)):
         return "linear"
@@ -50,18 +53,20 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def supported(module: nn.Module) -> bool:
-    """Whether a layer can be adapted."""
+    """Tell whether a layer can be adapted."""
     return kind_of(module) is not None
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a layer, or the one inside an adapter layer, is transformers' `Conv1D`, whose weight is (in, out)."""
+    """Tell whether a layer, or the one in an adapter layer, is transformers' `Conv1D`, whose weight is (in, out)."""
     return isinstance(base_of(module), Conv1D)
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a supported layer's weight as a matrix: of a convolution (out, in · height · width), of an
-    embedding (dimension, tokens)."""
+    """Return (out, in) of a supported layer's weight as a matrix.
+
+    That of a convolution is (out, in · height · width), that of an embedding (dimension, tokens).
+    """
     base = base_of(module)
     if isinstance(base, nn.Conv2d):
         return base.out_channels, base.in_channels * base.kernel_size[0] * base.kernel_size[1]
@@ -72,18 +77,18 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def weight_shape(module: nn.Module) -> list[int] | None:
-    """The weight's own shape, where it is neither a linear layer's nor a `Conv1D`'s."""
+    """Return the weight's own shape, where it is neither a linear layer's nor a `Conv1D`'s."""
     return None if kind_of(module) == "linear" else list(base_of(module).weight.shape)
 
 
 def readable(layer: nn.Module) -> bool:
-    """Whether the layer's weight can be read and written: some quantised kinds only compute."""
+    """Tell whether the layer's weight can be read and written: some quantised kinds only compute."""
     backend = backend_of(base_of(layer))
     return backend is None or backend.supports_merge
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor:
-    """The layer's weight as a matrix (out, in) in float32, dequantised where needed; see `sizes` and `readable`."""
+    """Return a readable layer's weight as a matrix (out, in), see `sizes`, in float32, dequantised where needed."""
     base = base_of(layer)
     backend = backend_of(base)
     weight = base.weight.detach() if backend is None else backend.get_base_weight(base).detach()
@@ -91,8 +96,10 @@ def base_weight(layer: nn.Module) -> torch.Tensor:
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules without what lies inside adapter layers, in `named_modules`'s order: as many steps whatever the
-    number of adapters."""
+    """Yield names and modules in `named_modules`'s order, without what lies inside adapter layers.
+
+    So it takes as many steps whatever the number of adapters.
+    """
     seen: set[int] = set()
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -109,7 +116,7 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def target_names(model: nn.Module, config: PeftConfig, given: Container[str] | None = None) -> list[str]:
-    """Names of the modules that PEFT is about to adapt: those that the config's targets match, or those in `given`."""
+    """Return the names of the modules that PEFT is about to adapt: those in `given`, or those that targets match."""
     expanded = _maybe_include_all_linear_layers(config, model)
     return [
         name

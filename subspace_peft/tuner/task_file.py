@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from .._io.untrusted import is_name
-from ..basis import ModuleBasis
+from ..basis import BasisReference, SubspaceBasis
 from ..basis.module import FLOAT_DTYPES, tensor_sha256
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from .coefficients import default_scale, make_coefficients
-
-if TYPE_CHECKING:
-    from .config import SubspaceConfig
+from .task_sizes import TaskSizes
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
+Carried = Mapping[str, Mapping[str, Any]]
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
 COEFFICIENT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_coef\.(?P<name>[a-z]+)$")
 BASIS_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_(?P<name>[UVMG])$")
 
 
 def locate_task(path_or_id: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> tuple[Path | None, Path | None]:
-    """Folder and weights' file of a task on this machine or in the Hub's cache; None for what is not there."""
+    """Find a task's folder and weights file on this machine or in the Hub's cache.
+
+    Args:
+        path_or_id: folder or Hub id.
+        subfolder: in it.
+        kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as in huggingface_hub; others are ignored.
+
+    Returns:
+        Folder and weights file; None for what is not there.
+    """
     folder = Path(path_or_id, subfolder or "")
     if folder.is_dir():
         weights = folder / WEIGHTS_FILE
@@ -44,14 +50,21 @@ def locate_task(path_or_id: str, subfolder: str | None, kwargs: Mapping[str, Any
     return weights.parent, weights
 
 
-def weights_of(task: Any, config: SubspaceConfig) -> Path:
-    """The file of a loaded task's tensors. Raises `SubspaceError` where there is none that can be read without
-    unpickling."""
-    folder = config._near if config._near is not None else Path(str(task))
+def weights_of(task: Any, folder: Path | None) -> Path:
+    """Return the file of a loaded task's tensors.
+
+    Args:
+        task: folder or Hub id, as the caller gave it.
+        folder: where the task was read from, as `SubspaceConfig.loaded_from` has it; None: from `task` itself.
+
+    Raises:
+        SubspaceError: there is no file that can be read without unpickling.
+    """
+    folder = Path(str(task)) if folder is None else folder
     file = folder / WEIGHTS_FILE
     if file.is_file():
         return file
-    pickled = folder / "adapter_model.bin"
+    pickled = folder / PICKLED_FILE
     if pickled.is_file():
         raise SubspaceError(
             f"{task}: there is only {pickled.name}, which would have to be unpickled. Load it with"
@@ -60,36 +73,55 @@ def weights_of(task: Any, config: SubspaceConfig) -> Path:
     raise SubspaceError(f"{task}: there is no {WEIGHTS_FILE}. Pass the folder or Hub id of a saved task.")
 
 
-def check_task(file: Path, config: SubspaceConfig) -> frozenset[str]:
+def check_task(
+    file: Path,
+    sizes: TaskSizes,
+    reference: BasisReference,
+    carried: Carried | None,
+    find_basis: Callable[[], SubspaceBasis | None],
+) -> dict[str, dict[str, int]]:
     """Check a task's weights file.
 
+    Args:
+        file: the file.
+        sizes: what its config says of the coefficients' sizes.
+        reference: what its config says of the basis.
+        carried: module → shapes and hashes of the basis in the file, where the config says that it carries one.
+        find_basis: finds the basis, once the file's header has been read; None: the file carries it.
+
     Returns:
-        Names of the modules that have coefficients in it.
+        Module → sizes of the basis's module, for the modules that have coefficients in the file.
 
     Raises:
         BadFileError: truncated or malformed, a wrong dtype, non-finite numbers, no coefficients, missing parts.
-        BasisNotFoundError, BasisMismatchError: the basis is nowhere or another one; shapes do not fit it.
+        BasisNotFoundError: the basis is nowhere.
+        BasisMismatchError: the basis is another one, or shapes do not fit it.
     """
     if file.exists() and not file.is_file():
         raise BadFileError(f"{file}: it is no regular file. Fetch or save the task again.")
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
-            shapes, carried = _read_header(file, tensors)
-            if config.basis_modules is not None:
-                _check_carried(file, config, carried)
-            _check_shapes(file, config, shapes)
+            shapes, found = _read_header(file, tensors)
+            if carried is not None:
+                _check_carried(file, carried, found)
+            if reference.fingerprint is None and carried is None and not reference.exact:
+                raise BadFileError(
+                    f"{file}: the task's config does not say which basis it was trained on (basis_fingerprint), so"
+                    " none can be held against it. Fetch or save the task again, or pass the basis yourself."
+                )
+            modules = _check_shapes(file, sizes, reference.fingerprint, carried, find_basis(), shapes)
             # the header fits: only now is anything read
             for key in tensors.keys():  # noqa: SIM118  no iterator of its own
-                _check_numbers(file, config, key, tensors.get_tensor(key))
+                _check_numbers(file, carried, key, tensors.get_tensor(key))
     except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
         raise BadFileError(
             f"{file}: cannot be read ({error}). It is truncated or no safetensors file: fetch or save the task again."
         ) from error
-    return frozenset(shapes)
+    return modules
 
 
 def _read_header(file: Path, tensors: Any) -> tuple[Shapes, Shapes]:
-    """Module → name → shape: of the coefficients, and of a basis that the file carries."""
+    """Return module → name → shape of the coefficients, and the same of a basis that the file carries."""
     shapes: Shapes = {}
     carried: Shapes = {}
     for key in tensors.keys():  # noqa: SIM118
@@ -115,14 +147,14 @@ def _read_header(file: Path, tensors: Any) -> tuple[Shapes, Shapes]:
     return shapes, carried
 
 
-def _check_carried(file: Path, config: SubspaceConfig, carried: Shapes) -> None:
+def _check_carried(file: Path, carried: Carried, found_in_file: Shapes) -> None:
     """Hold the shapes of the basis that a self-contained task carries against its config."""
     wanted = {
         module: {name: _carried_shape(name, entry["shape"]) for name in entry["sha256"]}
-        for module, entry in (config.basis_modules or {}).items()
+        for module, entry in carried.items()
     }
-    for module in {**wanted, **carried}:
-        expected, found = wanted.get(module, {}), carried.get(module, {})
+    for module in {**wanted, **found_in_file}:
+        expected, found = wanted.get(module, {}), found_in_file.get(module, {})
         missing = sorted(expected.keys() - found.keys())
         if missing:
             raise BadFileError(
@@ -146,39 +178,49 @@ def _carried_shape(name: str, shape: Mapping[str, int]) -> tuple[int, ...]:
     }[name]
 
 
-def _check_shapes(file: Path, config: SubspaceConfig, shapes: Shapes) -> None:
-    """Hold the coefficients' shapes against the basis, which is found for that."""
-    if config.basis_fingerprint is None and config.basis_modules is None and not config._given:
-        raise BadFileError(
-            f"{file}: the task's config does not say which basis it was trained on (basis_fingerprint), so none can be"
-            " held against it. Fetch or save the task again, or pass the basis yourself."
-        )
-    basis = config.resolve()
-    known = config.basis_modules if basis is None else basis.shapes()
+def _check_shapes(
+    file: Path,
+    sizes: TaskSizes,
+    fingerprint: str | None,
+    carried: Carried | None,
+    basis: SubspaceBasis | None,
+    shapes: Shapes,
+) -> dict[str, dict[str, int]]:
+    """Hold the coefficients' shapes against the basis; return the sizes of the modules' basis modules."""
+    known = basis.shapes() if basis is not None else {name: entry["shape"] for name, entry in (carried or {}).items()}
+    modules = {}
     for module, parts in shapes.items():
-        name = basis.find(module) if basis is not None else (module if module in (known or {}) else None)
-        if name is None or known is None:
+        name = basis.find(module) if basis is not None else module
+        if name not in known:
             raise BasisMismatchError(
-                f"{file}: it has coefficients for module {module!r}, which the basis "
-                f"{config.basis_fingerprint or ''} does not have. Pass the basis that the task was trained on."
+                f"{file}: it has coefficients for module {module!r}, which the basis {fingerprint or ''} does not"
+                " have. Pass the basis that the task was trained on."
             )
-        shape = known[name] if basis is not None else known[name]["shape"]
-        if config.coefficients == "directions" and not shape.get("directions"):
+        shape = modules[module] = dict(known[name])
+        if sizes.coefficients == "directions" and not shape.get("directions"):
             raise BasisMismatchError(
                 f"{file}: 'directions' coefficients, but the basis has no directions in module {name!r}. Pass the"
                 " basis that the task was trained on."
             )
-        expected = expected_shapes(config, module, shape)
+        expected = sizes.expected(module, shape)
         if parts != expected:
             raise BasisMismatchError(
-                f"{file}: module {module!r} has coefficients {parts}, but {config.coefficients!r} coefficients in this"
+                f"{file}: module {module!r} has coefficients {parts}, but {sizes.coefficients!r} coefficients in this"
                 f" basis (k_out={shape['k_out']}, k_in={shape['k_in']}) are {expected}. The config, the weights and"
                 " the basis do not belong together: fetch the task again, or pass the basis it was trained on."
             )
+    return modules
 
 
-def _check_numbers(file: Path, config: SubspaceConfig, key: str, value: torch.Tensor) -> None:
-    """Whether all numbers are finite; and, of a basis that the file carries, what their config says they hash to."""
+def _check_numbers(file: Path, carried: Carried | None, key: str, value: torch.Tensor) -> None:
+    """Check that all numbers are finite and, of a basis that the file carries, that they hash to what its config has.
+
+    Args:
+        file: for messages.
+        carried: as in `check_task`.
+        key: the tensor's, in the file.
+        value: the tensor.
+    """
     if value.is_floating_point() and value.dtype not in FLOAT_DTYPES:
         raise BadFileError(
             f"{file}: {key} has dtype {value.dtype}, which no task is saved in. Fetch or save the task again."
@@ -188,57 +230,14 @@ def _check_numbers(file: Path, config: SubspaceConfig, key: str, value: torch.Te
             f"{file}: {key} holds NaN or infinite values. The task's training diverged, or the file is "
             "damaged: fetch or train it again."
         )
-    carried = BASIS_KEY.match(key)
+    tensor = BASIS_KEY.match(key)
     # a file saved after model.half() holds other bytes than were hashed: only finiteness can be held there
-    if carried is None or config.basis_modules is None or value.dtype != torch.float32:
+    if tensor is None or carried is None or value.dtype != torch.float32:
         return
-    sha256 = config.basis_modules[carried["module"]]["sha256"][carried["name"]]
+    sha256 = carried[tensor["module"]]["sha256"][tensor["name"]]
     if tensor_sha256(value) != sha256:
         raise BadFileError(
-            f"{file}: subspace_{carried['name']} of module {carried['module']!r} has sha256 {tensor_sha256(value)},"
+            f"{file}: subspace_{tensor['name']} of module {tensor['module']!r} has sha256 {tensor_sha256(value)},"
             f" but the task's config says {sha256}: the basis in this file is not the one the task was trained on."
             " Fetch or save the task again."
         )
-
-
-def expected_shapes(config: SubspaceConfig, name: str, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the trained tensors of the module `name`, for a basis module of the given sizes."""
-    k_out, k_in = used_size(config, name, shape["k_out"], shape["k_in"])
-    r = min(config.r, k_out, k_in)
-    expected: dict[str, tuple[int, ...]] = {
-        "core": {"weight": (k_out, k_in)},
-        "factor": {"up": (k_out, r), "down": (r, k_in)},
-        "diagonal": {"weight": (min(k_out, k_in),)},
-        "directions": {"weight": (shape.get("directions", 0),)},
-        "none": {},
-    }[config.coefficients]
-    return expected | ({"gain": (1,)} if config.mean_gain == "trainable" else {})
-
-
-def scale_of(config: SubspaceConfig, name: str, shape: Mapping[str, int]) -> float:
-    """s of the module `name`, for a basis module of the given sizes."""
-    k_out, k_in = used_size(config, name, shape["k_out"], shape["k_in"])
-    directions = shape.get("directions", 0)
-    return _scale(config.alpha, config.coefficients, k_out, k_in, config.r, directions, config.mean_gain)
-
-
-@functools.lru_cache(maxsize=4096)
-def _scale(alpha: float, kind: str, k_out: int, k_in: int, r: int, directions: int, mean_gain: str) -> float:
-    return default_scale(alpha, make_coefficients(kind, k_out, k_in, r=r, directions=directions, mean_gain=mean_gain))
-
-
-def k_of(config: SubspaceConfig, name: str) -> int | None:
-    """The k that the config asks for in the module `name`; None: all that the basis has."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.k)
-
-
-def used_size(config: SubspaceConfig, name: str, k_out: int, k_in: int) -> tuple[int, int]:
-    """(k_out, k_in) that the config uses of a basis module: the leading k of each side, or all."""
-    k = k_of(config, name)
-    return (k_out, k_in) if k is None else (min(k, k_out), min(k, k_in))
-
-
-def used_part(config: SubspaceConfig, name: str, module: ModuleBasis) -> ModuleBasis:
-    """The part of a basis module that the config uses in the module `name`."""
-    size = used_size(config, name, module.k_out, module.k_in)
-    return module if size == (module.k_out, module.k_in) else module.truncate(*size)

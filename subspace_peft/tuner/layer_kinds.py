@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .fused import add_out, add_update, linear_with_update
-from .injection import Plan
 from .layer import AdapterLayer
+from .plan import InjectionPlan
 from .targets import kind_of
 
 
@@ -18,18 +18,22 @@ class Linear(AdapterLayer):
     """Around `nn.Linear`, a quantised kind of it, or transformers' `Conv1D`."""
 
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """Return ``V x`` (…, k_in), in V's dtype."""
         return F.linear(x.to(V.dtype), V)
 
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """Return ``U z`` (…, out)."""
         return F.linear(z, U)
 
     def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """Return `result` plus ``U z``; in place where no gradient is asked for."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not result.is_contiguous():
             return super().add_out(result, z, U)
         add_out(result, z.reshape(-1, z.shape[-1]), U, 1.0)
         return result
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return ΔW in the layout of the base weight: transposed for a `Conv1D`."""
         return delta.T if self.fan_in_fan_out else delta
 
     def _with_first(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
@@ -66,8 +70,10 @@ class Linear(AdapterLayer):
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether someone counts on `module` being called: by a hook, or by a `forward` put in its place (as offloading
-    does)."""
+    """Tell whether a call of `module` has effects besides its result.
+
+    Hooks have, and a `forward` that was put in the place of the module's own, as offloading does.
+    """
     return bool(
         "forward" in module.__dict__
         or module._forward_hooks
@@ -77,26 +83,31 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _has_backward_hooks(module: nn.Module) -> bool:
-    """Whether gradients of the output of `module` go through a hook, which that output must then not be changed
-    behind."""
+    """Tell whether gradients of the output of `module` go through a hook: then that output must not be changed."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 class Conv2d(AdapterLayer):
-    """Around `nn.Conv2d` without groups: V is a convolution of the base's kernel, stride and padding to k_in channels,
-    core and U are 1 × 1. As a matrix the weight is (out, in · height · width)."""
+    """Around `nn.Conv2d` without groups.
+
+    V is a convolution of the base's kernel, stride and padding to k_in channels, core and U are 1 × 1. As a matrix the
+    weight is (out, in · height · width).
+    """
 
     groups = 1  # what LoRA asks of a convolution that it is put around, adapted already or not
 
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """Return ``V x``: a convolution, (batch, height, width, k_in)."""
         base = self.get_base_layer()
         kernel = V.view(V.shape[0], base.in_channels, *base.kernel_size)
         return base._conv_forward(x.to(V.dtype), kernel, None).movedim(1, -1)
 
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """Return ``U z``: channels second, (batch, out, height, width)."""
         return F.linear(z, U).movedim(-1, 1)
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return ΔW in the layout of the base weight: (out, in, height, width)."""
         base = self.get_base_layer()
         return delta.view(base.out_channels, base.in_channels, *base.kernel_size)
 
@@ -105,15 +116,18 @@ class Embedding(AdapterLayer):
     """Around `nn.Embedding`. As a matrix the weight is (dimension, tokens): a token's input is a unit vector."""
 
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+        """Return ``V x``: rows of Vᵀ, looked up."""
         h = F.embedding(x, V.T)
         # some models scale what they look up, as part of the layer
         scale = getattr(self.get_base_layer(), "embed_scale", None)
         return h if scale is None else h * torch.as_tensor(scale).to(h)
 
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
+        """Return ``U z`` (…, out)."""
         return F.linear(z, U)
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return ΔW in the layout of the base weight: (tokens, dimension)."""
         return delta.T
 
     def _dropped(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
@@ -123,6 +137,14 @@ class Embedding(AdapterLayer):
 KINDS = {"linear": Linear, "conv2d": Conv2d, "embedding": Embedding}
 
 
-def make_layer(target: nn.Module, adapter_name: str, plan: Plan, key: str, **kwargs: Any) -> AdapterLayer:
-    """The adapter layer around `target`, which `supported` has accepted."""
+def make_layer(target: nn.Module, adapter_name: str, plan: InjectionPlan, key: str, **kwargs: Any) -> AdapterLayer:
+    """Return a new adapter layer around `target`.
+
+    Args:
+        target: a layer that `supported` has accepted.
+        adapter_name: the first adapter's name.
+        plan: the adapter's.
+        key: the layer's name in the base model.
+        kwargs: what PEFT's quantisation backends need of the model.
+    """
     return KINDS[kind_of(target)](target, adapter_name, plan, key, **kwargs)

@@ -1,0 +1,199 @@
+"""Every change that this package makes to PEFT, in one place.
+
+PEFT has no plugin mechanism: a method is made known by adding it to PEFT's own tables, and a few of its functions have
+to be told of it. Each hook below says what it changes and with which versions of PEFT it was seen to work (0.21.0 to
+0.21.2, the lowest and the highest that are tested) and what happens where PEFT lacks the place. `register` does all of
+them; importing the package calls it, and no other module imports this one.
+
+The member of PEFT's enum, `PeftType.SUBSPACE`, is made in `tuner/peft_type.py`, since the rest builds on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Union
+
+import peft
+import peft.helpers
+from peft import PeftModel
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.peft_types import register_peft_method
+
+from .tasks.hotswap import SAME
+from .tasks.push import push_task
+from .tuner import peft_mixed
+from .tuner.card import base_facts, noted, write_section
+from .tuner.config import SubspaceConfig
+from .tuner.layer import SubspaceLayer
+from .tuner.model import SubspaceModel
+from .tuner.peft_type import NAME, PREFIX, SUBSPACE
+
+MIXED_LISTS = ("COMPATIBLE_TUNER_TYPES", "PREFIXES", "Configs", "Layers")
+
+
+def register() -> None:
+    """Register the method with PEFT, and apply all hooks. Idempotent.
+
+    Seen with PEFT 0.21.0 to 0.21.2.
+
+    Raises:
+        RuntimeError: PEFT, or another plugin, has a method of this name or prefix already.
+    """
+    known = PEFT_TYPE_TO_TUNER_MAPPING.get(SUBSPACE)
+    if known is SubspaceModel:
+        return
+    if known is not None or PREFIX in PEFT_TYPE_TO_PREFIX_MAPPING.values():
+        raise RuntimeError(
+            f"PEFT already has a method named {NAME} or with prefix {PREFIX!r} ({known}). Another plugin, or a newer"
+            " PEFT, took the name: upgrade subspace-peft."
+        )
+    mixes = join_mixed_models()
+    register_peft_method(
+        name=NAME.lower(),
+        config_cls=SubspaceConfig,
+        model_cls=SubspaceModel,
+        prefix=PREFIX,
+        is_mixed_compatible=mixes,
+    )
+    allow_hotswap()
+    allow_rescaling()
+    push_as_tasks()
+    write_own_cards()
+
+
+def allow_hotswap() -> None:
+    """Let PEFT's `hotswap_adapter` take this method, comparing the fields of `tasks.hotswap.SAME`.
+
+    Seen with PEFT 0.21.0 to 0.21.2. Where its table of methods is not there, a warning says so, and `hotswap_adapter`
+    refuses the method; `subspace_peft.hotswap` works all the same.
+    """
+    try:
+        from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+    except ImportError:
+        _lacks("peft.utils.hotswap.CONFIG_KEYS_TO_CHECK", "`hotswap_adapter` refuses it; use `subspace_peft.hotswap`")
+        return
+    CONFIG_KEYS_TO_CHECK[SUBSPACE] = list(SAME)
+
+
+def allow_rescaling() -> None:
+    """Let PEFT's `rescale_adapter_scale` take layers of this method, which have the `scaling` that it changes.
+
+    It asks each module by `isinstance` for LoRA's class; a tuple of classes answers for both. Seen with PEFT 0.21.0 to
+    0.21.2. Where that name is not there, a warning says so, and `rescale_adapter_scale` finds no layers.
+    """
+    known = vars(peft.helpers).get("LoraLayer")
+    if not isinstance(known, type):
+        _lacks("peft.helpers.LoraLayer", "`rescale_adapter_scale` does not find it; use `set_scale` of its layers")
+        return
+    peft.helpers.LoraLayer = (known, SubspaceLayer)
+
+
+def push_as_tasks() -> None:
+    """Let `PeftModel.push_to_hub` do as `push_task` for models with a subspace task; others go the way they went.
+
+    Seen with PEFT 0.21.0 to 0.21.2. Idempotent. Where the method is not there, a warning says so.
+    """
+    original: Callable[..., Any] | None = getattr(PeftModel, "push_to_hub", None)
+    if original is None:
+        _lacks("PeftModel.push_to_hub", "push saved tasks by `subspace-peft push`")
+        return
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(config, SubspaceConfig) for config in self.peft_config.values()):
+            return original(self, repo_id, *args, **kwargs)
+        known = {key: value for key, value in kwargs.items() if key not in ("max_shard_size", "commit_description")}
+        return push_task(self, repo_id, *args, **known)
+
+    push_to_hub.subspace = True  # type: ignore[attr-defined]
+    PeftModel.push_to_hub = push_to_hub  # type: ignore[method-assign]
+
+
+def write_own_cards() -> None:
+    """Let `PeftModel.create_or_update_model_card` leave a subspace task's README to the task's own card.
+
+    PEFT's page has gaps to fill in. It is written before anything is saved, which is the moment to note how to make
+    the base model. Other models go the way they went. Seen with PEFT 0.21.0 to 0.21.2. Idempotent. Where the method is
+    not there, a warning says so, and cards do not say how the base model is made.
+    """
+    original: Callable[..., Any] | None = getattr(PeftModel, "create_or_update_model_card", None)
+    if original is None:
+        _lacks("PeftModel.create_or_update_model_card", "cards do not say how the base model is made")
+        return
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> Any:
+        for config in self.peft_config.values():
+            if isinstance(config, SubspaceConfig):
+                config.card = noted(config.card, base=base_facts(self.get_base_model(), config))
+        # the adapter that PEFT saves in that folder, the others in folders of it
+        default = self.peft_config.get("default")
+        if not isinstance(default, SubspaceConfig):
+            return original(self, output_dir)
+        if (Path(output_dir) / "README.md").is_file():
+            # the Trainer has just written one of its own, and asks for what belongs into it
+            write_section(Path(output_dir), default.to_dict())
+        return None
+
+    create_or_update_model_card.subspace = True  # type: ignore[attr-defined]
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+
+
+def join_mixed_models() -> bool:
+    """Let `PeftMixedModel` take this method.
+
+    PEFT keeps what a mixed model takes in closed lists (`MIXED_LISTS`), and has no hook for a method that has to look
+    at the whole model before a module is replaced. So the method is added to the lists, and three methods are put
+    before `MixedModel`'s own, for our configurations only. Seen with PEFT 0.21.0 to 0.21.2. Idempotent.
+
+    Returns:
+        Whether this PEFT has the lists. Where it has not, nothing is changed, and its mixed model refuses the method
+        in its own words.
+    """
+    import peft.tuners.mixed as package
+    from peft.tuners.mixed import model as module
+
+    if not all(hasattr(module, name) for name in MIXED_LISTS):
+        return False
+    if SUBSPACE in module.COMPATIBLE_TUNER_TYPES:
+        return True
+    # `PeftMixedModel` reads them from the package, its tuner from the module
+    package.COMPATIBLE_TUNER_TYPES = module.COMPATIBLE_TUNER_TYPES = (*module.COMPATIBLE_TUNER_TYPES, SUBSPACE)
+    module.PREFIXES.append(PREFIX)
+    module.Layers = (*module.Layers, SubspaceLayer)
+    module.Configs = Union[module.Configs, SubspaceConfig]  # noqa: UP007 - PEFT asks for its __args__
+    _put_before(module.MixedModel, "_prepare_adapter_config", peft_mixed.prepare_adapter_config)
+    _put_before(module.MixedModel, "_prepare_model", peft_mixed.prepare_model)
+    _put_before(module.MixedModel, "_create_and_replace", peft_mixed.create_and_replace)
+    return True
+
+
+def _put_before(tuner: type, name: str, ours: Callable[..., Any]) -> None:
+    """Let the tuner's method `name` be `ours` for our configurations; it gets the method it takes the place of."""
+    stored = inspect.getattr_static(tuner, name)
+
+    @functools.wraps(getattr(tuner, name))
+    def method(self: Any, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
+        theirs = stored.__get__(self, type(self))
+        if isinstance(config, SubspaceConfig):
+            return ours(self, theirs, config, *args, **kwargs)
+        return theirs(config, *args, **kwargs)
+
+    setattr(tuner, name, method)
+
+
+def _lacks(place: str, consequence: str) -> None:
+    warnings.warn(
+        f"PEFT {peft.__version__} has no {place}, through which it would know the {NAME} method: {consequence}. An"
+        " upgrade of subspace-peft may know this PEFT.",
+        stacklevel=3,
+    )
