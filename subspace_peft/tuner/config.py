@@ -194,7 +194,7 @@ class SubspaceConfig(PeftConfig):
         default=None,
         repr=False,
         compare=False,
-        metadata={"help": "Where the task was read from. Filled in when the task is loaded; not saved."},
+        metadata={"help": "Where the task was read from. Filled in when it is loaded; not saved."},
     )
 
     def __post_init__(self) -> None:
@@ -410,3 +410,9 @@ class SubspaceConfig(PeftConfig):
         if isinstance(self.basis, SubspaceBasis) and self.basis.location is not None:
             state["basis"] = self.basis.location
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a config that an earlier version pickled may lack a field, and has attributes that are none
+        self.__dict__.update(loaded_from=None)
+        known = {item.name for item in fields(self)}
+        self.__dict__.update({name: value for name, value in state.items() if name in known})
