@@ -73,10 +73,8 @@ def test_copies_overwrite_nothing_unasked(tmp_path):
         copy_recipe("squad", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["glue", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("image_classification", "mistral"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glue", "image_classification", "mistral"])
 def test_the_smoke_preset_runs_on_real_models_and_data(name, tmp_path):
     # images and instructions need npm and apt-get, and mistral most of a minute
     env = {**os.environ, "SUBSPACE_PEFT_CACHE": str(REAL_CACHE), "OMP_NUM_THREADS": "1"}

@@ -50,6 +50,7 @@ def test_a_second_call_trains_nothing_and_a_changed_argument_only_what_it_touche
     assert len(trained) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done, tmp_path, monkeypatch):
     common = ["--stage", "train", "--basis", str(done / "basis"), "--epochs", "3", "--flip", "True"]
     goes_on_from_its_checkpoint(recipe, lambda out: tiny(world, out, *common), tmp_path, monkeypatch)
@@ -57,7 +58,13 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(recipe, world, done
 
 @pytest.mark.parametrize(
     "more",
-    [["factor"], ["diagonal"], ["none", "--mean-gain", "trainable"], ["core", "--k", "2", "--mean-gain", "fixed"]],
+    [
+        ["core", "--k", "2", "--mean-gain", "fixed"],
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (["factor"], ["diagonal"], ["none", "--mean-gain", "trainable"])
+        ),
+    ],
     ids=" ".join,
 )
 def test_every_kind_of_coefficients_trains_and_evaluates(recipe, world, done, tmp_path, more):
@@ -67,7 +74,7 @@ def test_every_kind_of_coefficients_trains_and_evaluates(recipe, world, done, tm
     assert (tmp_path / "tasks" / f"kept-{more[0]}" / "metrics.json").is_file()
 
 
-@pytest.mark.parametrize("pooling", ["class", "mean"])
+@pytest.mark.parametrize("pooling", [pytest.param("class", marks=pytest.mark.slow), "mean"])
 def test_other_encoders_fit_too(recipe, world, tmp_path, pooling):
     out = tmp_path / "out"
     for stage in ("sources", "basis", "train", "evaluate"):

@@ -113,3 +113,11 @@ def run(folder: Path, out: Path, *more: str) -> None:
 
 def row(text: str = "red cat dog", output: str = "red cat", definition: str = "Say two.") -> dict[str, str]:
     return {"definition": definition, "input": text, "output": output}
+
+
+@pytest.fixture(scope="package")
+def done(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages, run once."""
+    out = tmp_path_factory.mktemp("mistral")
+    run(folder, out)
+    return out

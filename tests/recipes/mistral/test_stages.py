@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,9 @@ def test_dry_run_fetches_nothing_and_knows_mistral_7b(
 
 
 def test_all_stages_and_a_second_run_trains_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(folder, tmp_path)
-    printed = capsys.readouterr().out
-    assert printed.count("answer '") == 3 and '"exact_match"' in printed
-    results = json.loads((tmp_path / "compare" / HELD_OUT / "results.json").read_text())["results"]
+    results = json.loads((done / "compare" / HELD_OUT / "results.json").read_text())["results"]
     names = ["base model", "mean only", "LoRA r=8", "VeRA", "random basis", "this basis"]
     assert [each["method"] for each in results] == names
     assert [each["trained_head"] for each in results] == [0] * 6
@@ -59,32 +55,35 @@ def test_all_stages_and_a_second_run_trains_nothing(
     for each in results:
         assert all(set(numbers) == {"exact_match", "rougeL"} for numbers in each["metrics"])
         assert all(validation < 0 for validation in each["validations"])
-    assert (tmp_path / "compare" / HELD_OUT / "curves.png").stat().st_size > 1000
-    assert sorted(each.name for each in (tmp_path / "sources").iterdir()) == ["first", "last", "second"]
-    assert not list((tmp_path / "checkpoints").iterdir())
-    record = json.loads((tmp_path / "tasks" / f"{HELD_OUT}-core" / "recipe.json").read_text())["result"]
+    assert (done / "compare" / HELD_OUT / "curves.png").stat().st_size > 1000
+    assert sorted(each.name for each in (done / "sources").iterdir()) == ["first", "last", "second"]
+    assert not list((done / "checkpoints").iterdir())
+    record = json.loads((done / "tasks" / f"{HELD_OUT}-core" / "recipe.json").read_text())["result"]
     # loaded in the plain way, the saved task answers as the trained one did
-    assert json.loads((tmp_path / "tasks" / f"{HELD_OUT}-core" / "metrics.json").read_text()) == record["metrics"]
-    table = (tmp_path / "compare" / HELD_OUT / "table.md").read_text()
-    card = (tmp_path / "tasks" / f"{HELD_OUT}-core" / "README.md").read_text()
+    assert json.loads((done / "tasks" / f"{HELD_OUT}-core" / "metrics.json").read_text()) == record["metrics"]
+    table = (done / "compare" / HELD_OUT / "table.md").read_text()
+    card = (done / "tasks" / f"{HELD_OUT}-core" / "README.md").read_text()
     assert f"| test | rougeL | {record['metrics']['rougeL']:.4g} |" in card and "| base model |" in card
     assert "AutoModelForCausalLM.from_pretrained(" in card and "learning rate of the coefficients" in card
 
     monkeypatch.setattr(recipe.shared.recipe, "fit", lambda *_: pytest.fail("trained again"))
-    run(folder, tmp_path)
-    assert (tmp_path / "compare" / HELD_OUT / "table.md").read_text() == table
+    run(folder, done)
+    printed = capsys.readouterr().out
+    assert printed.count("answer '") == 3 and '"exact_match"' in printed
+    assert (done / "compare" / HELD_OUT / "table.md").read_text() == table
 
 
 @pytest.mark.parametrize(
-    "extra", [["--packing"], ["--bf16"], ["--gradient_checkpointing"], ["--coefficients", "none"]]
+    "extra", [["--packing", "--bf16", "--gradient_checkpointing"], ["--coefficients", "none"]], ids=" ".join
 )
-def test_training_options(folder: Path, tmp_path: Path, extra: list[str]) -> None:
-    for stage in ("sources", "basis", "train", "evaluate"):
-        run(folder, tmp_path, "--stage", stage, "--sources", "first", "last", *extra)
+def test_training_options(folder: Path, done: Path, tmp_path: Path, extra: list[str]) -> None:
+    for stage in ("train", "evaluate"):
+        run(folder, tmp_path, "--stage", stage, "--basis", str(done / "basis"), *extra)
     (saved,) = (tmp_path / "tasks").iterdir()
     assert (saved / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_base_in_4_bits_is_trained_in_and_evaluated_alone(folder: Path, tmp_path: Path) -> None:
     """In bfloat16 and with gradient checkpointing, as QLoRA; and the row without an adapter, which the Trainer alone
     refuses."""
@@ -120,12 +119,10 @@ def test_a_base_in_4_bits_is_trained_in_and_evaluated_alone(folder: Path, tmp_pa
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_training_lowers_the_loss_and_packing_learns_the_same(folder: Path, tmp_path: Path) -> None:
-    run(folder, tmp_path, "--stage", "sources", "--source_epochs", "2")
-    run(folder, tmp_path, "--stage", "basis")
+def test_training_lowers_the_loss_and_packing_learns_the_same(folder: Path, done: Path, tmp_path: Path) -> None:
     losses = {}
     for name, extra in {"padded": [], "packed": ["--packing"]}.items():
-        more = ["--epochs", "4", "--train_examples", "40", "--rate", "0.02", *extra]
+        more = ["--epochs", "4", "--train_examples", "40", "--rate", "0.02", *extra, "--basis", str(done / "basis")]
         run(folder, tmp_path, "--stage", "train", *more)
         marker = json.loads((tmp_path / "tasks" / f"{HELD_OUT}-core" / "recipe.json").read_text())
         losses[name] = [-value for _, value in marker["result"]["curve"]]
@@ -133,18 +130,20 @@ def test_training_lowers_the_loss_and_packing_learns_the_same(folder: Path, tmp_
     assert losses["packed"][-1] == pytest.approx(losses["padded"][-1], rel=0.02)
 
 
-@pytest.mark.parametrize(("step", "checkpoint"), [(3, 2), (5, 4)], ids=["within-an-epoch", "between-epochs"])
+@pytest.mark.parametrize(
+    ("step", "checkpoint"),
+    [
+        pytest.param(3, 2, id="within-an-epoch"),
+        pytest.param(5, 4, id="between-epochs", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_training_goes_on_to_the_same_coefficients(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, checkpoint: int
+    folder: Path, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, checkpoint: int
 ) -> None:
     from safetensors.torch import load_file
 
-    prepared = tmp_path / "whole"
-    for stage in ("sources", "basis"):
-        run(folder, prepared, "--stage", stage)
-    shutil.copytree(prepared, tmp_path / "cut")
-    train = ["--stage", "train", "--epochs", "2", "--basis", str(prepared / "basis")]
-    run(folder, prepared, *train)
+    train = ["--stage", "train", "--epochs", "2", "--basis", str(done / "basis")]
+    run(folder, tmp_path / "whole", *train)
 
     class Cut(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
