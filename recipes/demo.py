@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -48,7 +47,13 @@ from subspace_peft.errors import SubspaceError
 from subspace_peft.report import null_basis
 
 HEAD = "classifier"
-WHERE = {"target_modules": ["query", "value"], "layers": [3, 4, 5], "layers_pattern": "layer"}  # its upper half
+# query and value in the upper half of the encoder, under a head that PEFT trains and saves with the adapter
+WHERE = {
+    "target_modules": ["query", "value"],
+    "layers": [3, 4, 5],
+    "layers_pattern": "layer",
+    "task_type": "SEQ_CLS",
+}
 K = 16
 SOURCE_RATE = 4e-3
 HEAD_RATE = 5e-3  # of the classifier, the same in every row that trains an adapter
@@ -99,7 +104,7 @@ def run_demo(
         encoder = find(fetch(ENCODER), "model/config.json").parent
         sources = train_sources(folder / "sources", encoder, sizes, seed, progress)
         basis, random = build_bases(folder, sources, seed, progress)
-        rows = shared.methods(basis=basis, random=random, task_type="SEQ_CLS", **WHERE, sweep=1 if quick else 0)
+        rows = shared.methods(basis=basis, random=random, **WHERE, sweep=1 if quick else 0)
         rows = [row for row in rows if row.name != "VeRA"]
         tasks, compared, described = held_out_tasks(), {}, []
         for task in tasks:
@@ -115,10 +120,9 @@ def run_demo(
             "checks": [check(folder, encoder, task) for task in tasks],
             "seconds": time.perf_counter() - began,
         }
-    lines = [*tables(results, compared), *summary(results)]
-    texts = {"results.json": json.dumps(results, indent=2) + "\n", "table.md": "\n".join(lines) + "\n"}
-    shared.write_texts(folder, texts)
-    print("\n" + "\n".join(lines) + f"\nFigures and files are in {folder}.")
+    table = "\n".join(tables(results, compared)) + "\n"
+    shared.write_texts(folder, {"results.json": json.dumps(results, indent=2) + "\n", "table.md": table})
+    print(f"\n{table}" + "\n".join(summary(results)) + f"\nFigures and files are in {folder}.")
     return results
 
 
@@ -197,7 +201,7 @@ def accuracy(prediction: Any) -> float:
 def train_sources(root: Path, encoder: Path, sizes: Sizes, seed: int, progress: bool) -> list[str]:
     """Train a stock LoRA adapter r=8 for each source task and return their folders; finished ones are kept."""
     settings, folders = {"seed": seed, "rate": SOURCE_RATE, **vars(sizes)}, []
-    lora = shared.lora(8, {"task_type": "SEQ_CLS", **shared.adapted(**WHERE)})
+    lora = shared.lora(8, shared.adapted(**WHERE))
     for number, each in enumerate(tqdm(source_tasks(), desc="source adapters", unit="adapter", disable=not progress)):
         folder = root / each.name
         if shared.finished(folder, settings) is None:
@@ -269,7 +273,7 @@ def compare(
             # beside the run's record, which is written after it
             saved = runs.file(method, rate, seed).with_suffix("")
             model.save_pretrained(saved)
-            keep_logits(model, task, saved / "logits.npz")
+            shared.keep_logits(model, task, saved / "logits.npz")
         return {**size, **result, "test": accuracy(trainer.predict(task.splits["test"]))}
 
     # one seed and no widening: the demo is to end in minutes
@@ -288,61 +292,7 @@ def task_folder(folder: Path, task: str, row: str) -> Path:
     return folder / "tasks" / f"{task}-{row.replace(' ', '-').replace('=', '')}"
 
 
-@torch.no_grad()
-def keep_logits(model: torch.nn.Module, task: Task, file: Path) -> None:
-    """Write the model's inputs and logits of 32 test examples, for `check`."""
-    rows = task.splits["test"]
-    batch = task.collate([dict(row) for row in rows.select(range(min(32, len(rows))))]).to(model.device)
-    del batch["labels"]
-    logits = model.eval()(**batch).logits
-    np.savez(file, **{key: value.cpu().numpy() for key, value in {**batch, "logits": logits}.items()})
-
-
 # -- checks in fresh processes ----------------------------------------------------------------------------------------
-
-# The module of the model is loaded by its path: the process with stock PEFT must not know subspace_peft.
-PROGRAM = """
-import importlib.util, sys
-import numpy as np, torch
-task, encoder, classes, inputs, out, modeling, plugin = sys.argv[1:]
-if plugin == "yes":
-    import subspace_peft
-from peft import PeftModel
-from transformers import AutoModel
-spec = importlib.util.spec_from_file_location("modeling", modeling)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-encoder = AutoModel.from_pretrained(encoder, num_labels=int(classes), add_pooling_layer=False, dtype=torch.float32)
-model = PeftModel.from_pretrained(module.MeanPooledClassifier(encoder), task).eval()
-given = {key: torch.from_numpy(value) for key, value in np.load(inputs).items() if key != "logits"}
-with torch.no_grad():
-    np.save(out, model(**given).logits.numpy())
-assert ("subspace_peft" in sys.modules) == (plugin == "yes")
-"""
-
-
-def logits_elsewhere(task: Path, encoder: Path, classes: int, kept: Path, *, plugin: bool) -> np.ndarray:
-    """Return the logits (rows, classes) that a fresh process computes after loading `task` on the encoder.
-
-    Args:
-        task: folder of the saved adapter.
-        encoder, classes: of the base model.
-        kept: the file of inputs that `keep_logits` wrote.
-        plugin: whether that process imports subspace_peft.
-
-    Raises:
-        SubspaceError: the process failed; carries its last words.
-    """
-    out = kept.with_name("elsewhere.npy")
-    given = [task, encoder, classes, kept, out, modeling.__file__, "yes" if plugin else "no"]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, given)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SubspaceError(f"{task}: a fresh process could not load it:\n{done.stderr.strip()[-1500:]}")
-    logits = np.load(out)
-    out.unlink()
-    return logits
 
 
 def check(folder: Path, encoder: Path, task: TextTask) -> dict[str, Any]:
@@ -351,8 +301,8 @@ def check(folder: Path, encoder: Path, task: TextTask) -> dict[str, Any]:
     export = export_lora(saved, exported)
     kept = saved / "logits.npz"
     logits = np.load(kept)["logits"]
-    reloaded = logits_elsewhere(saved, encoder, len(task.labels), kept, plugin=True)
-    stock = logits_elsewhere(exported, encoder, len(task.labels), kept, plugin=False)
+    reloaded = shared.logits_elsewhere(saved, encoder, len(task.labels), kept, plugin=True)
+    stock = shared.logits_elsewhere(exported, encoder, len(task.labels), kept, plugin=False)
     apart = {"reloaded": float(np.abs(reloaded - logits).max()), "stock PEFT": float(np.abs(stock - logits).max())}
     if not max(apart.values()) < 1e-3:
         raise SubspaceError(

@@ -28,6 +28,7 @@ from .data import check_rows, draw, local_splits, local_tasks, refuse_own_adapte
 from .dry_run import dry_run, planned_numbers, planned_steps, print_plan, runs_of, steps_of
 from .extras import require
 from .figures import pyplot, save_figure
+from .fresh_process import keep_logits, logits_elsewhere
 from .images import check_image, check_images, class_group, local_images, rgb
 from .measure import measure
 from .methods import Method, adapted, head_only, in_basis, lora, method_named, methods, vera
@@ -91,11 +92,13 @@ __all__ = [
     "head_only",
     "in_basis",
     "instruction_task",
+    "keep_logits",
     "keep_unpacked",
     "last_checkpoint",
     "local_images",
     "local_splits",
     "local_tasks",
+    "logits_elsewhere",
     "lora",
     "markdown_table",
     "measure",

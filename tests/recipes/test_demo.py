@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import sys
 import tarfile
 import zipfile
@@ -13,17 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common.demo import run_demo
-from common.demo.model import MeanPooledClassifier
+from demo import run_demo
 from offline import clients
 from offline.archives import unpack
 from offline.clients import PackageError
 from offline.packages import Package, fetch, fetch_all, find
 from offline.texts import Row, TextTask, held_out_tasks, plain, source_tasks
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from subspace_peft import SubspaceBasis
 from subspace_peft.errors import BadFileError, SubspaceError
+from subspace_peft.modeling import MeanPooledClassifier
 
 # real packages are fetched once for all runs of the tests, not once per test
 REAL_CACHE = Path(__file__).parents[2] / ".cache" / "subspace_peft"
@@ -157,7 +158,7 @@ def test_mean_pooling_ignores_padding():
     config = BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
     )
-    model = MeanPooledClassifier(config).eval()
+    model = MeanPooledClassifier(BertModel(config, add_pooling_layer=False)).eval()
     ids = torch.tensor([[4, 5, 6]])
     padded = torch.tensor([[4, 5, 6, 0, 0]])
     with torch.no_grad():
@@ -196,10 +197,10 @@ def test_the_demo_measures_every_row_and_writes_what_it_says(result):
     folder, results = result
     for task in results["held_out"]:
         rows = {row["row"]: row for row in task["rows"]}
-        assert list(rows) == ["head only", "mean core only", "LoRA r=8", "random basis", "this basis"]
+        assert list(rows) == ["head only", "mean only", "LoRA r=8", "random basis", "this basis"]
         assert rows["LoRA r=8"]["adapter_parameters"] == 6 * 8 * 2 * 384
         assert rows["this basis"]["adapter_parameters"] == rows["random basis"]["adapter_parameters"] == 6 * 16 * 16
-        assert rows["mean core only"]["adapter_parameters"] == 6
+        assert rows["mean only"]["adapter_parameters"] == 6
         assert rows["this basis"]["bytes"] < rows["LoRA r=8"]["bytes"] / 10
         assert all(0 <= row["accuracy"] <= 1 and row["seconds"] > 0 and row["curve"] for row in rows.values())
     assert json.loads((folder / "results.json").read_text())["held_out"] == json.loads(json.dumps(results["held_out"]))
@@ -223,8 +224,9 @@ def test_the_saved_task_and_its_export_gave_equal_logits_in_fresh_processes(resu
 
 @pytest.mark.slow
 def test_the_demo_repeats_itself(result, monkeypatch):
-    """A second run uses the finished sources again and measures the same numbers."""
+    """A second run uses the finished sources again; its own runs, done once more, give the same numbers."""
     folder, results = result
+    shutil.rmtree(folder / "runs")
     monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
     again = run_demo(folder, quick=True, progress=False)
     timeless = [
