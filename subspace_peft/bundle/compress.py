@@ -19,8 +19,9 @@ from ..errors import BadFileError, SourceError, SubspaceError
 from ..sources import Source, is_one_source, open_source
 from .format import BUNDLE_FILE
 from .named import named_tasks
+from .pack import Packed, pack
 from .residual import Residual, residual_of
-from .write import Packed, pack, write_bundle
+from .write import write_bundle
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from ..errors import SubspaceError
 from ..tasks.read import Parts, SavedTask
 from .bundle import Bundle, open_bundle
 from .named import Named
-from .write import pack, write_bundle
+from .pack import pack
+from .write import write_bundle
 
 
 def migrate_bundle(

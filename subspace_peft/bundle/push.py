@@ -9,7 +9,8 @@ from ..errors import BadFileError
 from ..hub import check_repo_id, upload
 from ..tasks.push import place_on_hub
 from .bundle import Bundle, open_bundle
-from .write import kept, write_bundle
+from .pack import kept
+from .write import write_bundle
 
 
 def push_bundle(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +13,14 @@ from tqdm.auto import tqdm
 from .._io.atomic import write_aside
 from .._version import __version__
 from ..basis import SubspaceBasis
-from ..basis.module import FLOAT_DTYPES, tensor_bytes
+from ..basis.module import FLOAT_DTYPES
 from ..cards import Place
-from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..tasks.read import SavedTask
+from ..errors import BasisMismatchError, SubspaceError
 from .bundle import Bundle, open_bundle
 from .card import write_card
-from .format import BUNDLE_FILE, FORMAT_VERSION, NAMES, check_name, encode_header, width
+from .format import BUNDLE_FILE, FORMAT_VERSION, NAMES, encode_header, width
 from .named import Named, named_tasks
-
-# fields that every task of a bundle has alike: its cores are stored, not how they were trained
-PLAIN = {
-    "coefficients": "core",
-    "mean_gain": "none",
-    "start": "zero",
-    "r": 8,
-    "dropout": 0.0,
-    "seed": 0,
-    "save_basis": None,
-    "basis_modules": None,
-    "init_weights": True,
-    "inference_mode": True,
-    "exclude_modules": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "bundle": None,
-}
-
-
-@dataclass(eq=False)
-class Packed:
-    """A task that is about to be written into a bundle's file.
-
-    Attributes:
-        name: Its name in the bundle.
-        config: Its whole configuration, as JSON values.
-        modules: Module → [k_out, k_in], in the order of its numbers.
-        tensors: (key, dtype, shape) in the order of their bytes. A task that has a core only can be a row.
-        data: Returns the bytes.
-        entry: Further values of its entry in the index.
-    """
-
-    name: str
-    config: dict[str, Any]
-    modules: dict[str, list[int]]
-    tensors: list[tuple[str, str, tuple[int, ...]]]
-    data: Callable[[], bytes]
-    entry: dict[str, Any] = field(default_factory=dict)
+from .pack import Packed, kept, pack
 
 
 def bundle_tasks(
@@ -291,113 +249,6 @@ def _pack_all(
 
 def _bar(tasks: Iterable[Named], progress: bool) -> Iterator[Named]:
     yield from tqdm(tasks, desc="packing tasks", unit="task", delay=2, disable=not progress)
-
-
-def pack(
-    named: Named,
-    dtype: torch.dtype = torch.float32,
-    *,
-    metrics: Mapping[str, Any] | None = None,
-    id2label: Mapping[int, str] | None = None,
-    **entry: Any,
-) -> Packed:
-    """Pack one task: its bytes, and its entry in the index.
-
-    Args:
-        named: The task.
-        dtype: The dtype of its cores and of its residual.
-        metrics: Scores to record.
-        id2label: Names of its classes, where its own config does not have them.
-        **entry: Further values for its entry in the index.
-
-    Raises:
-        SubspaceError: The basis is not stored by itself, a dtype is not known to bundles, or the metrics are not JSON.
-        BadFileError: A tensor holds NaN or infinite values.
-    """
-    name, task = check_name(named.name), named.task
-    modules = sorted(task.cores, key=_natural)
-    row = torch.cat([task.cores[module].T.reshape(-1) for module in modules]).to(dtype)
-    tensors = {"core": row}
-    tensors |= {f"extra/{key}": value for key, value in sorted(task.extras.items())}
-    for module, (B, A) in sorted(task.residual.items()):
-        tensors |= {f"B/{module}": B.to(dtype), f"A/{module}": A.to(dtype)}
-    for key, value in tensors.items():
-        if value.dtype not in NAMES:
-            raise SubspaceError(f"Task {name!r}: {key} has dtype {value.dtype}, which a bundle does not hold.")
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise BadFileError(
-                f"Task {name!r}: {key} holds NaN or infinite values (in {value.dtype}). Leave it out, or train it"
-                " again."
-            )
-    # wide numbers first, so that every tensor within a task's bytes is aligned to its dtype
-    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
-    data = b"".join(tensor_bytes(tensors[key]) for key in order)
-    more = {"source": named.source, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **entry}
-    if task.residual:
-        more["residual_rank"] = max(B.shape[1] for B, _ in task.residual.values())
-    if metrics is not None:
-        more["metrics"] = dict(metrics)
-    config = _config(task, name, id2label)
-    try:
-        json.dumps(more, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SubspaceError(
-            f"Task {name!r}: its metrics are no JSON ({error}). Give finite numbers and texts."
-        ) from error
-    return Packed(
-        name,
-        config,
-        {module: list(task.cores[module].shape) for module in modules},
-        [(key, NAMES[tensors[key].dtype], tuple(tensors[key].shape)) for key in order],
-        lambda: data,
-        more,
-    )
-
-
-def _natural(name: str) -> list[Any]:
-    # layer 2 before layer 10, as models have them
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def kept(bundle: Bundle, name: str) -> Packed:
-    """Make a packed task of one that is in a bundle; its bytes are read and verified when they are asked for."""
-    entry = {key: value for key, value in bundle.entry(name).items() if key not in ("config", "modules")}
-    start, end = bundle.span(name)
-    config = {**bundle.index["config"], **bundle.entry(name).get("config", {})}
-    return Packed(
-        name,
-        config,
-        {module: list(size) for module, size in bundle.sizes(name).items()},
-        bundle.tensors(name),
-        lambda: bundle.raw(name),
-        {**entry, "bytes": end - start},
-    )
-
-
-def _config(task: SavedTask, name: str, id2label: Mapping[int, str] | None) -> dict[str, Any]:
-    basis = task.config.resolve()
-    if basis is None:
-        raise SubspaceError(
-            f"Task {name!r} carries its basis in its own file. A bundle refers to a stored one: save that basis by"
-            " itself, and say where it is with basis=…."
-        )
-    if basis.location is None:
-        raise SubspaceError(
-            f"The basis of task {name!r} lives in memory only: `basis.save_pretrained(folder)` before the tasks are"
-            " packed."
-        )
-    config = {
-        **task.config.to_dict(),
-        **PLAIN,
-        "target_modules": sorted(task.cores),
-        "subspace_version": __version__,
-        "basis": basis.location,
-        "basis_revision": basis.revision,
-        "basis_fingerprint": basis.fingerprint,
-    }
-    if id2label is not None:
-        config["id2label"] = {int(index): str(label) for index, label in id2label.items()}
-    return json.loads(json.dumps(config))
 
 
 @contextlib.contextmanager
