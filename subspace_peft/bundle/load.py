@@ -213,4 +213,4 @@ def _write(
 def _fill(folder: Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write a task into a scratch folder, which PEFT reads at once: without a wait for the disk."""
     folder.mkdir()
-    fill_folder(folder, config, tensors)
+    fill_folder(folder, config, tensors, card=False)

@@ -61,18 +61,28 @@ def write_task(
 
 
 def fill_folder(
-    folder: Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], place: Place | None = None
+    folder: Path,
+    config: SubspaceConfig,
+    tensors: Mapping[str, torch.Tensor],
+    place: Place | None = None,
+    *,
+    card: bool = True,
 ) -> None:
     """Write a task's files straight into `folder`, a scratch folder that is thrown away where this fails.
 
-    Arguments are those of `write_task`, which gives the same files to folders that others read.
+    Args:
+        folder: An empty folder, or one with a README only.
+        config: See `write_task`.
+        tensors: See `write_task`.
+        place: See `write_task`.
+        card: Whether the folder gets a card, which takes longer than the rest.
     """
     save_file(saved_tensors(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     # a copy with the values of a saved one, as PEFT gives them to it
     saved = replace(config, inference_mode=True, subspace_version=__version__)
     with published({} if place is None else {folder: place}):
-        # what PEFT calls as well, after it has written the tensors: config, version and card come from there
-        saved.save_pretrained(str(folder))
+        # PEFT's own `save_pretrained` of a model calls this as well, once it has written the tensors
+        (saved.save_pretrained if card else super(SubspaceConfig, saved).save_pretrained)(str(folder))
 
 
 def saved_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
