@@ -24,12 +24,15 @@ $(DEMO_STAMP): pyproject.toml constraints.txt
 demo: $(DEMO_STAMP)
 	$(BIN)/subspace-peft demo --out demo-output
 
-# A process per core, at most four; each file's tests stay in one, for what they share.
+# A process per core, at most four. Each starts with a run of neighbouring tests, which share what is made for their
+# module or package; one that has finished takes over the last half of another's.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile tests
+	$(BIN)/python $(PYTEST) -m "not slow" tests
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python $(PYTEST) -m slow tests
 
 # PEFT's own test suite with rows for this method beside LoRA's
 test-peft: $(STAMP)
@@ -39,6 +42,7 @@ test-peft: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q tests/test_layers.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -240,8 +239,6 @@ def test_help_is_instant_and_imports_nothing_heavy(verb):
         "except SystemExit as e: assert e.code == 0\n"
         "assert not {'torch', 'peft', 'transformers', 'numpy', 'datasets'} & set(sys.modules)"
     )
-    began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--" in done.stdout
-    assert time.perf_counter() - began < 60  # a hang, not a speed limit
