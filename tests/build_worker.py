@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from subspace_peft import build_basis, build_clusters
 from subspace_peft.builders import build as building
-from subspace_peft.builders import fleet, module_plan, rebuild_basis
+from subspace_peft.builders import module_plan, rebuild_basis, scan_fleet
 
 RANK = int(os.environ["RANK"])
 ARGUMENTS: dict[str, Any] = {"k": 4, "directions": 2, "progress": False}
@@ -27,7 +27,7 @@ def counted() -> tuple[list[str], list[str]]:
     """Names of the modules built and of the sources scanned in this process from here on."""
     built: list[str] = []
     scanned: list[str] = []
-    build, scan = building._build_module, fleet.scan
+    build, scan = building._build_module, scan_fleet.scan
 
     def build_one(plan: Any, reader: Any, name: str, *args: Any, **more: Any) -> Any:
         built.append(name)
@@ -37,7 +37,7 @@ def counted() -> tuple[list[str], list[str]]:
         scanned.append(source.name)
         return scan(source)
 
-    building._build_module, fleet.scan = build_one, scan_one
+    building._build_module, scan_fleet.scan = build_one, scan_one
     return built, scanned
 
 

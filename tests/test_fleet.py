@@ -240,7 +240,7 @@ def test_partial_fleets_need_to_be_asked_for(named_fleet, tmp_path):
         ({"k": 1.5}, "number of directions"),
         ({"k": True}, "number of directions"),
         ({"k_in": 0}, "at least 1"),
-        ({"builder": "magic"}, "no builder"),
+        ({"builder": "magic"}, "no such choice"),
         ({"weights": "loud"}, "no weighting"),
         ({"k": 0.5, "builder": "eigenlora"}, "share of energy"),
         ({"directions": -1}, "0 or more"),
