@@ -11,17 +11,17 @@ from pathlib import Path
 
 
 def write_aside(target: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary_path)` beside `target`, flush it to disk, and rename it over `target`.
+    """Call `write(temporary_path)` beside `target`, flush the file to disk, and rename it over `target`.
 
-    Raises whatever `write` raises; then `target` is untouched and the temporary file is gone.
+    Whatever `write` raises comes through; then `target` is untouched and the temporary file is gone.
     """
     write_all_aside({target: write})
 
 
 def write_all_aside(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """`write_aside` for files that belong together: all are written before the first is renamed.
+    """Write files that belong together as `write_aside` does, all of them before the first is renamed.
 
-    Raises whatever a writer raises; then every target is untouched and no temporary file is left.
+    Whatever a writer raises comes through; then every target is untouched and no temporary file is left.
     """
     temporaries: dict[Path, Path] = {}
     try:
@@ -70,7 +70,7 @@ def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_aside(target: Path, text: str) -> None:
-    """`write_aside` for UTF-8 text."""
+    """Write `text` in UTF-8 as `write_aside` does."""
     write_aside(target, lambda path: path.write_text(text, encoding="utf-8"))
 
 

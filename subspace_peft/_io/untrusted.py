@@ -1,5 +1,4 @@
-"""What files from strangers may say: JSON, numbers, names and patterns, each held against what is sane before it is
-used."""
+"""Checks of what a file from elsewhere says: JSON, numbers, names and patterns, each before it is used."""
 
 from __future__ import annotations
 
@@ -11,20 +10,20 @@ from typing import Any
 
 # safetensors' own limit for a header; no config that we or PEFT write comes near it
 MOST_JSON_BYTES = 100_000_000
-# no layer is wider; numbers beyond would only be meant to make something of that size
+# no layer is wider; a larger number would only be there to have something of that size allocated
 MOST_DIRECTIONS = 1 << 20
-MOST_PATTERN = 2000
+MOST_PATTERN = 2000  # characters of a regular expression with repeats
 MOST_REPEATS = 5
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`.
+    """Return the JSON object in `file`.
 
     Raises:
         ValueError: no regular file, too large, no UTF-8, no JSON, nested too deeply, or no object; says which.
         OSError: it cannot be read.
     """
-    # a pipe or a device would be read for ever
+    # reading a pipe or a device need never end
     if file.exists() and not file.is_file():
         raise ValueError("it is no regular file")
     size = file.stat().st_size
@@ -34,7 +33,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> dict[str, Any]:
-    """The JSON object in `text`. Raises `ValueError` where it is none."""
+    """Return the JSON object in `text`.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or no object; says which.
+    """
     try:
         found = json.loads(text)
     except RecursionError:
@@ -45,12 +48,12 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
 
 
 def is_whole(value: Any, least: int = 1, most: int = MOST_DIRECTIONS) -> bool:
-    """Whether `value` is an integer from `least` to `most`; booleans are none."""
+    """Return whether `value` is an integer from `least` to `most`; booleans are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_finite(value: Any) -> bool:
-    """Whether `value` is a number that a float can hold; booleans are none."""
+    """Return whether `value` is a number that a float can hold; booleans are none."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
@@ -60,20 +63,25 @@ def is_finite(value: Any) -> bool:
 
 
 def is_sha256(value: Any) -> bool:
-    """Whether `value` is a sha256 as hexdigest gives it."""
+    """Return whether `value` is a sha256 as `hexdigest` gives it: 64 digits, lower case."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def is_name(value: Any, most: int = 4096) -> bool:
-    """Whether `value` can be the name of a module or a place: text without control characters."""
+    """Return whether `value` can be the name of a module or a place: text without control characters.
+
+    Args:
+        value: the value.
+        most: characters that it may have.
+    """
     return isinstance(value, str) and 0 < len(value) <= most and re.search(r"[\x00-\x1f\x7f]", value) is None
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """What is wrong with a regular expression for module names, or None.
+    """Return what is wrong with a regular expression for module names, or None.
 
-    Python's matcher tries every way to divide a name among the repeats: nested ones, or many in a row, take it longer
-    than anybody waits, and a file from somebody else may be made to do that.
+    Python's matcher tries every way to divide a name among the repeats. Nested repeats, or many in a row, take it
+    exponential time, which a file from elsewhere may be made for.
     """
     if len(pattern) > MOST_PATTERN and _repeats(pattern):
         return f"it has {len(pattern):,} characters"
@@ -82,16 +90,16 @@ def pattern_problem(pattern: str) -> str | None:
     except (re.error, RecursionError, OverflowError) as error:
         return f"it is no regular expression ({error})"
     if re.search(r"\)[*+{]", _plain(pattern)):
-        return "it repeats a group, which can take for ever to match; repeat single characters, as in `.*`"
+        return "it repeats a group, which can take exponential time to match; repeat single characters, as in `.*`"
     if _repeats(pattern) > MOST_REPEATS:
-        return f"it has more than {MOST_REPEATS} repeats, which can take for ever to match"
+        return f"it has more than {MOST_REPEATS} repeats, which can take exponential time to match"
     if re.search(r"\(\?P=|\\[1-9]", pattern):
-        return "it refers back to a group, which can take for ever to match"
+        return "it refers back to a group, which can take exponential time to match"
     return None
 
 
 def _plain(pattern: str) -> str:
-    # digits are few and far between in a name: \d+ in a row costs nothing
+    # a name has few digits: \d+ in a row costs nothing
     bare = re.sub(r"(\\d|\[0-9\])[*+]", "0", pattern)
     bare = re.sub(r"\\.", "x", bare, flags=re.DOTALL)
     return re.sub(r"\[\^?\]?[^\]]*\]", "x", bare)
@@ -102,6 +110,8 @@ def _repeats(pattern: str) -> int:
 
 
 def is_revision(value: Any) -> bool:
-    """Whether `value` can be a branch, tag or commit: git knows none with ``..``, which would climb out of the Hub's
-    cache."""
+    """Return whether `value` can be a branch, tag or commit.
+
+    Git allows no ``..`` in one; it would lead out of the Hub's cache.
+    """
     return is_name(value, most=255) and ".." not in value and not value.startswith(("/", "\\"))

@@ -1,4 +1,4 @@
-"""`SubspaceBasis`: the shared bases of all target modules of one base model, content-hashed, read lazily."""
+"""The shared bases of all target modules of one base model: algebra, fingerprint, saving and loading."""
 
 from __future__ import annotations
 
@@ -22,15 +22,27 @@ from .precision import PRECISIONS, RoundedModules, reduced, summary
 
 
 class SubspaceBasis(Mapping[str, ModuleBasis]):
-    """A mapping from module name to `ModuleBasis`, with provenance. Immutable.
+    """A mapping from module name to `ModuleBasis`, with its provenance and a fingerprint; immutable.
 
-    Built by `subspace_peft.build_basis`, or loaded by `SubspaceBasis.from_pretrained`, in which case a module's
-    tensors are read, and their sha256 verified, when they are asked for.
+    It is made by `subspace_peft.build_basis`, or loaded by `SubspaceBasis.from_pretrained`, which reads a module's
+    tensors and verifies their sha256 when the module is asked for.
+
+    Args:
+        modules: module name → basis.
+        info: see the attribute.
+        location: see the attribute.
+        revision: see the attribute.
+        digests: module name → sha256 of its tensors as stored; by default all modules are checked and hashed.
 
     Attributes:
         info: what `basis_config.json` holds beside the modules: base model, builder and its arguments, sources.
-        location: folder or Hub id this basis was loaded from or saved to; None for one that lives in memory only.
+        location: folder or Hub id this basis was loaded from or saved to; None for one in memory only.
         revision: commit sha on the Hub, or None.
+        digests: module name → sha256 (hex) of its tensors as stored.
+        fingerprint: sha256 (hex) over the modules' names and digests.
+
+    Raises:
+        SubspaceError: there is no module, or one is malformed; names it.
     """
 
     def __init__(
@@ -74,7 +86,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         return hash(self.fingerprint)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SubspaceBasis:
-        return self  # immutable: a deep copy of a model shares it
+        return self  # it is immutable, so a deep copy of a model shares it
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.precision is not None:
@@ -100,26 +112,29 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
 
     @property
     def precision(self) -> str | None:
-        """What U and V are stored as, where that is not the dtype in which they are given; see `to_precision`."""
+        """What U and V are stored as, where that is not the dtype in which they are given, else None.
+
+        See `to_precision`.
+        """
         return self._modules.precision
 
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
-        """A module's tensors as they are in the file, by name; its digest is theirs."""
+        """Return a module's tensors as they are in the file, by name; the module's digest is of these."""
         return self._modules.stored(name)
 
     def shapes(self) -> dict[str, dict[str, int]]:
-        """Per module ``{"out", "in", "k_out", "k_in", "directions"}``, without reading tensors where a file knows."""
+        """Return ``{"out", "in", "k_out", "k_in", "directions"}`` per module; no tensor is read from a file for it."""
         return self._modules.shapes()
 
     def describe_k(self) -> str:
-        """``k=16``, or ``k=8…16`` where modules or sides differ."""
+        """Return ``k=16``, or ``k=8…16`` where modules or sides differ."""
         return describe_k(self.shapes())
 
     def find(self, module_name: str) -> str | None:
-        """The basis's name for a model's module: the same, or one differing by a leading prefix such as ``bert.``.
+        """Return the basis's name for a model's module: the same, or one that differs by leading parts; else None.
 
-        A task head adds a prefix to its backbone's module names; ``encoder.layer.0.query`` and
-        ``bert.encoder.layer.0.query`` are the same weight. Returns None where nothing matches.
+        A task head adds a prefix to its backbone's module names: ``encoder.layer.0.query`` and
+        ``bert.encoder.layer.0.query`` are the same weight.
 
         Raises:
             BasisMismatchError: several of the basis's modules match.
@@ -135,10 +150,16 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     # -- algebra ----------------------------------------------------------------------------------------------------
 
     def project(self, delta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Cores ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) of updates given per module as ΔW (out, in) or factors ``(B, A)``.
+        """Return the cores ``C = Uᵀ ΔW Vᵀ`` of updates, the least-squares optimum in this basis.
+
+        Args:
+            delta: per module, ΔW (out, in) or its factors ``(B, A)``, (out, r) and (r, in).
+
+        Returns:
+            Per module of the basis, C (k_out, k_in).
 
         Raises:
-            BasisMismatchError: a module that the basis does not have, or a shape that does not fit; names it.
+            BasisMismatchError: the basis does not have a module, or a shape does not fit; names it.
         """
         cores = {}
         for name, value in delta.items():
@@ -155,24 +176,36 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         return cores
 
     def reconstruct(self, cores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``U C V`` (out, in) per module. `project(reconstruct(C)) == C` up to rounding."""
+        """Return the updates ``ΔW = U C V`` (out, in) that cores (k_out, k_in) stand for, per module.
+
+        `project(reconstruct(C))` is C up to rounding.
+
+        Raises:
+            BasisMismatchError: the basis does not have a module, or a core's shape does not fit.
+        """
         missing = [name for name in cores if name not in self._modules]
         if missing:
             raise BasisMismatchError(f"The basis has no module {missing[0]!r}; these cores belong to another basis.")
         return {name: self[name].reconstruct(core) for name, core in cores.items()}
 
     def truncate(self, k: int | tuple[int, int]) -> SubspaceBasis:
-        """A smaller basis of the leading `k` (or ``(k_out, k_in)``) directions of every module, held in memory."""
+        """Return a basis of the leading `k` (or ``(k_out, k_in)``) directions of every module, held in memory.
+
+        A module with fewer directions keeps those that it has.
+
+        Raises:
+            SubspaceError: a size is below 1.
+        """
         k_out, k_in = (k, k) if isinstance(k, int) else k
         modules = {name: module.truncate(k_out, k_in) for name, module in self.items()}
         info = {**self.info, "truncated_from": self.fingerprint, "k": [k_out, k_in]}
-        # what was measured of the larger basis (energies) is not true of this one
+        # the energies measured are those of the larger basis
         for key in ("measured", "precision"):
             info.pop(key, None)
         return SubspaceBasis(modules, info)
 
     def to(self, dtype: torch.dtype) -> SubspaceBasis:
-        """The same basis in another float dtype, in memory. Its bytes, and so its fingerprint, are others."""
+        """Return this basis in another float dtype, in memory; its bytes differ, and so does its fingerprint."""
         modules = {
             name: ModuleBasis(**{key: value.to(dtype) for key, value in module.tensors().items()})
             for name, module in self.items()
@@ -181,21 +214,25 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         return SubspaceBasis(modules, {**info, "cast_from": self.fingerprint})
 
     def to_precision(self, precision: str) -> SubspaceBasis:
-        """The same basis, stored in fewer bytes: what `save_pretrained` then writes, half or a quarter of U and V.
+        """Return this basis as `save_pretrained` then stores it: U and V in half or a quarter of the bytes.
 
-        Modules are given in float32 as before, made from what is stored when they are asked for, with U and V
-        orthonormal (the nearest such matrices, see `restored`); the fingerprint is of the stored bytes, so tasks of
-        this basis are other than the float32 one's. ``info["precision"]`` says what is lost: ``energy_lost``, the mean
-        over modules of the share of the energy of the fleet's cores that the rounded directions do not keep,
-        ``energy_lost_at_most``, the same of anything in the basis, of the worst module, and ``orthonormality``, how
-        far the stored numbers are from it. What is measured of the sources stays the float32 basis's.
+        Modules are still given in float32. They are made from the stored numbers when they are asked for, with U and V
+        turned into the nearest orthonormal matrices, see `precision.restored`. The fingerprint is of the stored bytes,
+        so a task belongs to either this basis or the float32 one. ``info["precision"]`` holds the loss:
+
+        - ``energy_lost``: share of the energy of the fleet's cores that the rounded directions do not keep, the mean
+          over modules;
+        - ``energy_lost_at_most``: the same for any update in the basis, of the worst module;
+        - ``orthonormality``: largest entry of |UᵀU − 1| and |VVᵀ − 1| as stored.
+
+        ``info["measured"]`` stays as measured with the float32 basis.
 
         Args:
             precision: ``float32``, ``bfloat16``, ``float16``, or ``int8`` with one scale per direction.
 
         Raises:
-            SubspaceError: there is no such precision; the basis has a lower one already; rounding leaves too little of
-                a module.
+            SubspaceError: there is no such precision; the basis has a lower one already; rounding leaves a module too
+                far from orthonormal.
         """
         if precision not in PRECISIONS:
             raise SubspaceError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
@@ -214,9 +251,17 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `basis_config.json`, `basis.safetensors` and a card into `folder`, aside first and then renamed.
+        """Write `basis_config.json`, `basis.safetensors` and a card into `folder`.
 
-        After it, `location` is that folder. Returns it. Raises `OSError` where the disk refuses; earlier files stay.
+        Files are written aside first and then renamed, so earlier ones stay where a write fails. A README without a
+        card of ours stays as it is.
+
+        Returns:
+            The folder's absolute path, which is `location` from now on.
+
+        Raises:
+            SubspaceError: `folder` is a file.
+            OSError: the disk refuses.
         """
         path = self._write(Path(folder))
         self.location = str(path)
@@ -233,16 +278,16 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload the basis to the Hub, in one commit. Tasks saved from now on are pinned to that commit.
+        """Upload the basis to the Hub, in one commit; tasks saved from now on are pinned to that commit.
 
-        A README that somebody wrote in the repository stays; a generated card in one is made anew, with what is
-        written around it kept.
+        A README in the repository that has no card of ours stays as it is. An earlier card in it is replaced, and the
+        text around the card stays.
 
         Args:
-            repo_id: ``org/name``; the repository is made where there is none, `private` as the Hub's default or as
-                said.
+            repo_id: ``org/name``; the repository is created where it is missing.
+            private: whether a new repository is private; None for the owner's default.
             token: as in huggingface_hub.
-            branch: other than main; made where there is none.
+            branch: branch to commit to, created where it is missing; None for main.
             commit_message: of the commit.
             create_pr: open a pull request instead of committing to the branch.
 
@@ -283,14 +328,17 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> SubspaceBasis:
-        """Open a basis from a folder or the Hub. Reads the config and the header now, tensors when asked for. Tasks
-        loaded later on this machine find it by its fingerprint.
+        """Open a basis from a folder or the Hub.
+
+        The config and the header are read now, tensors when a module is asked for. Tasks loaded later on this machine
+        find the basis by its fingerprint.
 
         Args:
             path_or_id: a folder written by `save_pretrained`, or a Hub model repository id.
             revision: branch, tag or commit sha on the Hub.
             fingerprint: the sha256 that the basis must have.
-            token, cache_dir: as in huggingface_hub.
+            token: as in huggingface_hub.
+            cache_dir: as in huggingface_hub.
 
         Raises:
             BasisNotFoundError: nothing is there.
@@ -305,8 +353,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         if fingerprint is not None and basis.fingerprint != fingerprint:
             raise BasisMismatchError(
                 f"The basis at {str(path_or_id)!r} has fingerprint {basis.fingerprint}, but {fingerprint} is asked"
-                " for. It is another basis, or it was rebuilt since: pass the one these coefficients were trained on"
-                " as `basis=`, or train the task again on this one."
+                " for. It is another basis, or it was rebuilt since: pass the one that these coefficients were trained"
+                " on as `basis=`, or train the task again on this one."
             )
         # a task loaded later that does not say where its basis is finds this one
         note_location(basis)

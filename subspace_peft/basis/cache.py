@@ -1,5 +1,4 @@
-"""The bases this machine has fetched, each once, in folders called by their fingerprints; and what may be done with
-them."""
+"""The cache of bases that this machine has fetched: each once, in a folder called by its fingerprint."""
 
 from __future__ import annotations
 
@@ -23,7 +22,10 @@ FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_home() -> Path:
-    """Folder of this package's own cache: `SUBSPACE_PEFT_CACHE`, else `subspace_peft` in the user's cache folder."""
+    """Return the folder of this package's own cache.
+
+    It is `SUBSPACE_PEFT_CACHE` where that is set, else `subspace_peft` in the user's cache folder.
+    """
     if given := os.environ.get("SUBSPACE_PEFT_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace_peft"
@@ -36,10 +38,11 @@ class CachedBasis:
     Attributes:
         fingerprint: the basis's, and the folder's name.
         folder: where its files are.
-        location, revision: Hub id and commit sha that it was first fetched from.
-        bytes: of its files.
-        modules: how many; None where its config cannot be read.
-        base_model: what it was built for.
+        location: Hub id that it was first fetched from.
+        revision: commit sha that it was first fetched at.
+        bytes: size of its files.
+        modules: number of modules; None where its config cannot be read.
+        base_model: the model that it was built for.
     """
 
     fingerprint: str
@@ -100,7 +103,7 @@ def find(fingerprint: str) -> BasisRecord | None:
 
 
 def entries() -> Iterator[CachedBasis]:
-    """All entries, by fingerprint."""
+    """Yield all entries, sorted by fingerprint."""
     for folder in sorted((cache_home() / "bases").glob("*")):
         if not FINGERPRINT.fullmatch(folder.name):
             continue
@@ -114,10 +117,10 @@ def entries() -> Iterator[CachedBasis]:
 
 
 def find_entry(fingerprint: str) -> CachedBasis:
-    """The entry whose fingerprint begins so.
+    """Return the entry whose fingerprint begins with `fingerprint`.
 
     Raises:
-        SubspaceError: there is none, or there are several.
+        SubspaceError: there is none, or there are several; lists them.
     """
     found = [entry for entry in entries() if entry.fingerprint.startswith(fingerprint)]
     if len(found) != 1:
@@ -128,7 +131,11 @@ def find_entry(fingerprint: str) -> CachedBasis:
 
 
 def remove(entry: CachedBasis) -> None:
-    """Remove an entry's files. Raises `OSError` where the disk refuses."""
+    """Remove an entry's files.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     shutil.rmtree(entry.folder)
 
 

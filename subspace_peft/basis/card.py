@@ -1,4 +1,4 @@
-"""The facts of a basis for its card."""
+"""Gather the facts of a basis, and put its card into a README."""
 
 from __future__ import annotations
 

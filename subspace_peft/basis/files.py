@@ -1,4 +1,4 @@
-"""A basis on disk: `basis_config.json`, `basis.safetensors`, `README.md`. See docs/file-format.md."""
+"""A basis on disk: `basis_config.json` and `basis.safetensors`, see docs/file-format.md."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ class FileModules(ModuleStore):
         self.precision = precision
 
     def shapes(self) -> dict[str, dict[str, int]]:
+        """Return the shapes that the config records."""
         return {name: dict(entry["shape"]) for name, entry in self.entries.items()}
 
     def __getitem__(self, name: str) -> ModuleBasis:
         return self._read(name)[1]
 
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return a module's tensors as they are in the file, by name; verified."""
         return self._read(name)[0]
 
     def _read(self, name: str) -> tuple[dict[str, torch.Tensor], ModuleBasis]:
@@ -101,7 +103,7 @@ class BasisRecord:
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 over the modules' names and digests."""
+        """The sha256 (hex) over the modules' names and digests."""
         return combine_digests(self.digests)
 
 
@@ -155,7 +157,10 @@ def open_basis(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> BasisRecord:
-    """Open the basis in a folder or on the Hub; see `SubspaceBasis.from_pretrained`."""
+    """Open the basis in a folder or on the Hub.
+
+    Arguments and errors are those of `SubspaceBasis.from_pretrained`.
+    """
     try:
         folder = Path(path_or_id).expanduser()
         there, holds = folder.exists(), (folder / CONFIG_FILE).is_file()
@@ -248,7 +253,16 @@ def _modules_problem(modules: Any) -> str | None:
 
 
 def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str | None = None) -> None:
-    """Hold the tensors file's header against the config before anything is allocated."""
+    """Check the header of the tensors' file against the config, before anything is allocated.
+
+    Args:
+        file: the tensors' file.
+        modules: module name → its entry in the config, ``{"shape", "sha256"}``.
+        precision: what U and V are stored as, where it is not what they are given as.
+
+    Raises:
+        BadFileError: the file cannot be read, or a tensor is missing or has another shape or dtype; names it.
+    """
     if file.exists() and not file.is_file():
         raise BadFileError(f"{file}: it is no regular file. Fetch or build the basis again.")
     try:
@@ -260,7 +274,6 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str 
                     found = tensors.get_slice(f"{name}.{key}").get_shape() if present else None
                     if found is None and key not in ("U", "V", "G", *SCALES.values()):
                         continue
-                    # None stands for any length, of a list of cores or of a spectrum
                     fits = found is not None and len(found) == len(size)
                     if not fits or any(n not in (None, m) for n, m in zip(size, found, strict=True)):
                         raise BadFileError(
@@ -281,6 +294,7 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str 
 
 
 def _expected(shape: dict[str, int], precision: str | None) -> dict[str, list[int | None]]:
+    """Return the sizes that a module's tensors may have, by name; None in them stands for any length."""
     core = [shape["k_out"], shape["k_in"]]
     expected: dict[str, list[int | None]] = {
         "U": [shape["out"], shape["k_out"]],
@@ -297,7 +311,7 @@ def _expected(shape: dict[str, int], precision: str | None) -> dict[str, list[in
 
 
 def _kind(key: str, precision: str | None) -> str | None:
-    """The dtype, in safetensors' word, that a tensor has to have; None where any float will do."""
+    """Return the dtype, in safetensors' words, that a tensor must have; None where any float will do."""
     if precision is None or key not in (*SCALES, *SCALES.values()):
         return None
     return "F32" if key in SCALES.values() else KINDS[PRECISIONS[precision]]

@@ -1,4 +1,4 @@
-"""What a basis's record says of the one it was made from, and of where its directions come from."""
+"""Versions of a basis: which basis one was made from, and where its directions come from."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Sides = dict[str, list[list[Any]]]
 
 
 def version_of(basis: SubspaceBasis) -> int:
-    """1 for a basis as it was built, one more for every update and completion."""
+    """Return a basis's version: 1 as it was built, one more for every update and completion."""
     return int(basis.info.get("version") or 1)
 
 
 def origins(basis: SubspaceBasis) -> dict[str, Sides]:
-    """Module → ``{"out": [[origin, count], …], "in": …}``: where the directions come from, in their order."""
+    """Return where the directions come from, in their order: module → ``{"out": [[origin, count], …], "in": …}``."""
     known, builder = basis.info.get("columns"), str(basis.info.get("builder") or "version 1")
     found = {}
     for name, shape in basis.shapes().items():
@@ -26,7 +26,7 @@ def origins(basis: SubspaceBasis) -> dict[str, Sides]:
         found[name] = {
             side: (
                 recorded
-                # a file may say anything; what does not add up counts for nothing
+                # a file may say anything; a record that does not add up is ignored
                 if (recorded := sides.get(side) if isinstance(sides, Mapping) else None) is not None
                 and _adds_up(recorded, shape[size])
                 else [[builder, shape[size]]]
@@ -47,13 +47,15 @@ def _adds_up(recorded: Any, size: int) -> bool:
 def next_version(
     old: SubspaceBasis, modules: Mapping[str, ModuleBasis], *, refitted: Container[str] = (), origin: str | None = None
 ) -> dict[str, Any]:
-    """The record that a basis made from `old` begins with: version, lineage and origins of its directions; nothing
-    that was measured.
+    """Return the `info` that a basis made from `old` begins with.
+
+    It holds the version, the lineage and the origins of the directions, and nothing that was measured with `old`.
 
     Args:
-        modules: the new basis's.
-        refitted: names of those whose directions are all new; the others begin with the old ones.
-        origin: what the new directions are called; default ``version n``.
+        old: the basis that the new one is made from.
+        modules: the new basis's modules.
+        refitted: names of the modules whose directions are all new; the others begin with the old ones.
+        origin: name of the new directions' origin; by default ``version n``.
     """
     version = version_of(old) + 1
     origin = origin or f"version {version}"

@@ -18,7 +18,10 @@ MOST_NOTES = 8
 
 
 def add_note(fingerprint: str, location: str, revision: str | None) -> None:
-    """Note that a basis lies at `location`, a folder or Hub id; a cache that cannot be written is no reason to fail."""
+    """Note that a basis lies at `location`, a folder or Hub id.
+
+    A cache that cannot be written is no reason to fail.
+    """
     entry = {"location": location, "revision": revision}
     with contextlib.suppress(OSError):
         known = [old for old in read_notes(fingerprint) if old["location"] != location]

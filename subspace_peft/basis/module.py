@@ -42,27 +42,37 @@ class ModuleBasis:
 
     @property
     def k_out(self) -> int:
+        """Number of output directions."""
         return self.U.shape[1]
 
     @property
     def k_in(self) -> int:
+        """Number of input directions."""
         return self.V.shape[0]
 
     @property
     def out_features(self) -> int:
+        """Rows of the module's weight."""
         return self.U.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Columns of the module's weight."""
         return self.V.shape[1]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are present, by name."""
+        """Return the tensors that are present, by name."""
         return {name: value for name in TENSOR_NAMES if (value := getattr(self, name)) is not None}
 
     def check(self, name: str) -> None:
-        """Raise `SubspaceError` naming module `name` where shapes clash, a dtype is no float, or a value is not
-        finite."""
+        """Check that shapes agree, dtypes are floats and values finite.
+
+        Args:
+            name: the module's name, for messages.
+
+        Raises:
+            SubspaceError: they are not; names the module and the tensor.
+        """
         if self.U.dim() != 2 or self.V.dim() != 2:
             raise SubspaceError(
                 f"Basis of module {name!r}: U must be (out, k_out) and V (k_in, in), got {tuple(self.U.shape)} and "
@@ -71,7 +81,7 @@ class ModuleBasis:
         core = (self.k_out, self.k_in)
         expected = {"M": core, "core_rms": core}
         expected |= {
-            # of a tensor without any length the 0 stands for one that it should have
+            # a tensor without dimensions lacks the first one too, for which the 0 stands
             key: (*(value.shape[:1] or (0,)), *core)
             for key in ("G", "cores")
             if (value := getattr(self, key)) is not None
@@ -89,13 +99,15 @@ class ModuleBasis:
                 )
             if value.device.type != "meta" and not torch.isfinite(value).all():
                 raise SubspaceError(
-                    f"Basis of module {name!r}: {key} holds NaN or infinite values. A source adapter was broken or the"
+                    f"Basis of module {name!r}: {key} holds NaN or infinite values. A source adapter is broken, or the"
                     " file is damaged: check the sources and build the basis again."
                 )
 
     def digest(self) -> str:
-        """sha256 (hex) over names, dtypes, shapes and bytes of the tensors: a function of bytes, not of
-        mathematics."""
+        """Return the sha256 (hex) over names, dtypes, shapes and bytes of the tensors.
+
+        It is a function of bytes, not of the mathematics: equal bases that were computed on other hardware differ.
+        """
         total = hashlib.sha256()
         for key, value in sorted(self.tensors().items()):
             total.update(f"{key}:{FLOAT_DTYPES[value.dtype]}:{list(value.shape)};".encode())
@@ -103,13 +115,13 @@ class ModuleBasis:
         return total.hexdigest()
 
     def project(self, delta: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """The core ``C = Uᵀ ΔW Vᵀ`` of an update, the least-squares optimum for orthonormal U and V.
+        """Return the core ``C = Uᵀ ΔW Vᵀ`` of an update, the least-squares optimum for orthonormal U and V.
 
         Args:
             delta: ΔW as one tensor (out, in), or in factored form ``(B, A)`` with B (out, r) and A (r, in).
 
         Returns:
-            (k_out, k_in), in the wider of the dtypes involved.
+            C (k_out, k_in), in the wider of the dtypes involved.
 
         Raises:
             BasisMismatchError: the update's shape is not (out, in).
@@ -122,13 +134,18 @@ class ModuleBasis:
                 "they belong to different modules or to different base models."
             )
         dtype = torch.promote_types(B.dtype, self.U.dtype)
+        # both products go from the outside in: nothing of size out × in is formed from factors
         left = self.U.to(dtype).T @ B.to(dtype)
         if A is None:
             return left @ self.V.to(dtype).T
         return left @ (A.to(dtype) @ self.V.to(dtype).T)
 
     def reconstruct(self, core: torch.Tensor) -> torch.Tensor:
-        """``U C V``: the update that a core (k_out, k_in) stands for, materialised as (out, in)."""
+        """Return the update ``ΔW = U C V`` (out, in) that a core (k_out, k_in) stands for.
+
+        Raises:
+            BasisMismatchError: the core has another shape.
+        """
         if tuple(core.shape) != (self.k_out, self.k_in):
             raise BasisMismatchError(
                 f"Cannot reconstruct from a core of shape {tuple(core.shape)}: this basis has cores of shape "
@@ -138,15 +155,21 @@ class ModuleBasis:
         return (self.U.to(dtype) @ core.to(dtype)) @ self.V.to(dtype)
 
     def truncate(self, k_out: int, k_in: int) -> ModuleBasis:
-        """The leading `k_out` and `k_in` directions, with M, G and core_rms cut alike (spectra are kept whole)."""
+        """Return the leading `k_out` and `k_in` directions, with M, G, core_rms and cores cut alike.
+
+        Spectra are kept whole: they are of the fleet, not of the basis.
+
+        Raises:
+            SubspaceError: a size is below 1.
+        """
         if k_out < 1 or k_in < 1:
             raise SubspaceError(f"Cannot truncate to k_out={k_out}, k_in={k_in}: both must be at least 1.")
         a, b = min(k_out, self.k_out), min(k_in, self.k_in)
         G = None
         if self.G is not None:
             cut = self.G[:, :a, :b]
-            # directions whose weight lay outside the kept block shrink: they are made unit-norm again; dead ones stay,
-            # as zeros, so that a module's number of coefficients does not depend on how its directions happen to lie
+            # directions whose weight lay outside the kept block shrink and are made unit-norm again; those of which
+            # nothing is left stay, as zeros, so that the number of coefficients does not depend on the numbers in G
             norms = cut.flatten(1).norm(dim=1)[:, None, None]
             G = torch.where(norms > 1e-6, cut / norms.clamp_min(1e-6), torch.zeros_like(cut)).contiguous()
         return replace(
@@ -172,12 +195,12 @@ def module_shape(module: ModuleBasis) -> dict[str, int]:
 
 
 def tensor_sha256(value: torch.Tensor) -> str:
-    """sha256 (hex) of one tensor's bytes."""
+    """Return the sha256 (hex) of one tensor's bytes."""
     return hashlib.sha256(tensor_bytes(value)).hexdigest()
 
 
 def tensor_bytes(value: torch.Tensor) -> bytes:
-    """A tensor's numbers in row-major order, as safetensors stores them."""
+    """Return a tensor's numbers in row-major order, as safetensors stores them."""
     # flat first: a matrix of one column counts as contiguous whatever its stride, and then cannot be viewed as bytes
     return value.detach().cpu().contiguous().flatten().clone().view(torch.uint8).numpy().tobytes()
 
@@ -191,7 +214,10 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 
 def fix_signs(directions: torch.Tensor) -> torch.Tensor:
-    """Flip columns of (n, k) so that each one's entry of largest magnitude is positive: the same sign every time."""
+    """Return (n, k) with the sign of each column such that its entry of largest magnitude is positive.
+
+    Singular vectors have no sign of their own; this one makes the bytes, and so the fingerprint, reproducible.
+    """
     if directions.numel() == 0:
         return directions
     top = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))

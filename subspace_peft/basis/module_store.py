@@ -53,6 +53,7 @@ class MemoryModules(ModuleStore):
         return self.entries[name]
 
     def shapes(self) -> dict[str, dict[str, int]]:
+        """Return the modules' sizes."""
         return {name: module_shape(module) for name, module in self.entries.items()}
 
 

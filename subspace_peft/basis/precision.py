@@ -1,4 +1,4 @@
-"""Bases stored in fewer bits: what is written, what comes back, and what that loses of the energy."""
+"""Bases stored in fewer bits: rounding U and V, making them orthonormal again, and the energy that this loses."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class RoundedModules(ModuleStore):
         return restored(self.entries[name], self.precision, name)
 
     def shapes(self) -> dict[str, dict[str, int]]:
+        """Return the sizes of the stored tensors; no module is made for it."""
         return {
             name: {
                 "out": each["U"].shape[0],
@@ -50,6 +51,7 @@ class RoundedModules(ModuleStore):
         }
 
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return a module's tensors as a file holds them, by name."""
         return self.entries[name]
 
     def digests(self) -> dict[str, str]:
@@ -58,19 +60,27 @@ class RoundedModules(ModuleStore):
 
 
 def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """A module's tensors as they are stored, and what that loses.
+    """Return a module's tensors as they are stored, and the loss.
 
     U and V are rounded: to the dtype, or to int8 with one float32 scale per direction (its largest entry becomes 127).
-    All that is of a core's size stays float32; M, G and the sources' cores are turned to the directions that come
-    back, so that they stay the least-squares optimum there.
+    Tensors of a core's size stay float32. M, G and the sources' cores are turned to the directions that come back, so
+    that they stay the least-squares optimum there.
+
+    Args:
+        module: the module, float32 or wider.
+        precision: ``bfloat16``, ``float16`` or ``int8``.
+        name: the module's name, for messages.
 
     Returns:
-        The tensors by their names in the file, and ``orthonormality``: the largest entry of |UᵀU − 1| and |VVᵀ − 1| as stored,
-        ``energy_lost``: share of the energy of cores of RMS `core_rms` (of equal entries where there is none) that the
-        stored directions do not keep, and ``energy_lost_at_most``: the same of whatever lies in the basis.
+        The tensors by their names in the file, and the loss:
+
+        - ``orthonormality``: largest entry of |UᵀU − 1| and |VVᵀ − 1| as stored;
+        - ``energy_lost``: share of the energy of cores of RMS `core_rms` (of equal entries where there is none) that
+          the stored directions do not keep;
+        - ``energy_lost_at_most``: the same for any update in the basis.
 
     Raises:
-        SubspaceError: rounding leaves too little of the directions; names the module.
+        SubspaceError: rounding leaves U or V too far from orthonormal; names the module.
     """
     stored: dict[str, torch.Tensor] = {}
     for side in SIDES:
@@ -89,9 +99,12 @@ def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, t
             f" {TOLERANCE[PRECISIONS[precision]]:g}): a few of their entries are far larger than the others. Choose"
             " bfloat16 or float32."
         )
-    # cosines between the old and the new directions
+    # T_u = U'ᵀ U (k_out, k_out) and T_v = V V'ᵀ (k_in, k_in), float64: the old directions seen in the new ones. A core
+    # C becomes T_u C T_v, its projection on the new basis.
     left = new["U"].T.double() @ module.U.double()
     right = module.V.double() @ new["V"].T.double()
+    # With independent entries of RMS ρ, E‖T_u C T_v‖² = Σ_ij ρ_ij² ‖T_u e_i‖² ‖e_jᵀ T_v‖²; these are norms of T_u's
+    # columns and of T_v's rows. Any core keeps at least σ_min(T_u)² σ_min(T_v)² of its energy.
     rms = torch.ones(module.k_out, module.k_in) if module.core_rms is None else module.core_rms
     energy = rms.double().square()
     kept = left.square().sum(0) @ energy @ right.square().sum(1)
@@ -100,6 +113,7 @@ def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, t
         if (value := getattr(module, key)) is not None:
             turned = left @ value.double() @ right
             if key == "G":
+                # frozen directions have unit norm, which a projection shrinks
                 norms = turned.flatten(1).norm(dim=1)[:, None, None]
                 turned = turned / norms.clamp_min(1e-300)
             stored[key] = turned.float().contiguous()
@@ -114,15 +128,20 @@ def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, t
 
 
 def restored(stored: Mapping[str, torch.Tensor], precision: str, name: str) -> ModuleBasis:
-    """The module that stored tensors stand for, float32, U and V made orthonormal again.
+    """Return the module that stored tensors stand for: float32, with U and V made orthonormal again.
 
-    ``U (UᵀU)^(−1/2)`` is the orthonormal matrix nearest to U (Löwdin 1950; Higham 1986, polar decomposition): unlike
-    QR it favours no direction over another. It is made in float64 from the stored bytes, so it is the same every time
-    on one platform.
+    ``U (UᵀU)^(−1/2)`` is the orthonormal matrix nearest to U (Löwdin 1950; Higham 1986, polar decomposition). Unlike
+    QR it favours no direction over another. It is computed in float64 from the stored bytes, so it is the same every
+    time on one platform.
+
+    Args:
+        stored: the tensors by their names in the file.
+        precision: what U and V are stored as.
+        name: the module's name, for messages.
 
     Raises:
-        BadFileError: dtypes or scales that this precision does not have, or directions that it does not explain; names
-            the module.
+        BadFileError: dtypes or scales are not those of this precision, or the directions are further from orthonormal
+            than its rounding explains; names the module.
     """
     problem = stored_problem(stored, precision)
     if problem is not None:
@@ -140,7 +159,7 @@ def restored(stored: Mapping[str, torch.Tensor], precision: str, name: str) -> M
 
 
 def stored_problem(stored: Mapping[str, torch.Tensor], precision: str) -> str | None:
-    """What is wrong with the dtypes, shapes and scales of a module's stored tensors, or None."""
+    """Return what is wrong with the dtypes, shapes and scales of a module's stored tensors, or None."""
     for side in SIDES:
         value, scale = stored[side], stored.get(SCALES[side])
         if value.dtype != PRECISIONS[precision]:
@@ -162,7 +181,7 @@ def stored_problem(stored: Mapping[str, torch.Tensor], precision: str) -> str | 
 
 
 def stored_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 (hex) of a module as it is stored: `ModuleBasis.digest` of these tensors, int8 among them."""
+    """Return the sha256 (hex) of a module as it is stored: `ModuleBasis.digest` for tensors that may be int8 too."""
     total = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         total.update(f"{key}:{KINDS[value.dtype]}:{list(value.shape)};".encode())
@@ -171,21 +190,25 @@ def stored_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _to_int8(directions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round directions, which lie along `dim`, to −127 … 127, and return them with their scales (k,) float32."""
     scale = directions.abs().amax(dim).clamp_min(1e-30) / STEPS
     steps = directions / scale.unsqueeze(dim)
     return steps.round().clamp(-STEPS, STEPS).to(torch.int8), scale
 
 
 def _orthonormal(stored: Mapping[str, torch.Tensor], side: str) -> tuple[torch.Tensor, float]:
-    """Float32 directions from stored ones, and how far these were from orthonormal (infinite where they span too
-    little)."""
+    """Return the nearest orthonormal directions, float32, and how far the stored ones are from orthonormal.
+
+    That is the largest entry of |Gram matrix − 1|, and infinite where the directions are linearly dependent.
+    """
     columns = stored[side].double()
     scale = stored.get(SCALES[side])
     if scale is not None:
         columns = columns * (scale.double() if side == "U" else scale.double()[:, None])
-    columns = columns if side == "U" else columns.T
+    columns = columns if side == "U" else columns.T  # (n, k) of either side
     gram = columns.T @ columns
     off = float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
+    # UᵀU = Q diag(λ) Qᵀ gives (UᵀU)^(−1/2) = Q diag(λ^(−1/2)) Qᵀ; a Gram matrix far off, or with NaN, is not decomposed
     values, vectors = torch.linalg.eigh(gram) if off < 1 else (gram.new_zeros(1), gram)
     if float(values[0]) <= 0:
         return columns.float(), float("inf")
@@ -194,7 +217,13 @@ def _orthonormal(stored: Mapping[str, torch.Tensor], side: str) -> tuple[torch.T
 
 
 def summary(precision: str, fingerprint: str, lost: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """What a basis's ``info["precision"]`` holds: energies as means over modules, the others as their worst."""
+    """Return a basis's ``info["precision"]``: the mean of `energy_lost` over modules, the worst of the others.
+
+    Args:
+        precision: what U and V are stored as.
+        fingerprint: that of the float32 basis.
+        lost: per module, the loss that `reduced` returns.
+    """
     each = list(lost.values())
     return {
         "stored": precision,

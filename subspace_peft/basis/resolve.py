@@ -1,5 +1,4 @@
-"""From a reference (object, path, Hub id, fingerprint) to the basis it means, in the order that docs/architecture.md
-gives."""
+"""Find a basis by reference: path, Hub id or fingerprint, in the order that docs/architecture.md gives."""
 
 from __future__ import annotations
 
@@ -23,12 +22,19 @@ def resolve_basis(
 ) -> SubspaceBasis:
     """Find and verify a basis.
 
-    Looks among the bases alive in this process and those that were fetched before (both by fingerprint), then at
-    `reference` (a folder, relative to `near` or to the working directory, or a Hub id at `revision`), then where this
-    machine saw the fingerprint before.
+    The places are tried in this order: the bases alive in this process and those that were fetched before, both by
+    fingerprint; `reference`; the places where this machine has seen the fingerprint.
+
+    Args:
+        reference: a folder, relative to `near` or to the working directory, or a Hub id; None where none is known.
+        revision: branch, tag or commit sha, for a Hub id.
+        fingerprint: the sha256 that the basis must have; None for any.
+        near: folder that a relative `reference` is tried from first.
+        token: as in huggingface_hub.
 
     Raises:
-        BasisNotFoundError: it is nowhere; says where was looked.
+        BasisNotFoundError: it is in none of these places; lists them.
+        BadFileError: the files at `reference` are damaged.
         BasisMismatchError: `reference` holds a basis with another fingerprint; names both.
     """
     if fingerprint is not None:
@@ -59,7 +65,7 @@ def resolve_basis(
         except BasisNotFoundError as error:
             tried.append(f"{place}: {str(error).splitlines()[0]}")
         except BadFileError as error:
-            # what lies where a basis was seen once is none of this task's business
+            # damaged files where a basis was seen once are no reason to fail
             if number < hints:
                 raise
             tried.append(f"{place}: {str(error).splitlines()[0]}")
@@ -92,7 +98,16 @@ def resolve_reference(reference: BasisReference) -> SubspaceBasis:
 
 
 def require_same(basis: SubspaceBasis, fingerprint: str | None, what: str) -> None:
-    """Raise `BasisMismatchError` naming both fingerprints where `basis` is not the one that `what` asks for."""
+    """Check that `basis` is the one asked for.
+
+    Args:
+        basis: the basis given.
+        fingerprint: the sha256 that it must have; None for any.
+        what: what asks for it, for the message.
+
+    Raises:
+        BasisMismatchError: it is another one; names both fingerprints.
+    """
     if fingerprint is not None and basis.fingerprint != fingerprint:
         raise BasisMismatchError(
             f"{what} needs the basis with fingerprint {fingerprint}, but got {basis.fingerprint} "

@@ -1,5 +1,4 @@
-"""What a config says of the modules of a basis, held against what a basis can be before anything is read or made of
-it."""
+"""Checks of a basis's config, before anything is read or allocated by what it says."""
 
 from __future__ import annotations
 
@@ -9,12 +8,12 @@ from typing import Any
 from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_whole
 from .precision import PRECISIONS
 
-# tokens of an embedding, channels × pixels of a kernel: far above both
+# far above the tokens of an embedding, and above the channels × pixels of a kernel
 MOST_FEATURES = 1 << 32
 
 
 def shape_problem(name: Any, shape: Any) -> str | None:
-    """What is wrong with the name of a module and its ``{"out", "in", "k_out", "k_in", "directions"}``, or None."""
+    """Return what is wrong with a module's name and its ``{"out", "in", "k_out", "k_in", "directions"}``, or None."""
     if not is_name(name):
         return f"{str(name)[:80]!r} is no module's name"
     if not isinstance(shape, Mapping):
@@ -35,7 +34,7 @@ def shape_problem(name: Any, shape: Any) -> str | None:
 
 
 def info_problem(info: Mapping[str, Any]) -> str | None:
-    """What is wrong with what a basis's config says beside its modules, or None."""
+    """Return what is wrong with the part of a basis's config beside its modules, or None."""
     kinds = {
         "builder": str,
         "build": dict,

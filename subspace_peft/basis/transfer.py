@@ -1,4 +1,4 @@
-"""From one basis of a module to another: cores move in closed form, and what that loses is measured."""
+"""Carry cores from one basis of a module to another, in closed form, and measure the loss."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from .module import ModuleBasis
 
 
 class Transfer:
-    """``C' = (U'ᵀ U) C (V V'ᵀ)``, the least-squares optimum in the new basis.
+    """The map ``C' = (U'ᵀ U) C (V V'ᵀ)`` from old cores to new ones: the least-squares optimum in the new basis.
+
+    It minimises ``‖U C V − U' C' V'‖_F`` for orthonormal U' and V'.
 
     Args:
-        old, new: the two bases of one module.
-        name: the module, for messages.
+        old: the basis of the module that cores come from.
+        new: the basis of the same module that they go to.
+        name: the module's name, for messages.
 
     Attributes:
-        left, right: (k_out', k_out) and (k_in, k_in') float64.
-        leading: whether the new basis begins with the very columns and rows of the old one: then cores are padded with
+        left: ``U'ᵀ U`` (k_out', k_out) float64.
+        right: ``V V'ᵀ`` (k_in, k_in') float64.
+        leading: whether the new basis begins with the very columns and rows of the old one. Then cores are padded with
             zeros, and nothing is lost.
 
     Raises:
@@ -46,15 +50,21 @@ class Transfer:
             self.right = old.V.double() @ new.V.double().T
 
     def core(self, core: torch.Tensor) -> torch.Tensor:
-        """The new core (…, k_out', k_in') float64 of an old one (…, k_out, k_in)."""
+        """Return the new core (…, k_out', k_in') float64 of an old one (…, k_out, k_in)."""
         return self.left @ core.double() @ self.right
 
     def drift(self, old: torch.Tensor, new: torch.Tensor) -> float:
-        """``‖U C V − U' C' V'‖_F / ‖U C V‖_F`` of an old core and a new one; nothing of size out × in is formed."""
+        """Return ``‖U C V − U' C' V'‖_F / ‖U C V‖_F`` of an old core C and a new one C'.
+
+        0 where both are zero, infinite where only the old one is. Nothing of size out × in is formed.
+        """
+        # U and V are orthonormal, so the norm of U C V is that of C
         size = float(old.double().norm())
         if self.leading:
             lost = float((self.core(old) - new.double()).norm())
         else:
+            # the difference is B A with B = [U C, −U' C'] (out, k_in + k_in') and A = [V; V'] (k_in + k_in', in); with
+            # thin QR of both, its norm is that of R_B R_Aᵀ, which is small
             B = torch.cat([self.old.U.double() @ old.double(), -(self.new.U.double() @ new.double())], 1)
             A = torch.cat([self.old.V, self.new.V.to(self.old.V.dtype)]).double()
             R = [torch.linalg.qr(side, mode="r")[1] for side in (B, A.T)]

@@ -1,7 +1,7 @@
 """Model cards: facts → Markdown with the Hub's front matter, merged into a README that others write in too.
 
-Facts are gathered where they are known (`basis/card.py`, `tuner/card.py`, `bundle/card.py`). Rendering is a function of
-the facts alone: the text is in `templates/`, how values are escaped in `markdown.py`.
+Facts are gathered where they are known (`basis/card.py`, `tuner/card.py`, `bundle/card.py`). Rendering is a function
+of the facts alone: the text is in `templates/`, and `markdown.py` escapes values.
 """
 
 from .facts import (

@@ -1,4 +1,4 @@
-"""What cards are made from. Whatever is None is not known, and a card does not mention it."""
+"""The facts that cards are made from; one that is None is unknown, and a card does not mention it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where the thing that a card describes is loaded from: a Hub id or a folder, with a subfolder and a revision of
-    it."""
+    """Where a card says to load its object from.
+
+    Attributes:
+        reference: Hub id or folder.
+        subfolder: folder within it.
+        revision: branch, tag or commit sha on the Hub.
+    """
 
     reference: str
     subfolder: str | None = None
@@ -40,7 +45,7 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The last part of it, as a title."""
+        """Its last part, as a title."""
         return Path(self.subfolder or self.reference).name or self.reference
 
     @property
@@ -102,7 +107,19 @@ class BaseFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
-    """A source adapter of a basis, or one that was left out, and why (`skipped`)."""
+    """A source adapter of a basis, or one that was left out.
+
+    Attributes:
+        name: the source's name in the basis.
+        location: folder, file or Hub id.
+        revision: commit sha on the Hub.
+        sha256: of its file.
+        ranks: the ranks of its modules, without repetition.
+        norm: Frobenius norm of its update, over all modules.
+        energy_kept: share of the update's energy that the basis keeps.
+        license: the licence that its README states.
+        skipped: the reason why it was left out; None for one that was used.
+    """
 
     name: str
     location: str | None = None
@@ -117,8 +134,26 @@ class SourceFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BasisFacts:
-    """A basis. `k` says its sizes in words; `frozen` and `core` count its numbers and those of a task with dense
-    cores; `per_module` has per module what is known of the energy ``kept``, ``left_out`` and ``random``.
+    """A basis.
+
+    Attributes:
+        place: where the card says to load it from.
+        fingerprint: sha256 (hex).
+        modules: number of modules.
+        k: its sizes in words, ``k=16``.
+        frozen: how many numbers U and V have, over all modules.
+        core: how many numbers a task with dense cores has.
+        builder: name of the builder.
+        base: the base model.
+        task_type: PEFT's, where all sources have the same.
+        energy_kept: share of the sources' energy that the basis keeps.
+        energy_random: the share that a random basis of equal size keeps, in expectation.
+        energy_left_out: the share that a basis of the other sources keeps of a source left out.
+        per_module: module name → those of ``kept``, ``left_out`` and ``random`` that are known of it.
+        precision: what U and V are stored as, where it is not float32.
+        energy_lost: share of the energy that this precision loses.
+        sources: the sources, those left out at the end.
+        version: of subspace_peft.
     """
 
     place: Place
@@ -142,7 +177,13 @@ class BasisFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BasisReferenceFacts:
-    """The basis that tasks live in. `reference` is None where it is in the task's own file."""
+    """The basis that tasks live in.
+
+    Attributes:
+        fingerprint: sha256 (hex).
+        reference: Hub id or folder; None where the basis is in the task's own file.
+        revision: commit sha on the Hub.
+    """
 
     fingerprint: str | None
     reference: str | None = None
@@ -154,11 +195,21 @@ class TaskFacts:
     """A task.
 
     Attributes:
-        training: settings by name, see `tuner.trainer_card`.
+        place: where the card says to load it from.
+        basis: the basis that it lives in.
+        coefficients: kind of coefficients.
+        mean_gain: how the fleet's mean core takes part.
+        start: how the coefficients were initialised.
+        base: the base model.
+        task_type: PEFT's.
+        numbers: how many coefficients it has.
+        head: how many other numbers were trained.
+        bytes: size of the file.
+        training: settings by name, see `tasks.callbacks`.
         metrics: split (``evaluation``, ``test``, …) → metric → number.
-        controls: ``title``, ``score`` and ``rows`` of a comparison, as `compare` writes them.
+        controls: ``title``, ``score`` and ``rows`` of a comparison, as the recipes write them.
         datasets: Hub ids.
-        numbers: how many coefficients; `head`: how many other trained numbers; `bytes`: of the file.
+        versions: package name → version that saved it.
     """
 
     place: Place
@@ -180,7 +231,15 @@ class TaskFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BundledTaskFacts:
-    """One of a bundle's tasks."""
+    """A task in a bundle.
+
+    Attributes:
+        name: its name in the bundle.
+        coefficients: kind of coefficients.
+        numbers: how many coefficients it has.
+        metrics: metric → number.
+        datasets: Hub ids.
+    """
 
     name: str
     coefficients: str | None = None
@@ -191,7 +250,19 @@ class BundledTaskFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleFacts:
-    """Many tasks in one file. `loading`: lines that load it once `base_model` is made; `imports`: what they need."""
+    """Many tasks in one file.
+
+    Attributes:
+        place: where the card says to load it from.
+        basis: the basis that its tasks live in.
+        tasks: its tasks.
+        loading: lines of Python that load it once `base_model` is made.
+        imports: the imports that these lines need.
+        base: the base model.
+        task_type: PEFT's.
+        bytes: size of the file.
+        version: of subspace_peft.
+    """
 
     place: Place
     basis: BasisReferenceFacts

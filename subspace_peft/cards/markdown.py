@@ -1,7 +1,7 @@
 """Values as Markdown, escaped so that a value from elsewhere stays within its sentence, cell or line of code.
 
-Each function returns `Markup`, text that templates put out as it is. The Markdown is CommonMark with GitHub's tables, as
-the Hub renders it.
+Functions that return `Markup` return text that templates put out as it is. The Markdown is CommonMark with GitHub's
+tables, as the Hub renders it.
 """
 
 from __future__ import annotations
