@@ -174,7 +174,7 @@ Trained on a train.
 """
 
 
-def test_what_somebody_wrote_stays(tmp_path):
+def test_what_others_wrote_stays(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(OWN)
     put_card(tmp_path, task_card(TASK))

@@ -77,7 +77,7 @@ def test_a_basis_and_a_task_are_pushed_pinned_and_loaded_elsewhere(hub, push, tm
     assert set(hub.files("org/basis")) == {"README.md", "basis.safetensors", "basis_config.json"}
     card = hub.files("me/task")["README.md"].decode()
     assert "import subspace_peft" in card and "mine" in card.split("---")[1]
-    # somebody else's machine, with no token: both are public
+    # another machine, without a token: both are public
     assert client(hub, tmp_path / "two", LOAD.format(more={})).split() == [total, "org/basis", sha]
     # the branch moves on, and the task stays with its commit
     hub.put("org/basis", Path(__file__).parent / "__pycache__")
@@ -160,7 +160,7 @@ def test_a_branch_a_revision_and_an_auto_class(hub, push, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_somebody_wrote_in_the_readmes_stays(hub, push, tmp_path):
+def test_what_others_wrote_in_the_readmes_stays(hub, push, tmp_path):
     again = 'basis.push_to_hub("me/basis"); model.push_to_hub("me/task")'
     client(hub, tmp_path / "one", push, again, HF_TOKEN=TOKEN)
     own = tmp_path / "own"

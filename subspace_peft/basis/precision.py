@@ -208,7 +208,7 @@ def _orthonormal(stored: Mapping[str, torch.Tensor], side: str) -> tuple[torch.T
     columns = columns if side == "U" else columns.T  # (n, k) of either side
     gram = columns.T @ columns
     off = float((gram - torch.eye(len(gram), dtype=gram.dtype)).abs().max())
-    # UᵀU = Q diag(λ) Qᵀ gives (UᵀU)^(−1/2) = Q diag(λ^(−1/2)) Qᵀ; a Gram matrix far off, or with NaN, is not decomposed
+    # UᵀU = Q diag(λ) Qᵀ gives (UᵀU)^(−1/2) = Q diag(λ^(−1/2)) Qᵀ; one far off, or with NaN, is not decomposed
     values, vectors = torch.linalg.eigh(gram) if off < 1 else (gram.new_zeros(1), gram)
     if float(values[0]) <= 0:
         return columns.float(), float("inf")
