@@ -1,30 +1,36 @@
-"""The demo: fetching without trusting, honest splits, and the whole path once with the real encoder."""
+"""The demo: fetching without trusting, honest splits, and the whole path."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import random
 import shutil
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import demo
 import numpy as np
 import pytest
 import torch
-from demo import run_demo
+from common import fresh_process
 from offline import clients
 from offline.archives import unpack
 from offline.clients import PackageError
 from offline.packages import Package, fetch, fetch_all, find
 from offline.texts import Row, TextTask, held_out_tasks, plain, source_tasks
-from transformers import BertConfig, BertModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from subspace_peft import SubspaceBasis
 from subspace_peft.errors import BadFileError, SubspaceError
 from subspace_peft.modeling import MeanPooledClassifier
+
+from .. import fresh
 
 # real packages are fetched once for all runs of the tests, not once per test
 REAL_CACHE = Path(__file__).parents[2] / ".cache" / "subspace_peft"
@@ -168,19 +174,50 @@ def test_mean_pooling_ignores_padding():
     torch.testing.assert_close(short, long)
 
 
-# -- the whole path, with the real encoder and real data --------------------------------------------------------------
+# -- the whole path ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def make_encoder(folder: Path, words: list[str]) -> Path:
+    """Save a thin encoder of MiniLM's width and depth, and a tokenizer of whole words."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
+    return folder
+
+
+def make_task(name: str, words: list[str], seed: int) -> TextTask:
+    """Make texts whose class is their first word's."""
+    draw = random.Random(seed)
+    texts = {" ".join(draw.choices(words, k=6)) for _ in range(300)}
+    return TextTask(name, "", [Row(text, "ab"[words.index(text.split()[0]) % 2]) for text in sorted(texts)])
+
+
+@pytest.fixture(scope="module", params=["made here", pytest.param("real", marks=pytest.mark.slow)])
+def result(request, tmp_path_factory):
+    """The folder and the results of a quick demo, on a model and texts made here or on the real ones."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
-        results = run_demo(folder, quick=True, progress=False)
+        if request.param == "made here":
+            words = [f"word{i}" for i in range(40)]
+            encoder = make_encoder(folder / "encoder", words)
+            tasks = [make_task(f"task{seed}", words, seed) for seed in range(9)]
+            patch.setattr(demo, "fetch_all", lambda *_, **__: {})
+            patch.setattr(demo, "fetch", lambda _: encoder)
+            patch.setattr(demo, "find", lambda *_: encoder / "config.json")
+            patch.setattr(demo, "source_tasks", lambda: tasks[:8])
+            patch.setattr(demo, "held_out_tasks", lambda: tasks[8:])
+            forked = SimpleNamespace(run=lambda command, **_: fresh.run(*command[1:]))
+            patch.setattr(fresh_process, "subprocess", forked)
+        results = demo.run_demo(folder, quick=True, progress=False)
     return folder, results
 
 
-def test_real_tasks_are_what_they_say(result, monkeypatch):
+def test_real_tasks_are_what_they_say(monkeypatch):
     monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
     sources, held_out = source_tasks(), held_out_tasks()
     assert (len(sources), len(held_out)) == (8, 2)
@@ -223,12 +260,13 @@ def test_the_saved_task_and_its_export_gave_equal_logits_in_fresh_processes(resu
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("result", ["real"], indirect=True)
 def test_the_demo_repeats_itself(result, monkeypatch):
     """A second run uses the finished sources again; its own runs, done once more, give the same numbers."""
     folder, results = result
     shutil.rmtree(folder / "runs")
     monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
-    again = run_demo(folder, quick=True, progress=False)
+    again = demo.run_demo(folder, quick=True, progress=False)
     timeless = [
         [
             {key: value for key, value in row.items() if key != "seconds"}
