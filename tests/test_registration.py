@@ -79,6 +79,41 @@ def test_either_import_order_registers(order):
     assert bare("-c", program).returncode == 0 if "transformers" in order else fresh("-c", program, check=True)
 
 
+def test_it_registers_when_peft_is_in_the_middle_of_its_own_import():
+    program = textwrap.dedent("""
+        import importlib.abc, sys
+
+        class Finder(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path=None, target=None):
+                if name == "peft.utils":
+                    import subspace_peft
+                    assert sys.modules["peft"].__spec__._initializing
+
+        sys.meta_path.insert(0, Finder())
+        import peft
+        assert "subspace_peft" in sys.modules
+        assert peft.PeftType.SUBSPACE in peft.PEFT_TYPE_TO_CONFIG_MAPPING
+        """)
+    done = fresh("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["tuner.config", "tasks.bank"])
+def test_whichever_module_is_imported_first_registers(module):
+    program = (
+        f"import subspace_peft.{module}\nfrom peft import PEFT_TYPE_TO_CONFIG_MAPPING as known; known['SUBSPACE']"
+    )
+    done = fresh("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_old_name_still_registers():
+    from subspace_peft import tuner
+
+    with pytest.warns(FutureWarning, match="_peft_hooks"):
+        assert tuner.register is register
+
+
 def test_a_bare_member_pickled_here_loads_in_a_process_that_imports_nothing(tmp_path):
     (tmp_path / "member.pkl").write_bytes(pickle.dumps(PeftType.SUBSPACE))
     program = f"import pickle; print(pickle.load(open({str(tmp_path / 'member.pkl')!r}, 'rb')))"

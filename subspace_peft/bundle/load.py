@@ -73,8 +73,8 @@ def load_task(
     _check_model(model, found, task, name, wants_lora)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "task")
-        # this configuration keeps the basis alive until the model does: PEFT reads another one from the folder, which
-        # then finds the basis in this process
+        # the basis has to live until the model holds it: PEFT reads another configuration from the folder, which then
+        # finds the basis in this process
         held = _write(found, task, folder, wants_lora, basis, _fill)
         if isinstance(model, (PeftModel, PeftMixedModel)):
             model.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
@@ -83,7 +83,7 @@ def load_task(
     config = model.peft_config[name]
     if isinstance(config, SubspaceConfig) and held is not None:
         # the folder that PEFT has read it from is gone
-        config.loaded_from = held.loaded_from
+        config.loaded_from = held[0].loaded_from
     return model
 
 
@@ -195,19 +195,19 @@ def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora
 
 def _write(
     bundle: Bundle, task: str, folder: Path, as_lora: bool, basis: Any, write: Callable[..., object]
-) -> SubspaceConfig | None:
+) -> tuple[SubspaceConfig, SubspaceBasis | None] | None:
     """Write the adapter by `write`, `write_task` or `_fill`; return a subspace task's configuration and basis."""
     if as_lora:
         export_lora(bundle.task(task, basis), folder)
         return None
     config, numbers = bundle.config(task, basis), bundle.read(task)
-    config.resolve()
+    found = config.resolve()
     tensors = {**core_tensors(config, numbers.cores), **numbers.extras}
     if config.card and any(key in config.card for key in MEASURED):
         # the cores are those of the task that was packed, so what was measured of it holds of them as well
         config.card = noted(config.card, of=digest_of(tensors))
     write(folder, config, tensors)
-    return config
+    return config, found
 
 
 def _fill(folder: Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from ..errors import SubspaceError
 from ..hub import check_repo_id, upload
 from ..tuner.card import published
 from ..tuner.config import SubspaceConfig
+from ..tuner.layer import basis_in
 from ..tuner.task_file import WEIGHTS_FILE
 
 
@@ -64,7 +65,15 @@ def push_task(
     for name in saving.get("selected_adapters") or list(model.peft_config):
         config = model.peft_config[name]
         if isinstance(config, SubspaceConfig):
-            pin(config, name, push_basis_to=push_basis_to, force=force, private=private, token=token)
+            pin(
+                config,
+                name,
+                basis_in(model, name),
+                push_basis_to=push_basis_to,
+                force=force,
+                private=private,
+                token=token,
+            )
 
     def write(folder: Path, repo: str) -> None:
         with published(_places(model, folder, Place(repo, revision=revision))):
@@ -124,7 +133,7 @@ def push_saved_task(
         raise SubspaceError(
             f"{folder}: no saved subspace task is in there. Give the folder that `save_pretrained` wrote."
         )
-    pin(config, folder.name, push_basis_to=push_basis_to, force=force, private=private, token=token)
+    pin(config, folder.name, config.resolve(), push_basis_to=push_basis_to, force=force, private=private, token=token)
 
     def write(copy: Path, repo: str) -> None:
         shutil.copyfile(folder / WEIGHTS_FILE, copy / WEIGHTS_FILE)
@@ -155,17 +164,25 @@ def _places(model: PeftModel, folder: Path, place: Place) -> dict[Path, Place]:
 def pin(
     config: SubspaceConfig,
     name: str,
+    basis: SubspaceBasis | None,
     *,
     push_basis_to: str | None = None,
     force: bool = False,
     private: bool | None = None,
     token: str | bool | None = None,
 ) -> None:
-    """Have `config` refer to its basis on the Hub, at a commit. Arguments and errors are those of `push_task`."""
-    if config.basis_modules is not None or config.save_basis:
-        return
-    basis = config.resolve()
-    if basis is None:
+    """Have `config` refer to its basis on the Hub, at a commit.
+
+    Args:
+        config: The configuration of a task.
+        name: The task's name, for messages.
+        basis: Its basis; None where only the task's own file has it.
+        push_basis_to: As in `push_task`, as are the rest and the errors.
+        force: See above.
+        private: See above.
+        token: See above.
+    """
+    if basis is None or config.basis_modules is not None or config.save_basis:
         return
     remedy = f"make the task self-contained (model.peft_config[{name!r}].save_basis = True)"
     place = place_on_hub(

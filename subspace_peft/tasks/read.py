@@ -16,7 +16,7 @@ from ..basis.module import module_shape
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.coefficients import make_coefficients
 from ..tuner.config import SubspaceConfig
-from ..tuner.layer import SubspaceLayer
+from ..tuner.layer import basis_in
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
 
 
@@ -77,9 +77,7 @@ def read_tensors(
         config = task.peft_config[name]
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")
-        held = (layer.bases.get(name) for layer in task.modules() if isinstance(layer, SubspaceLayer))
-        found = next(filter(None, held), None) or config.resolve()
-        return config, get_peft_model_state_dict(task, adapter_name=name), found
+        return config, get_peft_model_state_dict(task, adapter_name=name), basis_in(task, name) or config.resolve()
     given = {} if basis is None else {"basis": basis}
     try:
         config = SubspaceConfig.from_pretrained(str(task), **given, **hub)

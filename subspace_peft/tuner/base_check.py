@@ -8,9 +8,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..basis import ModuleBasis
+from ..basis import SubspaceBasis
 from ..errors import BasisMismatchError
 from .targets import base_weight, readable
+from .task_sizes import TaskSizes
 
 PROBED_MODULES, PROBED_SIDE = 4, 3
 SAME_WEIGHTS = 0.9  # cosine of probes: 4-bit quantisation of one model keeps 0.99, two models have about 0
@@ -40,27 +41,30 @@ def probed_modules(names: Sequence[str]) -> list[str]:
 
 
 def probe(
-    modules: Mapping[str, nn.Module], names: Sequence[str], parts: Mapping[str, ModuleBasis]
+    layers: Mapping[str, nn.Module], basis: SubspaceBasis, names: Mapping[str, str], sizes: TaskSizes
 ) -> list[float] | None:
     """Return a few numbers ``UᵀW₀Vᵀ`` of the base weights, by which a wrong base model is noticed.
 
     Args:
-        modules: name → layer.
-        names: all target modules, in the model's order.
-        parts: the basis's parts of `probed_modules`.
+        layers: target module → layer, in the model's order.
+        basis: the adapter's.
+        names: target module → its name in the basis.
+        sizes: which part of the basis the adapter uses.
 
     Returns:
-        The numbers, rounded to 4 digits; None where the weights are not there, cannot be read, or hold merged updates.
+        The numbers; None where the weights are not there, cannot be read, or hold merged updates.
     """
-    if any(_is_merged(modules[name]) for name in names):
+    probed = probed_modules(list(layers))
+    if any(map(_is_merged, layers.values())):
         return None
-    if any(parameter.is_meta for name in names[:1] for parameter in modules[name].parameters()):
+    if any(parameter.is_meta for parameter in next(iter(layers.values())).parameters()):
         return None
-    if not all(readable(modules[name]) for name in parts):
+    if not all(readable(layers[name]) for name in probed):
         return None
     values = []
-    for name, part in parts.items():
-        weight = base_weight(modules[name]).cpu()
+    for name in probed:
+        part = sizes.part(name, basis[names[name]])
+        weight = base_weight(layers[name]).cpu()
         values.append((part.U[:, :PROBED_SIDE].float().T @ weight @ part.V[:PROBED_SIDE].float().T).flatten())
     return torch.cat(values).tolist()
 

@@ -15,18 +15,16 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import alive
-from ..basis.controls import base_weight_module, random_module, with_random_directions
+from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
 from .base_check import check_base_name, probe, probed_modules, same_weights
 from .config import SubspaceConfig
+from .generated import made_basis
 from .load_tracker import Arrivals
 from .plan import InjectionPlan, carried_entry
-from .targets import base_of, base_weight, is_conv1d, outer_modules, readable, sizes, supported, weight_shape
+from .targets import is_conv1d, outer_modules, sizes, supported, weight_shape
 
-GENERATED_K = 16
 Layers = Mapping[str, nn.Module]
 Shapes = Mapping[str, Mapping[str, int]]
 
@@ -155,48 +153,7 @@ def _resolve(config: SubspaceConfig, layers: Layers) -> SubspaceBasis | None:
     """Find, or generate, the basis; None where the task's own file will bring it."""
     if not config.generated or config.loaded:
         return config.resolve()
-    if config.basis == "base-weights" and (made := _made_before(config, layers)) is not None:
-        return made
-    return generate(config, layers)
-
-
-def _made_before(config: SubspaceConfig, layers: Layers) -> SubspaceBasis | None:
-    """Return the basis that an earlier use of `config` generated, where it is alive and of these very layers."""
-    basis = None if config.basis_fingerprint is None else alive(config.basis_fingerprint)
-    if basis is None or any(name not in basis for name in layers):
-        return None
-    shapes = basis.shapes()
-    if any((shapes[name]["out"], shapes[name]["in"]) != sizes(layer) for name, layer in layers.items()):
-        return None
-    found = _probe(config, layers, basis, {name: name for name in layers})
-    known = config.base_probe
-    return basis if found is None or known is None or same_weights(known, found) else None
-
-
-def generate(config: SubspaceConfig, layers: Layers) -> SubspaceBasis:
-    """Return a basis of the config's generated kind for the given layers.
-
-    Raises:
-        SubspaceError: it is to be made from weights that cannot be read.
-    """
-    made: dict[str, ModuleBasis] = {}
-    for name, layer in layers.items():
-        k = config.sizes.k_of(name) or GENERATED_K
-        out, inner = sizes(layer)
-        if config.basis == "random":
-            module = random_module(name, out, inner, k, k, config.seed)
-        elif not readable(layer):
-            raise SubspaceError(
-                f"basis='base-weights': the weight of {name!r} ({type(base_of(layer)).__name__}) cannot be read back"
-                " from its quantised form. Build the basis from the unquantised model by"
-                " `build_basis(builder='base-weights', …)`, and pass that."
-            )
-        else:
-            module = base_weight_module(base_weight(layer), k)
-        if config.coefficients == "directions":
-            module = with_random_directions(name, module, k, config.seed)
-        made[name] = module
-    return SubspaceBasis(made, {"builder": config.basis, "base_model_name_or_path": config.base_model_name_or_path})
+    return made_basis(config, layers)
 
 
 # -- match ------------------------------------------------------------------------------------------------------------
@@ -249,7 +206,7 @@ def _check(
     _check_coefficients(config, basis, names, shapes)
     if basis is None:
         return None
-    found = _probe(config, layers, basis, names)
+    found = probe(layers, basis, names, config.sizes)
     known = config.base_probe if config.loaded and config.check_base_model else None
     if found is not None and known is not None and not same_weights(known, found):
         raise BasisMismatchError(
@@ -259,13 +216,6 @@ def _check(
             " check_base_model=False in the config to try anyway."
         )
     return None if found is None else [float(f"{value:.4g}") for value in found]
-
-
-def _probe(
-    config: SubspaceConfig, layers: Layers, basis: SubspaceBasis, names: Mapping[str, str]
-) -> list[float] | None:
-    probed = probed_modules(list(layers))
-    return probe(layers, list(layers), {name: config.sizes.part(name, basis[names[name]]) for name in probed})
 
 
 def _check_shapes(layers: Layers, basis: SubspaceBasis | None, names: Mapping[str, str], shapes: Shapes) -> None:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..basis import ModuleBasis, SubspaceBasis
-from ..errors import SubspaceError
-from .bnb import KeptWeight, unpack
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import source_index
 from .load_tracker import Arrivals
 from .plan import InjectionPlan
-from .row_batch import RowBank, add_updates, check_rows
+from .row_batch import RowBank
 from .targets import kind_of, sizes
 
 
@@ -311,119 +308,7 @@ class SubspaceLayer(BaseTunerLayer):
         return kind_of(self) == "linear"
 
 
-class AdapterLayer(nn.Module, SubspaceLayer):
-    """An adapter layer: how it is made, run and merged, whatever the kind of the layer inside.
-
-    Args:
-        base_layer: the layer inside.
-        adapter_name: the first adapter's name.
-        plan: the adapter's.
-        key: the layer's name in the base model, kept as `key`.
-        kwargs: what PEFT's quantisation backends need of the model.
-    """
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, plan: InjectionPlan, key: str, **kwargs: Any) -> None:
-        super().__init__()
-        SubspaceLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.key = key
-        self._kept: KeptWeight | None = None
-        self.update_layer(adapter_name, plan, key, inference_mode=plan.config.inference_mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a pickled or copied layer has the tensors that it uses; the whole basis is found by its fingerprint
-        return {**self.__dict__, "bases": {}}
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Return the base layer's output with the updates of the active adapters, or of each row's own task."""
-        names = kwargs.pop("adapter_names", self.batch_names)
-        if names is not None:
-            check_rows(self, x, names)
-        if self.arrivals and not self._disable_adapters:
-            self._check_arrivals(self.active_adapters if names is None else names)
-        if self._disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged_adapters:
-            return self.base_layer(x, *args, **kwargs)
-        if names is not None:
-            return add_updates(self, self._base_result(x, *args, **kwargs), x, names)
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.subspace_coef]
-        result = self._with_first(x, adapters[0]) if adapters and not args and not kwargs else None
-        if result is None:
-            result = self._base_result(x, *args, **kwargs)
-        else:
-            del adapters[0]
-        for adapter in adapters:
-            result = self._add_update(result, x, adapter)
-        return result
-
-    def _base_result(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        return result
-
-    def _with_first(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
-        """Return the base layer's output with the update of `adapter`, or None where that is not quicker in one."""
-        return None
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' updates to the base weight; `safe_merge` works on a copy and refuses non-finite results.
-
-        A quantised weight is rounded again to what its kind can represent. Until `unmerge`, which gives it back bit
-        for bit, one quantised by bitsandbytes is kept beside the merged one.
-
-        Raises:
-            SubspaceError: the weight is of a quantised kind that cannot be changed.
-            ValueError: NaN or infinite numbers, with `safe_merge`.
-        """
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise SubspaceError(
-                f"Module {self.key!r}: {backend.backend_name} weights cannot be changed, so nothing can be merged"
-                " into them. Load the base model unquantised to merge, or leave the adapter beside it."
-            )
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter not in self.subspace_coef:
-                continue
-            self._check_arrivals([adapter])
-            if backend is not None:
-                unpack(self.get_base_layer())
-                self._kept = self._kept if self.merged_adapters else KeptWeight.of(self.get_base_layer())
-            self._add_to_base(adapter, 1.0, safe_merge)
-            self.merged_adapters.append(adapter)
-
-    def unmerge(self) -> None:
-        """Take all merged updates out of the base weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._kept is not None:
-            self._kept.restore(self.get_base_layer())
-            self._kept = None
-            self.merged_adapters.clear()
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            if adapter in self.subspace_coef:
-                self._add_to_base(adapter, -1.0, False)
-
-    def _add_to_base(self, adapter: str, sign: float, safe: bool) -> None:
-        weight = self.get_base_weight()
-        delta = self._delta(adapter).to(weight.device) * sign
-        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
-        if safe and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-        if self.quantization_backend is None:
-            # in place, so that other holders of this weight see the same
-            weight.copy_(merged)
-        else:
-            self.set_base_weight(merged)
-
-    def __repr__(self) -> str:
-        return "subspace." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        """Return what PEFT's layers say of a quantised weight."""
-        return quantization_extra_repr(self)
+def basis_in(model: nn.Module, adapter_name: str) -> SubspaceBasis | None:
+    """Return the basis of an adapter of a live model; None where the layers have only its own file's tensors."""
+    layers = (layer for layer in model.modules() if isinstance(layer, SubspaceLayer))
+    return next((layer.bases[adapter_name] for layer in layers if adapter_name in layer.bases), None)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .adapter_layer import AdapterLayer
 from .fused import add_out, add_update, linear_with_update
-from .layer import AdapterLayer
 from .plan import InjectionPlan
 from .targets import kind_of
 

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
+from .adapter_layer import AdapterLayer
 from .bnb import keep_unpacked
 from .config import SubspaceConfig
 from .injection import fill_target_modules, make_plan
-from .layer import AdapterLayer, SubspaceLayer
+from .layer import SubspaceLayer
 from .layer_kinds import make_layer
 from .merging import add_weighted
 from .peft_type import PREFIX
