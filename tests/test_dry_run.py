@@ -61,7 +61,7 @@ BAD = [
     (["FLEET", "--clusters", "2", "--seed", "1", "--partial", "--builder", "random"], "does not go with --builder"),
     (["--clusters", "2"], "needs source adapters"),
     (
-        "FLEET --weights /nope.json --clusters 7 --builder eigenlora --directions 100000".split(),
+        ["FLEET", "--weights", "/nope.json", "--clusters", "7", "--builder", "eigenlora", "--directions", "100000"],
         "--clusters does not go with --",
     ),
     (["FLEET", "--out", "FILE"], "is a file. Give a folder"),

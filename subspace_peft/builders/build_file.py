@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError, SubspaceError
+from ..hub import looks_like_path, split_inside
 from .options import CONTROLS, BuildOptions
 
 BASIS_CONFIG = "basis_config.json"
@@ -154,8 +155,6 @@ def _source(file: Path, entry: Any) -> tuple[Any, float | None]:
 
 def _location(source: Any) -> str:
     """Return the place that a fleet knows a source by: its reference without the revision."""
-    from ..basis.reference import looks_like_path, split_inside
-
     text = source["model"] if isinstance(source, Mapping) else source
     if looks_like_path(text) or Path(text).expanduser().exists():
         return text

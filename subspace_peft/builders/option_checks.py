@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
@@ -123,6 +124,12 @@ def names_or_none(name: str, value: Any) -> None:
     if value is None or isinstance(value, str) or (several and all(isinstance(each, str) for each in value)):
         return
     raise SubspaceError(f"{name}={value!r}: give names of modules, or a regular expression.")
+
+
+def weights_or_file(name: str, value: Any) -> None:
+    """Raise `SubspaceError` unless the value is a word, a file or a mapping, each of which is read later."""
+    if not isinstance(value, (str, Path, Mapping)):
+        raise SubspaceError(f"{name}={value!r}: give equal, norm, or numbers by source (or a JSON file of them).")
 
 
 def anything(name: str, value: Any) -> None:

@@ -23,6 +23,7 @@ from .option_checks import (
     parse_size,
     truth,
     truth_or_none,
+    weights_or_file,
     whole,
 )
 
@@ -93,7 +94,7 @@ class BuildOptions(Options):
     weights: str | Path | Mapping[str, float] = option(  # noqa: RUF009 - it is a field
         "equal",
         "how sources count: {default} (default), norm, or a JSON file of numbers by source",
-        anything,  # a file is read when its sources are, see `weights.read_weights`
+        weights_or_file,
         metavar="HOW",
     )
     alternations: int = option(10, *ALTERNATIONS, convert=int)

@@ -1,0 +1,197 @@
+"""Builds written down in a file: sources and options, merged with flags; a basis's own record is such a file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from subspace_peft import SubspaceBasis, __version__, build_basis, update_basis
+from subspace_peft.builders.build_file import read_build_file
+from subspace_peft.cli import main
+from subspace_peft.errors import SubspaceError
+
+from .conftest import bert
+
+
+def built(folder: Path, *arguments: str) -> SubspaceBasis:
+    assert main(["build", *arguments, "--out", str(folder), "--quiet"]) == 0
+    return SubspaceBasis.from_pretrained(folder)
+
+
+def written(file: Path, text: str | dict) -> str:
+    file.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    return str(file)
+
+
+def test_a_file_of_sources_and_options(fleets, tmp_path, monkeypatch):
+    loras = tmp_path / "fleet" / "loras"
+    for n, folder in enumerate(fleets[bert]):
+        shutil.copytree(folder, loras / f"lora{n}")
+    file = written(
+        tmp_path / "fleet" / "fleet.yaml",
+        """
+        sources:
+          - loras/lora[0-2]        # paths beside this file
+          - model: loras/lora3
+            weight: 2.5
+          - {model: loras/lora4}
+        k: 4
+        directions: 2
+        keep_cores: false
+        max_memory: 1GB
+        """,
+    )
+    folders = [str(loras / f"lora{n}") for n in range(5)]
+    expected = build_basis(
+        folders, k=4, directions=2, keep_cores=False, weights={folders[3]: 2.5}, max_memory="1GB", progress=False
+    )
+    basis = built(tmp_path / "basis", "--config", file)
+    assert basis == expected and basis.info["build"] == expected.info["build"]
+    # flags win, and sources given there take the place of the file's
+    basis = built(tmp_path / "other", *folders[:2], "--config", file, "-k", "3", "--weights", "norm", "--keep-cores")
+    assert basis == build_basis(folders[:2], k=3, directions=2, weights="norm", keep_cores=True, progress=False)
+    # from elsewhere as well
+    monkeypatch.chdir(tmp_path / "fleet")
+    assert main(["build", "--config", "fleet.yaml", "--dry-run", "--quiet"]) == 0
+    assert built(tmp_path / "third", "--config", "fleet.yaml").fingerprint == expected.fingerprint
+
+
+def test_clusters_precision_and_models_in_a_file(fleets, tmp_path):
+    bert().bert.save_pretrained(tmp_path / "model")
+    file = written(tmp_path / "a.yaml", {"sources": fleets[bert], "k": 3, "clusters": 2, "precision": "int8"})
+    assert main(["build", "--config", file, "--out", str(tmp_path / "parts"), "--quiet"]) == 0
+    assert SubspaceBasis.from_pretrained(tmp_path / "parts" / "cluster-0").precision == "int8"
+    control = {"builder": "base-weights", "base_model": "model", "target_modules": ["query"], "k": 3}
+    basis = built(tmp_path / "control", "--config", written(tmp_path / "b.json", json.dumps(control)))
+    assert basis.describe_k() == "k=3" and all(name.endswith("query") for name in basis)
+    again = built(tmp_path / "again", "--config", str(tmp_path / "control"), "--base-model", str(tmp_path / "model"))
+    assert again == basis
+    like = written(tmp_path / "c.yaml", {"builder": "random", "like": "control"})
+    assert built(tmp_path / "random", "--config", like).shapes() == basis.shapes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"k": 0.8, "weights": "norm", "directions": 2},
+        {"k": 4, "k_in": 2, "alternations": 0, "keep_cores": False, "leave_one_out": True},
+        {"k": 31, "complete": "random", "seed": 3},
+        {"budget": 100},
+        {"k": 3, "builder": "random", "seed": 5},
+    ],
+    ids=str,
+)
+def test_a_basiss_record_is_such_a_file(fleets, tmp_path, arguments, capsys):
+    old = build_basis(fleets[bert], **arguments, progress=False).to_precision("int8")
+    old.save_pretrained(tmp_path / "old")
+    # the folder itself, and its config
+    for number, place in enumerate((tmp_path / "old", tmp_path / "old" / "basis_config.json")):
+        again = built(tmp_path / f"again{number}", "--config", str(place))
+        assert again == old and again.info == {**old.info, "subspace_peft_version": __version__}
+    assert main(["build", "--from-config", str(tmp_path / "old"), "--dry-run", "--quiet"]) == 0
+    if arguments.get("builder") == "random":
+        return
+    # written out by hand, with and without the hashes
+    config = json.loads((tmp_path / "old" / "basis_config.json").read_text())
+    for number, sources in enumerate((config["sources"], [entry["location"] for entry in config["sources"]])):
+        file = written(tmp_path / f"{number}.yaml", {**config["build"], "sources": sources, "precision": "int8"})
+        assert built(tmp_path / f"written{number}", ("--config", "--from-config")[number], file) == old
+
+
+def test_weights_by_source_survive_their_record(fleets, tmp_path):
+    old = build_basis(fleets[bert], k=3, weights={fleets[bert][1]: 3, "lora2": 0.5}, progress=False)
+    old.save_pretrained(tmp_path / "old")
+    assert built(tmp_path / "again", "--config", str(tmp_path / "old")) == old
+    assert built(tmp_path / "flags", "--config", str(tmp_path / "old"), "--weights", "equal") != old
+
+
+def test_sources_of_a_record_have_to_be_what_they_were(fleets, tmp_path, capsys):
+    copies = [shutil.copytree(folder, tmp_path / f"lora{n}") for n, folder in enumerate(fleets[bert][:3])]
+    build_basis(list(map(str, copies)), k=3, progress=False).save_pretrained(tmp_path / "old")
+    shutil.rmtree(copies[0])
+    shutil.copy(Path(fleets[bert][4], "adapter_model.safetensors"), copies[1])
+    for dry in ([], ["--dry-run"]):
+        given = ["build", "--config", str(tmp_path / "old"), "--out", str(tmp_path / "new"), "--quiet", *dry]
+        assert main(given) == 1
+        said = capsys.readouterr().err
+        assert "2 of 3 sources are not what they were" in said
+        assert f"{copies[0]}: there is no such folder" in said and f"{copies[1]}: its file has sha256" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_commit_on_the_hub_is_kept():
+    def sources(*entries):
+        file = Path("nowhere/fleet.yaml")
+        from subspace_peft.builders import build_file
+
+        return [build_file._source(file, entry) for entry in entries]
+
+    found = sources(
+        {"model": "org/a", "revision": "abc"}, {"model": "org/a:x", "revision": "abc", "weight": 2}, "org/b"
+    )
+    assert found == [("org/a@abc", None), ("org/a@abc:x", 2), ("org/b", None)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sources: [a]\nalternation: 3", "'alternation' (did you mean 'alternations'?)"),
+        ("sources: [a]\nskip-bad: true\nk: 3", "'skip-bad' (did you mean 'skip_bad'?)"),
+        ("zebra: 3", "unknown: 'zebra'. Known are sources, k, budget"),
+        ("sources: [{modell: a}]", "'modell' (did you mean 'model'?)"),
+        ("sources: [{weight: 2}]", "give its path or Hub id as `model:`"),
+        ("sources: [3]", "source 3: give a path"),
+        ("sources: [{model: a, weight: 2}]\nweights: norm", "Leave one of the two out"),
+        ("- a\n- b", "it holds a list"),
+        ("sources: [a", "no build can be read from it"),
+        ("", "it holds a NoneType"),
+    ],
+)
+def test_files_that_describe_no_build(tmp_path, text, said):
+    with pytest.raises(SubspaceError) as caught:
+        read_build_file(written(tmp_path / "fleet.yaml", text))
+    assert str(caught.value).startswith(f"{tmp_path / 'fleet.yaml'}: ") and said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("k: many", "-k 'many': give a number of directions"),
+        ("k: '3'", "-k '3'"),
+        ("skip_bad: 'no'", "--skip-bad 'no': give True or False"),
+        ("precision: int3", "--precision 'int3'"),
+        ("clusters: 0", "--clusters 0"),
+        ("clusters: 1.5", "--clusters 1.5"),
+        ("max_memory: lots", "--max-memory 'lots'"),
+        ("weights: {nobody: 2}", "'nobody' is no source's name"),
+        ("weights: 3", "weights"),
+    ],
+)
+def test_values_in_a_file_are_checked_as_flags_are(fleets, tmp_path, capsys, text, said):
+    file = written(tmp_path / "fleet.yaml", f"sources: {json.dumps(fleets[bert][:2])}\n{text}")
+    errors = []
+    for dry in ([], ["--dry-run"]):
+        assert main(["build", "--config", file, "--out", str(tmp_path / "out"), "--quiet", *dry]) == 1
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1] and said in errors[0]
+
+
+def test_updated_bases_are_built_again_as_they_were(fleets, bases, tmp_path, capsys):
+    old = update_basis(
+        SubspaceBasis.from_pretrained(bases[bert].location), new(fleets, tmp_path), add=2, progress=False
+    )
+    old.save_pretrained(tmp_path / "old")
+    assert main(["build", "--config", str(tmp_path / "old"), "--dry-run"]) == 1
+    assert "Build it again with --from-config" in capsys.readouterr().err
+    assert main(["build", "--from-config", str(tmp_path / "old"), "--dry-run", "--quiet"]) == 0
+    assert built(tmp_path / "again", "--from-config", str(tmp_path / "old")) == old
+
+
+def new(fleets, tmp_path) -> list[str]:
+    from .conftest import train_lora
+
+    return [str(train_lora(bert, tmp_path / "new", seed=99))]
