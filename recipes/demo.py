@@ -393,8 +393,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
             f" {scores['mean only']['accuracy']:.3f}, head only {scores['head only']['accuracy']:.3f}. Without the"
             f" head its file has {ours['bytes_without_head']:,} bytes, LoRA's {lora['bytes_without_head']:,}.",
             f"{task['task']}: reloaded in a fresh process its logits differ by at most"
-            f" {checked['reloaded_max_difference']:.1e}, exported to LoRA r={checked['exported_rank']} in stock PEFT by"
-            f" {checked['exported_max_difference']:.1e} (logits up to {checked['logits_scale']:.1f}).",
+            f" {checked['reloaded_max_difference']:.1e}, exported to LoRA r={checked['exported_rank']} in stock PEFT"
+            f" by {checked['exported_max_difference']:.1e} (logits up to {checked['logits_scale']:.1f}).",
         ]
     return [
         *lines,

@@ -1,21 +1,20 @@
-"""GLUE with RoBERTa or BERT: a fleet of LoRA adapters → their shared basis → a held-out task of a few kilobytes → its
-controls.
+"""GLUE with RoBERTa or BERT: LoRA adapters → their shared basis → a held-out task of a few kilobytes → its controls.
 
-    python recipes/glue.py --preset offline                # real texts and a small encoder out of packages, no Hub; 2 CPU cores
-    python recipes/glue.py --preset smoke                  # the same path on so few examples that its scores mean nothing
+    python recipes/glue.py --preset offline                # texts and a small encoder out of packages, no Hub; 2 cores
+    python recipes/glue.py --preset smoke                  # the same path on so few examples that scores mean nothing
     python recipes/glue.py --task mrpc                     # the real thing: roberta-base, nyu-mll/glue; a GPU
     python recipes/glue.py --preset eigenlora --task stsb  # EigenLoRAx's released hyperparameters (arXiv 2502.04700)
     python recipes/glue.py --stage train --task rte --basis org/their-basis --coefficients factor
-    python recipes/glue.py settings.yaml --dry-run         # what would be fetched, trained and written; fetches nothing
+    python recipes/glue.py settings.yaml --dry-run         # what it would fetch, train and write; fetches nothing
 
 Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
 
     sources    a stock LoRA adapter per source task, by the stock Trainer, each with a random start of its own
     basis      `build_basis` of them, and a random basis of equal size as the control
-    train      coefficients in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last
-    checkpoint evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split(s) compare    head
-    only, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate that is
-               best on the validation split, then the report seeds at that rate → results.json, table.md, curves.png
+    train      coefficients in the basis on `--task`, saved as a PEFT adapter; resumes from the last checkpoint
+    evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split(s)
+    compare    head only, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate
+               that is best on the validation split, then the report seeds → results.json, table.md, curves.png
 
 The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. GLUE's
 test labels are hidden, so "test" is GLUE's validation set here (MNLI: matched, and mismatched beside it), and the
@@ -155,8 +154,11 @@ def known_tasks(args: Arguments) -> dict[str, dict[str, Any]]:
 
 
 def load_task(args: Arguments, name: str) -> LabelledTask:
-    """Read, check and tokenise a task. Raises SubspaceError: missing columns, labels out of range, too few
-    examples."""
+    """Read, check and tokenise a task.
+
+    Raises:
+        SubspaceError: missing columns, labels out of range, too few examples.
+    """
     if args.data_dir is None:
         raw = datasets.load_dataset(args.data, name)
         carved = raw["train"].train_test_split(min(args.validation_examples, len(raw["train"]) // 2), seed=0)
@@ -185,8 +187,7 @@ def load_task(args: Arguments, name: str) -> LabelledTask:
 
 
 def make_model(args: Arguments, classes: int | None, seed: int, empty: Any = None) -> Any:
-    """The pretrained encoder under a head drawn under `seed`; given a configuration `empty`, that shape without
-    weights."""
+    """Load the encoder under a head drawn by `seed`; of a configuration `empty`, make that shape without weights."""
     transformers.set_seed(seed)
     config = empty or AutoConfig.from_pretrained(args.model)
     config.num_labels = classes or 1
@@ -209,8 +210,10 @@ def make_trainer(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Trainer:
-    """The stock Trainer, with a bar and checkpoints where a folder is given. The head has its own rate beside an
-    adapter."""
+    """Make the stock Trainer, with a bar and checkpoints where a folder is given.
+
+    Beside an adapter the head has a learning rate of its own.
+    """
     groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
         output_dir=str(folder or args.out),

@@ -125,7 +125,7 @@ DECISIVE = (
 
 
 def known_tasks(args: Arguments) -> dict[str, dict[str, Any]]:
-    """Task → its number of classes and of training images; None where that is not known before the set is fetched."""
+    """Return task → its number of classes and training images, None where it is known only from the fetched set."""
     if args.data_dir is not None:
         known = shared.local_tasks(args.data_dir)
         for name, facts in known.items():
@@ -140,7 +140,11 @@ def known_tasks(args: Arguments) -> dict[str, dict[str, Any]]:
 
 
 def read_task(args: Arguments, name: str) -> tuple[dict[str, Any], list[str]]:
-    """Splits with the columns image and label, and the labels' names. Raises SubspaceError where one is missing."""
+    """Read splits with the columns image and label, and the labels' names.
+
+    Raises:
+        SubspaceError: one of them is missing.
+    """
     if args.data_dir is not None:
         return shared.local_images(args.data_dir, name)
     return shared.class_group(
@@ -155,7 +159,11 @@ def read_task(args: Arguments, name: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def load_task(args: Arguments, name: str) -> LabelledTask:
-    """Read and check a task. Raises SubspaceError: missing classes or columns, too few images, a file that is none."""
+    """Read and check a task.
+
+    Raises:
+        SubspaceError: missing classes or columns, too few images, a file that is no image.
+    """
     splits, labels = read_task(args, name)
     held_out = name == args.task
     least = {"train": args.train_examples, "validation": args.validation_examples} if held_out else {}
@@ -188,7 +196,7 @@ def load_task(args: Arguments, name: str) -> LabelledTask:
 
 
 def make_model(args: Arguments, classes: int, seed: int, empty: Any = None) -> Any:
-    """The pretrained encoder, its head drawn by `seed`; given a configuration `empty`, that shape without weights."""
+    """Load the encoder under a head drawn by `seed`; of a configuration `empty`, make that shape without weights."""
     transformers.set_seed(seed)
     config = empty or AutoConfig.from_pretrained(args.model)
     kind = transformers.MODEL_MAPPING[type(config)]
@@ -198,7 +206,11 @@ def make_model(args: Arguments, classes: int, seed: int, empty: Any = None) -> A
 
 
 def find_targets(args: Arguments, model: torch.nn.Module) -> list[str]:
-    """The modules to adapt. Raises SubspaceError naming the model's linear layers where they are not among them."""
+    """Return the modules to adapt.
+
+    Raises:
+        SubspaceError: the model lacks them; names its linear layers.
+    """
     ends = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     fits = [names for names in ATTENTION if set(names) <= ends]
     if not (set(args.target_modules) <= ends if args.target_modules else fits):
@@ -218,7 +230,10 @@ def make_trainer(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Trainer:
-    """The stock Trainer; bar and checkpoints where a folder is given. Beside an adapter the head has its own rate."""
+    """Make the stock Trainer, with a bar and checkpoints where a folder is given.
+
+    Beside an adapter the head has a learning rate of its own.
+    """
     groups = shared.parameter_groups(model, HEAD, rate, args.head_rate)
     arguments = TrainingArguments(
         output_dir=str(folder or args.out),

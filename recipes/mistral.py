@@ -1,22 +1,21 @@
-"""Instruction tuning with Mistral: a fleet of LoRA adapters → their shared basis → a held-out task of a few kilobytes
-→ its controls.
+"""Instruction tuning with Mistral: LoRA adapters → their shared basis → a held-out task of kilobytes → its controls.
 
-    python recipes/mistral.py --preset offline             # real texts and a small Mistral out of packages, no Hub; 2 CPU cores
-    python recipes/mistral.py --preset smoke               # the same path on so few examples that its scores mean nothing
-    python recipes/mistral.py --bf16 --load-in-4bit --gradient-checkpointing --sources ID ID … --task Lots-of-LoRAs/task…
+    python recipes/mistral.py --preset offline             # texts and a small Mistral out of packages, no Hub; 2 cores
+    python recipes/mistral.py --preset smoke               # the same path on so few examples that scores mean nothing
+    python recipes/mistral.py --bf16 --load-in-4bit --gradient-checkpointing --sources ID … --task Lots-of-LoRAs/task…
     accelerate launch --num_processes 4 recipes/mistral.py --bf16 --gradient-checkpointing …    # several GPUs
     python recipes/mistral.py --stage train --task Lots-of-LoRAs/task… --basis org/their-basis --coefficients factor
-    python recipes/mistral.py settings.yaml --dry-run      # what would be fetched, trained and written; fetches nothing
+    python recipes/mistral.py settings.yaml --dry-run      # what it would fetch, train and write; fetches nothing
     subspace-peft run your_own_script.py …                 # any script that loads such a task, unchanged
 
 Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
 
-    sources    a stock LoRA adapter per source task of `--data-dir`; adapters that exist (anything with a slash) are
-    checked basis      `build_basis` of them, and a random basis of equal size as the control train      coefficients
-    in the basis on `--task`, saved as a PEFT adapter; goes on from the Trainer's last checkpoint evaluate   the saved
-    task, loaded by PeftModel.from_pretrained, generates for the test set; prints metrics and three answers compare
-    base model, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate with the
-               best validation loss, then the report seeds at that rate → results.json, table.md, curves.png
+    sources    a stock LoRA adapter per source task of `--data-dir`; adapters that exist (with a slash) are checked
+    basis      `build_basis` of them, and a random basis of equal size as the control
+    train      coefficients in the basis on `--task`, saved as a PEFT adapter; resumes from the last checkpoint
+    evaluate   the saved task, loaded by PeftModel.from_pretrained, generates for the test set; prints three answers
+    compare    base model, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate
+               with the best validation loss, then the report seeds → results.json, table.md, curves.png
 
 The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. Tasks
 are as in Natural Instructions. On the Hub: columns input and output (a text or a list, whose first counts), and
@@ -147,8 +146,7 @@ def tokenizer_of(model: str) -> Any:
 
 
 def load_task(args: Arguments, name: str) -> InstructionTask:
-    """Read, check and tokenise a task: train, validation, and test, whose rows are prompts beside their input and
-    output.
+    """Read, check and tokenise a task: train, validation, and test, whose rows are prompts beside input and output.
 
     Raises SubspaceError: no such data; missing splits or columns, empty outputs, prompts without room, too few
         examples.
@@ -170,7 +168,7 @@ def load_task(args: Arguments, name: str) -> InstructionTask:
 
 
 def make_model(args: Arguments, task: InstructionTask, seed: int) -> Any:
-    """The base model, frozen, in float32, bfloat16 or 4-bit; what is put on it is drawn by `seed`."""
+    """Load the base model, frozen, in float32, bfloat16 or 4-bit; an adapter's start is drawn by `seed`."""
     transformers.set_seed(seed)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     nf4 = BitsAndBytesConfig(
@@ -200,7 +198,7 @@ def make_trainer(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Trainer:
-    """The stock Trainer, with a bar and checkpoints where a folder is given."""
+    """Make the stock Trainer, with a bar and checkpoints where a folder is given."""
     recompute = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         output_dir=str(folder or args.out),
@@ -241,7 +239,7 @@ def make_trainer(
 
 
 def test(args: Arguments, model: Any, task: InstructionTask) -> dict[str, Any]:
-    """Exact match and ROUGE-L of the generated answers, and three of these."""
+    """Measure exact match and ROUGE-L of the generated answers, and show three of these."""
     rows, how = task.splits["test"], {"new_tokens": args.new_tokens, "batch": 4 * args.batch}
     answers = shared.generate_answers(model, tokenizer_of(args.model), rows["input_ids"][:], **how)
     metrics = shared.exact_and_rouge(answers, rows["output"])

@@ -1,4 +1,7 @@
-"""Encoders under a linear head, as transformers models: texts under mean pooling, images."""
+"""Encoders under a linear head, as transformers models: texts under mean pooling, images.
+
+This module imports nothing of the package, so that it can be loaded by its path where only stock PEFT is known.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,9 @@ class MeanPooledClassifier(PreTrainedModel):
         labels: torch.Tensor | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, num_labels), and where `labels` (batch,) are given the cross-entropy, or the squared error of
-        one label.
+        """Return logits (batch, num_labels), and where `labels` (batch,) are given the loss.
+
+        The loss is the cross-entropy, or the squared error of one label.
 
         Args:
             input_ids: (batch, length) int64, or None where `inputs_embeds` (batch, length, hidden) is given.
@@ -77,8 +81,7 @@ class MeanPooledClassifier(PreTrainedModel):
 
 
 class ImageClassifier(PreTrainedModel):
-    """A vision encoder (ViT, DINOv2, …) and a linear `classifier` on its class token or on the mean of its patches,
-    after the last norm.
+    """A vision encoder (ViT, DINOv2, …) under a linear `classifier`, after its last norm.
 
     Args:
         encoder: what `AutoModel` makes.
@@ -102,8 +105,12 @@ class ImageClassifier(PreTrainedModel):
         return _code(self, f"{encoder}, {self.classifier.out_features}, {self.pooling!r}")
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
-        """Logits (batch, classes) of `pixel_values` (batch, 3, height, width), and the cross-entropy where `labels`
-        (batch,) int64 are given."""
+        """Return logits (batch, classes), and where `labels` are given the cross-entropy.
+
+        Args:
+            pixel_values: (batch, 3, height, width).
+            labels: (batch,) int64.
+        """
         hidden = getattr(self, self.base_model_prefix)(pixel_values=pixel_values)[0]
         # some encoders keep registers between the class token and the patches
         patches = 1 + (getattr(self.config, "num_register_tokens", 0) or 0)

@@ -1,6 +1,7 @@
-"""What the recipes and the quality benchmark share: which methods are compared, each with a learning-rate sweep of its
-own, the finished runs from which an interrupted comparison resumes, the table, the curves, and the stages
-around them.
+"""The experiment harness of the recipes, the demo and the quality benchmark.
+
+The compared methods, a learning-rate sweep for each, the finished runs from which an interrupted comparison resumes,
+the table, the curves, and the stages around them.
 
 Data, model and Trainer stay in the recipe, where a user reads and edits them.
 """

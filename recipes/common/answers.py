@@ -1,5 +1,4 @@
-"""Instruction tasks for causal language models: prompts that are not trained on, logits only where a label follows,
-generation."""
+"""Instruction tasks for causal language models: examples, logits where a label follows, generation."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ from .task import InstructionTask
 
 
 def prompt_ids(tokenizer: Any, definition: str, text: str) -> list[int]:
-    """Token ids of what the model is asked, up to where its answer begins: by the tokenizer's chat template if it has
-    one."""
+    """Return the token ids of the question, up to where the answer begins, by the chat template if there is one."""
     asked = f"{definition}\n\nInput: {text}" if definition else text
     if tokenizer.chat_template is None:
         return list(tokenizer(f"{asked}\n\nOutput:\n")["input_ids"])
@@ -28,9 +26,12 @@ def prompt_ids(tokenizer: Any, definition: str, text: str) -> list[int]:
 
 
 def encode_answer(row: dict[str, Any], tokenizer: Any, tokens: int, new_tokens: int = 0) -> dict[str, list[int]]:
-    """One example of at most `tokens` ids, with labels, which are −100 on the prompt; with `new_tokens` the prompt
-    alone, leaving room for so many. Raises SubspaceError where even without its input a prompt leaves no room for the
-    answer.
+    """Return one example of at most `tokens` ids, with labels, which are −100 on the prompt.
+
+    With `new_tokens` it is the prompt alone, which leaves room for so many.
+
+    Raises:
+        SubspaceError: even without its input the prompt leaves no room for the answer.
     """
     definition, text = row["definition"], row["input"]
     answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -47,7 +48,10 @@ def encode_answer(row: dict[str, Any], tokenizer: Any, tokens: int, new_tokens: 
 
 
 def one_answer(row: dict[str, Any]) -> dict[str, Any]:
-    """Lots-of-LoRAs data has the definition inside the input, and a list of answers."""
+    """Return a row as definition, input and output.
+
+    Lots-of-LoRAs has the definition in the input, and a list of answers, whose first counts.
+    """
     answers = row["output"] if isinstance(row["output"], list) else [row["output"]]
     return {"definition": row.get("definition") or "", "input": row["input"] or "", "output": (answers or [None])[0]}
 
@@ -63,8 +67,7 @@ def instruction_task(
     most: Mapping[str, int],
     least: Mapping[str, int],
 ) -> InstructionTask:
-    """Check and tokenise: train and validation by `encode_answer`; test holds prompts alone, beside their input and
-    output.
+    """Check and tokenise a task: train and validation by `encode_answer`, prompts alone for the test.
 
     Args:
         name: the task's.
@@ -100,8 +103,10 @@ def instruction_task(
 
 @dataclass
 class AnswersOnly:
-    """Collates by `inner`; has the model compute its logits, each as wide as the vocabulary, only where a label of any
-    row follows."""
+    """Collator that has the model compute its logits only where a label of any row follows.
+
+    Logits are as wide as the vocabulary: most of a prompt's would be computed for nothing. `inner` collates.
+    """
 
     inner: Any
 
@@ -117,7 +122,7 @@ class AnswersOnly:
 def generate_answers(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, new_tokens: int, batch: int
 ) -> list[str]:
-    """Greedy answers of at most `new_tokens` tokens to `prompts`, padded on the left, shared among the processes."""
+    """Generate greedy answers of at most `new_tokens` tokens, shared among the processes; pads on the left."""
     answers: list[str] = []
     model.eval()
     with PartialState().split_between_processes(list(prompts)) as own:
@@ -137,7 +142,7 @@ def generate_answers(
 
 
 def exact_and_rouge(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """``exact_match`` and ``rougeL`` of generated answers."""
+    """Return ``exact_match`` and ``rougeL`` of generated answers."""
     from .metrics import load_metric
 
     both = {"predictions": list(answers), "references": [text.strip() for text in wanted]}

@@ -1,4 +1,4 @@
-"""A recipe's arguments: those that all recipes share, and how they are read from the command line, YAML and a preset."""
+"""The arguments that recipes share, read from the command line, a YAML file and a preset."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def parse_arguments(
     *,
     description: str | None = None,
 ) -> Arguments:
-    """Read the dataclass `kind`, which has the fields `preset` and `task`, with transformers' `HfArgumentParser`.
+    """Read the dataclass `kind` with transformers' `HfArgumentParser`; it has the fields `preset` and `task`.
 
     A value given on the command line wins over one in the YAML file, which may come as the first argument; that over
     the preset's; that over the dataclass's default. In YAML and presets names have underscores.
@@ -86,7 +86,7 @@ def parse_arguments(
         description: printed above the help.
 
     Raises:
-        SubspaceError: an unknown preset; a YAML file that is missing, no mapping, or names an argument that there is not.
+        SubspaceError: an unknown preset; a YAML file that is missing, no mapping, or names no argument.
         SystemExit: argparse's own, where a name or a value is not understood.
     """
     from transformers import HfArgumentParser

@@ -55,8 +55,10 @@ def _fits(label: Any, classes: int | None) -> bool:
 
 
 def local_tasks(data_dir: str | Path) -> dict[str, dict[str, Any]]:
-    """The tasks of a folder as `offline.prepare` makes it: name → what its ``data/<task>/task.json`` says, and
-    beside that ``classes`` (how many labels, None for a number) and ``train`` (lines in its training file).
+    """Return the tasks of a folder as `offline.prepare` makes it: name → its facts.
+
+    The facts are those of ``data/<task>/task.json``, and beside them ``classes`` (how many labels, None for a number)
+    and ``train`` (lines in its training file).
 
     Raises:
         SubspaceError: there is none, or one cannot be read.
@@ -72,7 +74,7 @@ def local_tasks(data_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def local_splits(data_dir: str | Path, task: str) -> dict[str, Any]:
-    """``{"train", "validation", "test"}`` of a local task as `datasets.Dataset`s, each from a file of JSON lines.
+    """Read ``{"train", "validation", "test"}`` of a local task as `datasets.Dataset`s, each from JSON lines.
 
     Raises:
         SubspaceError: a file is missing, empty, or has a line that is no JSON object; names file and line.
@@ -105,8 +107,7 @@ def local_splits(data_dir: str | Path, task: str) -> dict[str, Any]:
 
 
 def draw(rows: Any, count: int, seed: int) -> Any:
-    """`count` of the rows of a `datasets.Dataset`, drawn under `seed`; all of them for 0 or where there are no
-    more."""
+    """Draw `count` rows of a `datasets.Dataset` by `seed`; all for 0, or where there are no more."""
     return rows.shuffle(seed=seed).select(range(count)) if 0 < count < len(rows) else rows
 
 
@@ -143,6 +144,6 @@ def _squeezed(text: str) -> str:
 
 
 def _parts(source: str) -> set[str]:
-    """Every run of one to four words of a source's own name, written together."""
+    """Return every run of one to four words of a source's own name, written together."""
     words = _words(PurePosixPath(source.replace("\\", "/")).name)
     return {"".join(words[start : start + size]) for start in range(len(words)) for size in range(1, 5)}

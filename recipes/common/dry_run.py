@@ -1,5 +1,4 @@
-"""What a recipe would fetch, train and write (`--dry-run`), from a model on the meta device: nothing is fetched or
-computed."""
+"""The plan that `--dry-run` prints: downloads, steps and sizes, from a model on the meta device."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def planned_numbers(
     mean_gain: str = "none",
     head: str | None = "classifier",
 ) -> dict[str, Any]:
-    """Trained numbers per row of `methods`, and what the basis will weigh.
+    """Return the trained parameters per row of `methods`, and the bytes of the basis.
 
     Args:
         model: the base model with its head; on the meta device it costs no memory.
@@ -90,12 +89,12 @@ def planned_numbers(
 
 
 def steps_of(examples: int, batch: int, epochs: float) -> int:
-    """Optimiser steps of the stock Trainer on one device."""
+    """Return the optimizer steps of the stock Trainer on one device."""
     return math.ceil(math.ceil(examples / batch) * epochs)
 
 
 def runs_of(args: CommonArguments, *, head: bool = True) -> int:
-    """Training runs of `--stage compare`, sweeps that are not widened."""
+    """Return the number of training runs of `--stage compare`, sweeps that are not widened."""
     sweeps = [MEAN_RATES, LORA_RATES, VERA_RATES, *([HEAD_RATES] if head else [])]
     sweeps += [CORE_RATES] * 2 if args.coefficients != "none" else []
     return sum((min(len(s), args.sweep) if args.sweep > 0 else len(s)) + len(args.seeds) for s in sweeps)
@@ -104,8 +103,10 @@ def runs_of(args: CommonArguments, *, head: bool = True) -> int:
 def planned_steps(
     args: CommonArguments, known: Mapping[str, Mapping[str, Any]], *, head: bool = True
 ) -> dict[str, int]:
-    """Optimizer steps of each stage, or per 1,000 training examples where neither the arguments nor `known`, task →
-    ``train`` (how many it has), say how many there are.
+    """Return the optimizer steps of each stage.
+
+    They are per 1,000 training examples where neither the arguments nor `known`, task → ``train`` (how many it has),
+    say how many there are.
     """
     own = [name for name in args.sources if "/" not in name]
     budgets = {f"source {name}": (name, args.source_examples, args.source_epochs) for name in own}

@@ -14,8 +14,10 @@ from subspace_peft.errors import SubspaceError
 
 
 def local_images(data_dir: str | Path, task: str) -> tuple[dict[str, Any], list[str]]:
-    """A local image task: its splits, `datasets.Dataset`s with the columns image and label, and the labels' names in
-    their order.
+    """Read a local image task.
+
+    Returns:
+        Its splits, `datasets.Dataset`s with the columns image and label; and the labels' names in their order.
 
     Raises:
         SubspaceError: task.json names no labels; a split has no images of a class that it names, or has some of one
@@ -43,7 +45,7 @@ def local_images(data_dir: str | Path, task: str) -> tuple[dict[str, Any], list[
 def class_group(
     raw: Any, name: str, *, groups: int, image: str, label: str, validation: int, where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """One of the disjoint tasks that the classes of an image set are split into, as `local_images` gives it.
+    """Return one of the disjoint tasks that the classes of an image set are split into, as `local_images` does.
 
     Args:
         raw: a `datasets.DatasetDict` with a training split and one for the test, ``test`` or else ``validation``.
@@ -86,8 +88,11 @@ def class_group(
 
 
 def check_images(rows: Any, where: str) -> str:
-    """sha256 of the images and labels of a `datasets.Dataset`. Raises `SubspaceError` naming the first that cannot be
-    read."""
+    """Return the sha256 of the images and labels of a `datasets.Dataset`.
+
+    Raises:
+        SubspaceError: an image cannot be read; names the first.
+    """
     from datasets import Image
 
     total = hashlib.sha256()
@@ -112,7 +117,7 @@ def check_image(content: bytes, where: str) -> None:
 
 
 def rgb(image: Any) -> Any:
-    """A `PIL.Image` in RGB, whatever it was."""
+    """Return a `PIL.Image` of any mode in RGB."""
     from PIL import Image
 
     if image.mode.startswith("I"):

@@ -1,4 +1,4 @@
-"""What a task costs: trained numbers and bytes, of the adapter and of the head."""
+"""The size of a task: trained parameters and bytes, of the adapter and of the head."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import nn
 
 
 def measure(model: nn.Module) -> dict[str, int]:
-    """``trained_adapter``, ``trained_head`` (numbers that require grad) and ``bytes``, the adapter's saved file
-    without the head.
+    """Return the sizes of a model's trained part.
+
+    These are ``trained_adapter`` and ``trained_head`` (parameters that require grad) and ``bytes``, the adapter's
+    saved file without the head.
 
     The head is what PEFT's `modules_to_save` hold; in a model without an adapter, everything that is trained. The
     adapter is really saved, into a temporary folder, so ask before training: sizes do not depend on what was learnt.

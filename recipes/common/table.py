@@ -18,7 +18,10 @@ HEADER = (
 
 
 def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of the rows that `compare` returned, with notes on diverged runs and on sweeps that ended at an edge."""
+    """Return a table of the rows that `compare` returned.
+
+    Notes below it tell of sweeps that ended at an edge.
+    """
     lines = [HEADER]
     for row in results:
         rate = "–" if row["rate"] is None else f"{row['rate']:g}{' *' if row['at_edge'] else ''}"

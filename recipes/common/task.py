@@ -40,7 +40,7 @@ class Task:
         return self.score_name
 
     def fingerprint(self) -> str:
-        """`content`, else sha256 of the splits' rows, as they are now."""
+        """Return `content`, else the sha256 of the splits' rows, as they are now."""
         if self.content is not None:
             return self.content
         total = hashlib.sha256()
@@ -82,8 +82,10 @@ class LabelledTask(Task):
 
     @classmethod
     def local(cls, data_dir: str | Path, name: str) -> LabelledTask:
-        """Read the task from a local folder. Raises SubspaceError as `local_tasks` and `local_splits` do, and where
-        its task.json lacks ``keys``, ``labels`` or ``metric``.
+        """Read the task from a local folder.
+
+        Raises:
+            SubspaceError: as `local_tasks` and `local_splits`; its task.json lacks ``keys``, ``labels`` or ``metric``.
         """
         facts = local_tasks(data_dir)[name]
         if lacking := [key for key in ("keys", "labels", "metric") if key not in facts]:
@@ -95,7 +97,7 @@ class LabelledTask(Task):
         return cls(name=name, keys=facts["keys"], classes=classes, metric=metric, splits=local_splits(data_dir, name))
 
     def measure(self, prediction: Any) -> dict[str, float]:
-        """The metric of a `transformers.EvalPrediction`: ``score`` and every number by its own name.
+        """Return the metric of a `transformers.EvalPrediction`: ``score`` and every number by its own name.
 
         ``score`` is NaN, and alone, where the model's numbers are not finite: an argmax over them would hide it.
         """
@@ -108,8 +110,11 @@ class LabelledTask(Task):
         return {"score": next(iter(numbers.values())), **numbers}
 
     def test(self, trainer: Any) -> dict[str, Any]:
-        """`measure` of every test split, predicted by a `transformers.Trainer`: ``metrics``, and the first one's score
-        as ``test``."""
+        """Predict every test split by a `transformers.Trainer` and measure it.
+
+        Returns:
+            ``metrics``, by split; ``test``, the score of the first one.
+        """
         tests = {name: rows for name, rows in self.splits.items() if name.startswith("test")}
         metrics = {name: self.measure(trainer.predict(rows)) for name, rows in tests.items()}
         return {"test": metrics["test"]["score"], "metrics": metrics}

@@ -44,7 +44,11 @@ def unpack(archive: Path, folder: Path, members: Sequence[str] = ("*",)) -> int:
 
 
 def inside(folder: Path, name: str, archive: Path) -> Path:
-    """Where member `name` goes below `folder`. Raises `BadFileError` where that would be anywhere else."""
+    """Return where member `name` goes below `folder`.
+
+    Raises:
+        BadFileError: that would be anywhere else.
+    """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or ".." in parts or parts[0].startswith("/") or ":" in parts[0]:
         raise BadFileError(

@@ -1,5 +1,4 @@
-"""The clients that fetch a package's archive: pip, npm, apt-get. Each obeys the user's own mirrors, proxies and
-certificates."""
+"""The clients that fetch a package's archive: pip, npm, apt-get, with the user's own mirrors and proxies."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ class PackageError(SubspaceError):
 
 
 def pip_command(package: Package, folder: Path, requirements: Path) -> list[str]:
-    """The pip call that puts the archive of `package` into `folder`."""
+    """Return the pip call that puts the archive of `package` into `folder`."""
     kind = ["--only-binary", ":all:"] if package.wheel else ["--no-binary", package.name]
     return [
         *(sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"),
@@ -45,14 +44,14 @@ def pip_command(package: Package, folder: Path, requirements: Path) -> list[str]
 
 
 def npm_command(package: Package, folder: Path) -> list[str]:
-    """The npm call that puts the archive of `package` into `folder`; scripts of the package never run."""
+    """Return the npm call that puts the archive of `package` into `folder`; scripts of the package never run."""
     # not --silent: with that npm fails without a word about why
     where = ["--pack-destination", str(folder), "--ignore-scripts", "--loglevel=error"]
     return ["npm", "pack", f"{package.name}@{package.version}", *where]
 
 
 def apt_command(package: Package, exact: bool = True) -> list[str]:
-    """The apt-get call that puts the archive of `package` into the working directory, without installing anything.
+    """Return the apt-get call that puts the archive of `package` into the working directory, installing nothing.
 
     `exact`: of its very version; else of the one that the system's release has.
     """
@@ -121,7 +120,7 @@ def _run(command: list[str], folder: Path, waiting: Callable[[], object] | None)
 
 
 def open_debian(archive: Path, folder: Path) -> Path:
-    """The tar file inside a Debian package, written into `folder`.
+    """Write the tar file inside a Debian package into `folder` and return it.
 
     Raises:
         PackageError: dpkg-deb is missing, or the archive is none of its packages.

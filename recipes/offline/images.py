@@ -1,5 +1,4 @@
-"""Real image classification tasks out of packages: disjoint class subsets of three sets, none sharing an image with
-another."""
+"""Real image classification tasks out of packages: disjoint class subsets of three sets, which share no image."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ class ImageTask:
     labels: list[str]
 
     def split(self, sizes: dict[str, int], seed: int) -> dict[str, list[int]]:
-        """Disjoint index lists, drawn at random by `seed`; the last split may come out smaller.
+        """Draw disjoint index lists by `seed`; the last split may come out smaller.
 
         Raises:
             SubspaceError: too few images.
@@ -68,7 +67,7 @@ class ImageTask:
 
 
 def image_tasks() -> tuple[list[ImageTask], list[ImageTask]]:
-    """(source tasks, held-out tasks). The held-out one was chosen before anything was measured: the hardest group."""
+    """Return (source tasks, held-out tasks). The held-out one was chosen before any measurement: the hardest group."""
     fashion, garment = _fashion()
     written, number = _written_digits()
     scanned, digit = _scanned_digits()

@@ -1,5 +1,4 @@
-"""Instruction tasks in the Natural-Instructions manner, phrased from real texts: a definition, an input, a short
-answer."""
+"""Instruction tasks in the manner of Natural Instructions, phrased from real texts: definition, input, answer."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ NEWS = {  # Reuters' own topic codes in words
 
 @dataclass(frozen=True)
 class InstructionTask:
-    """An instruction task.
+    """An instruction task: a definition, and inputs with their answers.
 
     Attributes:
         name, about: short name, and what is asked.
@@ -62,7 +61,9 @@ class InstructionTask:
     metric: str = "exact_match"
 
     def split(self, sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
-        """Disjoint splits of rows ``definition, input, output``, no two inputs alike; the last may come out smaller.
+        """Draw disjoint splits of rows ``definition, input, output``, no two inputs alike.
+
+        The last may come out smaller.
 
         Raises:
             SubspaceError: too few examples.
@@ -80,7 +81,7 @@ class InstructionTask:
 
 
 def instruction_tasks() -> tuple[list[InstructionTask], list[InstructionTask]]:
-    """(source tasks, held-out tasks); no text of a held-out task is in a source."""
+    """Return (source tasks, held-out tasks); no text of a held-out task is in a source."""
     texts = {task.name: task for task in source_tasks()}
     held = {task.name: task for task in held_out_tasks()}
     sentiment = {"good": "positive", "bad": "negative"}
@@ -137,7 +138,7 @@ class Synset:
 
 
 def nouns() -> dict[str, Synset]:
-    """WordNet's noun synsets by offset."""
+    """Read WordNet's noun synsets, by offset."""
     found = {}
     for line in find(fetch(WORDNET), "wordnet/data.noun").read_text(encoding="utf-8").splitlines():
         if line.startswith("  "):

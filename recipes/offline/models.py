@@ -1,5 +1,4 @@
-"""Pretrained models out of packages, as ordinary folders that `from_pretrained` reads: an encoder, a ViT, a
-Mistral."""
+"""Pretrained models out of packages, as folders that `from_pretrained` reads: an encoder, a ViT, a Mistral."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ LANGUAGE_MODEL = Package(
 
 
 def roberta_encoder(folder: Path, layers: int | None = None) -> Path:
-    """MiniLM (BERT, 6 × 384), transplanted into a `RobertaModel` that computes the same on single texts, with its
-    tokenizer.
+    """Write MiniLM (BERT, 6 × 384) as a `RobertaModel` that computes the same on single texts, with its tokenizer.
 
     RoBERTa counts positions from `pad_token_id` + 1: with id 0 that is 1, so the position table gets one row on top,
     which no token uses. Its one token type is BERT's first.
@@ -56,7 +54,7 @@ def roberta_encoder(folder: Path, layers: int | None = None) -> Path:
 
 
 def vit_encoder(folder: Path, size: int = 56, layers: int | None = None) -> Path:
-    """The backbone as a plain `ViTModel` for images of `size` × `size`, with an image processor.
+    """Write the backbone as a plain `ViTModel` for images of `size` × `size`, with an image processor.
 
     LayerScale is folded into the matrices before it, positions are interpolated as DINOv2 does; up to rounding the
     same function. `layers`: keep only so many, the lowest.
@@ -68,7 +66,7 @@ def vit_encoder(folder: Path, size: int = 56, layers: int | None = None) -> Path
 
 
 def mistral_lm(folder: Path, layers: int | None = None) -> Path:
-    """SmolLM2-135M-Instruct (30 × 576) as a `MistralForCausalLM` in float32, with tokenizer and chat template.
+    """Write SmolLM2-135M-Instruct (30 × 576) as a `MistralForCausalLM` in float32, with tokenizer and chat template.
 
     Llama without biases and Mistral without a sliding window compute the same. `layers`: keep only so many, the
     lowest.
@@ -133,7 +131,7 @@ def _roberta(out: Path, layers: int | None) -> None:
 
 
 def dinov2_backbone() -> PreTrainedModel:
-    """The package's backbone as a `Dinov2Model` (12 × 384, patches of 14, images of 518).
+    """Load the package's backbone as a `Dinov2Model` (12 × 384, patches of 14, images of 518).
 
     Raises:
         SubspaceError: the package `onnx` is missing.
@@ -198,7 +196,7 @@ def _vit(out: Path, size: int, layers: int | None) -> None:
 
 
 def llama_lm() -> tuple[PreTrainedModel, Any]:
-    """The package's language model as transformers reads it, a `LlamaForCausalLM`, and its tokenizer.
+    """Load the package's language model as transformers reads it, a `LlamaForCausalLM`, and its tokenizer.
 
     Raises:
         SubspaceError: the package `gguf` is missing.
@@ -243,8 +241,10 @@ def _save_tokenizer(tokenizer: Any, out: Path) -> None:
 
 
 def _filled(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """`model` with the tensors of `state`, of which only layers beyond its own and an unused pooler may be left
-    over."""
+    """Return `model` with the tensors of `state`.
+
+    Only layers beyond its own and an unused pooler may be left over.
+    """
     own = model.state_dict().keys()
     missing = [name for name in own if name not in state]
     if missing:
@@ -256,7 +256,10 @@ def _filled(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTraine
 
 
 def _onnx_state(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors of an exported model by name. The exporter renamed the matrices, but each one's bias kept its name."""
+    """Read the tensors of an exported model by name.
+
+    The exporter renamed the matrices, but each one's bias kept its name.
+    """
     try:
         import onnx
         from onnx import numpy_helper

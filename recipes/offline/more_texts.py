@@ -1,5 +1,4 @@
-"""Text tasks beyond the demo's, which need npm and apt-get too: opinions, spam, a pair of sentences, and a rating to
-predict."""
+"""Text tasks beyond the demo's, which need npm and apt-get too: opinions, spam, pairs of sentences, a rating."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ class RatingTask(TextTask):
 
 
 def more_source_tasks() -> list[TextTask]:
-    """Further tasks for a fleet; no text of theirs is in a held-out one or in the rating."""
+    """Return further tasks for a fleet; no text of theirs is in a held-out one or in the rating."""
     held_out = [*held_out_tasks(), TextTask("editorials-rating", "", ratings("nytEditorialSnippets"))]
     found = [
         meanings(nouns().values()),
@@ -64,7 +63,7 @@ def more_source_tasks() -> list[TextTask]:
 
 
 def editorials_rating(sources: Iterable[TextTask]) -> TextTask:
-    """The held-out rating, a `RatingTask`, without texts that are in one of `sources`."""
+    """Return the held-out rating, a `RatingTask`, without texts that are in one of `sources`."""
     about = "editorial sentence: how positive, from −4 to 4, as people rated it on average"
     rated = RatingTask("editorials-rating", about, ratings("nytEditorialSnippets"))
     # the sources themselves leave out those that `editorials` has, the clearly positive and negative; these are the
@@ -73,7 +72,7 @@ def editorials_rating(sources: Iterable[TextTask]) -> TextTask:
 
 
 def meanings(known: Iterable[Synset]) -> PairTask:
-    """Pairs of an example and a definition, half of them of one noun, half of two nouns of the same kind of thing.
+    """Return pairs of an example and a definition, half of them of one noun, half of two of the same kind of thing.
 
     No definition and no example comes twice, so that none is shared between splits.
 
@@ -117,7 +116,7 @@ def mails() -> Iterable[Row]:
 
 
 def read_mail(content: bytes) -> tuple[str, str]:
-    """(subject, body) of a mail in one line each: its first plain text, or else its first HTML without the tags.
+    """Return (subject, body) of a mail in one line each: its first plain text, or its first HTML without tags.
 
     Nothing is raised for malformed mails, of which spam has many: what cannot be decoded is replaced, what is missing
         is "".

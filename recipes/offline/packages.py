@@ -57,7 +57,7 @@ Download = Callable[[Package, Path], Path]
 
 
 def fetch(package: Package, *, cache: Path | None = None, download: Download | None = None) -> Path:
-    """The folder that holds the unpacked files of `package`, from the cache or fetched now.
+    """Return the folder that holds the unpacked files of `package`, from the cache or fetched now.
 
     Args:
         package: what to fetch.
@@ -96,7 +96,7 @@ def fetch(package: Package, *, cache: Path | None = None, download: Download | N
 
 
 def fetch_all(packages: Iterable[Package], *, progress: bool = True, cache: Path | None = None) -> dict[str, Path]:
-    """`fetch` every package with a progress bar; returns name → folder. Raises as `fetch` does."""
+    """Fetch every package with a progress bar; return name → folder. Raises as `fetch` does."""
     from tqdm.auto import tqdm
 
     packages = list(packages)
@@ -131,7 +131,11 @@ def verify(archive: Path, package: Package) -> None:
 
 
 def find(folder: Path, ending: str) -> Path:
-    """The one file below `folder` whose path ends so. Raises `BadFileError` where there is none."""
+    """Return the one file below `folder` whose path ends so.
+
+    Raises:
+        BadFileError: there is none.
+    """
     hits = sorted(path for path in folder.rglob("*") if path.as_posix().endswith(ending))
     if not hits:
         raise BadFileError(f"{folder}: no file ends with {ending!r}. Remove the folder to have it fetched again.")

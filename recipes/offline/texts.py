@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 
 def plain(text: str) -> str:
-    """A text without case, links, @names and punctuation: two that agree in it count as one."""
+    """Return a text without case, links, @names and punctuation: two that agree in it count as one."""
     return " ".join(re.findall(r"\w+", re.sub(r"https?://\S+|@\w+", " ", text.lower())))
 
 
@@ -89,7 +89,7 @@ class TextTask:
         return sorted({row.label for row in self.rows})
 
     def without(self, others: Iterable[TextTask]) -> TextTask:
-        """The same task without texts that stand in another one, case, links and names aside."""
+        """Return the same task without texts that stand in another one, case, links and names aside."""
         known = {plain(row.text) for other in others for row in other.rows}
         return replace(self, rows=[row for row in self.rows if plain(row.text) not in known])
 
@@ -137,7 +137,7 @@ class TextTask:
 
 
 def source_tasks() -> list[TextTask]:
-    """The fleet's tasks; no text of theirs is in a held-out one."""
+    """Return the fleet's tasks; no text of theirs is in a held-out one."""
     held_out = held_out_tasks()
     return [task.without(held_out) for task in _source_tasks()]
 
@@ -156,7 +156,7 @@ def _source_tasks() -> list[TextTask]:
 
 
 def held_out_tasks() -> list[TextTask]:
-    """Tasks that no source adapter has seen, each with related tasks in the fleet; chosen before anything was measured."""
+    """Return tasks that no source adapter has seen, with related ones in the fleet; chosen before any measurement."""
     return [
         _snippets("editorials", "nytEditorialSnippets", "editorial sentence: good or bad"),
         _newsgroups("news-sci", "sci."),
@@ -171,7 +171,7 @@ def tweets() -> Iterable[Row]:
 
 
 def ratings(file: str) -> list[Row]:
-    """Sentences of one of the rated sets, each with people's mean rating (−4 to 4, as text) for its label."""
+    """Read the sentences of one of the rated sets, each with people's mean rating (−4 to 4, as text) for its label."""
     root = fetch(SNIPPETS)
     inner = root / "ratings"
     if not inner.is_dir():
