@@ -13,7 +13,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from subspace_peft.cards import basis_card, bundle_card, task_card
+from subspace_peft.cards import BaseFacts, basis_card, bundle_card, recorded, task_card
 from subspace_peft.cards.markdown import arguments, code, literal, one_line, text
 from subspace_peft.cards.readme import BEGIN, END, Card, merge
 
@@ -122,3 +122,31 @@ def test_what_is_no_python_name_is_no_class_to_import():
     base = dataclasses.replace(TASK.base, auto_class="os\nimport os #", class_name="A\nB")
     body = task_card(dataclasses.replace(TASK, base=base)).body
     assert "import os" not in body and "# base_model: the base model, a A B, as you load it" in body
+
+
+ROW = {"method": "m", "test": 0.5, "seeds": 1, "trained_adapter": 1, "trained_head": 0, "bytes": 2}
+
+
+def test_facts_of_a_file_are_well_formed_or_left_out():
+    good = {
+        "base": {"auto_class": "AutoModel", "num_labels": 2, "labels": ["a", "b"], "injected": False},
+        "training": {"steps": 3, "optimizer": "adamw"},
+        "metrics": {"test": {"accuracy": 0.5}},
+        "controls": {"title": "t", "score": "s", "rows": [ROW]},
+        "datasets": ["org/data"],
+    }
+    found = recorded(good)
+    assert found["base"] == {**good["base"], "labels": ("a", "b")}
+    assert found["controls"]["rows"] == [{**ROW, "test_sd": None, "diverged": 0, "rate": None}]
+    assert {key: found[key] for key in ("training", "metrics")} == {key: good[key] for key in ("training", "metrics")}
+    assert found["datasets"] == ("org/data",)
+
+
+@pytest.mark.parametrize("odd", [None, 5, "x", [], [5], {"x": {}}, {"rows": 5}, {"rows": [5]}, {5: {5: 5}}])
+@pytest.mark.parametrize("key", ["base", "training", "metrics", "controls", "datasets"])
+def test_odd_facts_of_a_file_make_a_card(key, odd):
+    for said in (odd, {key: odd}, {key: dict.fromkeys(("auto_class", "labels", "rows", "test", "steps"), odd)}):
+        facts = recorded(said)
+        base = BaseFacts(reference="org/base", **facts.pop("base", {}))
+        bare = dataclasses.replace(TASK, base=base, training={}, metrics={}, controls=None, datasets=())
+        assert "## Loading" in task_card(dataclasses.replace(bare, **facts)).body

@@ -16,6 +16,7 @@ from .facts import (
 )
 from .markdown import arguments
 from .readme import Card, add_tags, put_card
+from .recorded import recorded
 from .render import basis_card, bundle_card, task_card
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "basis_card",
     "bundle_card",
     "put_card",
+    "recorded",
     "task_card",
 ]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .._version import __version__
 from ..basis.module import tensor_bytes
-from ..cards import BaseFacts, BasisReferenceFacts, Place, TaskFacts, put_card, task_card
+from ..cards import BaseFacts, BasisReferenceFacts, Place, TaskFacts, put_card, recorded, task_card
 from ..cards.facts import AUTO_CLASSES
 from .task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE
 
@@ -78,14 +78,12 @@ def write_section(folder: Path, config: Mapping[str, Any]) -> None:
 
 def facts_of(folder: Path, config: Mapping[str, Any]) -> TaskFacts:
     """Return a card's facts of a task, from its configuration and the header of its file. Arguments as above."""
-    said: Mapping[str, Any] = config["card"] or {}
+    said = recorded(config["card"])
     size = _sizes(folder / WEIGHTS_FILE)
     task_type = _text(config["task_type"])
     base = dict(said.get("base") or {"auto_class": AUTO_CLASSES.get(task_type or "")})
     if task_type in HEADED and size:
         base.setdefault("num_labels", size.pop("classes"))
-    for key in ("labels", "code"):
-        base[key] = tuple(base[key]) if base.get(key) else None
     carried = config["basis_modules"] is not None
     versions = {"subspace_peft": config["subspace_version"] or __version__, "PEFT": config["peft_version"]}
     return TaskFacts(
@@ -103,10 +101,7 @@ def facts_of(folder: Path, config: Mapping[str, Any]) -> TaskFacts:
         numbers=size.get("numbers"),
         head=size.get("head"),
         bytes=size.get("bytes"),
-        training=said.get("training") or {},
-        metrics=said.get("metrics") or {},
-        controls=said.get("controls"),
-        datasets=tuple(said.get("datasets") or ()),
+        **{key: said[key] for key in MEASURED if key in said},
         versions={name: str(version) for name, version in versions.items() if version},
     )
 
