@@ -112,9 +112,9 @@ def migrate_task(
     if not max_drift >= 0:
         raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")
     hub = {**hub, **({} if token is None else {"token": token})}
-    config, tensors, found = read_tensors(task, adapter_name=adapter_name, basis=old_basis, **hub)
+    config, tensors, own = read_tensors(task, adapter_name=adapter_name, basis=old_basis, **hub)
     tensors = {key: value.detach().cpu() for key, value in tensors.items()}
-    old = assemble(config, tensors, found)
+    old = assemble(config, tensors, own)
     new = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
     what = str(task) if isinstance(task, (str, Path)) else "the model's task"
     moves = moves_of(old, new, what)
