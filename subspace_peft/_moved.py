@@ -28,6 +28,7 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "basis.lazy_modules": "basis.module_store",
     "basis.push": "hub",
     "basis.reference": "hub",
+    "cards.parts": ("cards.markdown", "cards.front_matter"),
     "basis.entries": "basis.schema",
     "basis.generic": "basis.controls",
     "build.beside": "builders.extend",
@@ -111,6 +112,7 @@ MODULES |= {f"offline.{name}": f"recipes:offline.{name}" for name in _OFFLINE}
 NAMES: dict[str, dict[str, str]] = {
     "bundle": {"FleetReport": "bundle:CompressionReport"},
     "bundle.compress": {"Compressed": "bundle.compress:CompressedAdapter", "FleetReport": "bundle:CompressionReport"},
+    "cards": {"BasisReference": "cards:BasisReferenceFacts", "BundledTask": "cards:BundledTaskFacts"},
     "convert": {"Task": "tasks:SavedTask", "read_task": "tasks"},
     "tasks": {"Task": "tasks:SavedTask"},
     "tasks.read": {"Task": "tasks.read:SavedTask"},

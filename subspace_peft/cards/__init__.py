@@ -4,6 +4,9 @@ Facts are gathered where they are known (`basis/card.py`, `tuner/card.py`, `bund
 of the facts alone: the text is in `templates/`, and `markdown.py` escapes values.
 """
 
+from typing import Any
+
+from .._moved import moved_name
 from .facts import (
     BaseFacts,
     BasisFacts,
@@ -37,3 +40,7 @@ __all__ = [
     "recorded",
     "task_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)
