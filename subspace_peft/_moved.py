@@ -48,7 +48,7 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "build.lora": "sources.lora",
     "build.memory_plan": ("builders.memory", "builders.module_plan", "builders.option_checks"),
     "build.null": "builders.null",
-    "build.partition": "builders.partition",
+    "build.partition": ("builders.partition", "builders.fleet_sample"),
     "build.plan": "builders.dry_run",
     "build.processes": "builders.distributed",
     "build.reading": ("builders.scan", "builders.reader", "sources.spans", "sources.factors"),

@@ -12,7 +12,8 @@ import torch
 from subspace_peft import SubspaceBasis, build_clusters
 from subspace_peft.builders import rebuild_basis
 from subspace_peft.builders.fleet import gather
-from subspace_peft.builders.partition import Sample, compared, left_out, partition
+from subspace_peft.builders.fleet_sample import Sample
+from subspace_peft.builders.partition import compared, partition
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 
@@ -71,7 +72,7 @@ def places(kinds: list[int]) -> list[list[int]]:
 @pytest.mark.parametrize("kinds", [TWO, THREE], ids=["two", "three"])
 @pytest.mark.parametrize("columns", [512, 8], ids=["exact", "streamed"])
 def test_planted_kinds_are_found_exactly(kinds, columns, monkeypatch):
-    monkeypatch.setattr("subspace_peft.builders.partition.EXACT_COLUMNS", columns)
+    monkeypatch.setattr("subspace_peft.builders.fleet_sample.EXACT_COLUMNS", columns)
     assert partition(sample_of(kinds), len(set(kinds)), OWN) == places(kinds)
 
 
@@ -79,13 +80,13 @@ def test_a_wrong_start_is_mended(monkeypatch):
     # a quarter of the sources begin in the wrong part
     wrong = [kind ^ (i % 4 == 0) for i, kind in enumerate(TWO)]
     for start in ("_far_apart", "_linked"):
-        monkeypatch.setattr(f"subspace_peft.builders.partition.{start}", lambda alike, clusters: list(wrong))
+        monkeypatch.setattr(f"subspace_peft.builders.partition.{start}", lambda related, clusters: list(wrong))
     assert partition(sample_of(TWO), 2, OWN) == places(TWO)
 
 
-def test_likeness_is_that_of_second_moments():
+def test_relatedness_is_that_of_second_moments():
     sample = sample_of([0, 0, 1, -1])
-    alike = sample.alike()
+    related = sample.relatedness()
     wanted = torch.zeros(4, 4, dtype=torch.float64)
     for name in SIZES:
         updates = [source.factors(name) for source in sample.fleet.sources]
@@ -94,8 +95,8 @@ def test_likeness_is_that_of_second_moments():
             wanted += (
                 torch.tensor([[float((a * b).sum() / a.norm() / b.norm()) for b in moments] for a in moments]) / 4
             )
-    assert torch.allclose(alike, wanted, atol=1e-6)
-    assert alike[0, 1] > 2 * alike[0, 2]
+    assert torch.allclose(related, wanted, atol=1e-6)
+    assert related[0, 1] > 2 * related[0, 2]
 
 
 def test_sizes_are_equal_where_partitions_are_compared():
@@ -124,7 +125,7 @@ def test_what_was_left_out_took_no_part(monkeypatch):
 
     monkeypatch.setattr(sample, "fit", noted)
     monkeypatch.setattr(sample, "kept", checked)
-    shares = left_out(sample, places(TWO), OWN)
+    shares = left_out_shares(sample, places(TWO), OWN)
     assert len(seen) == 2 * 5
     assert (shares > 0.5).all()
 

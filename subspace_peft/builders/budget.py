@@ -1,5 +1,8 @@
-"""A total number of trained numbers, spread over modules and sides by what the fleet holds there above its
-strength-matched null."""
+"""Spread a total number of trained parameters over modules and sides, to where the fleet holds most above its null.
+
+The null is strength-matched: for every source, its own singular values in random directions. A direction that holds no
+more than the null's holds what any fleet of that strength would, and says nothing of new tasks.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,21 @@ from .resume import WorkFolder
 from .streaming import compress
 
 MOST_OF_EVEN = 4  # no side of a module gets more directions than so many times what an even spread would give
-SPARE = 1e-9  # of the energy: what rises by less does not rise
+SPARE = 1e-9  # of the largest energy: gains below this are rounding
 
 
 def largest(budget: int, modules: int) -> int:
-    """The most directions that a side of one of so many modules may get."""
+    """Return the most directions that a side of one of so many modules may get."""
     return max(MOST_OF_EVEN, math.ceil(MOST_OF_EVEN * math.sqrt(budget / modules)))
 
 
 def even(budget: int, modules: int) -> int:
-    """Directions per side where all modules get the same."""
+    """Return the directions per side where all modules get the same: k with modules·k² ≤ budget."""
     return max(1, math.isqrt(budget // modules))
 
 
 def check_budget(budget: int, modules: int) -> None:
-    """Raise `SubspaceError` where there is less than a number per module."""
+    """Raise `SubspaceError` where the budget is less than one parameter per module."""
     if budget < modules:
         raise SubspaceError(
             f"budget={budget}: {modules} modules take at least a number each. Give {modules} or more; {modules * 256}"
@@ -49,8 +52,15 @@ def check_budget(budget: int, modules: int) -> None:
 def measure(
     plan: MemoryPlan, reader: Reader, most: int, kept: WorkFolder | None, processes: ProcessGroup, progress: bool
 ) -> dict[str, torch.Tensor]:
-    """Module → what its leading directions hold above its null, each measured by one process of the group and known to
-    all; those that an interrupted build measured are taken from there.
+    """Return module → the table of `above_null`, each measured by one process and known to all.
+
+    Args:
+        plan: of the fleet's modules.
+        reader: of its files.
+        most: directions per side at most.
+        kept: where tables are kept; those that an interrupted build measured are taken from there.
+        processes: that divide the modules.
+        progress: show a bar.
 
     Raises:
         ProcessError: a process has failed.
@@ -71,11 +81,15 @@ def measure(
 
 
 def above_null(plan: MemoryPlan, reader: Reader, name: str, most: int) -> torch.Tensor:
-    """What the leading a × b directions of a module hold more than those of its null.
+    """Measure how much more the leading a × b directions of a module hold than those of its null.
 
-    The null: for every source, its own singular values in random directions, with its own weight; the same numerics.
+    The null has, for every source, its own singular values in random directions, with its own weight. It goes through
+    the same numerics.
 
     Args:
+        plan: of the fleet's modules.
+        reader: of its files.
+        name: of the module.
         most: a and b at most.
 
     Returns:
@@ -111,8 +125,10 @@ def _held_at_most(compressed: Compressed, most: int) -> torch.Tensor:
 
 
 def held(compressed: Compressed, a: int, b: int) -> torch.Tensor:
-    """(a, b): entry [i − 1, j − 1] is the weighted energy in the leading i × j directions; where there are no more, it
-    stays."""
+    """Return the weighted energy in every leading block: (a, b) float64, entry [i − 1, j − 1] of the leading i × j.
+
+    Where there are fewer directions, the energy stays at that of the last.
+    """
     sides = compressed.out.Q.shape[1], compressed.inner.Q.shape[1]
     u, v = (torch.eye(width, min(n, width), dtype=torch.float64) for width, n in zip(sides, (a, b), strict=True))
     block = torch.zeros(u.shape[1], v.shape[1], dtype=torch.float64)
@@ -123,16 +139,16 @@ def held(compressed: Compressed, a: int, b: int) -> torch.Tensor:
 
 
 def spread(tables: Mapping[str, torch.Tensor], budget: int) -> dict[str, tuple[int, int]]:
-    """k_out and k_in of every module, with Σ k_out·k_in ≤ `budget`.
+    """Return k_out and k_in of every module, with Σ k_out·k_in ≤ `budget`.
 
-    Greedy: every module begins with 1 × 1. The next numbers go where they gain most apiece: of each module's larger
-    sizes that can still be paid for, the one to which the gain above the null rises most steeply (so that a direction
-    which is worth nothing without the next one is bought with it); of all modules the steepest, the first one among
-    equals. What gains nothing above the null is not bought: then less than the budget is spent.
+    The spread is greedy. Every module begins with 1 × 1. The next parameters go where each of them gains most: of each
+    module's larger sizes that can still be paid for, the one to which the gain above the null rises most steeply (so
+    that a direction which is worth nothing without the next one is bought with it); of all modules the steepest, the
+    first one among equals. Sizes that gain nothing above the null are not bought: then less than the budget is spent.
 
     Args:
-        tables: module → what `above_null` gives.
-        budget: core numbers in all.
+        tables: module → its table of `above_null`.
+        budget: entries of the cores in all.
 
     Raises:
         SubspaceError: fewer than modules.
@@ -165,8 +181,17 @@ def spread(tables: Mapping[str, torch.Tensor], budget: int) -> dict[str, tuple[i
 def _steepest(
     table: torch.Tensor, size: tuple[int, int], left: int, least: float
 ) -> tuple[float, tuple[int, int]] | None:
-    """The gain per number of the best larger size that costs at most `left`, and that size; None where nothing is
-    gained."""
+    """Find a module's best larger size.
+
+    Args:
+        table: of `above_null` (A, B).
+        size: a, b that it has.
+        left: parameters that may still be spent.
+        least: gains up to this count as none.
+
+    Returns:
+        The gain per parameter, and the size; None where nothing is gained.
+    """
     a, b = size
     gains = table[a - 1 :, b - 1 :] - table[a - 1, b - 1]
     outs = torch.arange(a, a + gains.shape[0], dtype=torch.float64)
@@ -180,7 +205,9 @@ def _steepest(
 
 
 def what_was_spent(modules: dict[str, ModuleBasis], tables: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What a basis records of its budget: what was ``spent``, and per module the energy above the null, in units of Σ
-    ‖w ΔW‖²."""
+    """Return what a basis records of its budget.
+
+    That is ``spent``, the parameters per task, and per module the energy above the null, in units of Σ ‖w ΔW‖².
+    """
     above = {name: float(tables[name][m.k_out - 1, m.k_in - 1]) for name, m in modules.items()}
     return {"spent": sum(m.k_out * m.k_in for m in modules.values()), "energy_above_null_per_module": above}

@@ -15,9 +15,10 @@ from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from .build import build_basis
 from .distributed import ALONE, ProcessGroup, process_group
+from .fleet_sample import Sample
 from .keywords import takes_options
 from .options import BuildOptions, Resources
-from .partition import Sample, Step, compared, partition
+from .partition import Step, compared, partition
 from .prepare import FleetBuild, prepare
 
 MOST = 6

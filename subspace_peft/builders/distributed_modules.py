@@ -1,4 +1,4 @@
-"""Which process builds which modules, and how each gets those of the others."""
+"""Divide the modules among the processes of a build, and give each process those of the others."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .reader import Reader
 def divide(
     processes: ProcessGroup, costs: Mapping[str, float], done: Collection[str]
 ) -> tuple[list[str], dict[str, int]]:
-    """The modules that this process has to build, and who has each in the end.
+    """Return the modules that this process has to build, and module → the process that has it in the end.
 
     Args:
+        processes: those of the build.
         costs: module → its share of the work.
         done: modules that this process has finished before; on a disk that others share they have them too.
     """
@@ -36,12 +37,15 @@ def work(
     progress: bool,
     do: Callable[[str], None],
 ) -> None:
-    """Do something with each module of this process's share, its factors held as they fit, until a process is known to
-    have failed.
+    """Do something with each module of this process's share, until a process is known to have failed.
 
     Args:
-        mine: the share, of `every` modules in all.
+        processes: those of the build.
+        reader: holds the factors of as many modules as fit.
+        mine: the share.
+        every: how many modules all processes have, for the bar.
         title: of the progress bar.
+        progress: show it.
         do: gets the module's name.
     """
     bar = tqdm(
@@ -69,9 +73,14 @@ def work(
 def collect(
     processes: ProcessGroup, owners: Mapping[str, int], own: Mapping[str, tuple[ModuleBasis, dict[str, Any]]]
 ) -> dict[str, tuple[ModuleBasis, dict[str, Any]]]:
-    """Every module's basis and facts in every process, each from who has it.
+    """Return every module's basis and facts in every process, each from the process that has it.
 
     They go one at a time, so that no process holds more of them than the basis itself.
+
+    Args:
+        processes: those of the build.
+        owners: module → the process that has it.
+        own: those of this process.
 
     Raises:
         ProcessError: a process has failed.

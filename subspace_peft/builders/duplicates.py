@@ -1,4 +1,4 @@
-"""Sources that are one and the same adapter: the same bytes, or updates that point the same way."""
+"""Find sources that are one and the same adapter: the same bytes, or updates that point the same way."""
 
 from __future__ import annotations
 
@@ -18,27 +18,38 @@ CANDIDATE = 0.9  # cosine of sketches; those of equal updates are equal
 
 
 def sketch(update: Factors, probes: int = PROBES) -> torch.Tensor:
-    """``yᵢᵀ ΔW xᵢ`` (probes,) for fixed random x and y, which depend on the shape alone: where updates agree, so do
-    these."""
+    """Return ``yᵢᵀ ΔW xᵢ`` (probes,) float64 for fixed random x and y, which depend on the shape alone.
+
+    Where updates agree, so do these.
+
+    Args:
+        update: ΔW in factored form.
+        probes: how many.
+    """
     return (half_sketch(update.B.T, "B", probes) * half_sketch(update.A, "A", probes)).sum(0)
 
 
 def half_sketch(rows: torch.Tensor, side: str, probes: int = PROBES) -> torch.Tensor:
-    """One factor's part of `sketch`: Bᵀy, or A x, (r, probes) float64, of Bᵀ (r, out) or A (r, in) in any float
-    dtype."""
+    """Return one factor's part of `sketch`: Bᵀy or A x, (r, probes) float64.
+
+    Args:
+        rows: Bᵀ (r, out) or A (r, in) in any float dtype; of lower precision than float64, products are in float32.
+        side: ``B`` or ``A``.
+        probes: how many.
+    """
     vectors = drawn(rows.shape[1], side, probes)
     return rows @ vectors if rows.dtype == torch.float64 else (rows.float() @ vectors.float()).double()
 
 
 @lru_cache(maxsize=16)
 def drawn(d: int, side: str, probes: int) -> torch.Tensor:
-    """Random vectors (d, probes), the same for every source; ``drawn.cache_clear()`` frees them."""
+    """Draw vectors (d, probes) float64, the same for every source; ``drawn.cache_clear()`` frees them."""
     generator = torch.Generator().manual_seed(2 * d + (side == "A"))
     return torch.randn(d, probes, generator=generator, dtype=torch.float64)
 
 
 def cosine(a: Source, b: Source) -> float:
-    """Cosine between two sources' updates over all modules that either has, in factored form."""
+    """Return the cosine between two sources' updates over all modules that either has, in factored form."""
     inner = 0.0
     for name in a.keys.keys() & b.keys.keys():
         one, two = a.factors(name), b.factors(name)
@@ -51,13 +62,15 @@ def cosine(a: Source, b: Source) -> float:
 def duplicates(
     sources: Sequence[Source], sketches: Sequence[torch.Tensor], same: float = SAME
 ) -> list[tuple[int, int, float | None]]:
-    """For each source that repeats an earlier one: its number, the earlier one's, and their cosine (None: the same
-    bytes).
+    """Return the sources that repeat an earlier one.
 
     Args:
         sources: the fleet, of which only pairs with similar sketches are read again.
-        sketches: per source what `sketch` gives of its modules, (modules, probes) in the order of its `keys`.
+        sketches: per source the `sketch` of its modules, (modules, probes) in the order of its `keys`.
         same: from this cosine on two sources are one.
+
+    Returns:
+        For each its number, the earlier one's, and their cosine; None where they have the same bytes.
     """
     found: list[tuple[int, int, float | None]] = []
     seen: dict[str, int] = {}
@@ -72,8 +85,8 @@ def duplicates(
         vector = vector / vector.norm().clamp_min(1e-30)
         own = frozenset(names)
         numbers, rows = kept.get(own, ([], vector[None][:0]))
-        alike = (rows[: len(numbers)] @ vector > CANDIDATE).nonzero().flatten().tolist()
-        for j in (numbers[place] for place in alike):
+        candidates = (rows[: len(numbers)] @ vector > CANDIDATE).nonzero().flatten().tolist()
+        for j in (numbers[place] for place in candidates):
             if (value := cosine(source, sources[j])) >= same:
                 found.append((i, j, value))
                 break

@@ -1,4 +1,4 @@
-"""New directions beside given ones: what a basis lacks of further updates, by HOSVD of what is left of them."""
+"""Extend a basis by directions that it lacks for further updates: the HOSVD of what it leaves of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .streaming import NULL_BESIDE
 
 
 def frame(module: ModuleBasis) -> tuple[torch.Tensor, torch.Tensor]:
-    """The basis's U (out, k_out) and Vᵀ (in, k_in) in float64, orthonormal beyond the rounding of what is stored."""
+    """Return the basis's U (out, k_out) and Vᵀ (in, k_in) in float64, orthonormal beyond the stored ones' rounding.
+
+    QR with a positive diagonal keeps each direction where it is, up to that rounding.
+    """
     found = []
     for columns in (module.U.double(), module.V.double().T):
         Q, R = torch.linalg.qr(columns)
@@ -25,7 +28,9 @@ def frame(module: ModuleBasis) -> tuple[torch.Tensor, torch.Tensor]:
 def exact_beside(
     updates: Sequence[Factors], weights: Sequence[float], fixed: tuple[torch.Tensor, torch.Tensor]
 ) -> Compressed:
-    """As `hosvd.exact`, in the given directions first, then in those of an exact SVD of what they leave of the stack.
+    """Return the updates as `hosvd.exact` does, in the given directions first.
+
+    Behind them come those of an exact SVD of what they leave of the stack, ``X − F Fᵀ X``.
 
     Args:
         updates: the sources' updates of one module.
@@ -43,7 +48,7 @@ def exact_beside(
 def grow(
     compressed: Compressed, module: ModuleBasis, add: int | float, add_in: int | None, alternations: int
 ) -> Pair | None:
-    """U and V of a module with further columns and rows behind those it has, which stay bit for bit.
+    """Return U and V of a module with further columns and rows behind those it has, which stay bit for bit.
 
     The new ones begin as the leading singular vectors of what the old ones leave of the stack, and alternate as
     JD-Full does, the old ones held.
@@ -56,7 +61,8 @@ def grow(
         alternations: at most this many rounds.
 
     Returns:
-        None where a share takes more than half of subspaces which do not hold all there is: wider ones are needed.
+        The grown bases; None where a share takes more than half of subspaces which do not hold all there is: wider
+        ones are needed.
     """
     a, b = module.k_out, module.k_in
     room = compressed.out.Q.shape[1] - a, compressed.inner.Q.shape[1] - b
@@ -78,8 +84,13 @@ def grow(
 
 
 def refit(compressed: Compressed, k: tuple[int, int], alternations: int) -> Pair:
-    """U and V of at most k columns and rows for all updates alike, the old ones' parts among them, by HOSVD and
-    alternations."""
+    """Fit U and V of at most k columns and rows to all updates alike, by HOSVD and alternations.
+
+    Args:
+        compressed: the updates, the old basis's cores among them.
+        k: directions of the output and the input side.
+        alternations: at most this many rounds.
+    """
     widths = compressed.out.Q.shape[1], compressed.inner.Q.shape[1]
     u, v = (torch.eye(width, min(size, width), dtype=torch.float64) for width, size in zip(widths, k, strict=True))
     u, v = turned(compressed, u, None, output=True), turned(compressed, None, v, output=False)
@@ -92,8 +103,14 @@ def refit(compressed: Compressed, k: tuple[int, int], alternations: int) -> Pair
 
 
 def orthogonal_to(columns: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (d, n) float64 of n columns, orthogonal to the orthonormal columns of `old` (d, k) in
-    float64."""
+    """Return an orthonormal basis (d, n) float64 of the columns' part outside the span of `old`.
+
+    Twice is enough: the second time removes the rounding that the first leaves.
+
+    Args:
+        columns: (d, n) float64.
+        old: (d, k) float64, orthonormal.
+    """
     for _ in range(2):
         columns = columns - old @ (old.T @ columns)
         columns = torch.linalg.qr(columns)[0]
@@ -101,6 +118,7 @@ def orthogonal_to(columns: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 
 def _extended(old: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return `old` (d, k) with the columns (d, n) behind it, in its dtype."""
     if not columns.shape[1]:
         return old
     new = fix_signs(orthogonal_to(columns, torch.linalg.qr(old.double())[0]))
@@ -108,6 +126,7 @@ def _extended(old: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _side(stack: torch.Tensor, fixed: torch.Tensor) -> Side:
+    """Return the given directions and, behind them, the left singular vectors of what they leave of a stack."""
     total = stack.square().sum().clamp_min(1e-300)
     held = (fixed.T @ stack).square().sum(1)
     rest = stack - fixed @ (fixed.T @ stack)
@@ -122,7 +141,14 @@ def _side(stack: torch.Tensor, fixed: torch.Tensor) -> Side:
 
 
 def _fewest(compressed: Compressed, old: tuple[int, int], room: tuple[int, int], share: float) -> int:
-    """The fewest new directions per side with which the leading block of all cores holds `share` of the energy."""
+    """Return the fewest new directions per side with which the leading block of all cores holds a share of the energy.
+
+    Args:
+        compressed: the updates.
+        old: directions that there are, per side.
+        room: how many more there can be, per side.
+        share: of the energy.
+    """
     n = max(room)
     block = torch.zeros(old[0] + room[0], old[1] + room[1], dtype=torch.float64)
     for _, cores in compressed.cores(compressed.weights):

@@ -1,4 +1,10 @@
-"""Bases of one module from its sources' updates, in factored form."""
+"""The truncated HOSVD of one module's updates, and the alternations that follow it, in factored form.
+
+The stack of updates, a tensor of N × out × in, is seen through orthonormal Q_out (out, w_out) and Q_in (in, w_in) that
+hold all of it, or about its leading directions. What remains are the small cores ``C_i = Q_outᵀ ΔW_i Q_in``, and all
+that follows is linear algebra on them, in float64: the stack's rounding is that of float32 files, 1e-7, and the small
+matrices' eigenvalues are squares of singular values, of which float32 would keep half the digits.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +17,15 @@ from ..basis.module import fix_signs
 from ..sources.factors import Factors
 
 RISE = 1e-6  # alternations stop when the share of energy kept rises by less
-NULL = 1e-12  # eigenvalues below this share of the largest are rounding, not directions
-BATCH = 1 << 23  # numbers in the cores that are formed at a time
+# eigenvalues below this share of the largest are rounding, not directions: these are singular values of 1e-6 of the
+# largest, and files in float32 have theirs to 1e-7
+NULL = 1e-12
+BATCH = 1 << 23  # entries of the cores that are formed at a time, 64 MB in float64
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What is known of one side's second moment M (d × d).
+    """One side's second moment M (d × d), as far as it is known.
 
     Attributes:
         Q: (d, w) float64, orthonormal: its leading directions, or a subspace that holds about those.
@@ -32,10 +40,11 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A module's updates seen through both sides' Q: what bases and statistics are computed from.
+    """A module's updates seen through both sides' Q, from which bases and statistics are computed.
 
     Attributes:
-        out, inner: the sides.
+        out: the output side.
+        inner: the input side.
         parts: per piece of the fleet its sources' places, Q_outᵀ B (n, w_out, r) and A Q_in (n, r, w_in).
         scales: per source what B A is multiplied by to be its update ΔW.
         weights: the same for its weighted update w ΔW.
@@ -56,12 +65,12 @@ class Compressed:
     def cores(
         self, factors: Sequence[float], u: torch.Tensor | None = None, v: torch.Tensor | None = None
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Places of a few sources and their cores (n, a, b) in Q_out u and Q_in v, float64, each times its own of
-        `factors`.
+        """Yield places of a few sources and their cores ``uᵀ Q_outᵀ (f ΔW) Q_in v`` (n, a, b), float64.
 
         Args:
-            factors: `scales` or `weights`.
-            u, v: (w_out, a) and (w_in, b) float64; all of Q_out and Q_in without them.
+            factors: f per source, `scales` or `weights`.
+            u: (w_out, a) float64; all of Q_out without it.
+            v: (w_in, b) float64; all of Q_in without it.
         """
         for places, left, right in self.parts:
             a, b = left.shape[1] if u is None else u.shape[1], right.shape[2] if v is None else v.shape[1]
@@ -77,12 +86,13 @@ class Compressed:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """An output and an input basis, and what they are within the subspaces they were found in.
+    """An output and an input basis, with their coordinates in the subspaces that they were found in.
 
     Attributes:
         U: (out, k_out) float32, orthonormal columns.
         V: (k_in, in) float32, orthonormal rows.
-        u, v: (w_out, k_out) and (w_in, k_in) float64: Q_outᵀ U and Q_inᵀ Vᵀ.
+        u: Q_outᵀ U (w_out, k_out) float64.
+        v: Q_inᵀ Vᵀ (w_in, k_in) float64.
         kept: share of the weighted energy that both keep together.
     """
 
@@ -94,7 +104,7 @@ class Pair:
 
 
 def hosvd(compressed: Compressed, k: int | float, k_in: int | None, alternations: int) -> Pair | None:
-    """Truncated HOSVD of the stack of updates, then alternations (JD-Full, arXiv 2407.00066).
+    """Compute the truncated HOSVD of the stack of updates, then alternate (JD-Full, arXiv 2407.00066).
 
     U: top eigenvectors of ``Σ w² ΔW ΔWᵀ``; V: of ``Σ w² ΔWᵀ ΔW``; then ``U ← Σ w² ΔW VᵀV ΔWᵀ`` and back until the kept
     energy stops rising, within the subspaces Q. Nothing of size out × in is formed. Directions beyond the fleet's own
@@ -107,20 +117,22 @@ def hosvd(compressed: Compressed, k: int | float, k_in: int | None, alternations
         alternations: at most this many rounds.
 
     Returns:
-        None where k is a share that takes more than half the directions of subspaces which do not hold all there is:
-        wider ones are needed.
+        The bases; None where k is a share that takes more than half the directions of subspaces which do not hold all
+        there is: wider ones are needed.
     """
     out, inner = compressed.out, compressed.inner
     widths = out.Q.shape[1], inner.Q.shape[1]
     if isinstance(k, float):
         a = b = smallest_k(compressed, k)
+        # of a subspace that does not hold all there is, the latter half of the directions is not settled
         if not compressed.whole and 2 * a > min(widths):
             return None
     else:
         a, b = min(k, widths[0]), min(k_in or k, widths[1])
+    # the columns of Q are the eigenvectors of the second moments, largest first: the HOSVD is the leading ones
     u, v = torch.eye(widths[0], a, dtype=torch.float64), torch.eye(widths[1], b, dtype=torch.float64)
     u, v = alternate(compressed, u, v, alternations)
-    # Q comes out of products in float32 where it is not exact
+    # QR once more in float64: where Q is not exact, it comes out of products in float32. What is stored is float32
     U, V = (fix_signs(torch.linalg.qr(side.Q @ turn)[0]).float() for side, turn in ((out, u), (inner, v)))
     return pair_of(compressed, U, V)
 
@@ -128,8 +140,17 @@ def hosvd(compressed: Compressed, k: int | float, k_in: int | None, alternations
 def alternate(
     compressed: Compressed, u: torch.Tensor, v: torch.Tensor, most: int, fixed: tuple[int, int] = (0, 0)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """At most `most` rounds of JD-Full's alternations from u and v on, whose leading `fixed` columns stay as they
-    are."""
+    """Run JD-Full's alternations (arXiv 2407.00066) from u and v on.
+
+    Each half round raises ``Σ w² ‖uᵀ C_i v‖²``, the energy kept, or leaves it as it is.
+
+    Args:
+        compressed: the updates.
+        u: (w_out, a) float64, orthonormal.
+        v: (w_in, b) float64, orthonormal.
+        most: rounds at most; fewer where a round raises the share kept by less than `RISE`.
+        fixed: how many leading columns of u and of v stay as they are.
+    """
     kept = _kept(compressed, u, v)
     for _ in range(most):
         u = turned(compressed, u, v, output=True, fixed=fixed[0])
@@ -141,14 +162,16 @@ def alternate(
 
 
 def pair_of(compressed: Compressed, U: torch.Tensor, V: torch.Tensor) -> Pair:
-    """The pair of U (out, k_out) and Vᵀ (in, k_in), seen within the subspaces."""
+    """Return the pair of U (out, k_out) and Vᵀ (in, k_in) with their coordinates in the subspaces."""
     u, v = compressed.out.Q.T @ U.double(), compressed.inner.Q.T @ V.double()
     return Pair(U.contiguous(), V.T.contiguous(), u, v, _kept(compressed, u, v))
 
 
 def exact(updates: Sequence[Factors], weights: Sequence[float]) -> Compressed:
-    """The updates in the directions of an exact SVD of their stack: ``[w_1 P_1 S_1 … w_N P_N S_N]``, with ``ΔW = P S
-    Tᵀ``.
+    """Return the updates in the directions of an exact SVD of their stack.
+
+    With ``ΔW_i = P_i S_i T_iᵀ`` the output side's second moment is ``X Xᵀ``, ``X = [w_1 P_1 S_1 … w_N P_N S_N]`` (out,
+    Σ r): its eigenvectors are X's left singular vectors, without squaring the condition. The input side has T for P.
 
     Args:
         updates: the sources' updates of one module.
@@ -165,15 +188,17 @@ def exact(updates: Sequence[Factors], weights: Sequence[float]) -> Compressed:
 def factor_pca(
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], scales: Sequence[float], weights: Sequence[float], total: float
 ) -> Compressed:
-    """EigenLoRAx's directions (arXiv 2502.04700): PCA, centred over columns, of the stacked raw B's and of the stacked
-    Aᵀ's.
+    """Return EigenLoRAx's directions (arXiv 2502.04700): PCA of the stacked raw B's and of the stacked Aᵀ's.
 
-    Kept for comparison. It depends on each source's gauge and takes no notice of its scale. Where the stack has fewer
+    Both are centred over their columns. This is kept for comparison: it depends on each source's gauge, and ignores
+    its scale. Where the stack has fewer
     than k directions the released code returns arbitrary ones from the null space; here k is cut instead.
 
     Args:
         pairs: per source the stored ``lora_B`` (out, r) and ``lora_A`` (r, in), float64, without scale.
-        scales, weights, total: as in `Compressed`.
+        scales: s of every source.
+        weights: w·s of every source.
+        total: Σ ‖w ΔW‖².
     """
     stacks = torch.cat([B for B, _ in pairs], 1), torch.cat([A.T for _, A in pairs], 1)
     out, inner = (_side(stack - stack.mean(1, keepdim=True)) for stack in stacks)
@@ -182,22 +207,27 @@ def factor_pca(
 
 
 def smallest_k(compressed: Compressed, share: float) -> int:
-    """The smallest k whose leading k × k block of all cores holds `share` of the energy; all there are where none
-    does."""
+    """Return the smallest k whose leading k × k block of all cores holds a share of the energy.
+
+    Args:
+        compressed: the updates.
+        share: of the energy; where no block holds it, all directions are taken.
+    """
     n = min(compressed.out.Q.shape[1], compressed.inner.Q.shape[1])
     eye = [torch.eye(side.Q.shape[1], n, dtype=torch.float64) for side in (compressed.out, compressed.inner)]
     block = torch.zeros(n, n, dtype=torch.float64)
     for _, cores in compressed.cores(compressed.weights, *eye):
         block += cores.square().sum(0)
+    # [a − 1, b − 1] of the double cumulative sum is the energy in the leading a × b block
     held = block.cumsum(0).cumsum(1).diagonal()
     enough = (held >= share * compressed.total * (1 - 1e-9)).nonzero()
     return int(enough[0, 0]) + 1 if len(enough) else n
 
 
 def _side(stack: torch.Tensor) -> Side:
-    """Left singular vectors of a stack (d, columns) that carry any energy, and their shares of it."""
+    """Return the left singular vectors of a stack (d, columns) that carry any energy, and their shares of it."""
     if stack.shape[1] > stack.shape[0]:
-        # same left singular vectors, fewer columns
+        # X = Rᵀ Qᵀ has the left singular vectors of Rᵀ (d, d): fewer columns for the SVD
         stack = torch.linalg.qr(stack.T, mode="r")[1].T
     P, S, _ = torch.linalg.svd(stack, full_matrices=False)
     energy = S * S
@@ -209,7 +239,20 @@ def _side(stack: torch.Tensor) -> Side:
 def turned(
     compressed: Compressed, u: torch.Tensor | None, v: torch.Tensor | None, *, output: bool, fixed: int = 0
 ) -> torch.Tensor:
-    """The best u for this v, or the best v for this u, of as many columns; the leading `fixed` ones stay."""
+    """Return the best u for this v, or the best v for this u.
+
+    For given v, u's columns are the leading eigenvectors of ``Σ w² (C_i v)(C_i v)ᵀ``; likewise v's.
+
+    Args:
+        compressed: the updates.
+        u: (w_out, a) float64; may be None where `output`.
+        v: (w_in, b) float64; may be None elsewhere.
+        output: whether u is turned, else v.
+        fixed: how many leading columns stay; these are the leading unit vectors.
+
+    Returns:
+        As many columns as the old one has.
+    """
     old = u if output else v
     assert old is not None
     moment = torch.zeros(len(old), len(old), dtype=torch.float64)
@@ -229,5 +272,6 @@ def turned(
 
 
 def _kept(compressed: Compressed, u: torch.Tensor, v: torch.Tensor) -> float:
+    """Return ``Σ ‖w uᵀ C v‖² / Σ ‖w ΔW‖²``; rounding can bring it a hair above one."""
     held = sum(float(cores.square().sum()) for _, cores in compressed.cores(compressed.weights, u, v))
     return min(1.0, held / compressed.total)

@@ -1,5 +1,7 @@
-"""How much of a source a basis keeps that was built without it: the only energy that says anything about new
-adapters."""
+"""Measure how much of a source a basis keeps that was built without it.
+
+This is the only energy that says anything about new adapters.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,21 @@ GROUPS_UP_TO = 8  # each group left out is one more build, in as many dimensions
 
 
 def wanted(asked: bool | None, groups: Sequence[int]) -> bool:
-    """Whether to measure it: as asked, else for fleets of 2 to 8 shared-seed groups, where it costs little."""
+    """Return whether to measure it: as asked, else for fleets of 2 to 8 shared-seed groups, where it costs little."""
     return asked if asked is not None else 2 <= len(set(groups)) <= GROUPS_UP_TO
 
 
 def left_out_energy(
     updates: Sequence[Factors], weights: Sequence[float], groups: Sequence[int], pair: Pair, alternations: int
 ) -> list[float | None]:
-    """Per source the share ‖UᵀΔW Vᵀ‖² / ‖ΔW‖² that a basis of the other groups' sources keeps of it, in one module.
+    """Return per source the share ‖UᵀΔW Vᵀ‖² / ‖ΔW‖² that a basis of the other groups keeps of it, in one module.
 
     A whole shared-seed group is left out at once, since its members span each other's input side. The bases are of the
     same size as `pair`, or smaller where the rest spans less.
 
     Args:
-        updates, weights: as `exact` takes them.
+        updates: the sources' updates of the module.
+        weights: one w per update, as for `exact`.
         groups: per source the number of its shared-seed group.
         pair: the basis of all sources, for its size.
         alternations: as for `pair`.

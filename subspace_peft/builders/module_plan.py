@@ -60,8 +60,9 @@ class ModulePlan:
 
     @property
     def cost(self) -> float:
-        """How the work grows, in multiply-adds: (out + in)·ranks·min(ranks, dimension), streamed (out +
-        in)·ranks·width.
+        """The work in multiply-adds, up to a factor.
+
+        That is the sum over both sides of d·ranks·min(d, ranks), or streamed of d·ranks·width.
         """
         ranks = sum(self.ranks)
         return float(sum(d * ranks * (min(d, ranks) if self.exact else self.width) for d in self.shape))

@@ -117,8 +117,8 @@ class ModuleStack:
     def _piece(self, members: list[int]) -> StackPiece:
         out, inner = self.shape
         n, r = len(members), self.ranks[members[0]]
-        # float32: large products with B and A take most of the time, and their rounding, 1e-7 of the energy, lies below
-        # that of the files. The r × r matrices are in float64, since both sides' products pass through them
+        # float32: large products with B and A take most of the time, and their rounding, 1e-7 of the energy, lies
+        # below that of the files. The r × r matrices are in float64, since both sides' products pass through them
         B, A = torch.empty(out, n, r), torch.empty(n, r, inner)
         over_B, over_A = torch.empty(n, r, r, dtype=torch.float64), torch.empty(n, r, r, dtype=torch.float64)
         for at, i in enumerate(members):

@@ -1,4 +1,4 @@
-"""Finished modules kept in a folder, so that an interrupted build goes on where it stopped."""
+"""Keep finished modules in a folder, so that an interrupted build goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TABLE = "table"
 
 
 class WorkFolder:
-    """The finished modules of one build, one file each, written aside and renamed.
+    """A folder of one build's finished modules, one file each, written aside and renamed.
 
     They lie in a folder of their own, named after what the build is made from: the sources' sha256, names, configs and
     norms, the arguments, and the versions of this package and of torch, whose rounding may differ. Another build does
@@ -51,7 +51,7 @@ class WorkFolder:
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def get(self, name: str) -> tuple[ModuleBasis, dict[str, Any]] | None:
-        """A finished module and its facts; None where there is none, or where its file is damaged."""
+        """Return a finished module and its facts; None where there is none, or where its file is damaged."""
         try:
             with safe_open(self._file(name), framework="pt", device="cpu") as file:
                 facts = json.loads(file.metadata()[FACTS])
@@ -79,7 +79,7 @@ class WorkFolder:
             ) from error
 
     def get_table(self, name: str) -> torch.Tensor | None:
-        """What was measured of a module before any was built; None where nothing was, or where its file is damaged."""
+        """Return the table measured of a module before any was built; None where there is none, or it is damaged."""
         try:
             with safe_open(self._file(name, "table"), framework="pt", device="cpu") as file:
                 value = file.get_tensor(TABLE)
@@ -89,7 +89,7 @@ class WorkFolder:
         return value if [name, tensor_sha256(value)] == [facts["module"], facts["sha256"]] else None
 
     def put_table(self, name: str, value: torch.Tensor) -> None:
-        """Keep what was measured of a module. Raises `OSError` where the disk refuses."""
+        """Keep a table measured of a module. Raises `OSError` where the disk refuses."""
         text = json.dumps({"module": name, "sha256": tensor_sha256(value)})
         tensors = {TABLE: value.contiguous()}
         write_aside(self._file(name, "table"), lambda path: save_file(tensors, path, metadata={FACTS: text}))
@@ -109,5 +109,5 @@ def forget(folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what a LoraConfig's dict may hold; nothing whose text differs from process to process."""
+    """Return JSON for any value of a LoraConfig's dict; the same text in every process."""
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else f"{type(value).__name__}"

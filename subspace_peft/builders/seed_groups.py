@@ -1,4 +1,7 @@
-"""Sources that began from the same random A. They fake a universal input subspace, so a group shares one vote."""
+"""Find sources that began from the same random A.
+
+They fake a universal input subspace, so such a group counts as one source.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,15 @@ ROWS = 256
 
 
 def seed_groups(sources: Sequence[Source], modules: Sequence[str]) -> list[int]:
-    """For each source the number of its group; sources alone in theirs have one of their own.
+    """Return for each source the number of its group; a source alone has one of its own.
 
     Two sources are of one group when the cosine of their stored A's, averaged over a few modules that both have, is
     above 0.5. Of large A's the same 1,024 entries of each are compared. Sources of different rank are never of one
     group.
+
+    Args:
+        sources: the fleet.
+        modules: its modules; the first few that a source has are compared.
     """
     samples: dict[tuple[str, tuple[int, ...]], tuple[list[int], list[torch.Tensor]]] = {}
     for number, source in enumerate(sources):
@@ -49,7 +56,7 @@ def seed_groups(sources: Sequence[Source], modules: Sequence[str]) -> list[int]:
 
 
 def _sample(flat: torch.Tensor) -> torch.Tensor:
-    """The same entries of every vector of a length, of norm 1, float32."""
+    """Return the same entries of every vector of a length, of norm 1, float32."""
     if len(flat) > ENTRIES_COMPARED:
         draw = torch.Generator().manual_seed(0)
         flat = flat[torch.randint(len(flat), (ENTRIES_COMPARED,), generator=draw)]

@@ -1,8 +1,8 @@
 """An upper bound on what a subspace has missed of a second moment: the certificate of a streamed basis.
 
-With orthonormal Q (d, w) and its complement, a second moment M (d, d) reads ``M = [[H, Rᵀ], [R, E]]``, where H = QᵀMQ
-(w, w) is known from the last pass, and so is R (as a matrix of w columns). Of E only the largest eigenvalue matters; it
-is bounded by a few random vectors, on which E is applied twice.
+With orthonormal Q (d, w) and its complement, a second moment M (d, d) reads ``M = [[H, Rᵀ], [R, E]]``, where
+``H = QᵀMQ`` (w, w) is known from the last pass, and so is R (as a matrix of w columns). Of E only the largest
+eigenvalue matters; it is bounded by a few random vectors, to which E is applied twice.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def most_held(
         Z: M Q (d, w) float64.
         H: QᵀMQ (w, w) float64, symmetric.
         trace: of M.
-        missed: bound on E's largest eigenvalue, see `largest_missed`; None where it is not known, which bounds nothing.
+        missed: bound on E's largest eigenvalue, see `largest_missed`; None where it is not known: then nothing is
+            bounded.
     """
     R = Z - Q @ H
     square = R.T @ R

@@ -1,4 +1,4 @@
-"""What is stored of a module beside its bases: the fleet's mean core, its spread, cores and principal directions."""
+"""The statistics stored of a module beside its bases: mean core, spread, sources' cores, principal directions."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ def module_basis(
     pair: Pair,
     compressed: Compressed,
     norms: Sequence[float],
-    votes: Sequence[float],
+    source_weights: Sequence[float],
     members: Sequence[int],
     *,
     directions: int,
     fleet_size: int,
     keep_cores: bool,
 ) -> tuple[ModuleBasis, list[float]]:
-    """The module's basis with mean core, RMS, cores and directions, and per member the share of its energy kept.
+    """Return the module's basis with mean core, RMS, cores and directions, and per member the share of energy kept.
+
+    With ``C_i = Uᵀ ΔW_i Vᵀ``, in units of ΔW, and p_i the members' weights, which add up to one, the mean core is
+    ``M = Σ p_i C_i`` and ``core_rms² = Σ p_i C_i²`` entry by entry. Sums are float64, what is stored float32.
 
     Args:
-        pair, compressed: the bases and the updates they were found from.
-        norms, votes: ‖ΔW‖_F and the vote of every member.
-        members: their places among the fleet's sources, of which there are `fleet_size`.
+        pair: the bases.
+        compressed: the updates that they were found from.
+        norms: ‖ΔW‖_F of every member.
+        source_weights: how much each counts within its shared-seed group.
+        members: their places among the fleet's sources.
         directions: how many principal axes of the cores to keep.
+        fleet_size: how many sources the fleet has; of those that do not adapt the module the stored cores are zero.
         keep_cores: whether the cores themselves are stored.
     """
     shape = pair.U.shape[1], pair.V.shape[0]
-    weight = torch.tensor(votes, dtype=torch.float64) / sum(votes)
+    weight = torch.tensor(source_weights, dtype=torch.float64) / sum(source_weights)
     mean, square = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     kept = [0.0] * len(members)
     every = torch.zeros(len(members), *shape, dtype=torch.float64) if directions or keep_cores else None
@@ -61,9 +67,14 @@ def module_basis(
 
 
 def certificate(pair: Pair, compressed: Compressed, both: bool) -> dict[str, object]:
-    """How much of the module's weighted energy is kept, beside the most that bases of these sizes could keep.
+    """Return how much of the module's weighted energy is kept, beside the most that bases of these sizes could keep.
+
+    U and V together keep no more than either side's leading directions hold alone, so the smaller of both sides'
+    bounds is one for the pair.
 
     Args:
+        pair: the bases.
+        compressed: the updates that they were found from.
         both: whether what each side holds bounds what both hold together, as it does where both see the updates.
 
     Returns:
@@ -86,11 +97,21 @@ def certificate(pair: Pair, compressed: Compressed, both: bool) -> dict[str, obj
 
 
 def _principal_cores(cores: torch.Tensor, weight: torch.Tensor, m: int) -> torch.Tensor:
-    """The m leading principal axes (uncentred, each source of norm 1) of the cores (N, k_out, k_in), at most N."""
+    """Return the m leading principal axes of the cores, at most N: the direction tensors G (m, k_out, k_in) float32.
+
+    They are the right singular vectors of the flattened cores, uncentred, each of norm 1 times the root of its weight.
+    Axes whose singular value is 1e-6 of the largest or less are float32's rounding.
+
+    Args:
+        cores: (N, k_out, k_in) float64.
+        weight: (N,) float64.
+        m: how many.
+    """
     flat = cores.flatten(1)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-300) * weight.sqrt()[:, None]
     _, S, axes = torch.linalg.svd(flat, full_matrices=False)
     axes = axes[: max(1, int((1e-6 * S[0] < S).sum()))][:m]
+    # the sign of a singular vector is arbitrary: the largest entry is made positive, so that bytes repeat
     top = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     axes = axes * torch.where(top < 0, -1.0, 1.0).to(axes.dtype)
     return axes.reshape(-1, *cores.shape[1:]).float().contiguous()

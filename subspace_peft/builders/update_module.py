@@ -1,4 +1,4 @@
-"""One module of a basis that is updated: what new adapters and the old basis's cores make of it."""
+"""Update one module of a basis, by new adapters' updates and the cores that the old basis holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from .streaming import compress
 
 @dataclass(frozen=True, eq=False)
 class OldModule:
-    """A module of the old basis: its tensors, the votes of its sources, and the tasks' cores that count as well."""
+    """A module of the old basis.
+
+    Attributes:
+        name: in the basis.
+        module: its tensors.
+        source_weights: how much each of its sources counts.
+        tasks: cores (k_out, k_in) of tasks that have to be kept as well, in units of ΔW.
+    """
 
     name: str
     module: ModuleBasis
@@ -37,6 +44,23 @@ def update_module(
     k: tuple[int, int] | None,
     alternations: int,
 ) -> tuple[ModuleBasis, dict[str, Any]]:
+    """Grow a module of a basis, or fit it again.
+
+    Args:
+        plan: of the new adapters' modules.
+        reader: of their files.
+        name: the module's name in the new fleet.
+        old: the module as it is.
+        add: directions to add per side, or the share of the new adapters' energy to keep.
+        add_in: directions to add on the input side where they differ.
+        k: instead, directions per side to fit for old and new alike.
+        alternations: at most this many rounds.
+
+    Returns:
+        The new module, and the facts about it: ``added`` directions per side, ``kept_before`` and ``kept`` of the new
+        adapters' weighted energy, ``numerics``, ``drift`` (the most that a core loses of its norm), ``shares`` kept of
+        every new source, and ``squares``, the old sources' squared norms before and after.
+    """
     task, fixed = plan.module(name), frame(old.module)
     pair: Pair | None = None
     width = task.width
@@ -49,7 +73,7 @@ def update_module(
         if k is None:
             pair = grow(compressed, old.module, add, add_in, alternations)
         else:
-            pair = refit(_joined(compressed, old), k, alternations)
+            pair = refit(_with_old(compressed, old), k, alternations)
         # a share of energy takes as many directions as it takes
         width *= 2
     a, b = old.module.k_out, old.module.k_in
@@ -67,9 +91,9 @@ def update_module(
         torch.eye(compressed.inner.Q.shape[1], b, dtype=torch.float64),
     ):
         kept_before += float(cores.square().sum())
-    votes = torch.zeros(len(plan.fleet.sources), dtype=torch.float64)
-    votes[task.members] = torch.tensor(task.source_weights, dtype=torch.float64)
-    module, drift = _joined_module(old, pair, found, votes)
+    source_weights = torch.zeros(len(plan.fleet.sources), dtype=torch.float64)
+    source_weights[task.members] = torch.tensor(task.source_weights, dtype=torch.float64)
+    module, drift = _joined_module(old, pair, found, source_weights)
     squares = [
         (float(was.double().square().sum()), float(now.double().square().sum()))
         for was, now in _stored(old.module, module)
@@ -85,19 +109,23 @@ def update_module(
     }
 
 
-def _joined(compressed: Compressed, old: OldModule) -> Compressed:
-    """The new updates and what the old basis holds, its sources' stored cores and its tasks', all of norm 1."""
+def _with_old(compressed: Compressed, old: OldModule) -> Compressed:
+    """Return the new updates together with the cores that the old basis holds, its sources' and its tasks'.
+
+    Each counts as of norm 1. A core C is the update U C V of the old basis, whose directions come first in Q: there it
+    is C, padded with zeros.
+    """
     cores = [core.double() for core in old.tasks]
     weights = [1.0 / max(float(core.norm()), 1e-300) for core in cores]
     if old.module.cores is not None:
-        for core, vote in zip(old.module.cores.double(), old.source_weights, strict=True):
+        for core, count in zip(old.module.cores.double(), old.source_weights, strict=True):
             if (size := float(core.norm())) > 0:
                 cores.append(core)
-                weights.append(vote**0.5 / size)
+                weights.append(count**0.5 / size)
     if not cores:
         raise SubspaceError(
-            f"Module {old.name!r}: with k= the directions are fitted anew, and nothing says what the old basis's tasks"
-            " need: it does not keep its sources' cores. Pass the tasks' cores with cores= (--tasks), or grow with"
+            f"Module {old.name!r}: with k= the directions are fitted again, and what the old basis's tasks need is not"
+            " known: it does not keep its sources' cores. Pass the tasks' cores with cores= (--tasks), or grow with"
             " add=, which loses nothing."
         )
     parts, places = list(compressed.parts), len(compressed.scales)
@@ -117,12 +145,24 @@ def _joined(compressed: Compressed, old: OldModule) -> Compressed:
 
 
 def _stored(old: ModuleBasis, new: ModuleBasis) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The old sources' cores, before and after."""
+    """Return the old sources' cores, before and after."""
     return [] if old.cores is None or new.cores is None else list(zip(old.cores, new.cores, strict=False))
 
 
-def _joined_module(old: OldModule, pair: Pair, found: torch.Tensor, votes: torch.Tensor) -> tuple[ModuleBasis, float]:
-    """The new module, and the most that a stored source's or a task's core loses of its norm."""
+def _joined_module(
+    old: OldModule, pair: Pair, found: torch.Tensor, source_weights: torch.Tensor
+) -> tuple[ModuleBasis, float]:
+    """Carry the old module's statistics over to the new bases, and join the new sources'.
+
+    Args:
+        old: the module as it was.
+        pair: the new bases.
+        found: the new sources' cores (n, k_out, k_in) float64.
+        source_weights: how much each of them counts (n,) float64.
+
+    Returns:
+        The new module, and the most that a stored source's or a task's core loses of its norm.
+    """
     module = old.module
     dtype = module.U.dtype
     bare = ModuleBasis(U=pair.U.to(dtype).contiguous(), V=pair.V.to(dtype).contiguous())
@@ -130,6 +170,7 @@ def _joined_module(old: OldModule, pair: Pair, found: torch.Tensor, votes: torch
     stored = None if module.cores is None else move.core(module.cores)
     rms = None
     if module.core_rms is not None and (move.leading or stored is not None):
+        # the mean square over old and new sources: of old ones from their cores, or else from their mean square
         weight = torch.tensor(old.source_weights, dtype=torch.float64)
         if stored is not None:
             alive = module.cores.flatten(1).any(1) if module.cores is not None else torch.ones(0)
@@ -137,10 +178,11 @@ def _joined_module(old: OldModule, pair: Pair, found: torch.Tensor, votes: torch
             square = torch.einsum("n,noi->oi", weight, stored.square())
         else:
             square = move.core(module.core_rms.double().square()) * weight.sum()
-        square = square + torch.einsum("n,noi->oi", votes, found.square())
-        rms = (square / (weight.sum() + votes.sum())).sqrt()
+        square = square + torch.einsum("n,noi->oi", source_weights, found.square())
+        rms = (square / (weight.sum() + source_weights.sum())).sqrt()
     G = None if module.G is None else move.core(module.G)
     if G is not None and not move.leading:
+        # direction tensors are of norm 1; one that lies outside the new bases has no direction left
         norms = G.flatten(1).norm(dim=1)[:, None, None]
         G = torch.where(norms > 1e-6, G / norms.clamp_min(1e-6), torch.zeros_like(G))
     parts = {

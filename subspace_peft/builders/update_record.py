@@ -1,4 +1,4 @@
-"""What an updated basis records: its sources, old and new, what was measured, and where it came from."""
+"""Make the record of an updated basis: its sources, old and new, energies, and the version it came from."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def record(
     facts: dict[str, dict[str, Any]],
     drifts: dict[str, float],
 ) -> dict[str, Any]:
+    """Return the ``info`` of an updated basis.
+
+    Args:
+        old: the basis before.
+        fleet: the new sources.
+        names: module in the basis → its name in the fleet.
+        arguments: of the update.
+        modules: all modules of the new basis.
+        facts: changed module → the facts of `update_module`; ``shares`` is taken out.
+        drifts: changed module → its drift, where it was fitted again.
+    """
     by_name = {name: key for key, name in names.items()}
     info = next_version(old, modules, refitted=() if arguments["k"] is None else facts)
     known = old.info.get("sources") or []
@@ -37,7 +48,7 @@ def record(
         "sources": [*known, *entries],
         "skipped": [*(old.info.get("skipped") or []), *fleet.skipped],
         "update": {"arguments": arguments, "modules": facts, **({"drift": drifts} if drifts else {})},
-        # where all was fitted anew, what is kept of old sources is known as far as their stored cores go, not per
+        # where all was fitted again, what is kept of old sources is known as far as their stored cores go, not per
         # module
         **({} if arguments["k"] is not None else {"measured": _measured(old, shares, modules)}),
     }
@@ -46,8 +57,10 @@ def record(
 def _measured(
     old: SubspaceBasis, shares: Mapping[str, list[float]], modules: Mapping[str, ModuleBasis]
 ) -> dict[str, Any]:
-    """The energy kept of old and new sources together: of the old ones what the old basis kept, which is less or the
-    same."""
+    """Return the energy kept of old and new sources together.
+
+    Of the old ones it is what the old basis kept, which is the same or less.
+    """
     measured = old.info.get("measured")
     before = measured.get("energy_kept_per_module") if isinstance(measured, Mapping) else None
     count = len(old.info.get("sources") or [])
@@ -68,8 +81,16 @@ def _measured(
 
 
 def after_refit(entry: dict[str, Any], number: int, squares: list[list[tuple[float, float]]]) -> dict[str, Any]:
-    """An old source's entry when its directions were fitted anew: what is kept of its stored cores, and None where
-    there are none."""
+    """Return an old source's entry after its directions were fitted again.
+
+    Args:
+        entry: before.
+        number: the source's place.
+        squares: per module the sources' squared norms before and after; empty where no cores are stored.
+
+    Returns:
+        The entry with ``energy_kept`` times what is kept of its stored cores; None where there are none.
+    """
     pairs = [each[number] for each in squares if each]
     before = sum(was for was, _ in pairs)
     share = sum(now for _, now in pairs) / before if before else None
@@ -78,6 +99,7 @@ def after_refit(entry: dict[str, Any], number: int, squares: list[list[tuple[flo
 
 
 def source_weights_of(entries: list[dict[str, Any]]) -> list[float]:
+    """Return how much each source on record counts: one over the size of its shared-seed group."""
     groups = [_group(entry, -1 - number) for number, entry in enumerate(entries)]
     sizes = Counter(groups)
     return [1.0 / sizes[group] for group in groups]

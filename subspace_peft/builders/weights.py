@@ -1,4 +1,4 @@
-"""How much each source of a fleet counts, where somebody says so."""
+"""Read how much each source of a fleet counts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ KINDS = ("equal", "norm")
 
 
 def read_weights(weights: str | Path | Mapping[str, float]) -> tuple[str, dict[str, float]]:
-    """``equal`` or ``norm``, and the votes by source: given as a mapping, or in a file of one JSON object ``{"source":
-    2.0, …}``.
+    """Return ``equal`` or ``norm``, and the weights by source where these are given.
+
+    Args:
+        weights: one of the words; a mapping from source to weight; or a file of one JSON object, ``{"source": 2.0}``.
 
     Raises:
-        SubspaceError: neither a known word nor a file; a file that holds something else; a vote that is no number
+        SubspaceError: neither a known word nor a file; a file that holds something else; a weight that is no number
             above 0.
     """
     if isinstance(weights, str) and weights in KINDS:
@@ -51,8 +53,12 @@ def read_weights(weights: str | Path | Mapping[str, float]) -> tuple[str, dict[s
     return "equal", {str(name): float(value) for name, value in given.items()}
 
 
-def weighted(fleet: Fleet, votes: Mapping[str, float]) -> Fleet:
-    """The fleet with these votes: by a source's name, its place, or its place with ``@revision``; others count 1.
+def weighted(fleet: Fleet, weights: Mapping[str, float]) -> Fleet:
+    """Return the fleet with these weights; sources without one count 1.
+
+    Args:
+        fleet: the sources.
+        weights: by a source's name, its location, or its location with ``@revision``.
 
     Raises:
         SubspaceError: names that are no source's; lists them.
@@ -60,12 +66,12 @@ def weighted(fleet: Fleet, votes: Mapping[str, float]) -> Fleet:
     found, used = [], set()
     for source in fleet.sources:
         names = [source.name, source.location, f"{source.location}@{source.revision}"]
-        hits = [name for name in names if name in votes]
+        hits = [name for name in names if name in weights]
         used.update(hits)
-        found.append(votes[hits[0]] if hits else 1.0)
-    if strangers := [name for name in votes if name not in used]:
+        found.append(weights[hits[0]] if hits else 1.0)
+    if unknown := [name for name in weights if name not in used]:
         raise SubspaceError(
-            f"weights: {', '.join(map(repr, strangers[:5]))} {'is' if len(strangers) == 1 else 'are'} no source's name"
+            f"weights: {', '.join(map(repr, unknown[:5]))} {'is' if len(unknown) == 1 else 'are'} no source's name"
             " or place. The fleet has "
             f"{', '.join(repr(source.name) for source in fleet.sources[:5])}{', …' if len(fleet.sources) > 5 else ''}."
         )

@@ -1,4 +1,4 @@
-"""What a fleet of adapters has in common, before or after a basis is built from it."""
+"""Find what a fleet of adapters has in common, before or after a basis is built from it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..sources.source import Source
 
 NEAR = 0.95  # cosine from which two adapters are called near-duplicates
 LOUD = 3.5  # robust z-score of log ‖ΔW‖ from which an adapter is an outlier, as is usual with median and MAD
-LOUD_AT_LEAST = 2.0  # nor is a norm within this factor of the median one, however alike the others are
+LOUD_AT_LEAST = 2.0  # a norm within this factor of the median is none, however close together the others are
 
 
 @dataclass(frozen=True)
 class FleetAnalysis:
-    """What `analyze_fleet` found.
+    """The result of `analyze_fleet`.
 
     Attributes:
         sources: per adapter name, location, base_model, ranks, modules, norm (‖ΔW‖_F), seed_group, ``nearest`` (the
@@ -44,6 +44,7 @@ class FleetAnalysis:
     skipped: list[dict[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
         return asdict(self)
 
 
@@ -63,8 +64,11 @@ def analyze_fleet(
 
     Args:
         sources: as `build_basis` takes them.
-        basis: say how much of each adapter it keeps.
-        allow_bin, base_model, token, progress: as in `build_basis`.
+        basis: measure how much of each adapter it keeps.
+        allow_bin: as in `build_basis`.
+        base_model: as in `build_basis`.
+        token: as in `build_basis`.
+        progress: as in `build_basis`.
 
     Raises:
         SourceError: no adapter can be used.
@@ -111,7 +115,7 @@ def analyze_fleet(
 
 
 def cosine_matrix(sources: list[Source]) -> torch.Tensor:
-    """Cosines (N, N) float64 between the updates of N sources, in factored form."""
+    """Return the cosines (N, N) float64 between the updates of N sources, in factored form."""
     n = len(sources)
     inner = torch.zeros(n, n, dtype=torch.float64)
     for name in dict.fromkeys(name for source in sources for name in source.keys):

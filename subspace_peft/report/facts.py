@@ -8,8 +8,8 @@ from typing import Any
 
 from .measure import ModuleFindings
 
-# `report.json`, and with it `numbers` and `sources`, has called shares of adapters that were left out so from its first
-# version on
+# the key for shares of adapters that were left out: `report.json` has had it from its first version on, and with it
+# `numbers` and `sources`
 LEFT_OUT = "unseen"
 FILE_KEYS = {"left_out": LEFT_OUT, "left_out_here": "unseen_here"}
 

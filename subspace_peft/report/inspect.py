@@ -1,4 +1,4 @@
-"""The facts about a basis or a task on disk, for people and for programs."""
+"""Read the facts about a basis or a task on disk, for people and for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tuner.task_file import WEIGHTS_FILE
 
 
 def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
-    """What a folder or Hub id holds.
+    """Return the facts about a folder or Hub id.
 
     Args:
         path: a basis or a saved task.

@@ -1,4 +1,4 @@
-"""What a basis would look like if the fleet had nothing in common."""
+"""Build the basis that a fleet would have if it had nothing in common."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..sources import expand_or_raise, open_source
 
 
 def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> SubspaceBasis:
-    """The basis of a fleet of noise: for each source, adapters of the same singular values in random directions.
+    """Build the basis of a fleet of noise: for each source, one of equal singular values in random directions.
 
-    Built by the same code with the same arguments, so spectra and energies compare like with like (a strength-matched
-    null). Sources of one shared-seed group become independent here.
+    It is built by the same code with the same arguments, so spectra and energies compare like with like (a
+    strength-matched null). Sources of one shared-seed group become independent here.
 
     Args:
         sources: the fleet, as `build_basis` takes it.

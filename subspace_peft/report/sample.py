@@ -1,4 +1,4 @@
-"""Which sources a report measures on, and which are left out together."""
+"""Draw the sources that a report measures on, and the folds that are left out together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FOLDS = 4
 
 
 def draw_sample(groups: Sequence[int], limit: int, seed: int) -> list[int]:
-    """Places of at most `limit` sources: whole groups as long as they fit, in random order."""
+    """Return the places of at most `limit` sources: whole seed groups, in random order, as long as they fit."""
     if len(groups) <= limit:
         return list(range(len(groups)))
     order = list(dict.fromkeys(groups))
@@ -25,7 +25,7 @@ def draw_sample(groups: Sequence[int], limit: int, seed: int) -> list[int]:
 
 
 def draw_folds(groups: Sequence[int], seed: int) -> list[int]:
-    """Per source its fold: shared-seed groups stay together."""
+    """Return per source its fold; shared-seed groups stay together."""
     order = list(dict.fromkeys(groups))
     if len(order) <= GROUPS_ONE_BY_ONE:
         return [order.index(group) for group in groups]

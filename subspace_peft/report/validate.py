@@ -1,4 +1,4 @@
-"""Is a basis what it says it is?"""
+"""Check that a basis is what its record says."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | Non
 
     Args:
         basis: a basis, its folder or its Hub id.
+        token: as in huggingface_hub.
 
     Returns:
         ``{"location", "fingerprint", "modules", "problems": ["module …: …"], "orthonormality": largest error found}``;
