@@ -13,7 +13,7 @@ from subspace_peft import SubspaceBasis, build_clusters
 from subspace_peft.builders import rebuild_basis
 from subspace_peft.builders.fleet import gather
 from subspace_peft.builders.fleet_sample import Sample
-from subspace_peft.builders.partition import compared, partition
+from subspace_peft.builders.partition import compared, left_out_shares, partition
 from subspace_peft.cli import main
 from subspace_peft.errors import SourceError, SubspaceError
 
