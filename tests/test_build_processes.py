@@ -269,12 +269,12 @@ def test_a_process_that_is_killed_does_not_hang_the_other(fleets, tmp_path, whol
 @pytest.mark.slow
 def test_on_the_command_line_the_one_that_fails_speaks(fleets, tmp_path):
     out = tmp_path / "out"
-    out.write_text("a file")
+    (out / "basis.safetensors").mkdir(parents=True)
     done = launched(["build", *fleets[bert], "--out", str(out), "--quiet"])
     assert done.returncode != 0
     # only the first writes
     assert "subspace-peft build, process 0 of 2 on " in done.stderr
-    assert "is a file; a basis is saved into a folder" in done.stderr
+    assert "Is a directory" in done.stderr
     assert "subspace-peft build, process 1" not in done.stderr
     assert done.stdout == ""
-    assert out.read_text() == "a file"
+    assert [file.name for file in out.iterdir()] == ["basis.safetensors"]

@@ -31,7 +31,7 @@ TIMED_SOURCES = 16
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What `plan_build` found.
+    """The plan of a build.
 
     Attributes:
         base_model: of the sources, or None.
@@ -82,8 +82,8 @@ def plan_build(
         resources: as in `build_basis`; its fields are keywords of their own, too.
         like: as in `build_basis`.
         base_model: as in `build_basis`.
-        clusters: as in `build_clusters`, of which this is the plan then: of one basis of all sources, which is as much
-            as all clusters' bases take beside their comparison.
+        clusters: as in `build_clusters`, of which this is the plan then: of one basis of all sources,
+            which takes about as much as all clusters' bases do, their comparison aside.
 
     Raises:
         SourceError: no source is usable.

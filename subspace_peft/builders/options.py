@@ -205,7 +205,7 @@ class UpdateOptions(Options):
         add: at most so many new directions per side and module, or the share of the new adapters' energy in (0, 1)
             that old and new directions have to keep together in every module.
         add_in: on the input side, where that differs.
-        k: instead of growing, fit so many directions anew.
+        k: instead of growing, fit so many directions from scratch.
         k_in: on the input side, where that differs.
         max_drift: with `k`: refuse a basis in which a stored source's core or one of `cores` loses more than this
             share of its norm in a module.
@@ -226,7 +226,7 @@ class UpdateOptions(Options):
     add_in: int | None = option(None, "on the input side, where they differ", whole(0, optional=True), convert=int)
     k: int | None = option(
         None,
-        "fit so many directions anew; tasks drift",
+        "fit so many directions from scratch; tasks drift",
         whole(1, optional=True),
         flags=("-k", "--k"),
         convert=int,
@@ -248,14 +248,15 @@ class UpdateOptions(Options):
             )
         if self.k is None and (self.k_in is not None or self.max_drift is not None):
             raise SubspaceError(
-                "k_in and max_drift are for a basis that is fitted anew: give k as well. Growing loses nothing."
+                "k_in and max_drift are for a basis that is fitted from scratch: give k as well. Growing loses"
+                " nothing."
             )
         if self.max_drift is not None and not self.max_drift >= 0:
             raise SubspaceError(f"max_drift={self.max_drift}: give 0 or more, as a share of ‖ΔW‖.")
 
     @property
     def refit(self) -> tuple[int, int] | None:
-        """The directions to fit anew, output and input side; None where the basis grows."""
+        """The directions to fit from scratch, output and input side; None where the basis grows."""
         return None if self.k is None else (self.k, self.k_in or self.k)
 
     def record(self, tasks: int) -> dict[str, Any]:
@@ -288,7 +289,7 @@ class CompleteOptions(Options):
 
 @dataclass(frozen=True)
 class Resources(Options):
-    """What building may take; the basis is the same whatever it is.
+    """The memory, disk and network that building may use, which do not change the basis.
 
     How many processes build is decided by the launcher that starts them (`accelerate launch`, torchrun).
 

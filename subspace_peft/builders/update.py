@@ -89,8 +89,8 @@ def update_basis(
     By default the new U and V begin with the old ones, bit for bit, and go on with directions orthogonal to them: the
     leading ones of the part of the new adapters' updates that the old basis leaves (HOSVD, then JD-Full's alternations
     with the old directions held). Tasks then lose nothing: their cores are padded with zeros. With `k` both are fitted
-    anew within k directions, for the old sources' stored cores, the tasks' `cores` and the new adapters alike: the
-    basis stays small, and tasks drift.
+    from scratch within k directions, for the old sources' stored cores, the tasks' `cores` and the new adapters alike:
+    the basis stays small, and tasks drift.
 
     The mean core M stays the one that the old basis's tasks use (with `k`: its projection), as do direction tensors G
     and the spectra, which are those of the first version's fleet. Stored source cores are joined by the new sources',

@@ -20,8 +20,8 @@ def add_update(add: Add) -> None:
         help="grow a basis by what new adapters need, and carry its tasks over",
         description=(
             "A new version of a basis for further LoRA adapters. Old directions stay bit for bit, so tasks lose"
-            " nothing; -k fits all directions anew instead. Interrupted, the same command goes on from the modules"
-            " kept in FOLDER.partial."
+            " nothing; -k fits all directions from scratch instead. Interrupted, the same command goes on from the"
+            " modules kept in FOLDER.partial."
         ),
     )
     verb.add_argument("basis", help="folder or Hub id of the basis")
