@@ -1,4 +1,4 @@
-"""What a model says of its adapters, through whichever library it was adapted."""
+"""Questions to an adapted model that PEFT and transformers answer differently."""
 
 from __future__ import annotations
 

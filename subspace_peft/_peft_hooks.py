@@ -140,7 +140,7 @@ def write_own_cards() -> None:
         if not isinstance(default, SubspaceConfig):
             return original(self, output_dir)
         if (Path(output_dir) / "README.md").is_file():
-            # the Trainer has just written one of its own, and asks for what belongs into it
+            # the Trainer has just written one of its own, and asks for its contents
             write_section(Path(output_dir), default.to_dict())
         return None
 
@@ -151,8 +151,8 @@ def write_own_cards() -> None:
 def join_mixed_models() -> bool:
     """Let `PeftMixedModel` take this method.
 
-    PEFT keeps what a mixed model takes in closed lists (`MIXED_LISTS`), and has no hook for a method that has to look
-    at the whole model before a module is replaced. So the method is added to the lists, and three methods are put
+    PEFT keeps the methods of mixed models in closed lists (`MIXED_LISTS`), and has no hook for a method that has to
+    look at the whole model before a module is replaced. So the method is added to the lists, and three methods are put
     before `MixedModel`'s own, for our configurations only. Seen with PEFT 0.21.0 to 0.21.2. Idempotent.
 
     Returns:

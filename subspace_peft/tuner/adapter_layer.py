@@ -25,7 +25,7 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         adapter_name: the first adapter's name.
         plan: the adapter's.
         key: the layer's name in the base model, kept as `key`.
-        kwargs: what PEFT's quantisation backends need of the model.
+        kwargs: settings of the model for PEFT's quantisation backends.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, plan: InjectionPlan, key: str, **kwargs: Any) -> None:
@@ -45,8 +45,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         names = kwargs.pop("adapter_names", self.batch_names)
         if names is not None:
             check_rows(self, x, names)
-        if self.arrivals and not self._disable_adapters:
-            self._check_arrivals(self.active_adapters if names is None else names)
+        if self.load_trackers and not self._disable_adapters:
+            self._check_loaded(self.active_adapters if names is None else names)
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -94,7 +94,7 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.subspace_coef:
                 continue
-            self._check_arrivals([adapter])
+            self._check_loaded([adapter])
             if backend is not None:
                 unpack(self.get_base_layer())
                 self._kept = self._kept if self.merged_adapters else KeptWeight.of(self.get_base_layer())
@@ -131,5 +131,5 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         return "subspace." + super().__repr__()
 
     def extra_repr(self) -> str:
-        """Return what PEFT's layers say of a quantised weight."""
+        """Return PEFT's own description of a quantised weight."""
         return quantization_extra_repr(self)

@@ -1,4 +1,4 @@
-"""Adapted layers with quantised weights: what bitsandbytes needs to train, merge and unmerge well."""
+"""Adapted layers with bitsandbytes' quantised weights: train, merge and unmerge them without loss."""
 
 from __future__ import annotations
 

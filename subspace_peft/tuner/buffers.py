@@ -10,7 +10,7 @@ from torch import nn
 
 from ..basis.module import tensor_sha256
 from ..errors import BasisMismatchError
-from .load_tracker import Arrivals
+from .load_tracker import LoadTracker
 
 
 class SavesBasis(Protocol):
@@ -32,7 +32,7 @@ class SharedBuffers(nn.Module):
         super().__init__()
         self._expected: dict[str, str] = {}
         self._configs: dict[str, SavesBasis] = {}
-        self._origins: dict[str, tuple[Arrivals, str, str]] = {}
+        self._origins: dict[str, tuple[LoadTracker, str, str]] = {}
 
     def put(self, adapter: str, value: torch.Tensor, config: SavesBasis, sha256: str | None = None) -> None:
         """Hold a tensor for an adapter.
@@ -41,7 +41,7 @@ class SharedBuffers(nn.Module):
             adapter: the adapter's name.
             value: the tensor; another adapter's own, where both share it.
             config: the adapter's, which says whether the tensor is in the state dict.
-            sha256: what a tensor that is loaded for the adapter has to hash to; None for any.
+            sha256: the hash that a tensor loaded for the adapter must have; None for any.
         """
         # not register_buffer, which refuses adapters named like any attribute of this class
         self._buffers[adapter] = value
@@ -51,9 +51,9 @@ class SharedBuffers(nn.Module):
         if sha256 is not None:
             self._expected[adapter] = sha256
 
-    def expect(self, adapter: str, arrivals: Arrivals, module: str, name: str) -> None:
-        """Note in `arrivals` when `adapter`'s tensor has come from its file, as `name` of `module`."""
-        self._origins[adapter] = (arrivals, module, name)
+    def expect(self, adapter: str, tracker: LoadTracker, module: str, name: str) -> None:
+        """Note in `tracker` when `adapter`'s tensor has come from its file, as `name` of `module`."""
+        self._origins[adapter] = (tracker, module, name)
 
     def arrived(self, sha256: str | None) -> torch.Tensor | None:
         """Return the tensor with that hash, where some adapter has it and does not itself wait for it."""
@@ -62,8 +62,8 @@ class SharedBuffers(nn.Module):
 
     def _came(self, adapter: str) -> None:
         if adapter in self._origins:
-            arrivals, module, name = self._origins.pop(adapter)
-            arrivals.note(module, name)
+            tracker, module, name = self._origins.pop(adapter)
+            tracker.note(module, name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for adapter, value in self._buffers.items():
@@ -73,7 +73,7 @@ class SharedBuffers(nn.Module):
                 destination[prefix + adapter] = value if keep_vars else value.detach()
 
     def verify(self, adapter: str, key: str, value: torch.Tensor) -> str | None:
-        """Return what is wrong with a tensor that was loaded for `adapter`, or None."""
+        """Return a message about a tensor that cannot be loaded for `adapter`; None where it can."""
         known = self._buffers.get(adapter)
         if known is not None and known.shape != value.shape:
             return f"size mismatch for {key}: the file has {tuple(value.shape)}, the model {tuple(known.shape)}"

@@ -137,7 +137,7 @@ def noted(card: Mapping[str, Any] | None, **facts: Any) -> Card:
     Args:
         card: a configuration's `card`.
         facts: `training`, `metrics`, `datasets`, `controls`, `base` or `of`; metrics are added to those of other
-            splits, all else takes the place of what was there.
+            splits, all else replaces earlier facts.
     """
     made = dict(card or {})
     for key, value in facts.items():
@@ -151,9 +151,9 @@ def measured(card: Mapping[str, Any] | None, **facts: Any) -> Card:
 
 
 def card_for(card: Mapping[str, Any] | None, digest: str | None) -> Card | None:
-    """Return what `card` says of the coefficients with that hash; None where nothing is left.
+    """Return the facts in `card` that hold of the coefficients with that hash; None where nothing is left.
 
-    What was measured of others is left out: the task may have been trained on since it was read.
+    Measurements of others are left out: the task may have been trained on since it was read.
 
     Args:
         card: a configuration's `card`.
@@ -193,7 +193,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def base_facts(base: Any, config: Any) -> dict[str, Any]:
-    """Return what a card keeps of a live base model: how to make one like it.
+    """Return a card's facts of a live base model: how to make one like it.
 
     Args:
         base: the model.

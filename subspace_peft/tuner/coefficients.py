@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import BadFileError
-from .load_tracker import Arrivals
+from .load_tracker import LoadTracker
 
 KINDS = ("core", "factor", "diagonal", "directions", "none")
 
@@ -30,12 +30,12 @@ class Coefficients(nn.Module):
         super().__init__()
         self.k_out, self.k_in, self.steps = k_out, k_in, steps
         self.gain = nn.Parameter(torch.zeros(1)) if mean_gain == "trainable" else None
-        self._origin: tuple[Arrivals, str] | None = None
+        self._origin: tuple[LoadTracker, str] | None = None
 
-    def expect(self, arrivals: Arrivals, module: str) -> None:
-        """Note in `arrivals` which of the trained tensors of `module` come from its file."""
-        self._origin = (arrivals, module)
-        self.register_load_state_dict_pre_hook(_note_arrivals)
+    def expect(self, tracker: LoadTracker, module: str) -> None:
+        """Note in `tracker` which of the trained tensors of `module` come from its file."""
+        self._origin = (tracker, module)
+        self.register_load_state_dict_pre_hook(_note_loaded)
 
     def _came(self, name: str) -> None:
         if self._origin is not None:
@@ -79,7 +79,7 @@ class Coefficients(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
-        """Return what `core` does, in a tensor of its own."""
+        """Return ``C(θ) + g·M`` as `core` does, in a tensor of its own."""
         core = self.core(mean, directions)
         # a parameter itself may be emptied by such hooks once this call is over
         return core.clone() if isinstance(core, nn.Parameter) else core
@@ -90,7 +90,7 @@ class Coefficients(nn.Module):
         return next(self.parameters()).dtype
 
 
-def _note_arrivals(module: Coefficients, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _note_loaded(module: Coefficients, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in module._parameters:
         if prefix + name in state_dict:
             module._came(name)

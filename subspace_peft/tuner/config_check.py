@@ -25,7 +25,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         values: field → value.
 
     Raises:
-        SubspaceError: a value is of a wrong kind or size; names the first, and what it should be.
+        SubspaceError: a value is of a wrong kind or size; names the first, and its kind or range.
     """
     for name, check in CHECKS.items():
         value = values[name]
@@ -77,7 +77,7 @@ def unknown_keys(values: Mapping[str, Any], known: Collection[str]) -> list[str]
     None are reported where a newer PEFT or subspace_peft saved the config, which may know more.
 
     Args:
-        values: what the config's file holds.
+        values: key → value in the config's file.
         known: the keys that this version writes.
     """
     if values.get("subspace_version") is None:

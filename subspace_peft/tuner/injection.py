@@ -21,7 +21,7 @@ from ..errors import BasisMismatchError, SubspaceError
 from .base_check import check_base_name, probe, probed_modules, same_weights
 from .config import SubspaceConfig
 from .generated import made_basis
-from .load_tracker import Arrivals
+from .load_tracker import LoadTracker
 from .plan import InjectionPlan, carried_entry
 from .targets import is_conv1d, outer_modules, sizes, supported, weight_shape
 
@@ -66,8 +66,8 @@ def make_plan(
             filled_in["base_probe"] = None if of_others and probed is None else probed or config.base_probe
     # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
     unchecked = config.loaded and (config.loaded_from is None or config.loaded_from.modules is None)
-    arrivals = Arrivals() if basis is None or unchecked else None
-    return InjectionPlan(config, basis, names, shapes, carried, arrivals, filled_in)
+    tracker = LoadTracker() if basis is None or unchecked else None
+    return InjectionPlan(config, basis, names, shapes, carried, tracker, filled_in)
 
 
 def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBasis | None:

@@ -16,7 +16,7 @@ from ..basis import ModuleBasis, SubspaceBasis
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import source_index
-from .load_tracker import Arrivals
+from .load_tracker import LoadTracker
 from .plan import InjectionPlan
 from .row_batch import RowBank
 from .targets import kind_of, sizes
@@ -37,7 +37,7 @@ class SubspaceLayer(BaseTunerLayer):
         bases: adapter → its whole basis, which others find by its fingerprint as long as an adapter uses it; not there
             where the task's own file brings the tensors, nor in copies of the model.
         basis_key: adapter → fingerprint and size of the basis, by which adapters find one to share.
-        arrivals: adapter → record of the tensors that came from its own file, the module's name there, the basis
+        load_trackers: adapter → tracker of the tensors from its own file, the module's name there, the basis
             tensors that it has to bring; gone after the first forward pass.
         bank: further tasks on the basis of one of the adapters, or None.
         bank_place: where in a row of the bank this layer's core begins, and its (k_in, k_out).
@@ -56,7 +56,7 @@ class SubspaceLayer(BaseTunerLayer):
         "r",
         "bases",
         "basis_key",
-        "arrivals",
+        "load_trackers",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.r: dict[str, tuple[int, int]] = {}
         self.bases: dict[str, SubspaceBasis] = {}
         self.basis_key: dict[str, tuple[Any, ...]] = {}
-        self.arrivals: dict[str, tuple[Arrivals, str, set[str]]] = {}
+        self.load_trackers: dict[str, tuple[LoadTracker, str, set[str]]] = {}
         self.bank: RowBank | None = None
         self.bank_place = (0, 0, 0)
         self.batch_names: Sequence[str] | None = None
@@ -110,9 +110,9 @@ class SubspaceLayer(BaseTunerLayer):
         self.subspace_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._start(coefficients, adapter_name, plan, key)
         self.subspace_coef[adapter_name] = coefficients
-        self.arrivals.pop(adapter_name, None)
-        if plan.arrivals is not None:
-            self._expect(adapter_name, plan.arrivals, key, to_come)
+        self.load_trackers.pop(adapter_name, None)
+        if plan.tracker is not None:
+            self._expect(adapter_name, plan.tracker, key, to_come)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # not `set_adapter`, which walks all adapters: a thousandth one should cost what the first did
         coefficients.requires_grad_(adapter_name in self.active_adapters and not inference_mode)
@@ -164,7 +164,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.basis_key[adapter_name] = self.basis_key[other]
         if other in self.bases:
             self.bases[adapter_name] = self.bases[other]
-        self.arrivals.pop(adapter_name, None)
+        self.load_trackers.pop(adapter_name, None)
 
     def basis_part(self, adapter_name: str) -> ModuleBasis:
         """Return the adapter's part of its basis, as far as this layer has it."""
@@ -174,18 +174,18 @@ class SubspaceLayer(BaseTunerLayer):
         tensors = {name: getattr(self, f"subspace_{name}").get(adapter_name) for name in "UVMG"}
         return ModuleBasis(**{name: value.detach().cpu() for name, value in tensors.items() if value is not None})
 
-    def _expect(self, adapter_name: str, arrivals: Arrivals, key: str, to_come: list[str]) -> None:
-        self.subspace_coef[adapter_name].expect(arrivals, key)
+    def _expect(self, adapter_name: str, tracker: LoadTracker, key: str, to_come: list[str]) -> None:
+        self.subspace_coef[adapter_name].expect(tracker, key)
         for name in to_come:
             container: SharedBuffers = getattr(self, f"subspace_{name}")
-            container.expect(adapter_name, arrivals, key, f"subspace_{name}")
-        self.arrivals[adapter_name] = (arrivals, key, {f"subspace_{name}" for name in to_come})
+            container.expect(adapter_name, tracker, key, f"subspace_{name}")
+        self.load_trackers[adapter_name] = (tracker, key, {f"subspace_{name}" for name in to_come})
 
-    def _check_arrivals(self, adapters: Sequence[str]) -> None:
-        for adapter in [name for name in adapters if name in self.arrivals]:
-            arrivals, key, brought = self.arrivals[adapter]
-            arrivals.check(key, {name for name, _ in self.subspace_coef[adapter].named_parameters()}, brought)
-            del self.arrivals[adapter]
+    def _check_loaded(self, adapters: Sequence[str]) -> None:
+        for adapter in [name for name in adapters if name in self.load_trackers]:
+            tracker, key, brought = self.load_trackers[adapter]
+            tracker.check(key, {name for name, _ in self.subspace_coef[adapter].named_parameters()}, brought)
+            del self.load_trackers[adapter]
 
     def _start(self, coefficients: Coefficients, adapter_name: str, plan: InjectionPlan, key: str) -> None:
         config = plan.config

@@ -145,6 +145,6 @@ def make_layer(target: nn.Module, adapter_name: str, plan: InjectionPlan, key: s
         adapter_name: the first adapter's name.
         plan: the adapter's.
         key: the layer's name in the base model.
-        kwargs: what PEFT's quantisation backends need of the model.
+        kwargs: settings of the model for PEFT's quantisation backends.
     """
     return KINDS[kind_of(target)](target, adapter_name, plan, key, **kwargs)

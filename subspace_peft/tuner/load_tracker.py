@@ -1,34 +1,40 @@
-"""What a task's own file has brought, where the loader does not check it: transformers assigns tensors one by one."""
+"""Track which tensors a task's file has brought, for loaders that check nothing: transformers assigns them singly."""
 
 from __future__ import annotations
 
 from ..errors import BadFileError
 
 
-class Arrivals:
-    """The tensors of one adapter that have come, over all its layers.
+class LoadTracker:
+    """The tensors of one adapter that were loaded, over all its layers.
 
-    An adapter into which nothing has come at all is a new one, made from a saved configuration; one into which some
-    tensors have come and others not was read from an incomplete file.
+    An adapter into which nothing was loaded at all is a new one, made from a saved configuration; one into which some
+    tensors were loaded and others not was read from an incomplete file.
+
+    Attributes:
+        loaded: (module, name of the tensor) of each.
     """
 
     def __init__(self) -> None:
-        self.came: set[tuple[str, str]] = set()
+        self.loaded: set[tuple[str, str]] = set()
 
     def note(self, module: str, name: str) -> None:
-        """Tensor `name` of `module` has come."""
-        self.came.add((module, name))
+        """Note that the tensor `name` of `module` was loaded."""
+        self.loaded.add((module, name))
 
     def check(self, module: str, coefficients: set[str], basis: set[str]) -> None:
-        """Raise `BadFileError` where the file has brought something, but not all of what `module` needs.
+        """Check that the file has brought all or nothing.
 
         Args:
             module: name of the layer's module.
             coefficients: names of its trained tensors.
             basis: names of the tensors of a basis that only the file has; they are needed in any case.
+
+        Raises:
+            BadFileError: some tensors that `module` needs were loaded, and others not.
         """
-        needed = basis | (coefficients if self.came else set())
-        missing = sorted(name for name in needed if (module, name) not in self.came)
+        needed = basis | (coefficients if self.loaded else set())
+        missing = sorted(name for name in needed if (module, name) not in self.loaded)
         if missing:
             raise BadFileError(
                 f"Module {module!r}: the task's file did not bring {', '.join(missing)}. It is incomplete, or was"

@@ -1,8 +1,8 @@
 """`PeftMixedModel`: this method beside LoRA and PEFT's others on one model.
 
-PEFT's mixed tuner asks a method for its layers only, so for our configurations it has to do here what `SubspaceModel`
-does before a module is replaced. `_peft_hooks` puts these functions before the mixed tuner's own methods; each gets
-the method whose place it takes as `theirs`.
+PEFT's mixed tuner asks a method for its layers only, so the steps of `SubspaceModel` before a module is replaced are
+repeated here for our configurations. `_peft_hooks` puts these functions before the mixed tuner's own methods; each
+gets the method whose place it takes as `theirs`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def prepare_adapter_config(
 
 
 def prepare_model(tuner: MixedModel, theirs: Callable[..., Any], config: SubspaceConfig, model: nn.Module) -> None:
-    """Plan the injection, and raise what is wrong, before a module is replaced."""
+    """Plan the injection, and raise any error, before a module is replaced."""
     theirs(config, model)
     keep_unpacked(model)
     # a second adapter is put into the mixed model as a whole, so that all names begin with where its base model is;

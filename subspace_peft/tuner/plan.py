@@ -1,4 +1,4 @@
-"""`InjectionPlan`: what an adapter's layers are made from, decided before a model is touched."""
+"""`InjectionPlan`: the tensors and names that an adapter's layers are made from, decided beforehand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module import module_shape, tensor_sha256
 from .config import SubspaceConfig
-from .load_tracker import Arrivals
+from .load_tracker import LoadTracker
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class InjectionPlan:
         shapes: the basis's name of a module → its shape, as `SubspaceBasis.shapes` has it.
         carried: target module → shapes and hashes of the tensors that the task's own file has, or will have where it
             is saved; None: it carries no basis.
-        arrivals: what has come from the task's own file, where something is yet to come.
+        tracker: notes the tensors that are loaded from the task's own file; None where that was checked already.
         filled_in: field of the configuration → the value that the making of the adapter fills in.
     """
 
@@ -34,7 +34,7 @@ class InjectionPlan:
     names: Mapping[str, str]
     shapes: Mapping[str, Mapping[str, int]]
     carried: Mapping[str, Any] | None
-    arrivals: Arrivals | None
+    tracker: LoadTracker | None
     filled_in: Mapping[str, Any]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ class InjectionPlan:
         return self.config.sizes.part(key, self.basis[self.names[key]])
 
     def basis_key(self, key: str) -> tuple[Any, ...] | None:
-        """Return what two adapters have to agree in to share tensors at `key`; None where these are yet to come."""
+        """Return the key by which adapters share tensors at `key`; None where these are yet to be loaded."""
         if self.basis is None:
             return None
         shape = self.shapes[self.names[key]]

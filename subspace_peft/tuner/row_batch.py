@@ -51,7 +51,7 @@ class RowBank(Protocol):
 
 
 class RowLayer(Protocol):
-    """What a batch of several tasks asks of an adapter layer; `SubspaceLayer` is one."""
+    """The part of an adapter layer that a batch of several tasks needs; `SubspaceLayer` has it."""
 
     subspace_coef: nn.ModuleDict
     subspace_U: Any
@@ -76,13 +76,13 @@ class RowLayer(Protocol):
 
 
 class TaskNames(list[str]):
-    """A task name per row, with what each layer has prepared for it: one `generate` calls every layer many times.
+    """A task name per row, and each layer's preparations for it: one `generate` calls every layer many times.
 
     Attributes:
         prepared: layer → its groups.
         present: layers that have the same adapters and bank → which of the names are theirs; found once for all of
             them.
-        gathered: what banks keep here for the same layers.
+        gathered: rows that banks have gathered, for the same layers.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ class TaskNames(list[str]):
 
 
 def batch_key(layer: RowLayer) -> tuple[Any, ...]:
-    """Return what layers agree in whose rows of a batch are the same: their adapters and their bank."""
+    """Return a key that layers share whose rows of a batch are the same: their adapters and their bank."""
     return (id(layer.bank), *layer.subspace_coef)
 
 

@@ -33,7 +33,7 @@ def locate_task(path_or_id: str, subfolder: str | None, kwargs: Mapping[str, Any
         kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, as in huggingface_hub; others are ignored.
 
     Returns:
-        Folder and weights file; None for what is not there.
+        Folder and weights file; None for each that is not there.
     """
     folder = Path(path_or_id, subfolder or "")
     if folder.is_dir():
@@ -84,8 +84,8 @@ def check_task(
 
     Args:
         file: the file.
-        sizes: what its config says of the coefficients' sizes.
-        reference: what its config says of the basis.
+        sizes: the sizes of the coefficients, by its config.
+        reference: the place and fingerprint of the basis, by its config.
         carried: module → shapes and hashes of the basis in the file, where the config says that it carries one.
         find_basis: finds the basis, once the file's header has been read; None: the file carries it.
 
@@ -213,7 +213,7 @@ def _check_shapes(
 
 
 def _check_numbers(file: Path, carried: Carried | None, key: str, value: torch.Tensor) -> None:
-    """Check that all numbers are finite and, of a basis that the file carries, that they hash to what its config has.
+    """Check that all numbers are finite and, of a basis that the file carries, that their hashes are the config's.
 
     Args:
         file: for messages.
