@@ -120,9 +120,11 @@ def test_copies_of_a_model_have_its_tensors_and_not_the_whole_basis(bases):
         assert torch.equal(logits(copied), expected)
 
 
+@pytest.mark.parametrize("kind", [{"k": 3}, {"coefficients": "directions"}], ids=["part", "directions"])
 @pytest.mark.parametrize("way", ["peft", "transformers", "injected"])
-def test_a_basis_that_is_asked_for_later_is_carried_whole(bases, way, tmp_path):
-    config, folder = SubspaceConfig(basis=bases[bert].location, k=3, mean_gain="fixed"), tmp_path / "task"
+def test_a_basis_that_is_asked_for_later_is_carried_whole(bases, way, kind, tmp_path):
+    given = {"basis": bases[bert].location, "mean_gain": "fixed", **kind}
+    config, folder = SubspaceConfig(**given), tmp_path / "task"
     model = bert()
     if way == "peft":
         model = get_peft_model(model, config)
@@ -134,7 +136,7 @@ def test_a_basis_that_is_asked_for_later_is_carried_whole(bases, way, tmp_path):
     expected = logits(randomise(model))
     config.save_basis = True
     model.save_pretrained(folder) if way != "injected" else save_adapter(model, folder, "default")
-    known = SubspaceConfig(basis=bases[bert].location, k=3, mean_gain="fixed", save_basis=True)
+    known = SubspaceConfig(**given, save_basis=True)
     get_peft_model(bert(), known)
     saved = SubspaceConfig.from_pretrained(folder)
     assert saved.basis_modules == known.basis_modules

@@ -170,7 +170,8 @@ class SubspaceLayer(BaseTunerLayer):
         """Return the adapter's part of its basis, as far as this layer has it."""
         if adapter_name in self.bases:
             _, name, k_out, k_in = self.basis_key[adapter_name]
-            return self.bases[adapter_name][name].truncate(k_out, k_in)
+            module = self.bases[adapter_name][name]
+            return module if (k_out, k_in) == (module.k_out, module.k_in) else module.truncate(k_out, k_in)
         tensors = {name: getattr(self, f"subspace_{name}").get(adapter_name) for name in "UVMG"}
         return ModuleBasis(**{name: value.detach().cpu() for name, value in tensors.items() if value is not None})
 
