@@ -22,7 +22,7 @@ def looks_like_path(text: str) -> bool:
 
 
 def is_hub_id(reference: str) -> bool:
-    """Return whether `reference` may be the id of a repository on the Hub, and is no file or folder here."""
+    """Return whether `reference` may be the id of a repository on the Hub, and is not a file or folder here."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -43,8 +43,8 @@ def check_repo_id(repo_id: str) -> None:
     """
     if looks_like_path(repo_id) or split_revision(repo_id)[1] is not None:
         raise SubspaceError(
-            f"{repo_id!r} is no repository id on the Hub. Give it as 'name' or 'org/name', and a branch as an argument"
-            " of its own."
+            f"{repo_id!r} is not a repository id on the Hub. Give it as 'name' or 'org/name', and a branch as an"
+            " argument of its own."
         )
 
 

@@ -160,7 +160,7 @@ def test_a_local_basis_is_not_pushed_without_a_word(hub, folder, bases, fresh):
     for word in (str(bases[bert].location), "push_basis_to=", "force=True"):
         assert word in str(caught.value)
     assert "org/bundle" not in hub.repos
-    with pytest.raises(SubspaceError, match="no repository id"):
+    with pytest.raises(SubspaceError, match="not a repository id"):
         push_bundle(folder, "./folder")
 
 

@@ -20,12 +20,12 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in `file`.
 
     Raises:
-        ValueError: no regular file, too large, no UTF-8, no JSON, nested too deeply, or no object; says which.
+        ValueError: it is not a regular file, too large, not UTF-8, not JSON, nested too deeply, or not an object.
         OSError: it cannot be read.
     """
     # reading a pipe or a device need never end
     if file.exists() and not file.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     size = file.stat().st_size
     if size > MOST_JSON_BYTES:
         raise ValueError(f"it has {size:,} bytes, more than any config")
@@ -36,7 +36,7 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
     """Return the JSON object in `text`.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or no object; says which.
+        ValueError: it is not JSON, nested too deeply, or not an object.
     """
     try:
         found = json.loads(text)
@@ -48,12 +48,12 @@ def parse_json(text: str | bytes) -> dict[str, Any]:
 
 
 def is_whole(value: Any, least: int = 1, most: int = MOST_DIRECTIONS) -> bool:
-    """Return whether `value` is an integer from `least` to `most`; booleans are none."""
+    """Return whether `value` is an integer from `least` to `most`, and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether `value` is a number that a float can hold; booleans are none."""
+    """Return whether `value` is a number that a float can hold, and not a boolean."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
@@ -88,7 +88,7 @@ def pattern_problem(pattern: str) -> str | None:
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return f"it is no regular expression ({error})"
+        return f"it is not a regular expression ({error})"
     if re.search(r"\)[*+{]", _plain(pattern)):
         return "it repeats a group, which can take exponential time to match; repeat single characters, as in `.*`"
     if _repeats(pattern) > MOST_REPEATS:

@@ -24,7 +24,7 @@ from .schema import info_problem, shape_problem
 
 CONFIG_FILE = "basis_config.json"
 TENSORS_FILE = "basis.safetensors"
-# keys of the config that are no part of `BasisRecord.info`
+# keys of the config that are not part of `BasisRecord.info`
 NOT_INFO = ("format_version", "modules", "fingerprint")
 FORMAT_VERSIONS = (1, 2)  # 2: with a precision, which earlier readers do not know
 
@@ -264,7 +264,7 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str 
         BadFileError: the file cannot be read, or a tensor is missing or has another shape or dtype; names it.
     """
     if file.exists() and not file.is_file():
-        raise BadFileError(f"{file}: it is no regular file. Fetch or build the basis again.")
+        raise BadFileError(f"{file}: it is not a regular file. Fetch or build the basis again.")
     try:
         with safe_open(file, framework="pt", device="cpu") as tensors:
             keys = set(tensors.keys())
@@ -283,13 +283,13 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str 
                     kind = _kind(key, precision)
                     if kind is not None and tensors.get_slice(f"{name}.{key}").get_dtype() != kind:
                         raise BadFileError(
-                            f"{file}: module {name!r} has {key} of another dtype than {kind}, and {CONFIG_FILE} says"
-                            f" {precision}. The two files do not belong together: fetch or build the basis again."
+                            f"{file}: module {name!r} has {key} of another dtype than {kind}, though {CONFIG_FILE}"
+                            f" says {precision}. The two files do not belong together: fetch or build the basis again."
                         )
     except (SafetensorError, OSError) as error:
         raise BadFileError(
-            f"{file}: cannot be read ({error}). The file is missing, truncated or no safetensors file: fetch or build "
-            "the basis again."
+            f"{file}: cannot be read ({error}). The file is missing, truncated or not a safetensors file: fetch or"
+            " build the basis again."
         ) from error
 
 

@@ -176,7 +176,7 @@ def stored_problem(stored: Mapping[str, torch.Tensor], precision: str) -> str | 
         if scale.dtype != torch.float32 or tuple(scale.shape) != (count,):
             return f"{SCALES[side]} is {scale.dtype} of shape {tuple(scale.shape)}, not float32 of ({count},)"
         if not (torch.isfinite(scale) & (scale > 0)).all():
-            return f"{SCALES[side]} holds values that are no positive numbers"
+            return f"{SCALES[side]} holds values that are not positive numbers"
     return None
 
 

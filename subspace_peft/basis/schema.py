@@ -15,12 +15,12 @@ MOST_FEATURES = 1 << 32
 def shape_problem(name: Any, shape: Any) -> str | None:
     """Return what is wrong with a module's name and its ``{"out", "in", "k_out", "k_in", "directions"}``, or None."""
     if not is_name(name):
-        return f"{str(name)[:80]!r} is no module's name"
+        return f"{str(name)[:80]!r} is not a module's name"
     if not isinstance(shape, Mapping):
         return f"module {name!r} has no shape"
     for key in ("out", "in"):
         if not is_whole(shape.get(key), most=MOST_FEATURES):
-            return f"module {name!r} has {key}={_short(shape.get(key))}, which is no layer's size"
+            return f"module {name!r} has {key}={_short(shape.get(key))}, which is not a layer's size"
     for key, limit in (("k_out", "out"), ("k_in", "in")):
         # orthonormal directions: there are never more of them than dimensions
         if not is_whole(shape.get(key), most=min(MOST_DIRECTIONS, shape[limit])):
@@ -52,14 +52,14 @@ def info_problem(info: Mapping[str, Any]) -> str | None:
             return f"{key} is a {type(info[key]).__name__}, not a {kind.__name__}"
     for key in ("sources", "skipped", "lineage"):
         if not all(isinstance(entry, dict) for entry in info.get(key) or []):
-            return f"{key} lists something that is no object"
+            return f"{key} lists something that is not an object"
     if info.get("precision") is not None:
         stored, numbers = info["precision"].get("stored"), ("energy_lost", "energy_lost_at_most", "orthonormality")
         if not isinstance(stored, str) or stored not in PRECISIONS or stored == "float32":
-            return f"precision is stored={_short(stored)}, which is none"
+            return f"precision is stored={_short(stored)}, which is not a lower precision than float32"
         for key in numbers:
             if not is_finite(info["precision"].get(key)):
-                return f"precision has {key}={_short(info['precision'].get(key))}, which is no number"
+                return f"precision has {key}={_short(info['precision'].get(key))}, which is not a number"
     base = info.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         return f"base_model_name_or_path is a {type(base).__name__}, not a name"

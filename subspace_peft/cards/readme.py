@@ -109,7 +109,7 @@ def front_matter(readme: Path) -> dict[str, Any]:
 
 
 def _split(text: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the front matter and the rest; None for front matter that is no mapping in YAML."""
+    """Return the front matter and the rest; None for front matter that is not a mapping in YAML."""
     import yaml
 
     found = FRONT.match(text)

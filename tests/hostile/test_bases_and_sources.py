@@ -38,14 +38,14 @@ from .make import (
         (lambda c: c.update(modules={"first": 5}), "no sha256"),
         (lambda c: c["modules"]["first"].update(sha256="0" * 63), "no sha256"),
         (lambda c: c["modules"]["first"].update(shape=[1, 2]), "no shape"),
-        (lambda c: c["modules"]["first"]["shape"].update(out=HUGE), "no layer's size"),
-        (lambda c: c["modules"]["first"]["shape"].update(out=True), "no layer's size"),
+        (lambda c: c["modules"]["first"]["shape"].update(out=HUGE), "not a layer's size"),
+        (lambda c: c["modules"]["first"]["shape"].update(out=True), "not a layer's size"),
         (lambda c: c["modules"]["first"]["shape"].update(k_out=11), "dimensions"),
         (lambda c: c["modules"]["first"]["shape"].update(k_in=0), "dimensions"),
         (lambda c: c["modules"]["first"]["shape"].update(directions=10**9), "directions="),
         (lambda c: c["modules"]["first"]["shape"].update(directions=3), "do not belong together"),
         (lambda c: c["modules"]["first"]["shape"].update(k_out=2), "do not belong together"),
-        (lambda c: c["modules"].update({"a\nb": c["modules"]["first"]}), "no module's name"),
+        (lambda c: c["modules"].update({"a\nb": c["modules"]["first"]}), "not a module's name"),
         (lambda c: c.update(sources=5), "sources"),
         (lambda c: c.update(sources=[5]), "sources"),
         (lambda c: c.update(measured=[]), "measured"),
@@ -68,7 +68,7 @@ def test_two_modules_cannot_pose_as_one_of_a_long_name(files):
     first, last = content["modules"]["first"], content["modules"]["last"]
     content["modules"] = {f"first\0{first['sha256']}\nlast": last}
     (files["basis"] / BASIS_CONFIG).write_text(json.dumps(content))
-    with pytest.raises(BadFileError, match="no module's name"):
+    with pytest.raises(BadFileError, match="not a module's name"):
         SubspaceBasis.from_pretrained(files["basis"])
 
 
