@@ -258,7 +258,7 @@ def test_the_cache_is_listed_verified_and_emptied(hub, push, tmp_path, capsys, m
 def test_paths_are_no_repositories(place, bases):
     model = get_peft_model(bert(), SubspaceConfig(basis=bases[bert]))
     for push_to in (bases[bert].push_to_hub, randomise(model).push_to_hub):
-        with pytest.raises(SubspaceError, match="no repository id"):
+        with pytest.raises(SubspaceError, match="not a repository id"):
             push_to(place)
 
 
@@ -289,7 +289,7 @@ def test_folders_are_pushed_from_the_command_line(hub, push, basis_folder, tmp_p
     assert refused.startswith("1|") and "push_basis_to=" in refused
     assert basis == f"org/basis@{sha} (basis)"
     assert hub.repos["me/task"].names["tries"] and first.endswith("(task)") and second.endswith("(task)")
-    assert "neither a basis, a task nor a bundle" in nothing and "no repository id" in here
+    assert "neither a basis, a task nor a bundle" in nothing and "not a repository id" in here
     config = json.loads(hub.files("me/task")["adapter_config.json"])
     assert (config["basis"], config["basis_revision"]) == ("org/basis", sha)
     assert hub.files("me/task")["adapter_model.safetensors"] == Path(task, "adapter_model.safetensors").read_bytes()
