@@ -26,13 +26,12 @@ def is_hub_id(reference: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if Path(reference).exists():
-        return False
     try:
         validate_repo_id(reference)
     except HFValidationError:
         return False
-    return True
+    # an id is short enough for any disk to be asked for it
+    return not Path(reference).exists()
 
 
 def check_repo_id(repo_id: str) -> None:

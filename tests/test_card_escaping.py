@@ -36,6 +36,7 @@ HOSTILE = (
     "    # indented",
     "first_task_2",
     "ΔW “é” 🤗",
+    "x" * 300,
 )
 # what Python or a Hub identifier is made of, and not free text
 KEPT = ("auto_class", "task_type", "code", "imports", "loading", "skipped")

@@ -127,7 +127,7 @@ def _merge_front(given: Mapping[str, Any], new: Mapping[str, Any], own: Mapping[
     # PEFT and the Trainer write the base model's folder there, which the Hub refuses
     if "base_model" in merged and not all(is_hub_id(str(each)) for each in _listed(merged["base_model"])):
         del merged["base_model"]
-    # the Trainer's word for what it made; the Hub's code snippets go by it
+    # the Trainer names transformers as the library, by which the Hub chooses its code snippets
     if merged.get("library_name") == "transformers":
         del merged["library_name"]
     for key, digest in own.items():
