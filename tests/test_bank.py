@@ -163,11 +163,11 @@ def test_what_a_bank_cannot_hold_is_refused(bases, fleets, tmp_path):
         pass
     file = bank.save(tmp_path / "bank.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(BadFileError, match="no bank"):
+    with pytest.raises(BadFileError, match="not a readable bank"):
         bank.load(tmp_path / "torn.safetensors")
     tensors = load_file(file)
     save_file(tensors, tmp_path / "plain.safetensors")
-    with pytest.raises(BadFileError, match="no bank"):
+    with pytest.raises(BadFileError, match="not a readable bank"):
         bank.load(tmp_path / "plain.safetensors")
     elsewhere = TaskBank(get_peft_model(bert(), SubspaceConfig(basis=str(tmp_path / "other"))))
     with pytest.raises(BasisMismatchError, match="another model or basis"):

@@ -130,7 +130,7 @@ def test_what_llama_cpp_cannot_hold_or_is_another_model_is_refused(task, tmp_pat
         export_gguf(task, out, base)
     for data in (b"", b"GGUF", b"no such format" * 100):
         base.write_bytes(data)
-        with pytest.raises(BadFileError, match="no GGUF file"):
+        with pytest.raises(BadFileError, match="not a GGUF file"):
             export_gguf(task, out, base)
     config = SubspaceConfig(basis="random", k=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(SubspaceError, match="lm_head"):

@@ -93,8 +93,8 @@ def parse_length(data: bytes, size: int, where: str) -> int:
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length < 2 or length > min(size - 8, HEADER_LIMIT):
         raise BadFileError(
-            f"{where}: its header claims {length:,} bytes in a file of {size:,}. It is truncated or no bundle: fetch"
-            " or make it again."
+            f"{where}: its header claims {length:,} bytes in a file of {size:,}. It is truncated or not a bundle:"
+            " fetch or make it again."
         )
     return length
 
@@ -126,7 +126,7 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, TensorRa
         _check_index(index, pieces)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadFileError(
-            f"{where}: no bundle that can be read ({type(error).__name__}: {error}). Fetch it again, or make it with"
+            f"{where}: not a readable bundle ({type(error).__name__}: {error}). Fetch it again, or make it with"
             " `bundle_tasks`."
         ) from error
     return pieces, index
@@ -136,7 +136,7 @@ def _piece(name: str, entry: Mapping[str, Any], base: int, size: int) -> TensorR
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     numbers = (*shape, begin, end)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
-        raise ValueError(f"{name} has sizes that are no whole numbers")
+        raise ValueError(f"{name} has sizes that are not whole numbers")
     if dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {dtype}")
     if math.prod(shape) * DTYPES[dtype].itemsize != end - begin or base + end > size:

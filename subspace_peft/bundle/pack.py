@@ -107,7 +107,7 @@ def pack(
         json.dumps(more, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SubspaceError(
-            f"Task {name!r}: its metrics are no JSON ({error}). Give finite numbers and texts."
+            f"Task {name!r}: its metrics are not JSON values ({error}). Give finite numbers and texts."
         ) from error
     return Packed(
         name,

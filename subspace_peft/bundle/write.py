@@ -243,7 +243,7 @@ def _pack_all(
         packed[named.name] = pack(named, dtype, **given)
     for what, known in (("metrics", metrics), ("id2label", id2label)):
         if unknown := sorted(set(known or {}) - set(packed)):
-            raise SubspaceError(f"{what} are given for {unknown[0]!r}, which is none of the tasks' names.")
+            raise SubspaceError(f"{what} are given for {unknown[0]!r}, but no task has that name.")
     return list(packed.values())
 
 

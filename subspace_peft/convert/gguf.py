@@ -62,8 +62,8 @@ def export_gguf(
     if read.extras or read.config.weight_shapes:
         name = sorted(read.extras or read.config.weight_shapes or ())[0]
         raise SubspaceError(
-            f"{task}: the task has trained {name} as well, which is no linear layer's update. Train it without, or"
-            " export it with export_lora."
+            f"{task}: the task has trained {name} as well, which is not the update of a linear layer. Train it"
+            " without, or export it with export_lora."
         )
     facts, shapes = _read_base(gguf, Path(base))
     heads = {"q": facts["llama.attention.head_count"], "k": facts["llama.attention.head_count_kv"]}
@@ -119,7 +119,7 @@ def _read_base(gguf: Any, base: Path) -> tuple[dict[str, int], dict[str, tuple[i
         raise
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BadFileError(
-            f"{base}: no GGUF file of a model ({type(error).__name__}: {error}). Pass the base model's .gguf file."
+            f"{base}: not a GGUF file of a model ({type(error).__name__}: {error}). Pass the base model's .gguf file."
         ) from error
     return facts, shapes
 

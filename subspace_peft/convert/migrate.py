@@ -167,7 +167,7 @@ def moves_of(old: SavedTask, new: SubspaceBasis, what: str) -> dict[str, Transfe
     if absent:
         raise BasisMismatchError(
             f"{what}: {len(absent)} of its modules are not in the new basis, such as {names_of(absent, 3)}; it has"
-            f" {names_of(new, 3)}. Carry it to a version of its own basis."
+            f" {names_of(new, 3)}. Migrate it to a version of its own basis."
         )
     return {name: Transfer(old.modules[name], new[str(new.find(name))], name) for name in old.cores}
 

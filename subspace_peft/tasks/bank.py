@@ -303,7 +303,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
                 more = [tensors.get_tensor(f"{number}/core") for number in range(len(apart))]
                 rows = torch.cat([rows, *(row[None].to(rows) for row in more)])
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise BadFileError(f"{file}: no bank that can be read ({error}). Fetch or save it again.") from error
+            raise BadFileError(f"{file}: not a readable bank ({error}). Fetch or save it again.") from error
         if not torch.isfinite(rows).all():
             raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
         if list(modules) != list(own):

@@ -30,17 +30,17 @@ def read_index(file: Path) -> dict[str, Any]:
         BadFileError: The file is damaged, is not a bank's, or has another format version.
     """
     if file.exists() and not file.is_file():
-        raise BadFileError(f"{file}: it is no regular file. Fetch or save the bank again.")
+        raise BadFileError(f"{file}: it is not a regular file. Fetch or save the bank again.")
     try:
         with safe_open(file, framework="pt") as tensors:
             index = parse_json((tensors.metadata() or {})["bank"])
             piece = tensors.get_slice("cores")
             shape, dtype = piece.get_shape(), piece.get_dtype()
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise BadFileError(f"{file}: no bank that can be read ({error}). Fetch or save it again.") from error
+        raise BadFileError(f"{file}: not a readable bank ({error}). Fetch or save it again.") from error
     problem = _problem(index, shape, dtype)
     if problem is not None:
-        raise BadFileError(f"{file}: no bank that can be read ({problem}). Fetch or save it again.")
+        raise BadFileError(f"{file}: not a readable bank ({problem}). Fetch or save it again.")
     return index
 
 
@@ -90,5 +90,5 @@ def _problem(index: dict[str, Any], shape: list[int], dtype: str) -> str | None:
     if shape != [len(names), width]:
         return f"its tensor is {shape}, its index says {[len(names), width]}"
     if dtype not in FLOAT_DTYPES.values():
-        return f"its numbers are {dtype}, not floats"
+        return f"its numbers are {dtype}, which are not floats"
     return None

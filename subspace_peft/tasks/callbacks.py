@@ -242,7 +242,7 @@ def _from_state(file: Path) -> dict[str, Any]:
         found = _evaluation(history, step)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFileError(
-            f"{file}: no Trainer's state ({type(error).__name__}: {error}). Pass the trainer_state.json of a"
+            f"{file}: not the state of a Trainer ({type(error).__name__}: {error}). Pass the trainer_state.json of a"
             " checkpoint."
         ) from error
     return {"training": training, **({"metrics": {"evaluation": found}} if found else {})}
@@ -256,6 +256,6 @@ def _from_results(file: Path) -> dict[str, Any]:
         return {"title": body["title"], "score": body["settings"].get("score"), "rows": rows}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFileError(
-            f"{file}: no results of a comparison ({type(error).__name__}: {error}). Pass the results.json of a"
+            f"{file}: not the results of a comparison ({type(error).__name__}: {error}). Pass the results.json of a"
             " recipe's --stage compare."
         ) from error

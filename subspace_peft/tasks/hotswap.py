@@ -46,7 +46,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
         raise SubspaceError(f"There is no subspace adapter {adapter!r}; there are {', '.join(configs) or 'none'}.")
     new = SubspaceConfig.from_pretrained(str(task), **hub)
     if not isinstance(new, SubspaceConfig):
-        raise SubspaceError(f"{task} is no saved subspace task.")
+        raise SubspaceError(f"{task} is not a saved subspace task.")
     for name in SAME:
         if getattr(old, name) != getattr(new, name):
             raise BasisMismatchError(

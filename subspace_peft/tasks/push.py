@@ -131,7 +131,7 @@ def push_saved_task(
     config = SubspaceConfig.from_pretrained(str(folder))
     if not isinstance(config, SubspaceConfig) or not (folder / WEIGHTS_FILE).is_file():
         raise SubspaceError(
-            f"{folder}: no saved subspace task is in there. Give the folder that `save_pretrained` wrote."
+            f"{folder}: it holds no saved subspace task. Give the folder that `save_pretrained` wrote."
         )
     pin(config, folder.name, config.resolve(), push_basis_to=push_basis_to, force=force, private=private, token=token)
 

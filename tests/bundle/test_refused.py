@@ -149,9 +149,9 @@ def test_what_cannot_be_packed(folders, fleets, bases, tmp_path, bundle):
     for tasks, message in cases:
         with pytest.raises(SubspaceError, match=message):
             bundle_tasks(tasks, tmp_path / "no", progress=False)
-    with pytest.raises(SubspaceError, match="none of the tasks' names"):
+    with pytest.raises(SubspaceError, match="no task has that name"):
         bundle_tasks([folders[0]], tmp_path / "no", metrics={"nobody": {}}, progress=False)
-    with pytest.raises(SubspaceError, match="no JSON"):
+    with pytest.raises(SubspaceError, match="not JSON"):
         bundle_tasks([folders[0]], tmp_path / "no", metrics={"task0": {"loss": float("nan")}}, progress=False)
     with pytest.raises(SubspaceError, match="stored as floats"):
         bundle_tasks([folders[0]], tmp_path / "no", dtype=torch.int8, progress=False)
