@@ -110,6 +110,25 @@ MODULES |= {f"offline.{name}": f"recipes:offline.{name}" for name in _OFFLINE}
 
 # Old module → names that it had → where they are now: a module, or ``module:new_name`` where the name is another too.
 NAMES: dict[str, dict[str, str]] = {
+    "build.foreign": {
+        "Foreign": "sources.diffusers_kohya:ForeignKeys",
+        "is_foreign": "sources.diffusers_kohya:has_foreign_keys",
+        "read_foreign": "sources.diffusers_kohya:read_foreign_keys",
+    },
+    "build.locate": {"Place": "sources.locate:SourceFiles"},
+    "build.memory_plan": {"Module": "builders.module_plan:ModulePlan", "Plan": "builders.memory:MemoryPlan"},
+    "build.partition": {
+        "Sampled": "builders.fleet_sample:SampledModule",
+        "left_out": "builders.partition:left_out_shares",
+    },
+    "build.processes": {
+        "Team": "builders.distributed:ProcessGroup",
+        "together": "builders.distributed:process_group",
+    },
+    "build.reading": {"layout": "sources.spans:read_spans"},
+    "build.scanned": {"skim": "builders.scan"},
+    "build.streaming": {"Piece": "builders.module_stack:StackPiece"},
+    "build.update_record": {"votes_of": "builders.update_record:source_weights_of"},
     "bundle": {"FleetReport": "bundle:CompressionReport"},
     "bundle.compress": {"Compressed": "bundle.compress:CompressedAdapter", "FleetReport": "bundle:CompressionReport"},
     "cards": {"BasisReference": "cards:BasisReferenceFacts", "BundledTask": "cards:BundledTaskFacts"},
@@ -184,7 +203,7 @@ class _Loader(importlib.abc.Loader):
                 found = _import(place)
                 if hasattr(found, name):
                     return getattr(found, name)
-            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return moved_name(module.__name__, name)
 
         module.__getattr__ = forward  # type: ignore[method-assign]
         new = " and ".join(_said(place) for place in self.places)

@@ -93,15 +93,15 @@ def test_shared_seed_sources_are_found_and_share_one_vote():
         state["q.lora_A.weight"] = start + 0.1 * torch.randn(3, 16, dtype=torch.float64)
     basis = build_basis(states, k=4, progress=False)
     assert [entry["seed_group"] for entry in basis.info["sources"]] == [0, 0, 0, 1, 2]
-    # three of one group weigh as much as one: with votes for weights, the fleet's span is that of a fleet with one of
+    # three of one group weigh as much as one: with these for weights, the fleet's span is that of a fleet with one of
     # them
     fleet_ = gather(states, skip_bad=False, partial=False, token=None, progress=False)
     assert fleet_.source_weights([0, 1, 2, 3, 4]) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1, 1])
     assert fleet_.source_weights([2, 3]) == [1, 1]
     updates = [Factors(state["q.lora_B.weight"], state["q.lora_A.weight"]) for state in states]
     one = hosvd(exact([updates[0], *updates[3:]], [1.0, 1.0, 1.0]), 3, None, 0)
-    votes = [vote**0.5 for vote in fleet_.source_weights(range(5))]
-    three = hosvd(exact([*updates[:1] * 3, *updates[3:]], votes), 3, None, 0)
+    weights = [count**0.5 for count in fleet_.source_weights(range(5))]
+    three = hosvd(exact([*updates[:1] * 3, *updates[3:]], weights), 3, None, 0)
     torch.testing.assert_close(one.U @ one.U.T, three.U @ three.U.T, atol=1e-6, rtol=0)
 
 

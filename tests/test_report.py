@@ -126,9 +126,9 @@ def test_the_useful_k(left_out, expected):
 
 
 def test_a_fleet_that_shares_is_told_from_one_that_does_not():
-    shares, strangers = related(), fleet(n=10, out=40, inner=30, r=2, modules=("a.q",))
+    shares, unrelated = related(), fleet(n=10, out=40, inner=30, r=2, modules=("a.q",))
     good = report_basis(build_basis(shares, k=3, progress=False), shares, progress=False)
-    bad = report_basis(build_basis(strangers, k=3, progress=False), strangers, progress=False)
+    bad = report_basis(build_basis(unrelated, k=3, progress=False), unrelated, progress=False)
     assert good.numbers["unseen"] > 0.9 > 0.1 > bad.numbers["unseen"]
     assert good.numbers["k_for_new_tasks"] == 4 and good.numbers["kept"] > 0.9
     assert bad.numbers["k_for_new_tasks"] is None or bad.numbers["k_for_new_tasks"] <= 2
@@ -138,11 +138,19 @@ def test_a_fleet_that_shares_is_told_from_one_that_does_not():
     assert good.numbers["kept_of_new"] is None
 
 
+def test_findings_have_their_old_names():
+    found = measure_module(factors(related(n=3)), [1.0] * 3, [0, 1, 2], [1.0] * 3, (2, 2), seed=0)
+    with pytest.warns(FutureWarning, match="is now called left_out;"):
+        assert found.unseen is found.left_out
+    with pytest.warns(FutureWarning, match="is now called left_out_here;"):
+        assert found.unseen_here is found.left_out_here
+
+
 def test_few_adapters_fit_into_anything():
     states = fleet(n=2, out=40, inner=30, r=2, modules=("a.q",))
     found = report_basis(build_basis(states, k=4, progress=False), states, progress=False)
     assert found.numbers["kept"] == pytest.approx(1) and found.numbers["null_kept"] == pytest.approx(1)
-    assert "because they are few, not because they are alike" in found.verdict[0]
+    assert "because they are few, not because they are related" in found.verdict[0]
 
 
 def test_adapters_that_are_new_to_the_basis_are_counted_apart():

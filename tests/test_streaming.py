@@ -190,7 +190,7 @@ def saved_fleet(root: Path, pairs, modules=("m.q", "m.v")) -> list[str]:
 def test_the_bytes_are_the_same_whatever_the_memory(streamed, monkeypatch, tmp_path, builder):
     folders = saved_fleet(tmp_path, shared_fleet(n=30))
     roomy = build_basis(folders, k=6, builder=builder, progress=False)
-    # nothing fits: every piece of every pass is read from the files anew
+    # nothing fits: every piece of every pass is read from the files again
     monkeypatch.setattr(memory.MemoryPlan, "__init__", squeezed(memory.MemoryPlan.__init__))
     tight = build_basis(folders, k=6, builder=builder, progress=False)
     assert roomy.fingerprint == tight.fingerprint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -64,7 +64,7 @@ def measure_fleet(
     folds = draw_folds([fleet.groups[i] for i in drawn], seed)
     chosen = _spread(list(places), _limit(fleet, drawn, list(places)) if modules is None else modules)
     measured: dict[str, ModuleFindings] = {}
-    shares: list[dict[str, list[float]]] = [{"kept": [], LEFT_OUT: [], "mean_only": []} for _ in drawn]
+    shares = [_Shares() for _ in drawn]
     for name in tqdm(chosen, desc="measuring", unit="module", delay=2, disable=not progress):
         members = [n for n, i in enumerate(drawn) if fleet.sources[i].norms.get(name, 0) > 0]
         if not members:
@@ -72,7 +72,7 @@ def measure_fleet(
         sources = [drawn[n] for n in members]
         updates = [fleet.sources[i].factors(name) for i in sources]
         module = basis[places[name]]
-        findings = measure_module(
+        measured[name] = findings = measure_module(
             updates,
             fleet.source_weights(sources),
             [folds[n] for n in members],
@@ -80,11 +80,10 @@ def measure_fleet(
             (module.k_out, module.k_in),
             seed,
         )
-        measured[name] = findings
-        for n, *values in zip(members, findings.kept, findings.left_out_here, findings.mean_only, strict=True):
-            for key, value in zip(shares[n], values, strict=True):
-                if value is not None:
-                    shares[n][key].append(value)
+        for place, n in enumerate(members):
+            shares[n].kept.append(findings.kept[place])
+            shares[n].left_out.append(findings.left_out_here[place])
+            shares[n].mean_only.append(findings.mean_only[place])
     how = {
         "modules": [len(measured), len(basis)],
         "sources": [len(drawn), len(fleet.sources)],
@@ -93,6 +92,15 @@ def measure_fleet(
         "seed": seed,
     }
     return FleetMeasurement(drawn, measured, _entries(basis, fleet, drawn, shares), how)
+
+
+@dataclass
+class _Shares:
+    """What is kept of one adapter, per module; None where it could not be measured."""
+
+    kept: list[float | None] = field(default_factory=list)
+    left_out: list[float | None] = field(default_factory=list)
+    mean_only: list[float | None] = field(default_factory=list)
 
 
 def _kept(module: ModuleBasis, update: Factors) -> float:
@@ -117,7 +125,7 @@ def _spread(names: list[str], limit: int) -> list[str]:
 
 
 def _entries(
-    basis: SubspaceBasis, fleet: Fleet, drawn: Sequence[int], shares: Sequence[dict[str, list[float]]]
+    basis: SubspaceBasis, fleet: Fleet, drawn: Sequence[int], shares: Sequence[_Shares]
 ) -> list[dict[str, Any]]:
     own = {entry.get("sha256") for entry in basis.info.get("sources") or []}
     return [
@@ -127,8 +135,10 @@ def _entries(
             "seed_group": fleet.groups[i],
             "norm": math.sqrt(sum(norm**2 for norm in source.norms.values())),
             "in_basis": source.sha256 in own,
-            **{key: mean(each) for key, each in values.items()},
+            "kept": mean(each.kept),
+            LEFT_OUT: mean(each.left_out),
+            "mean_only": mean(each.mean_only),
         }
-        for i, values in zip(drawn, shares, strict=True)
+        for i, each in zip(drawn, shares, strict=True)
         for source in [fleet.sources[i]]
     ]

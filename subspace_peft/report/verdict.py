@@ -41,7 +41,7 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
     if kept >= FAITHFUL:
         words = f"{share}: compressing these adapters loses little."
         if null is not None and null >= FAITHFUL * kept:
-            words += " They fit because they are few, not because they are alike: others will not."
+            words += " They fit because they are few, not because they are related: others will not."
     elif kept >= PARTIAL:
         words = (
             f"{share}: compressed, these adapters lose a part. Measure their scores, or let `compress` keep a"

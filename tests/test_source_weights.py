@@ -1,4 +1,4 @@
-"""Sources that count as much as somebody says."""
+"""Sources that count as much as the weights given."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .test_streaming import saved_fleet, shared_fleet
 
 
 @pytest.mark.parametrize("exactly", [True, False])
-def test_a_vote_is_a_share_of_the_moment(exactly, monkeypatch):
+def test_a_weight_is_a_share_of_the_moment(exactly, monkeypatch):
     if not exactly:
         monkeypatch.setattr(module_plan, "EXACT_COLUMNS", 0)
     states = fleet(n=4)
-    votes = [1.0, 5.0, 0.25, 1.0]
+    weights = [1.0, 5.0, 0.25, 1.0]
     names = [source["name"] for source in build_basis(states, k=3, progress=False).info["sources"]]
     given = {names[1]: 5, names[2]: 0.25}
     found = build_basis(states, k=3, weights=given, alternations=0, progress=False)["a.q"]
-    moment = sum(v * d @ d.T / d.square().sum() for v, d in zip(votes, deltas(states), strict=True))
+    moment = sum(w * d @ d.T / d.square().sum() for w, d in zip(weights, deltas(states), strict=True))
     expected = torch.linalg.eigh(moment)[1].flip(1)[:, :3]
     cosines = torch.linalg.svdvals(expected.T @ found.U.double())
     torch.testing.assert_close(cosines, torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-def test_equal_votes_change_nothing_and_tiny_ones_leave_out():
+def test_equal_weights_change_nothing_and_tiny_ones_leave_out():
     states = fleet(n=4)
     plain = build_basis(states, k=3, progress=False)
     names = [source["name"] for source in plain.info["sources"]]
@@ -44,9 +44,9 @@ def test_equal_votes_change_nothing_and_tiny_ones_leave_out():
         torch.testing.assert_close(cosines, torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-def test_a_file_of_votes_on_the_command_line_is_recorded_and_repeated(tmp_path, capsys):
+def test_a_file_of_weights_on_the_command_line_is_recorded_and_repeated(tmp_path, capsys):
     folders = saved_fleet(tmp_path / "loras", shared_fleet(n=5))
-    file = tmp_path / "votes.json"
+    file = tmp_path / "weights.json"
     file.write_text(json.dumps({folders[0]: 3, "lora-2": 0.5}))
     out = tmp_path / "basis"
     assert main(["build", *folders, "--out", str(out), "-k", "4", "--weights", str(file), "--quiet"]) == 0
@@ -73,13 +73,13 @@ def test_a_file_of_votes_on_the_command_line_is_recorded_and_repeated(tmp_path, 
         ({"a": None}, "above 0"),
     ],
 )
-def test_votes_that_are_none(given, said):
+def test_weights_that_are_none(given, said):
     with pytest.raises(SubspaceError, match=said):
         read_weights(given)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", '"equal"', "\x00"])
-def test_files_that_hold_no_votes(tmp_path, text):
-    (tmp_path / "votes.json").write_text(text)
-    with pytest.raises(SubspaceError, match=r"votes\.json"):
-        read_weights(tmp_path / "votes.json")
+def test_files_that_hold_no_weights(tmp_path, text):
+    (tmp_path / "weights.json").write_text(text)
+    with pytest.raises(SubspaceError, match=r"weights\.json"):
+        read_weights(tmp_path / "weights.json")
