@@ -17,7 +17,7 @@ Told = Sequence[tuple[dict[str, Any], Mapping[str, torch.Tensor]]]  # per proces
 
 @dataclass(eq=False)
 class ScannedFleet:
-    """What is known of a fleet's sources after one pass over their files. Sources are numbered from 1, as listed.
+    """The findings of one pass over a fleet's files. Sources are numbered from 1, as listed.
 
     Attributes:
         listed: a text for every reference.
@@ -37,7 +37,7 @@ class ScannedFleet:
         return [{"name": name, "location": name, "reason": self.reasons[number]} for number, name in names.items()]
 
     def facts(self) -> dict[str, Any]:
-        """Return what this process knows, beside the sketches, as JSON."""
+        """Return the findings of this process, sketches aside, as JSON."""
         return {
             "listed": self.listed,
             "reasons": {str(number): reason for number, reason in self.reasons.items()},

@@ -1,4 +1,4 @@
-"""How a build divides the memory that it may take."""
+"""Divide the memory that a build may take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PER_TENSOR = 700  # bytes of names, places, norms and sketches for every tensor 
 
 
 class MemoryPlan:
-    """How a fleet's modules are built within a given memory.
+    """The division of a given memory among a fleet's modules.
 
     Args:
         fleet: the sources.

@@ -1,4 +1,4 @@
-"""How one module's basis is computed: from which sources, with which weights, exactly or streamed."""
+"""Plan the computation of one module's basis: its sources and their weights, and whether it is exact or streamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXACT_NUMBERS = 1 << 23  # entries of the stack
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """How one module is built. All lists have one entry per member.
+    """The plan of one module. All lists have one entry per member.
 
     Attributes:
         name: of the module.

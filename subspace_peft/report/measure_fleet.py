@@ -96,7 +96,7 @@ def measure_fleet(
 
 @dataclass
 class _Shares:
-    """What is kept of one adapter, per module; None where it could not be measured."""
+    """The shares kept of one adapter, per module; None where they could not be measured."""
 
     kept: list[float | None] = field(default_factory=list)
     left_out: list[float | None] = field(default_factory=list)

@@ -17,7 +17,7 @@ DTYPES = {name: dtype for dtype, name in FLOAT_DTYPES.items()}
 
 @dataclass(frozen=True)
 class Span:
-    """Where a tensor lies in a safetensors file.
+    """The byte range of a tensor in a safetensors file.
 
     Attributes:
         dtype: None where it is not one of the float dtypes that are supported.
