@@ -145,7 +145,7 @@ def test_cli_and_rebuilding(fleets, bases, tmp_path, capsys):
 
 
 def test_wrong_calls(fleets, bases, capsys):
-    with pytest.raises(SubspaceError, match="with_=.zeros."):
+    with pytest.raises(SubspaceError, match=r"with_=.zeros."):
         complete_basis(bases[bert], 9, with_="zeros")
     with pytest.raises(SubspaceError, match="pass the base model"):
         build_basis(fleets[bert], complete="base-weights", progress=False)

@@ -231,7 +231,7 @@ def test_errors_are_one_plain_message_and_exit_1(capsys, tmp_path, arguments):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb", ["build", "inspect", "project", "export-lora", "demo", "run"])
+@pytest.mark.parametrize("verb", ["build", "update", "complete", "inspect", "project", "export-lora", "demo", "run"])
 def test_help_is_instant_and_imports_nothing_heavy(verb):
     program = (
         "import sys; from subspace_peft.cli.main import parser\n"

@@ -180,8 +180,8 @@ def _from_basis(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise SubspaceError(f"{file}: it has no record of how the basis was built.")
     if (config.get("version") or 1) != 1:
         raise SubspaceError(
-            f"{file}: version {config['version']} of a basis was updated after it was built. Build it again with"
-            " --from-config."
+            f"{file}: version {config['version']} of a basis was made from an earlier one. Give the folder of its"
+            " first version, or repeat an update with --from-config."
         )
     found: dict[str, Any] = {"sources": list(config.get("sources") or []), **build}
     if isinstance(precision, Mapping) and "stored" in precision:

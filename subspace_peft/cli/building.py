@@ -12,7 +12,7 @@ from ..builders.build_file import BASIS_CONFIG, INPUTS, BuildFile, read_build_fi
 from ..builders.options import BuildOptions, Resources
 from ..errors import SubspaceError
 from .common import Add, add_json, base_model, print_json, unfinished
-from .flags import add_options, flag_of, given_options
+from .flags import add_options, flag_of, given_options, hints_in_flags
 from .inspecting import inspect
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _say_plan(plan: BuildPlan, as_json: bool, skip_bad: bool) -> int:
             f" {entry['norm']:.4g}, seed group {entry['seed_group']}"
         )
     for entry in plan.skipped:
-        print(f"  {'would be refused' if refused else 'would be left out'}: {entry['reason']}")
+        print(f"  {'would be refused' if refused else 'would be left out'}: {hints_in_flags(entry['reason'])}")
     for name, size in plan.modules.items():
         print(
             f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k"

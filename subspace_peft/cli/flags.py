@@ -67,18 +67,22 @@ def flag_of(name: str) -> str:
     return _flags().get(name, f"--{name.replace('_', '-')}")
 
 
-def in_flags(error: Exception) -> str:
-    """Return an error's text with options in the command line's words: ``k=0`` as ``-k 0``.
-
-    Texts about sources name files, whose names may hold anything; there only hints such as ``skip_bad=True
-    (--skip-bad)`` are shortened.
-    """
+def hints_in_flags(text: str) -> str:
+    """Return a text with its hints in the command line's words: ``skip_bad=True (--skip-bad)`` as ``--skip-bad``."""
     flags = _flags()
 
     def shortened(match: re.Match[str]) -> str:
         return match["flag"] if flags.get(match["name"]) == match["flag"] else match[0]
 
-    text = re.sub(r"\b(?P<name>\w+)=[\w'\[\]]*\s\((?P<flag>--?[\w-]+)\)", shortened, str(error))
+    return re.sub(r"\b(?P<name>\w+)=[\w'\[\]]*\s\((?P<flag>--?[\w-]+)\)", shortened, text)
+
+
+def in_flags(error: Exception) -> str:
+    """Return an error's text with options in the command line's words: ``k=0`` as ``-k 0``.
+
+    Texts about sources name files, whose names may hold anything; there only hints are changed.
+    """
+    text, flags = hints_in_flags(str(error)), _flags()
     if isinstance(error, (SourceError, ProcessError)):
         return text
     # options as they are written, but not within paths, nor in calls that are quoted
