@@ -243,7 +243,7 @@ def test_partial_fleets_need_to_be_asked_for(named_fleet, tmp_path):
         ({"builder": "magic"}, "no such choice"),
         ({"weights": "loud"}, "no weighting"),
         ({"k": 0.5, "builder": "eigenlora"}, "share of energy"),
-        ({"directions": -1}, "0 or more"),
+        ({"directions": -1}, "at least 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
