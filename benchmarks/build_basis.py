@@ -1,5 +1,4 @@
-"""What building a basis from a large fleet costs, and what it keeps: this package beside exact and other published
-ways, and the floor.
+"""Time, memory and energy kept of building a basis from a large fleet, beside exact and other published ways.
 
     python benchmarks/build_basis.py
     python benchmarks/build_basis.py --adapters 50 100 --layers 1
@@ -9,7 +8,7 @@ directions of falling weight and noise of each adapter's own. Every measurement 
 thread: wall and CPU seconds, and peak memory above what the process held after its imports. `build_basis` works on the
 whole fleet, both factors of every module, statistics and all. The others get one factor, the first q_proj's lora_B, in
 memory from the start, and find its leading centred directions, as EigenLoRAx asks for (the covariance and
-`torch.linalg.eig` of its released way, written anew here). Seconds for all 32 layers are extrapolated and say so.
+`torch.linalg.eig` of its released way, written here once more). Seconds for all 32 layers are extrapolated and say so.
 Files are asked out of the page cache before they are read, which a file system may ignore.
 
 Two packages of the index, vlora-dev and lorashare, compress the same whole fleet up to a size that they can take, each
@@ -95,7 +94,7 @@ def uncached(folders: list[Path]) -> None:
 
 
 def stack(folders: list[Path]) -> torch.Tensor:
-    """The columns of all adapters' first factor as rows (N·r, d), float32."""
+    """Return the columns of all adapters' first factor as rows (N·r, d), float32."""
     rows = torch.empty(len(folders), RANK, SHAPES["q_proj"][0])
     for number, file in enumerate(files(folders)):
         with safe_open(file, framework="pt") as tensors:
@@ -136,7 +135,7 @@ WHOLE = ("reading the bytes", "build_basis", "build_basis, exact throughout", *P
 
 
 def status(name: str) -> int:
-    """A memory figure of this process, in bytes."""
+    """Return a memory figure of this process, in bytes."""
     found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
 
@@ -189,8 +188,10 @@ def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any
 
 
 def products(certificates: dict[str, Any], count: int, k: int) -> float:
-    """Floating-point operations of the products with B and A: per pass and side both ways, ``4 · rows · width · d``,
-    and those of the probe."""
+    """Return the floating-point operations of the products with B and A, and those of the probe.
+
+    Per pass and side, both ways: ``4 · rows · width · d``.
+    """
     rows, total = count * RANK, 0.0
     for name, facts in certificates.items():
         sides = SHAPES[name.rsplit(".", 1)[-1]]
@@ -309,7 +310,7 @@ def table(results: dict[str, Any], layers: int, k: int) -> str:
 
 
 def verdicts(results: dict[str, Any]) -> list[str]:
-    """What was aimed at, beside what came out."""
+    """Return the aims, beside the results."""
     lines = [
         (
             "| adapters | CPU over the larger floor (aim: at most 2) | covariance and eig over build_basis, both"
@@ -341,7 +342,7 @@ def main() -> None:
         "--peers-up-to", type=int, default=50, help="adapters that other packages are given too; 0 for none"
     )
     parser.add_argument(
-        "--environment", type=Path, help="where their virtual environment is kept (default: made anew)"
+        "--environment", type=Path, help="where their virtual environment is kept (default: a new one)"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "build_basis.json")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -1,5 +1,4 @@
-"""What tasks of a bundle cost to load: into a bank, as PEFT adapters, and over HTTP, where only the task's own bytes
-are fetched.
+"""The cost of loading tasks of a bundle: into a bank, as PEFT adapters, and over HTTP by byte ranges.
 
     python benchmarks/bundle.py
     python benchmarks/bundle.py --tasks 100 --stock 10
@@ -94,7 +93,7 @@ def on_this_machine(made: dict[int, Path], stock: int) -> dict[str, dict[int, fl
 
 
 def over_http(folder: Path, more: int, root: Path) -> dict[str, dict[str, int]]:
-    """What is loaded → requests and bytes that the Hub sent."""
+    """Return what is loaded → requests and bytes that the Hub sent."""
     with PushHub() as hub:
         constants.ENDPOINT = hub.url
         constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.url + "/{repo_id}/resolve/{revision}/{filename}"

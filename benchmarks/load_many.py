@@ -1,5 +1,4 @@
-"""What the 1st, 10th, 100th and 1,000th task costs to load: PEFT's `load_adapter` with our tasks and with LoRAs, and a
-`TaskBank`.
+"""The cost of loading the 1st, 10th, 100th and 1,000th task: PEFT's `load_adapter` and a `TaskBank`.
 
     python benchmarks/load_many.py
     python benchmarks/load_many.py --stock 20 --tasks 100

@@ -1,5 +1,4 @@
-"""Paired timing: every contender once per round, in an order drawn anew, so that a machine's moods fall on all
-alike."""
+"""Paired timing: every contender once per round, in a random order, so that a machine's load falls on all alike."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ import torch
 def paired(
     contenders: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2, seed: int = 0
 ) -> dict[str, list[dict[str, float]]]:
-    """Seconds of every contender, per round: wall clock and CPU time of this process.
+    """Return the seconds of every contender, per round: wall clock and CPU time of this process.
 
     Args:
         contenders: name → what is timed.
@@ -40,8 +39,10 @@ def paired(
 
 
 def ratios(seconds: Mapping[str, Sequence[Mapping[str, float]]], floor: str) -> dict[str, dict[str, float]]:
-    """Per contender the median and quartiles of its time over `floor`'s in the same round, and its median seconds (CPU
-    and wall)."""
+    """Return per contender the median and quartiles of its time over that of `floor` in the same round.
+
+    Beside them its median seconds (CPU and wall).
+    """
     found = {}
     for name, rounds in seconds.items():
         found[name] = {}
@@ -54,8 +55,10 @@ def ratios(seconds: Mapping[str, Sequence[Mapping[str, float]]], floor: str) -> 
 
 
 def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes of distinct storage that autograd keeps for the backward pass of what `run` computes, the
-    parameters and buffers of `model` aside."""
+    """Return the bytes of distinct storage that autograd keeps for the backward pass of `run`.
+
+    The parameters and buffers of `model` are left out.
+    """
     kept: dict[int, int] = {}
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -73,7 +76,7 @@ def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return the machine and the versions that numbers were measured on."""
     import peft
     import transformers
 

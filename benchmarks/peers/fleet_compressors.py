@@ -1,5 +1,4 @@
-"""Other packages that put a fleet of LoRAs on shared components, run by benchmarks/build_basis.py in a virtual
-environment of their own.
+"""Other packages that put a fleet of LoRAs on shared components, run by build_basis.py in their own environment.
 
     python fleet_compressors.py vlora-dev|lorashare FLEET COUNT NUMBERS
 
@@ -25,8 +24,9 @@ VERSIONS = {"vlora-dev": "1.0.0", "lorashare": "0.1.3"}
 
 
 def environment(folder: Path) -> Path:
-    """The interpreter of a virtual environment with the packages, made where there is none; torch and the rest are
-    this interpreter's.
+    """Return the interpreter of a virtual environment with the packages, made where there is none.
+
+    Torch and the rest are this interpreter's.
 
     Raises:
         SystemExit: the packages cannot be installed.
@@ -49,7 +49,7 @@ def environment(folder: Path) -> Path:
 
 
 def status(name: str) -> int:
-    """A memory figure of this process, in bytes."""
+    """Return a memory figure of this process, in bytes."""
     found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
 

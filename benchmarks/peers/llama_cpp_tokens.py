@@ -44,7 +44,7 @@ process.exit(0);
 
 
 def in_float32(source: Path, target: Path) -> None:
-    """The model of a GGUF file with all its tensors written out in float32."""
+    """Write out a GGUF file's model with all its tensors in float32."""
     import gguf
     import numpy as np
 

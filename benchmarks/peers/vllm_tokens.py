@@ -42,7 +42,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def environment(folder: Path) -> Path:
-    """The interpreter of a virtual environment with vLLM and this package, made where it is not there."""
+    """Return the interpreter of a virtual environment with vLLM and this package, made where it is not there."""
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ready = folder / "ready"
     if not ready.is_file():
@@ -102,8 +102,10 @@ def our_side(root: Path, length: int, layers: int | None) -> dict[str, Any]:
 
 
 def vllm_side(root: Path, length: int) -> dict[str, Any]:
-    """vLLM's tokens: of the base model, with the exported folder, and with both tasks of the bank through the plugin.
-    Runs in its environment."""
+    """Return vLLM's tokens: of the base model, with the exported folder, and with both tasks of the bank.
+
+    The tasks come through the plugin. Runs in vLLM's environment.
+    """
     import asyncio
     from importlib.metadata import version
 
@@ -139,8 +141,10 @@ def vllm_side(root: Path, length: int) -> dict[str, Any]:
 
 
 def served(python: Path, root: Path, length: int, settings: dict[str, str]) -> dict[str, Any]:
-    """Tokens of vLLM's server over HTTP, per task named as the request's model; and the status that a name which is no
-    task's gets."""
+    """Return the tokens of vLLM's server over HTTP, per task named as the request's model.
+
+    With them comes the status that a name which is no task's gets.
+    """
     prompts = json.loads((root / "ours.json").read_text(encoding="utf-8"))["prompts"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -218,8 +222,10 @@ def wait_until_healthy(server: subprocess.Popen[Any], port: int, log: Path, seco
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Per way, how many of the tokens are the same; and how many the task changed, without which that would say
-    nothing."""
+    """Return per way how many of the tokens are the same, and how many the task changed.
+
+    Without the latter the former would prove nothing.
+    """
 
     def share(a: list[list[int]], b: list[list[int]]) -> float:
         same = [x == y for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True)]

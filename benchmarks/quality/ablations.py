@@ -81,7 +81,7 @@ def side_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def kind_rows(bench: Bench, name: str) -> list[Method]:
-    """About 1,024 numbers in each kind; directions are at most as many as sources."""
+    """Return rows of about 1,024 parameters in each kind; directions are at most as many as sources."""
     return [
         inside("factor r=8, k=16", bench.basis(name), coefficients="factor", r=8),
         inside("factor r=2, k=64", bench.basis(name, k=64), coefficients="factor", r=2),
@@ -112,7 +112,7 @@ def metric_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def activation_axes(fleet: SubspaceBasis, known: Mapping[str, Any]) -> SubspaceBasis:
-    """The fleet's U, and the leading principal axes of the inputs, as `input_roots` finds them, for V."""
+    """Return a basis of the fleet's U and, for V, the leading principal axes of the inputs."""
 
     def change(module: str, one: ModuleBasis) -> ModuleBasis:
         return ModuleBasis(U=one.U, V=known[module]["axes"][:K].contiguous())
@@ -145,8 +145,11 @@ def start_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def gradient_rows(bench: Bench, name: str) -> list[Method]:
-    """Directions that the loss wants before anything is trained: the task's own, of the examples that each seed draws,
-    and those of the fleet's tasks, which are shared as a basis is."""
+    """Return rows in the directions that the loss wants before anything is trained.
+
+    The task's own, of the examples that each seed draws, and those of the fleet's tasks, which are shared as a basis
+    is.
+    """
     fleet = bench.basis(name)
     shared = gradient_basis(fleet, [bench.first_gradients(other) for other in others(name, tasks.names("text"))])
     own = own_gradient(bench, name, fleet)
@@ -159,8 +162,10 @@ def gradient_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def few_gradient_rows(bench: Bench, name: str) -> list[Method]:
-    """A few directions of the task's own first gradient behind the fleet's leading ones: they would have to be stored
-    with the task."""
+    """Return rows with a few directions of the task's own first gradient behind the fleet's leading ones.
+
+    They would have to be stored with the task.
+    """
     fleet = bench.basis(name)
     own = own_gradient(bench, name, fleet)
     return [
@@ -176,7 +181,7 @@ def few_gradient_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def own_gradient(bench: Bench, name: str, fleet: SubspaceBasis) -> Callable[[int], SubspaceBasis]:
-    """Seed → the basis of the task's first gradient on the examples that the seed draws."""
+    """Return a function: seed → the basis of the task's first gradient on the examples that the seed draws."""
 
     @cache
     def of_seed(seed: int) -> SubspaceBasis:
@@ -202,12 +207,15 @@ def started_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def fast_rows(bench: Bench, name: str) -> list[Method]:
-    """The fleet's row at the rate at which it collapses now and then."""
+    """Return the fleet's row at the rate at which it collapses now and then."""
     return [inside("fleet at 4 × the rate", bench.basis(name), rates=(CORE_RATES[-1],))]
 
 
 def shape_rows(bench: Bench, name: str) -> list[Method]:
-    """Many output directions and few input ones at the same numbers: what did best of the sides, on all tasks."""
+    """Return rows with many output directions and few input ones, at the same number of parameters.
+
+    These did best of the sides; here on all tasks.
+    """
     return [
         inside("fleet", bench.basis(name)),
         *(inside(f"{a} out, {b} in, all tasks", bench.basis(name, k=a, k_in=b)) for a, b in ((64, 4), (32, 8))),
@@ -215,7 +223,7 @@ def shape_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def rate_rows(bench: Bench, name: str) -> list[Method]:
-    """Rates between those of the sweeps, for the core and for LoRA alike."""
+    """Return rows at rates between those of the sweeps, for the core and for LoRA alike."""
     assert bench.results is not None
     rows = []
     for row in (inside("fleet", bench.basis(name)), lora(8)):

@@ -15,14 +15,14 @@ from .encoder import ADAPTED
 
 
 def each_module(basis: SubspaceBasis, change: Callable[[str, ModuleBasis], ModuleBasis], about: str) -> SubspaceBasis:
-    """A basis with every module changed; it says so, and keeps its sources."""
+    """Return a basis with every module changed; it says so, and keeps its sources."""
     modules = {name: change(name, module) for name, module in basis.items()}
     info = {key: value for key, value in basis.info.items() if key != "measured"}
     return SubspaceBasis(modules, {**info, "changed": about})
 
 
 def completed(first: torch.Tensor, rest: torch.Tensor, k: int) -> torch.Tensor:
-    """k orthonormal columns: those of `first` (d, a), then what `rest` (d, b) adds to them, in its order.
+    """Return k orthonormal columns: those of `first` (d, a), then what `rest` (d, b) adds to them, in its order.
 
     Raises `ValueError` where the two span fewer than k.
     """
@@ -41,7 +41,7 @@ def completed(first: torch.Tensor, rest: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def hybrid(basis: SubspaceBasis, other: SubspaceBasis, k: int, share: float = 0.5) -> SubspaceBasis:
-    """The leading ``share · k`` directions of `basis` on either side, completed to k with those of `other`."""
+    """Return the leading ``share · k`` directions of `basis` on either side, completed to k with those of `other`."""
     a = round(share * k)
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:
@@ -54,7 +54,7 @@ def hybrid(basis: SubspaceBasis, other: SubspaceBasis, k: int, share: float = 0.
 
 
 def one_sided(out: SubspaceBasis, inner: SubspaceBasis) -> SubspaceBasis:
-    """U of one basis, V of another; the sources are those of whichever has some."""
+    """Return U of one basis with V of another; the sources are those of the one that has some."""
     owner = out if out.info.get("sources") else inner
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:
@@ -64,8 +64,9 @@ def one_sided(out: SubspaceBasis, inner: SubspaceBasis) -> SubspaceBasis:
 
 
 def shared_inputs(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]]) -> SubspaceBasis:
-    """One V for the query and value of a layer, from both modules' updates together, each of norm 1; every module
-    keeps its U.
+    """Return a basis with one V for the query and value of a layer; every module keeps its U.
+
+    V comes from both modules' updates together, each of norm 1.
 
     Args:
         updates: module → the sources' ΔW (out, in), dense: these modules are small.
@@ -82,7 +83,7 @@ def shared_inputs(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]
 
 
 def centred(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]]) -> SubspaceBasis:
-    """Truncated HOSVD of the updates, each of norm 1, without their mean; sizes are those of `basis`."""
+    """Return the truncated HOSVD of the updates, each of norm 1, without their mean; sizes are those of `basis`."""
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:
         unit = torch.stack([d / d.norm() for d in updates[name]])
@@ -92,14 +93,14 @@ def centred(basis: SubspaceBasis, updates: Mapping[str, list[torch.Tensor]]) -> 
 
 
 def leading(stack: torch.Tensor, like: ModuleBasis) -> ModuleBasis:
-    """Truncated HOSVD of a dense `stack` (n, out, in), of the sizes of `like`: these modules are small."""
+    """Return the truncated HOSVD of a dense `stack` (n, out, in), of the sizes of `like`: these modules are small."""
     out, inner = torch.einsum("nij,nkj->ik", stack, stack), torch.einsum("nij,nik->jk", stack, stack)
     U, V = (torch.linalg.eigh(moment)[1].flip(1) for moment in (out, inner))
     return ModuleBasis(U=U[:, : like.k_out].float().contiguous(), V=V[:, : like.k_in].T.float().contiguous())
 
 
 def preconditioned(basis: SubspaceBasis, how: str, ridge: float = 0.0) -> SubspaceBasis:
-    """A basis in which a step of the coefficients moves each entry of the core in proportion to the fleet's use of it.
+    """Return a basis in which a step moves each entry of the core in proportion to the fleet's use of it.
 
     Args:
         basis: one with `core_rms`.
@@ -127,7 +128,12 @@ def preconditioned(basis: SubspaceBasis, how: str, ridge: float = 0.0) -> Subspa
 
 
 def scaled_inputs(state: Mapping[str, torch.Tensor], roots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LoRA's state dict with every A replaced by A·Σ^{1/2}; `roots`: module → Σ^{1/2} (in, in) of its inputs."""
+    """Return a LoRA's state dict with every A replaced by A·Σ^{1/2}.
+
+    Args:
+        state: the LoRA's.
+        roots: module → Σ^{1/2} (in, in) of its inputs.
+    """
     made = {}
     for key, value in state.items():
         if key.endswith("lora_A.weight"):
@@ -139,7 +145,7 @@ def scaled_inputs(state: Mapping[str, torch.Tensor], roots: Mapping[str, torch.T
 
 
 def from_activation_metric(basis: SubspaceBasis, roots: Mapping[str, torch.Tensor], back: str) -> SubspaceBasis:
-    """A basis built from `scaled_inputs`, with V brought back to the plain metric.
+    """Return a basis built from `scaled_inputs`, with V brought back to the plain metric.
 
     ``as-is``: V itself; ``inverse``: V·Σ^{-1/2}; ``forward``: V·Σ^{1/2}. The last two orthonormalised again, in order.
     """
@@ -158,7 +164,7 @@ def from_activation_metric(basis: SubspaceBasis, roots: Mapping[str, torch.Tenso
 def input_roots(
     model: Any, task_inputs: list[tuple[torch.Tensor, torch.Tensor]], ridge: float = 1e-3
 ) -> dict[str, Any]:
-    """Per adapted module Σ^{1/2} and the leading principal axes of its inputs over real tokens.
+    """Return per adapted module Σ^{1/2} and the leading principal axes of its inputs over real tokens.
 
     Args:
         model: the top layers.

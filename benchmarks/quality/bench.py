@@ -72,7 +72,7 @@ class Bench:
         return self._pooled[name]
 
     def first_gradients(self, name: str) -> Gradients:
-        """Of all training examples of a task."""
+        """Return the first gradients of all training examples of a task."""
         if name not in self._gradients:
             task = self.task(name)
             self._gradients[name] = first_gradients(make_model(self.top(name), task.outputs, 0), task.splits["train"])
@@ -82,7 +82,7 @@ class Bench:
         return tasks.top_layers(tasks.kind_of(name), self.folder)
 
     def members(self, kind: str) -> Sequence[str]:
-        """The tasks whose adapters are the fleet of a kind of task."""
+        """Return the tasks whose adapters are the fleet of a kind of task."""
         return self.fleet or tasks.names(kind)
 
     def source(self, name: str, start: int | str | None = None) -> Path:
@@ -92,7 +92,7 @@ class Bench:
     def basis(
         self, held_out: str, *, fleet: Sequence[str] | None = None, start: int | str | None = None, **build: Any
     ) -> SubspaceBasis:
-        """The basis of all other tasks' adapters, of the held-out task's kind unless `fleet` says otherwise.
+        """Return the basis of all other tasks' adapters, of the held-out task's kind unless `fleet` says otherwise.
 
         Raises `SubspaceError` where the held-out task's own adapter got into it.
         """
@@ -105,14 +105,14 @@ class Bench:
         return self._bases[key]
 
     def control(self, builder: str, held_out: str, k: int = K, seed: int = 0) -> SubspaceBasis:
-        """A `random` or `base-weights` basis of size k."""
+        """Build a `random` or `base-weights` basis of size k."""
         model = make_model(self.top(held_out), 2, 0)
         return build_basis(
             builder=builder, base_model=model, target_modules=list(ADAPTED), k=k, seed=seed, progress=False
         )
 
     def compare(self, name: str, methods: Sequence[Method], budget: Budget) -> list[dict[str, Any]]:
-        """Rows of `compare` for one held-out task. Raises `OutOfTime`."""
+        """Return the rows of `compare` for one held-out task. Raises `OutOfTime`."""
         task = self.task(name)
         settings = {
             "task": name,
@@ -171,8 +171,11 @@ class Experiment:
 
 
 def perform(bench: Bench, experiment: Experiment, results: Path) -> None:
-    """Run an experiment task by task, and write `results`/<name>.json after each. Raises `OutOfTime`; what is done is
-    written."""
+    """Run an experiment task by task, and write `results`/<name>.json after each.
+
+    Raises:
+        OutOfTime: the time is over; what is done is written.
+    """
     file = results / f"{experiment.name}.json"
     found: dict[str, Any] = {}
     for name in experiment.held_out:
@@ -196,8 +199,10 @@ def perform(bench: Bench, experiment: Experiment, results: Path) -> None:
 
 
 def usual_rate(folder: Path, method: str, held_out: str) -> float:
-    """The rate that a user would take who does not sweep: the best on average over the other tasks' validation splits,
-    of those that were tried on all of them; the smaller of equals.
+    """Return the rate that a user would take who does not sweep.
+
+    That is the best on average over the other tasks' validation splits, of those that were tried on all of them; the
+    smaller of equals.
 
     Args:
         folder: with the results of ``main``, and ``main-more`` where it is there.
@@ -224,7 +229,7 @@ def usual_rate(folder: Path, method: str, held_out: str) -> float:
 
 
 def compact(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `compare` without what tables do not need, numbers rounded to what was measured."""
+    """Return a row of `compare` without what tables do not need, numbers rounded to what was measured."""
     short = lambda value: None if value is None else round(value, 5)  # noqa: E731
     return {
         "method": row["method"],

@@ -16,8 +16,10 @@ VIT_HEADS = 6
 
 
 class Block(nn.Module):
-    """One transformer layer of width d: normalised behind its two halves as BERT is, or before them (`before`) as a
-    ViT is."""
+    """One transformer layer of width d.
+
+    It is normalised behind its two halves as BERT is, or before them (`before`) as a ViT is.
+    """
 
     def __init__(self, d: int, inner: int, heads: int, eps: float, before: bool) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class Block(nn.Module):
 
 @cache
 def half_is_faster() -> bool:
-    """Whether this processor multiplies faster in bfloat16 than in float32: tried once, some tens of milliseconds.
+    """Tell whether this processor multiplies faster in bfloat16 than in float32, tried once in tens of milliseconds.
 
     With instructions for bfloat16 it is several times as fast, without them eight times as slow.
     """
@@ -69,8 +71,10 @@ class HalfLinear(nn.Linear):
 
 
 class HalfBlock(Block):
-    """A `Block` whose frozen layers, those that no row adapts, compute in bfloat16. Norms, residuals, query and value
-    do not."""
+    """A `Block` whose frozen layers, those that no row adapts, compute in bfloat16.
+
+    Norms, residuals, query and value do not.
+    """
 
     FROZEN = ("key", "out", "up", "down")
 
@@ -122,7 +126,7 @@ class Top(nn.Module):
         self.classifier = make_head(d, outputs, seed)
 
     def features(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """What the head sees, (n, d)."""
+        """Return the features that the head sees, (n, d)."""
         real = torch.arange(hidden.shape[1]) < lengths[:, None]
         # without padding there is a faster attention
         bias = None if bool(real.all()) else real[:, None, None, :]
@@ -132,14 +136,15 @@ class Top(nn.Module):
         return (self.norm(hidden) * weight).sum(1) / weight.sum(1)
 
     def forward(self, hidden: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Outputs (n, outputs) for the lower layers' `hidden` (n, length, d), of which the first `lengths` (n,) are
-        real."""
+        """Return outputs (n, outputs) for the lower layers' `hidden` (n, length, d).
+
+        Of it the first `lengths` (n,) positions are real.
+        """
         return self.classifier(self.features(hidden, lengths))
 
 
 class Head(nn.Module):
-    """The `classifier` alone, on features (n, 1, d) that were computed before: `Top` where nothing below is
-    trained."""
+    """The `classifier` alone, on features (n, 1, d) that were computed before: `Top` with nothing below trained."""
 
     def __init__(self, d: int, outputs: int, seed: int) -> None:
         super().__init__()
@@ -180,7 +185,11 @@ VIT_NAMES = {
 
 
 def block_state(layer: nn.Module, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """A transformers layer's tensors in `Block`'s names. Raises `KeyError` naming one that has no counterpart."""
+    """Return a transformers layer's tensors in `Block`'s names.
+
+    Raises:
+        KeyError: a tensor has no counterpart; names it.
+    """
     state = {}
     for key, value in layer.state_dict().items():
         module, _, kind = key.rpartition(".")

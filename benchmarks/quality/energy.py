@@ -29,8 +29,9 @@ K = 16
 
 
 def agreement(energy: dict[str, float], found: Difference, seed: int = 0) -> tuple[float, float]:
-    """Spearman's correlation over tasks between energy kept and a score difference, and the share of shufflings with
-    one as large or larger, of either sign.
+    """Return Spearman's correlation over tasks between energy kept and a score difference, and its chance.
+
+    The chance is the share of shufflings with one as large or larger, of either sign.
 
     Raises:
         ValueError: fewer than three tasks in common, or the same number for all.

@@ -70,7 +70,7 @@ def main_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def more_rows(bench: Bench, name: str) -> list[Method]:
-    """The rest of the main table, apart so that an interrupted run has the first rows of all tasks."""
+    """Return the rest of the main table, apart so that an interrupted run has the first rows of all tasks."""
     fleet, base = bench.basis(name), bench.control("base-weights", name)
     return [
         inside("hybrid", hybrid(fleet, base, K)),
@@ -81,7 +81,7 @@ def more_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def one_rate_rows(bench: Bench, name: str) -> list[Method]:
-    """The rows of the main table without a sweep of their own: each at the rate that was best on the other tasks."""
+    """Return the rows of the main table without sweeps: each at the rate that was best on the other tasks."""
     return _usual(bench, name, main_rows(bench, name))
 
 
@@ -95,8 +95,7 @@ def _usual(bench: Bench, name: str, rows: list[Method]) -> list[Method]:
 
 
 def as_fleet(rows: Callable[[Bench, str], list[Method]]) -> Callable[[Bench, str], list[Method]]:
-    """The same rows at one rate, the one that the fleet's row has in ``one-rate``: their steps are of the same
-    size."""
+    """Return the same rows at the rate that the fleet's row has in ``one-rate``: their steps are of the same size."""
 
     def at_one_rate(bench: Bench, name: str) -> list[Method]:
         assert bench.results is not None
@@ -123,7 +122,7 @@ def short_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def control_rows(bench: Bench, name: str) -> list[Method]:
-    """Fleets that hold nothing about the task, and fleets of one kind, of five adapters each."""
+    """Return fleets that hold nothing about the task, and fleets of one kind, of five adapters each."""
     members = others(name, tasks.names("text"))
     both = (tasks.SENTIMENT, tasks.TOPIC)
     related, unrelated = both if name in tasks.SENTIMENT else both[::-1]
@@ -138,12 +137,12 @@ def control_rows(bench: Bench, name: str) -> list[Method]:
 
 
 def quick() -> Experiment:
-    """The first rows of the first three tasks of the main table, 40 steps."""
+    """Return the first rows of the first three tasks of the main table, 40 steps."""
     return Experiment("main", list(ORDER[:3]), Budget(steps=40, checks=()), short_rows)
 
 
 def experiments() -> dict[str, list[Experiment]]:
-    """Group → experiments, in the order in which they are run."""
+    """Return group → experiments, in the order in which they are run."""
     few, digging, every = list(FEW), list(DIGGING), list(ORDER)
     small, large = Budget(examples=100, checks=()), Budget(examples=1000, steps=120, checks=())
     return {

@@ -32,7 +32,7 @@ SOURCE_BUDGET = Budget(examples=1000, steps=180)
 
 
 def source(name: str, folder: Path, *, start: int | str | None = None, budget: Budget = SOURCE_BUDGET) -> Path:
-    """The folder of the LoRA r=8 of task `name`, trained now if it is not there.
+    """Return the folder of the LoRA r=8 of task `name`, trained now if it is not there.
 
     Args:
         name: a task.
@@ -71,7 +71,7 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
 
 
 def _started(model: Top, task: EncodedTask, start: int | str | None) -> PeftModel:
-    """`model` with a LoRA r=8 at its `start`; see `source`."""
+    """Return `model` with a LoRA r=8 at its `start`; see `source`."""
     config = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=HEAD)
     if start in IN_WEIGHTS:
         config.init_lora_weights = start
@@ -92,8 +92,10 @@ def _started(model: Top, task: EncodedTask, start: int | str | None) -> PeftMode
 
 
 def _keep_start(wrapped: PeftModel, folder: Path) -> str:
-    """The folder in which `wrapped` is saved as it begins, as PEFT wants it for taking the start off the trained
-    adapter."""
+    """Save `wrapped` as it begins and return the folder.
+
+    PEFT wants it for taking the start off the trained adapter.
+    """
     config, begun = wrapped.peft_config["default"], folder / "start"
     how = config.init_lora_weights
     config.init_lora_weights = True
@@ -103,15 +105,14 @@ def _keep_start(wrapped: PeftModel, folder: Path) -> str:
 
 
 def some_inputs(task: EncodedTask, count: int = 300) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Hidden states and lengths of the task's first training examples, fifty at a time."""
+    """Return hidden states and lengths of the task's first training examples, fifty at a time."""
     split = task.splits["train"]
     return [(split.hidden[i : i + 50], split.lengths[i : i + 50]) for i in range(0, min(count, len(split)), 50)]
 
 
 @torch.no_grad()
 def start_at(model: torch.nn.Module, axes: Mapping[str, torch.Tensor]) -> None:
-    """Set every LoRA's A (r, in) to the leading rows of its module's `axes` (in, in), at the norm that A's rows
-    have."""
+    """Set every LoRA's A (r, in) to the leading rows of its module's `axes` (in, in), at the norm of A's rows."""
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             module = next(module for module in axes if f".{module}." in name)
@@ -119,7 +120,11 @@ def start_at(model: torch.nn.Module, axes: Mapping[str, torch.Tensor]) -> None:
 
 
 def others(held_out: str, fleet: Sequence[str]) -> list[str]:
-    """The fleet without the held-out task. Raises `SubspaceError` where nothing is left."""
+    """Return the fleet without the held-out task.
+
+    Raises:
+        SubspaceError: nothing is left.
+    """
     left = [name for name in fleet if name != held_out]
     if not left:
         raise SubspaceError(
@@ -129,7 +134,7 @@ def others(held_out: str, fleet: Sequence[str]) -> list[str]:
 
 
 def require_left_out(basis: SubspaceBasis, own: Path) -> SubspaceBasis:
-    """`basis` itself, if the adapter in folder `own` is none of its sources: by sha256 of its file and by name.
+    """Return `basis`, if the adapter in folder `own` is none of its sources: by sha256 of its file and by name.
 
     Raises:
         SubspaceError: it is one of them, or the basis does not say what it was built from.
@@ -137,7 +142,7 @@ def require_left_out(basis: SubspaceBasis, own: Path) -> SubspaceBasis:
     sources: Sequence[Mapping[str, Any]] = basis.info.get("sources") or []
     if not sources:
         raise SubspaceError(
-            "This basis lists no sources, so whether the held-out task is among them cannot be told. Build it by `build_basis`."
+            "This basis lists no sources: whether the held-out task is among them cannot be told. Build it from adapters."
         )
     digest = hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
     for each in sources:

@@ -21,8 +21,10 @@ Gradients = Mapping[str, torch.Tensor]
 
 
 def backward(model: Top, some: Split) -> None:
-    """Add the gradient of the mean squared error on `some` to the model's parameters, with a head that ridge
-    regression has fitted to it: a head drawn at random would give random directions. The model's own head is put back.
+    """Add the gradient of the mean squared error on `some` to the model's parameters.
+
+    The head is one that ridge regression has fitted: a head drawn at random would give random directions. The model's
+    own head is put back.
 
     Args:
         model: the top layers.
@@ -43,7 +45,7 @@ def backward(model: Top, some: Split) -> None:
 
 
 def first_gradients(model: Top, some: Split) -> dict[str, torch.Tensor]:
-    """Module → gradient (out, in) of its weight, as `backward` gives it. The model is left as it was."""
+    """Return module → gradient (out, in) of its weight, as `backward` gives it. The model is left as it was."""
     layers = {name: layer for name, layer in model.named_modules() if name.endswith(ADAPTED)}
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -58,8 +60,10 @@ def first_gradients(model: Top, some: Split) -> dict[str, torch.Tensor]:
 
 
 def gradient_basis(like: SubspaceBasis, gradients: Sequence[Gradients]) -> SubspaceBasis:
-    """The leading left and right singular directions of `gradients`, each of norm 1, together; sizes and sources are
-    those of `like`."""
+    """Return the leading left and right singular directions of `gradients`, each of norm 1, together.
+
+    Sizes and sources are those of `like`.
+    """
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:
         return leading(torch.stack([(g := each[name].double()) / g.norm() for each in gradients]), module)

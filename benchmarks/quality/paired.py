@@ -35,7 +35,7 @@ class Difference:
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Tell whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -43,8 +43,9 @@ class Difference:
 
 
 def difference(ours: Scores, theirs: Scores, *, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """`ours` − `theirs`, paired by task and seed: the seed draws the training examples, their order and the head's
-    start of both.
+    """Return `ours` − `theirs`, paired by task and seed.
+
+    The seed draws the training examples, their order and the head's start of both.
 
     The interval comes from resampling tasks, and within each drawn task its seeds, both with replacement, so it speaks
     of other tasks like these. A run that diverged (None) counts as a score of 0.
@@ -76,5 +77,5 @@ def difference(ours: Scores, theirs: Scores, *, draws: int = DRAWS, seed: int = 
 
 
 def mean_score(scores: Scores, tasks: Sequence[str]) -> float:
-    """Mean in points over `tasks` and seeds; a run that diverged counts as 0."""
+    """Return the mean in points over `tasks` and seeds; a run that diverged counts as 0."""
     return 100 * float(np.mean([np.mean([score or 0.0 for score in scores[task]]) for task in tasks]))

@@ -1,4 +1,4 @@
-"""The rows of the comparison: those of `common.methods` on the top layers, with the learning rates of this benchmark."""
+"""The rows of the comparison: those of `common.methods` on the top layers, with this benchmark's learning rates."""
 
 from __future__ import annotations
 

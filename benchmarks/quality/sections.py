@@ -29,12 +29,12 @@ Rows = dict[str, dict[str, dict[str, Any]]]  # method → task → row
 
 
 def scores(rows: Rows, method: str) -> dict[str, list[float | None]]:
-    """Task → test scores of `method`, per seed."""
+    """Return task → test scores of `method`, per seed."""
     return {task: row["tests"] for task, row in rows[method].items()}
 
 
 def score_table(rows: Rows, order: Sequence[str]) -> list[str]:
-    """Mean test score per task and row; the last line is the mean over those tasks that all rows have."""
+    """Return the mean test score per task and row; the last line is the mean over the tasks that all rows have."""
     methods = [method for method in order if method in rows]
     tasks = list(dict.fromkeys(task for method in methods for task in rows[method]))
     common = [task for task in tasks if all(task in rows[method] for method in methods)]
@@ -58,7 +58,7 @@ DIFFERENCES = ["| | points [95 % interval] | tasks won / tied / lost | tasks |",
 
 
 def differences(pairs: Iterable[tuple[str, Rows, str, Rows, str]], only: Sequence[str] | None = None) -> list[str]:
-    """A line per (name, rows, method, rows, method) of which both sides are there."""
+    """Return a line per (name, rows, method, rows, method) of which both sides are there."""
     lines = []
     for name, ours, a, theirs, b in pairs:
         if a in ours and b in theirs:
@@ -72,8 +72,11 @@ def differences(pairs: Iterable[tuple[str, Rows, str, Rows, str]], only: Sequenc
 
 
 def reached(rows: Rows, method: str, target: str = "LoRA r=8") -> dict[int, float]:
-    """Step → share of (task, seed) runs of `method` whose validation score was, at that step or before, within a point
-    of the mean that `target` ended with on that task."""
+    """Return step → share of runs of `method` that had come near the final score of `target`.
+
+    A (task, seed) run has where its validation score was, at that step or before, within a point of the mean that
+    `target` ended with on that task.
+    """
     hits: dict[int, list[bool]] = {}
     for task, row in rows[method].items():
         if task not in rows[target]:
@@ -100,7 +103,7 @@ def reached_table(rows: Rows, order: Sequence[str]) -> list[str]:
 
 
 def rates_table(found: Mapping[str, Rows]) -> list[str]:
-    """Per row of the main table, and per size, the rates that were best on the validation split."""
+    """Return, per row of the main table and per size, the rates that were best on the validation split."""
     lines = ["| row | median best rate | smallest | largest | tasks |", "|---|---|---|---|---|"]
     listed = [(m, found["main"][m]) for m in MAIN_ORDER if m in found["main"]]
     listed += [
@@ -113,8 +116,10 @@ def rates_table(found: Mapping[str, Rows]) -> list[str]:
 
 
 def transfer_table(listed: Iterable[tuple[str, Rows]]) -> list[str]:
-    """Mean validation score, in points, of the fleet's row at each rate that was tried on all tasks, a line per name
-    and rows."""
+    """Return the mean validation score, in points, of the fleet's row at each rate, a line per name and rows.
+
+    Only rates that were tried on all tasks.
+    """
     lines = {}
     for name, rows in listed:
         sweeps = [dict(row["sweep"]) for row in rows.get("fleet", {}).values()]
@@ -131,7 +136,7 @@ def transfer_table(listed: Iterable[tuple[str, Rows]]) -> list[str]:
 
 
 def worst_seeds(rows: Rows) -> list[str]:
-    """The lowest single score per task and row, in points."""
+    """Return the lowest single score per task and row, in points."""
     tasks = list(dict.fromkeys(task for each in rows.values() for task in each))
     lines = [f"| worst seed | {' | '.join(rows)} |", f"|---|{'---|' * len(rows)}"]
     for task in tasks:
@@ -143,7 +148,10 @@ def worst_seeds(rows: Rows) -> list[str]:
 
 
 def ablation_lines(found: Mapping[str, Rows], swept: Rows, usual: Rows) -> list[str]:
-    """Every variant minus the fleet's row: its own experiment's where it has one, else that of `swept` or `usual`."""
+    """Return every variant minus the fleet's row.
+
+    That row is its own experiment's where it has one, or that of `swept` or `usual`.
+    """
     lines = []
     for name, rows in sorted(found.items()):
         if name.startswith("ablation-"):
@@ -156,8 +164,10 @@ def ablation_lines(found: Mapping[str, Rows], swept: Rows, usual: Rows) -> list[
 
 
 def rate_lines(rates: Rows, usual: Rows) -> list[str]:
-    """Rates between, each against the usual one and core against LoRA, and what both gave in `usual`, an earlier run
-    of the same."""
+    """Return rates between, each against the usual one, and core against LoRA.
+
+    Beside them what both gave in `usual`, an earlier run of the same.
+    """
     half = " at half the rate"
     lines = differences((f"{m}{half} − {m}", rates, f"{m}{half}", rates, m) for m in ("fleet", "LoRA r=8"))
     pairs = (("fleet", "LoRA r=8"), (f"fleet{half}", f"LoRA r=8{half}"))
@@ -167,7 +177,7 @@ def rate_lines(rates: Rows, usual: Rows) -> list[str]:
 
 
 def edges(found: Mapping[str, Rows]) -> list[str]:
-    """How many sweeps' best rate is still the smallest or largest that was tried."""
+    """Return how many sweeps' best rate is still the smallest or largest that was tried."""
     every = [row for rows in found.values() for tasks in rows.values() for row in tasks.values()]
     swept = [row for row in every if len(row["sweep"]) > 1]
     at_edge = sum(row["at_edge"] for row in swept)
@@ -175,7 +185,10 @@ def edges(found: Mapping[str, Rows]) -> list[str]:
 
 
 def comparisons(rows: Rows) -> list[str]:
-    """The fleet's row against every other, the others against LoRA r=8 and random, and both kinds of tasks apart."""
+    """Return the fleet's row against every other, and the others against LoRA r=8 and random.
+
+    Both kinds of tasks stand apart, too.
+    """
     lines = [*DIFFERENCES]
     lines += differences((f"fleet − {b}", rows, "fleet", rows, b) for b in MAIN_ORDER if b != "fleet")
     lines += differences(
@@ -196,7 +209,7 @@ def section(title: str, rows: Rows, order: Sequence[str], lines: list[str]) -> l
 
 
 def energy_section(energy: Mapping[str, Any], found: Mapping[str, Rows]) -> list[str]:
-    """Left-out energy beside the score differences, tasks from least to most, and how well it ranks them."""
+    """Return left-out energy beside the score differences, tasks from least to most, and how well it ranks them."""
     kept = {task: entry["unseen"] for task, entry in energy["tasks_left_out"].items()}
     title = (
         f"Energy that a basis of the other tasks' adapters keeps of a task's own LoRA (k={energy['k']}; random"

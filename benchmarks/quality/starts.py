@@ -1,5 +1,4 @@
-"""Where a core may start: at the nearest source, or at a convex mix of all of them, chosen on a few training
-examples."""
+"""The start of a core: the nearest source, or a convex mix of all, chosen on a few training examples."""
 
 from __future__ import annotations
 
@@ -29,8 +28,10 @@ MIX_RATE = 0.3  # of the mix's logits
 
 
 def nearest_source(bench: Bench, name: str, basis: SubspaceBasis) -> str:
-    """The name of the source whose projection on `basis` gives features that a ridge regression, fitted on 200
-    training examples, predicts 100 others from best."""
+    """Return the name of the source whose projection on `basis` gives the best features.
+
+    Best is what lets a ridge regression, fitted on 200 training examples, predict 100 others.
+    """
     task = bench.task(name)
     some = task.splits["train"].take(torch.arange(FIT + HELD))
     losses = {}
@@ -45,15 +46,16 @@ def nearest_source(bench: Bench, name: str, basis: SubspaceBasis) -> str:
 
 
 def ridge_loss(features: torch.Tensor, some: Split, outputs: int) -> float:
-    """Mean squared error on the last `HELD` examples of a ridge regression on the others."""
+    """Return the mean squared error on the last `HELD` examples of a ridge regression on the others."""
     weight, bias = ridge(features[:FIT], some.labels[:FIT], outputs)
     return float((features[FIT:] @ weight.T + bias - targets(some.labels[FIT:], outputs)).square().mean())
 
 
 def convex_mix(bench: Bench, name: str, basis: SubspaceBasis, budget: Budget, seed: int) -> torch.Tensor:
-    """Weights (N + 1,), none below 0, their sum 1, of the sources' cores and, last, of no update at all: what Adam
-    makes of equal ones in 20 batches of the training examples that `seed` draws, together with a head that begins at a
-    ridge regression.
+    """Return weights (N + 1,), none below 0, their sum 1, of the sources' cores and, last, of no update at all.
+
+    They are what Adam makes of equal ones in 20 batches of the training examples that `seed` draws, together with a
+    head that begins at a ridge regression.
 
     Args:
         basis: one with its sources' cores.
@@ -85,7 +87,7 @@ def convex_mix(bench: Bench, name: str, basis: SubspaceBasis, budget: Budget, se
 
 
 def mix_cores(basis: SubspaceBasis, mix: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    """Module → Σᵢ mixᵢ Cᵢ (k_out, k_in) over the sources; the last entry of `mix` (N + 1,) is that of no update.
+    """Return module → Σᵢ mixᵢ Cᵢ (k_out, k_in) over the sources; the last entry of `mix` (N + 1,) is no update's.
 
     Raises `ValueError` where the basis has no cores.
     """
@@ -98,7 +100,7 @@ def mix_cores(basis: SubspaceBasis, mix: torch.Tensor) -> Mapping[str, torch.Ten
 
 
 def starting_at_mix(basis: SubspaceBasis, mix: torch.Tensor) -> SubspaceBasis:
-    """`basis` with the mix of its sources' cores in the place of their mean: to be used with ``start="mean"``."""
+    """Return `basis` with the mix of its sources' cores in place of their mean: to be used with ``start="mean"``."""
     cores = mix_cores(basis, mix)
 
     def change(name: str, module: ModuleBasis) -> ModuleBasis:

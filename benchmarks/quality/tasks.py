@@ -1,5 +1,4 @@
-"""The benchmark's tasks: real texts and images, no example in two of them, and what the frozen lower layers make of
-them."""
+"""The benchmark's tasks: real texts and images, none in two of them, and the frozen lower layers' outputs for them."""
 
 from __future__ import annotations
 
@@ -72,7 +71,7 @@ class Split:
         return len(self.lengths)
 
     def take(self, which: torch.Tensor) -> Split:
-        """The examples at the places `which`, padded no further than the longest of them."""
+        """Return the examples at the places `which`, padded no further than the longest of them."""
         lengths = self.lengths[which]
         return Split(self.hidden[which, : int(lengths.max())], lengths, self.labels[which])
 
@@ -92,12 +91,12 @@ class EncodedTask:
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """The tasks of a kind: ``text`` or ``image``."""
+    """Return the tasks of a kind: ``text`` or ``image``."""
     return (*SENTIMENT, *TOPIC) if kind == "text" else IMAGES
 
 
 def kind_of(name: str) -> str:
-    """``text`` or ``image``. Raises `KeyError` for a name that no task has."""
+    """Return ``text`` or ``image``. Raises `KeyError` for a name that no task has."""
     for kind in ("text", "image"):
         if name in names(kind):
             return kind
@@ -105,7 +104,7 @@ def kind_of(name: str) -> str:
 
 
 def load(name: str, folder: Path) -> EncodedTask:
-    """A task, from `folder` or computed and kept there. Hidden states are kept in half precision."""
+    """Return a task, from `folder` or computed and kept there. Hidden states are kept in half precision."""
     file = folder / "hidden" / f"{name}.safetensors"
     if not file.is_file():
         tensors, facts = _make(name, folder)
@@ -157,7 +156,7 @@ def image_set() -> list[ImageTask]:
 
 
 def _definitions(*, speech_parts: bool) -> Iterator[Row]:
-    """Every second definition of WordNet is for one of the two tasks, so that they share none."""
+    """Read WordNet's definitions, every second one for each of the two tasks, so that they share none."""
     root = fetch(DICTIONARY)
     for part in ("noun", "verb", "adj", "adv") if speech_parts else ("noun",):
         lines = find(root, f"wordnet/data.{part}").read_text(encoding="utf-8").splitlines()
@@ -178,7 +177,7 @@ def _definitions(*, speech_parts: bool) -> Iterator[Row]:
 
 @cache
 def text_encoder() -> tuple[nn.Module, Any]:
-    """MiniLM (6 × 384) and its tokenizer."""
+    """Load MiniLM (6 × 384) and its tokenizer."""
     from transformers import AutoModel, AutoTokenizer
 
     source = str(find(fetch(ENCODER), "model/config.json").parent)
@@ -188,14 +187,14 @@ def text_encoder() -> tuple[nn.Module, Any]:
 
 
 def image_encoder(folder: Path) -> nn.Module:
-    """The ViT-S backbone for images of `IMAGE_SIZE`."""
+    """Load the ViT-S backbone for images of `IMAGE_SIZE`."""
     from transformers import ViTModel
 
     return ViTModel.from_pretrained(str(vit_encoder(folder / "vit", IMAGE_SIZE)), add_pooling_layer=False).eval()
 
 
 def top_layers(kind: str, folder: Path) -> dict[str, Any]:
-    """What `Top` takes of the encoder of a kind of task, kept in `folder`."""
+    """Return what `Top` takes of the encoder of a kind of task, kept in `folder`."""
     file = folder / f"top-{kind}.pt"
     if not file.is_file():
         if kind == "text":

@@ -25,8 +25,11 @@ HEAD_RATE = 5e-3  # of the classifier, in every row that trains an adapter
 
 @dataclass(frozen=True)
 class Budget:
-    """What every row gets: training examples, optimiser steps, examples per step, the steps at which it is validated,
-    and the norm to which all gradients together are cut (none with 0)."""
+    """The budget of every row.
+
+    Training examples, optimizer steps, examples per step, the steps at which it is validated, and the norm to which
+    all gradients together are cut (none with 0).
+    """
 
     examples: int = 300
     steps: int = 60
@@ -39,13 +42,12 @@ BRIEF = Budget(checks=())  # validated at its end only
 
 
 def make_model(top: dict[str, Any], outputs: int, seed: int) -> Top:
-    """The classifier on the top layers, its head drawn by `seed`; frozen layers in bfloat16 where that is the
-    faster."""
+    """Return the classifier on the top layers, its head drawn by `seed`; frozen layers in bfloat16 where faster."""
     return Top(**top, outputs=outputs, seed=seed, half=half_is_faster())
 
 
 def pooled(top: dict[str, Any], task: EncodedTask) -> EncodedTask:
-    """The task with the features that a head on untouched layers sees, one position each."""
+    """Return the task with the features that a head on untouched layers sees, one position each."""
     model = make_model(top, 1, 0)
     splits = {}
     for name, split in task.splits.items():
@@ -57,8 +59,9 @@ def pooled(top: dict[str, Any], task: EncodedTask) -> EncodedTask:
 def train(
     model: nn.Module, task: EncodedTask, budget: Budget, rate: float, seed: int, *, curve: bool
 ) -> dict[str, Any]:
-    """Train on `budget.examples` of the task's training examples, drawn by `seed`: AdamW, warm-up over 6 % of the
-    steps, linear decay.
+    """Train by AdamW on `budget.examples` of the task's training examples, drawn by `seed`.
+
+    The rate warms up over 6 % of the steps and decays linearly.
 
     Where there is no adapter `rate` is the head's. Returns ``validation``, ``curve`` (pairs of step and validation
     score, only the last without `curve`) and ``seconds`` of training.
@@ -95,8 +98,10 @@ def train(
 
 
 def make_loss(task: EncodedTask, known: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(outputs, labels) → cross-entropy, or the squared error of labels that are standardised as the `known` ones (n,)
-    are."""
+    """Return a function (outputs, labels) → loss: the cross-entropy, or the squared error.
+
+    The latter is of labels that are standardised as the `known` ones (n,) are.
+    """
     if not task.number:
         return F.cross_entropy
     centre, spread = known.mean(), known.std()
@@ -104,15 +109,17 @@ def make_loss(task: EncodedTask, known: torch.Tensor) -> Callable[[torch.Tensor,
 
 
 def draw_examples(task: EncodedTask, budget: Budget, seed: int) -> tuple[list[int], random.Random]:
-    """Places of the training examples that `seed` draws, and what draws their order."""
+    """Return the places of the training examples that `seed` draws, and what draws their order."""
     count = len(task.splits["train"])
     draw = random.Random(f"{seed}/{task.name}")
     return draw.sample(range(count), min(budget.examples, count)), draw
 
 
 def batches(data: Split, chosen: Sequence[int], budget: Budget, draw: random.Random) -> Iterator[torch.Tensor]:
-    """Places of `budget.steps` batches; within windows of four batches the examples are sorted by length, for little
-    padding."""
+    """Yield the places of `budget.steps` batches.
+
+    Within windows of four batches the examples are sorted by length, for little padding.
+    """
     done, queue = 0, []
     while done < budget.steps:
         if not queue:
@@ -132,7 +139,7 @@ def batches(data: Split, chosen: Sequence[int], budget: Budget, draw: random.Ran
 def outputs_of(
     model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], split: Split, batch: int = 64
 ) -> torch.Tensor:
-    """The model's outputs (n, outputs) in the split's order."""
+    """Return the model's outputs (n, outputs) in the split's order."""
     order = split.lengths.argsort(stable=True)
     found = None
     for which in order.split(batch):
@@ -145,14 +152,16 @@ def outputs_of(
 
 
 def score(model: nn.Module, task: EncodedTask, name: str) -> float:
-    """Accuracy, or Spearman's correlation where a number is predicted, on the split `name`; NaN where outputs are not
-    finite."""
+    """Return the accuracy, or Spearman's correlation where a number is predicted, on the split `name`.
+
+    It is NaN where outputs are not finite.
+    """
     split = task.splits[name]
     return measure(outputs_of(model, split), split.labels)
 
 
 def measure(outputs: torch.Tensor, labels: torch.Tensor) -> float:
-    """Accuracy of (n, classes), or Spearman's correlation of (n, 1) with real `labels`."""
+    """Return the accuracy of (n, classes), or Spearman's correlation of (n, 1) with real `labels`."""
     if not torch.isfinite(outputs).all():
         return float("nan")
     if outputs.shape[1] > 1:

@@ -7,12 +7,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from subspace_peft.errors import SubspaceError
 
-if TYPE_CHECKING:
-    from .packages import Package
+from .package import Package
 
 REMEDIES = {
     "pypi": (

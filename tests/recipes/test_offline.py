@@ -167,7 +167,7 @@ def test_the_text_preset_is_written_once_and_goes_on_where_it_stopped(real_cache
             assert all(0 <= row["label"] < len(facts["labels"]) for row in rows)
             assert not seen & {row["sentence"] for row in rows}
             seen |= {row["sentence"] for row in rows}
-    # a task that somebody removed is written again, as it was
+    # a task that a user removed is written again, as it was
     kept = (folder / "data" / "movies" / "train.jsonl").read_bytes()
     shutil.rmtree(folder / "data" / "movies")
     prepare("text", folder, smoke=True, progress=False)
@@ -177,7 +177,7 @@ def test_the_text_preset_is_written_once_and_goes_on_where_it_stopped(real_cache
             prepare(other, folder, smoke=smoke, progress=False)
 
 
-def test_whoever_is_slower_keeps_the_faster_ones_folder(tmp_path):
+def test_the_slower_process_keeps_the_faster_ones_folder(tmp_path):
     for name in ("mine", "theirs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
