@@ -261,6 +261,7 @@ class Bundle(Mapping[str, BundledTask]):
             "sha256": entry["sha256"],
         }
         config.loaded_from = LoadedFrom(self._near, self._token)
+        config.card = config.card if isinstance(config.card, dict) else None
         return config if basis is None else config.on_basis(basis)
 
     def task(self, name: str, basis: SubspaceBasis | str | Path | None = None) -> SavedTask:

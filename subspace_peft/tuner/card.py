@@ -166,10 +166,15 @@ def card_for(card: Mapping[str, Any] | None, digest: str | None) -> Card | None:
     return {key: value for key, value in card.items() if key not in (*MEASURED, "of")} or None
 
 
-def unmeasured(card: Mapping[str, Any] | None) -> Card | None:
-    """Return a card that was read from a file, without facts that may be of other numbers than those beside it."""
-    if card is None or "of" in card:
-        return None if card is None else dict(card)
+def unmeasured(card: Any) -> Card | None:
+    """Return a card that was read from a file, without facts that may be of other numbers than those beside it.
+
+    A card of another kind than a dict, which a stranger's file may have, counts as none.
+    """
+    if not isinstance(card, Mapping):
+        return None
+    if "of" in card:
+        return dict(card)
     return {key: value for key, value in card.items() if key not in MEASURED} or None
 
 
