@@ -187,8 +187,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Make a module that forwards every name to the modules that took its place, which are imported when first
-    asked."""
+    """Make a module that forwards every name to the modules that took its place.
+
+    These are imported when the first name is asked for.
+    """
 
     def __init__(self, places: tuple[str, ...]) -> None:
         self.places = places

@@ -239,7 +239,7 @@ class SubspaceConfig(PeftConfig):
             fingerprint=self.basis_fingerprint,
             near=origin.folder,
             token=origin.token,
-            exact=origin.basis_given,
+            exact=origin.basis_given and self.basis is not None,
         )
 
     def _location(self) -> str | None:
