@@ -6,14 +6,17 @@ for one to wait for. The import of this package, and what depends on environment
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
 import os
 import runpy
 import sys
+import threading
+import traceback
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 
 def read_environment_again() -> None:
@@ -51,8 +54,27 @@ def become(request: dict[str, Any]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def run(request: dict[str, Any]) -> NoReturn:
+    """Run the program of a request in this fork, and end without taking all modules apart, which takes half a second."""
+    status = 0
+    try:
+        become(request)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def serve() -> None:
-    """Answer requests until stdin ends; in a fork, run the program and return."""
+    """Answer requests until stdin ends."""
     for module in sys.argv[1:]:
         importlib.import_module(module)
     gc.collect()
@@ -62,9 +84,8 @@ def serve() -> None:
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         elif (answer := os.fork()) == 0:
-            return become(request)
+            run(request)
         print(answer, flush=True)
-    return None
 
 
 if __name__ == "__main__":
