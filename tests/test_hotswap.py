@@ -102,6 +102,7 @@ def test_what_cannot_be_swapped_is_refused_and_changes_nothing(basis_folder, bas
         hotswap(model, one)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again(basis_folder, tmp_path):
     one, two = (save(tmp_path / str(seed), str(basis_folder), seed) for seed in (1, 2))
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -26,9 +27,19 @@ from .bundle.conftest import KINDS, NAMES, logits, save
 from .models import bert, train_lora
 
 
+@pytest.fixture(scope="module")
+def saved(bases, tmp_path_factory):
+    root = tmp_path_factory.mktemp("tasks")
+    for i, name in enumerate(NAMES):
+        save(bert, root / name, bases[bert].location, i, **KINDS[i])
+    return root
+
+
 @pytest.fixture
-def folders(bases, tmp_path):
-    return [save(bert, tmp_path / "tasks" / name, bases[bert].location, i, **KINDS[i]) for i, name in enumerate(NAMES)]
+def folders(saved, tmp_path):
+    """A task of every kind, for the test to change."""
+    shutil.copytree(saved, tmp_path / "tasks")
+    return [tmp_path / "tasks" / name for name in NAMES]
 
 
 @pytest.fixture

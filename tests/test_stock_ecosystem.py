@@ -129,6 +129,7 @@ def test_load_best_model_at_end_restores_the_best_coefficients(base_folder, basi
     assert trainer.evaluate()["eval_loss"] == pytest.approx(seen[best][0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_auto_find_batch_size_goes_on_with_a_smaller_batch(base_folder, basis_folder, tmp_path):
     """Out of memory after the backward pass of a batch of 5, gradients there: the next size trains as if begun with
     it."""

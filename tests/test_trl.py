@@ -153,7 +153,9 @@ def test_dpo_of_a_new_adapter_has_the_base_model_as_its_reference(basis, tmp_pat
     assert ((chosen - rejected) - (expected[0] - expected[1])).min() > 0.1
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["basis-elsewhere", "basis-in-the-task"])
+@pytest.mark.parametrize(
+    "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["basis-elsewhere", "basis-in-the-task"]
+)
 def test_dpo_of_a_loaded_task_has_its_own_start_as_its_reference(basis, tmp_path, own):
     task = randomise(get_peft_model(base(), config("random", k=4) if own else config(basis)), std=0.02).eval()
     task.save_pretrained(tmp_path / "task")

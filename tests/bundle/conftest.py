@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 
-from subspace_peft import SubspaceConfig, bundle_tasks
+from subspace_peft import SubspaceConfig, bundle_tasks, open_bundle
 from subspace_peft.bundle.format import BUNDLE_FILE
 
 from ..models import bert, inputs, randomise
@@ -41,15 +42,23 @@ def save(make, folder: Path, basis: str, seed: int = 0, **config: object) -> Pat
     return folder
 
 
-@pytest.fixture
-def folders(bases, tmp_path):
-    return [save(bert, tmp_path / name, bases[bert].location, i, **KINDS[i]) for i, name in enumerate(NAMES)]
+@pytest.fixture(scope="package")
+def made(bases, tmp_path_factory):
+    """A folder for each task, and their bundle, that no test writes into."""
+    root = tmp_path_factory.mktemp("bundled")
+    folders = [save(bert, root / name, bases[bert].location, i, **KINDS[i]) for i, name in enumerate(NAMES)]
+    bundle_tasks(folders, root / "bundle", metrics={"task0": {"accuracy": 0.91}}, progress=False)
+    return root
 
 
 @pytest.fixture
-def bundle(folders, tmp_path):
-    metrics = {"task0": {"accuracy": 0.91}}
-    return bundle_tasks(folders, tmp_path / "bundle", metrics=metrics, progress=False)
+def folders(made, tmp_path):
+    return [Path(shutil.copytree(made / name, tmp_path / name)) for name in NAMES]
+
+
+@pytest.fixture
+def bundle(made, tmp_path):
+    return open_bundle(shutil.copytree(made / "bundle", tmp_path / "bundle"))
 
 
 def rewrite(folder: Path, change) -> None:

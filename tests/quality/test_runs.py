@@ -32,6 +32,7 @@ def test_a_row_may_depend_on_the_seeds_examples(bench):
     assert sorted(asked) == [0, 1, 2] and len(found[0]["tests"]) == 2
 
 
+@pytest.mark.slow
 def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
     from benchmarks.quality import experiments as listed
     from benchmarks.quality import starts
