@@ -15,7 +15,7 @@ from subspace_peft.builders.options import BuildOptions, UpdateOptions
 from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
-from .conftest import bert
+from .models import bert
 
 
 def built(folder: Path, *arguments: str) -> SubspaceBasis:
@@ -215,6 +215,6 @@ def test_updated_bases_are_built_again_as_they_were(fleets, bases, tmp_path, cap
 
 
 def new(fleets, tmp_path) -> list[str]:
-    from .conftest import train_lora
+    from .models import train_lora
 
     return [str(train_lora(bert, tmp_path / "new", seed=99))]

@@ -19,7 +19,7 @@ from subspace_peft.cli import main
 from subspace_peft.cli.main import parser
 from subspace_peft.errors import SubspaceError
 
-from .conftest import bert, gpt2
+from .models import bert, gpt2
 from .test_fleet import broken
 
 # flags → a part of the error; `FLEET` and the other words in capitals are filled in from `world`
