@@ -231,7 +231,7 @@ def test_the_command_line_writes_folders_and_says_who_sits_where(fleets, tmp_pat
         ({"clusters": "many"}, "clusters='many'"),
         ({"clusters": 6}, "there are 5 sources"),
         ({"k": 0.5}, "k=0.5"),
-        ({"builder": "random"}, "no builder="),
+        ({"builder": "random"}, "does not go with builder="),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(given, message, fleets):
