@@ -175,8 +175,8 @@ class BuildOptions(Options):
         odd = {"builder", "k_in", "target_modules", "weights", "budget"}
         if clash := [name for name in self.changed() if name in odd]:
             raise SubspaceError(
-                f"clusters= does not go with {clash[0]}=: clusters are of sources, each update counting as of norm 1, at"
-                " one number of directions."
+                f"clusters= does not go with {clash[0]}=: clusters are of sources, each update counting as of norm 1,"
+                " at one number of directions."
             )
         if isinstance(self.k, float):
             raise SubspaceError(f"k={self.k!r}: clusters are compared at a number of directions; give one from 1 on.")
