@@ -37,7 +37,7 @@ class MeanPooledClassifier(PreTrainedModel):
         nn.init.zeros_(self.classifier.bias)
 
     def card_code(self) -> list[str]:
-        """Lines that make such a model, for a task's card."""
+        """Return the lines of code that make such a model, for a task's card."""
         encoder = f"AutoModel.from_pretrained({self.config._name_or_path!r}, num_labels={self.num_labels})"
         return _code(self, encoder)
 
@@ -57,6 +57,7 @@ class MeanPooledClassifier(PreTrainedModel):
             input_ids: (batch, length) int64, or None where `inputs_embeds` (batch, length, hidden) is given.
             attention_mask: (batch, length), 1 at real tokens; all are real by default.
             token_type_ids: (batch, length), for encoders that know them.
+            labels: (batch,), int64 classes or float numbers.
             inputs: passed on to the encoder.
         """
         if token_type_ids is not None:
@@ -100,7 +101,7 @@ class ImageClassifier(PreTrainedModel):
         nn.init.zeros_(self.classifier.bias)
 
     def card_code(self) -> list[str]:
-        """Lines that make such a model, for a task's card."""
+        """Return the lines of code that make such a model, for a task's card."""
         encoder = f"AutoModel.from_pretrained({self.config._name_or_path!r})"
         return _code(self, f"{encoder}, {self.classifier.out_features}, {self.pooling!r}")
 

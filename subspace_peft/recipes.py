@@ -1,7 +1,7 @@
 """The recipes that come with the package: list them, run one, copy one out to edit.
 
-Recipes are scripts, no part of the library: this module finds them by their folder. What they share lies in the packages
-`common` and `offline` beside them, which a copied recipe takes along.
+Recipes are scripts, no part of the library: this module finds them by their folder. They share the packages `common`
+and `offline` beside them, which a copied recipe takes along.
 """
 
 from __future__ import annotations

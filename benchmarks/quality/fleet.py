@@ -142,7 +142,7 @@ def require_left_out(basis: SubspaceBasis, own: Path) -> SubspaceBasis:
     sources: Sequence[Mapping[str, Any]] = basis.info.get("sources") or []
     if not sources:
         raise SubspaceError(
-            "This basis lists no sources: whether the held-out task is among them cannot be told. Build it from adapters."
+            "This basis lists no sources: whether the held-out task is one cannot be told. Build it from adapters."
         )
     digest = hashlib.sha256((own / "adapter_model.safetensors").read_bytes()).hexdigest()
     for each in sources:

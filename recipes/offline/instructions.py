@@ -44,7 +44,7 @@ NEWS = {  # Reuters' own topic codes in words
 
 
 @dataclass(frozen=True)
-class InstructionTask:
+class PromptTask:
     """An instruction task: a definition, and inputs with their answers.
 
     Attributes:
@@ -80,7 +80,7 @@ class InstructionTask:
         return parts
 
 
-def instruction_tasks() -> tuple[list[InstructionTask], list[InstructionTask]]:
+def instruction_tasks() -> tuple[list[PromptTask], list[PromptTask]]:
     """Return (source tasks, held-out tasks); no text of a held-out task is in a source."""
     texts = {task.name: task for task in source_tasks()}
     held = {task.name: task for task in held_out_tasks()}
@@ -109,9 +109,9 @@ def instruction_tasks() -> tuple[list[InstructionTask], list[InstructionTask]]:
     return sources, [_labels(held["editorials"], asked, sentiment.get)]
 
 
-def _labels(task: TextTask, definition: str, word: Callable[[str], str | None]) -> InstructionTask:
+def _labels(task: TextTask, definition: str, word: Callable[[str], str | None]) -> PromptTask:
     pairs = [(" ".join(row.text.split()), str(word(row.label))) for row in task.rows]
-    return InstructionTask(task.name, task.about, definition, pairs)
+    return PromptTask(task.name, task.about, definition, pairs)
 
 
 def _last_word(label: str) -> str:
@@ -161,27 +161,27 @@ def _plain_nouns(known: dict[str, Synset]) -> Iterable[Synset]:
             yield noun
 
 
-def _wordnet() -> tuple[InstructionTask, InstructionTask]:
+def _wordnet() -> tuple[PromptTask, PromptTask]:
     known = nouns()
     kinds = _kinds(known)
     return kinds, _hypernyms(known, {plain(meaning) for meaning, _ in kinds.pairs})
 
 
-def _kinds(known: dict[str, Synset]) -> InstructionTask:
+def _kinds(known: dict[str, Synset]) -> PromptTask:
     pairs = [(noun.meaning, LEXNAMES[noun.kind]) for noun in _plain_nouns(known) if noun.kind in LEXNAMES]
     kinds = ", ".join(LEXNAMES.values())
     # every second one: the others are for the task below
     chosen = sorted(pairs)[::2]
-    return InstructionTask(
+    return PromptTask(
         "kinds", "definition: which kind of thing", f"What kind of thing is this? Answer with one of: {kinds}.", chosen
     )
 
 
-def _hypernyms(known: dict[str, Synset], taken: set[str]) -> InstructionTask:
+def _hypernyms(known: dict[str, Synset], taken: set[str]) -> PromptTask:
     pairs = [
         (f"{noun.words[0]}: {noun.meaning}", known[noun.above].words[0])
         for noun in _plain_nouns(known)
         if noun.above in known and plain(noun.meaning) not in taken
     ]
     asked = "Name in a few words the wider class of things that this one belongs to."
-    return InstructionTask("classes", "noun and definition: its wider class, in words", asked, pairs, "rougeL")
+    return PromptTask("classes", "noun and definition: its wider class, in words", asked, pairs, "rougeL")

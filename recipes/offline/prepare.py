@@ -236,9 +236,9 @@ def _images(sizes: dict[str, int]) -> Iterator[Unit]:
 
 
 def _instructions(sizes: dict[str, int]) -> Iterator[Unit]:
-    from .instructions import InstructionTask, instruction_tasks
+    from .instructions import PromptTask, instruction_tasks
 
-    def unit(task: InstructionTask, held_out: bool) -> Unit:
+    def unit(task: PromptTask, held_out: bool) -> Unit:
         def write(folder: Path) -> None:
             for split, rows in task.split(sizes, 0).items():
                 _lines(folder, split, rows)
