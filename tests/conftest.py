@@ -78,12 +78,3 @@ def basis_folder(bases: dict[Any, SubspaceBasis], tmp_path: Path) -> Path:
     from .models import bert
 
     return Path(shutil.copytree(bases[bert].location, tmp_path / "basis"))
-
-
-def __getattr__(name: str) -> Any:
-    # where the helpers were before
-    if name in {"bert", "gpt2", "TARGETS", "train_lora", "inputs", "randomise", "basis_storage"}:
-        from . import models
-
-        return getattr(models, name)
-    raise AttributeError(name)
