@@ -96,9 +96,8 @@ __all__ = [
 
 
 def _register() -> None:
-    from ._peft_hooks import register
-
-    register()
+    # which registers as it is imported
+    from . import _peft_hooks  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

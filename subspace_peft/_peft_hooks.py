@@ -3,7 +3,7 @@
 PEFT has no plugin mechanism: a method is made known by adding it to PEFT's own tables, and a few of its functions have
 to be told of it. Each hook below says what it changes and with which versions of PEFT it was seen to work (0.21.0 to
 0.21.2, the lowest and the highest that are tested) and what happens where PEFT lacks the place. `register` does all of
-them; importing the package calls it, and no other module imports this one.
+them as this module is imported, which the package does as soon as PEFT is; no other module imports this one.
 
 The member of PEFT's enum, `PeftType.SUBSPACE`, is made in `tuner/peft_type.py`, since the rest builds on it.
 """
@@ -197,3 +197,7 @@ def _lacks(place: str, consequence: str) -> None:
         " upgrade of subspace-peft may know this PEFT.",
         stacklevel=3,
     )
+
+
+# here and not where it is imported: whichever import of PEFT or of this module comes first, its end is reached once
+register()

@@ -51,7 +51,7 @@ BAD = [
     (["--builder", "random", "--base-model", "BERT"], "Say which of the base model's modules: --target-modules"),
     (["--builder", "random", "--base-model", "BERT", "--target-modules", "nope"], "matches no linear layer"),
     (["--builder", "random", "--like", "/no/such/basis"], "/no/such/basis"),
-    (["NAN", "--skip-bad"], "no source adapter to build from"),
+    (["NAN", "--skip-bad"], "1 of 1 sources cannot be used"),
     (["FLEET", "--clusters", "0"], "--clusters 0: give a number from 1 on"),
     (["FLEET", "--clusters", "2.5"], "--clusters '2.5': give a number from 1 on"),
     (["FLEET", "--clusters", "many"], "--clusters 'many'"),

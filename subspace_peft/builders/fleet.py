@@ -116,13 +116,10 @@ def gather(
 
 def _raise_bad(bad: Sequence[dict[str, str]], count: int, *, empty: bool, skip_bad: bool) -> None:
     """Raise `SourceError` where sources are bad and may not be skipped, or none is left."""
-    if bad and not skip_bad:
+    if bad and (empty or not skip_bad):
         lines = "\n  ".join(entry["reason"] for entry in bad)
-        raise SourceError(
-            f"{len(bad)} of {count} sources cannot be used:\n  {lines}\nMend or remove them, or leave them out "
-            "with skip_bad=True (--skip-bad)."
-        )
+        # leaving all of them out would leave nothing
+        remedy = "" if empty else ", or leave them out with skip_bad=True (--skip-bad)"
+        raise SourceError(f"{len(bad)} of {count} sources cannot be used:\n  {lines}\nMend or remove them{remedy}.")
     if empty:
-        raise SourceError(
-            "There is no source adapter to build from." + "".join(f"\n  {entry['reason']}" for entry in bad)
-        )
+        raise SourceError("There is no source adapter to build from. Give at least one.")
