@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 
 from subspace_peft import recipes
 from subspace_peft.errors import SubspaceError
+
+from .. import fresh
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,10 +45,7 @@ for each in caught:
 
 def test_old_imports_work_and_say_where_things_are_now(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", OLD], capture_output=True, text=True, check=False, cwd=tmp_path, env=env
-    )
-    assert done.returncode == 0, done.stderr
+    done = fresh.run("-c", OLD, cwd=tmp_path, env=env, check=True)
     for said in (
         "subspace_peft.compare has moved to subspace_peft.modeling and the recipes' module common",
         "subspace_peft.demo has moved to the recipes' module demo",
