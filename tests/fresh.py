@@ -1,8 +1,8 @@
 """Fresh processes without the price of their imports.
 
 Starting Python with torch, transformers and PEFT takes five to ten seconds of a core. A server imports them once, and
-nothing of this package, and forks for every program that a test runs: a process without any state of the test's own, in
-a twentieth of the time. Tests of the import itself use `subprocess`.
+nothing of this package, and forks for every program that a test runs: a process without any state of the test's own,
+in a twentieth of the time. Tests of the import itself use `subprocess`.
 """
 
 from __future__ import annotations

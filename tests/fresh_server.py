@@ -55,7 +55,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def run(request: dict[str, Any]) -> NoReturn:
-    """Run the program of a request in this fork, and end without taking all modules apart, which takes half a second."""
+    """Run the program of a request in this fork; end without taking all modules apart, which takes half a second."""
     status = 0
     try:
         become(request)

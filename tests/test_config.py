@@ -1,4 +1,4 @@
-"""A configuration is data: fields and checks. Where the rest lives: in the plan, in the layers, in one file of hooks."""
+"""A configuration is data: fields and checks. The rest lives in the plan, in the layers, in one file of hooks."""
 
 from __future__ import annotations
 

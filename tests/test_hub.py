@@ -43,7 +43,8 @@ def repos(bases, fleets, tmp_path):
 def test_bases_and_sources_by_id_and_revision(repos, bases, tmp_path):
     program = """
         from subspace_peft import SubspaceBasis, build_basis
-        for basis in (SubspaceBasis.from_pretrained("org/basis", revision="v1"), SubspaceBasis.from_pretrained("org/basis@v1")):
+        for given in ({"revision": "v1"}, {}):
+            basis = SubspaceBasis.from_pretrained("org/basis" if given else "org/basis@v1", **given)
             print(basis.fingerprint, basis.location, basis.revision)
         built = build_basis(["org/lora", "org/lora@v1"], k=3, progress=False)
         print([(s["name"], s["location"], s["revision"]) for s in built.info["sources"]])

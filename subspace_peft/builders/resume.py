@@ -46,7 +46,8 @@ class WorkFolder:
         text = json.dumps(made_from, sort_keys=True, default=_plain)
         if folder.exists() and not folder.is_dir():
             raise SubspaceError(
-                f"{folder} is a file, but finished modules are kept in a folder. Give another work folder, or move the file."
+                f"{folder} is a file, but finished modules are kept in a folder. Give another work folder, or move the"
+                " file."
             )
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:24]
 

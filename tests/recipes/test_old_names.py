@@ -38,7 +38,7 @@ assert shared.Recipe is common.Recipe and Method is common.Method and digest is 
 assert run_demo is demo.run_demo and packages.fetch is offline.packages.fetch
 assert load_metric("glue", "rte").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
 for each in caught:
-    if issubclass(each.category, FutureWarning) and ("has moved" in str(each.message) or "is called" in str(each.message)):
+    if issubclass(each.category, FutureWarning) and any(w in str(each.message) for w in ("has moved", "is called")):
         print(str(each.message).partition(";")[0])
 """
 

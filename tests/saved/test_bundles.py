@@ -1,4 +1,4 @@
-"""Files of earlier versions load through every public door with their numbers, and are written as they were: bundles and banks."""
+"""Bundles and banks of earlier versions load through every public door, and are written as they were."""
 
 from __future__ import annotations
 
