@@ -65,7 +65,7 @@ def test_dry_runs_build_nothing_and_say_what_would_be_refused(fleets, tmp_path, 
     assert not (tmp_path / "basis").exists()
     assert main(["build", *fleets[bert]]) == 1 and "--out FOLDER" in capsys.readouterr().err
     assert main(["build", "--builder", "random", "--dry-run"]) == 1 and "has to know which" in capsys.readouterr().err
-    with pytest.raises(SourceError, match="no source adapter"):
+    with pytest.raises(SourceError, match="1 of 1 sources cannot be used"):
         plan_build([bad], progress=False)
 
 
