@@ -61,6 +61,57 @@ def test_a_file_of_sources_and_options(fleets, tmp_path, monkeypatch):
     assert built(tmp_path / "third", "--config", "fleet.yaml").fingerprint == expected.fingerprint
 
 
+@pytest.fixture
+def beside(fleets, tmp_path):
+    """A folder with sources, a0 to a2, in its folder loras."""
+    for n, folder in enumerate(fleets[bert][:3]):
+        shutil.copytree(folder, tmp_path / "fleet" / "loras" / f"a{n}")
+    return tmp_path / "fleet"
+
+
+@pytest.mark.parametrize("kind", ["mapping", "file"])
+@pytest.mark.parametrize("listed", ["loras/*", ["loras/a0", "./loras/a1/", "loras/a2"], "list.txt"], ids=str)
+@pytest.mark.parametrize("key", ["loras/a0", "./loras/a0/", "a0"])
+def test_keys_of_weights_are_looked_for_as_sources_are(beside, monkeypatch, key, listed, kind):
+    (beside / "list.txt").write_text("loras/a0\nloras/a1\nloras/a2")
+    (beside / "w.json").write_text(json.dumps({key: 2}))
+    weights = {key: 2} if kind == "mapping" else "w.json"
+    file = read_build_file(written(beside / "a.yaml", {"sources": listed, "weights": weights}))
+    expected = build_basis(file.sources, k=2, weights={"a0": 2}, progress=False)
+    for given in ([], [str(beside / "loras" / f"a{n}") for n in range(3)]):
+        made = build_basis(given or file.sources, k=2, progress=False, **file.settings_for(given or None))
+        assert made == expected
+    monkeypatch.chdir(beside)
+    assert main(["build", "loras/a0", "loras/a1", "--config", "a.yaml", "--dry-run", "--quiet"]) == 0
+    monkeypatch.chdir(beside.parent)
+    assert main(["build", "--config", "fleet/a.yaml", "--dry-run", "--quiet"]) == 0
+
+
+def test_a_weight_of_a_source_goes_with_it(beside, capsys):
+    sources = [{"model": "loras/a0", "weight": 2}, "loras/a1"]
+    file = written(beside / "a.yaml", {"sources": sources, "k": 2})
+    assert main(["build", str(beside / "loras/a1"), "--config", file, "--dry-run", "--quiet"]) == 0
+    for key in ("loras/a0", "a0"):
+        file = written(beside / "b.yaml", {"sources": sources, "weights": {key: 3}})
+        assert main(["build", "--config", file, "--dry-run", "--quiet"]) == 1
+        assert "loras/a0' has a weight of its own" in capsys.readouterr().err
+
+
+def test_json_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"sources": ["a"], "k": 3}), encoding="utf-8-sig")
+    assert read_build_file(tmp_path / "a.json").settings == {"k": 3}
+    (tmp_path / "a.json").write_text('{"k": 3, "k": 4}')
+    with pytest.raises(SubspaceError, match="the key 'k' is there twice"):
+        read_build_file(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(("key", "value"), [("sources", 5), ("modules", 5)])
+def test_a_basiss_record_with_nonsense(tmp_path, key, value):
+    config = {"format_version": 1, "modules": {}, "build": {"builder": "base-weights"}, "sources": [], key: value}
+    with pytest.raises(SubspaceError, match=f"{key}: 5"):
+        read_build_file(written(tmp_path / "basis_config.json", json.dumps(config)))
+
+
 def test_clusters_precision_and_models_in_a_file(fleets, tmp_path):
     bert().bert.save_pretrained(tmp_path / "model")
     file = written(tmp_path / "a.yaml", {"sources": fleets[bert], "k": 3, "clusters": 2, "precision": "int8"})
@@ -150,6 +201,19 @@ def test_a_commit_on_the_hub_is_kept():
         ("- a\n- b", "it holds a list"),
         ("sources: [a", "no build can be read from it"),
         ("", "it holds a NoneType"),
+        ("sources: 5", "sources: 5: give a list"),
+        ("sources: true", "sources: True: give a list"),
+        ("sources: 1.5", "sources: 1.5: give a list"),
+        ("sources: false", "sources: False: give a list"),
+        ("sources: [a]\nlike: 5", "like: 5: give a folder or a Hub id"),
+        ("sources: [a]\nlike: [a]", "like: ['a']: give"),
+        ("sources: [a]\nbase_model: [a]", "base_model: ['a']: give"),
+        ("sources: [{model: a, name: b}]", "source 'a': name goes with the source's `sha256:`"),
+        ("sources: [{model: a, converted_from: LOHA}]", "source 'a': converted_from goes with"),
+        ("sources: [{model: a, sha256: c, name: n}, {model: b, sha256: d, name: n}]", "'n': two sources"),
+        ("sources: [a]\nk: 3\nk: 4", "the key 'k' is there twice"),
+        ("sources: [{model: a, model: b}]", "the key 'model' is there twice"),
+        ("weights: {a: 1, a: 2}", "the key 'a' is there twice"),
     ],
 )
 def test_files_that_describe_no_build(tmp_path, text, said):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError, SubspaceError
 from ..hub import looks_like_path, split_inside
-from .options import CONTROLS, BuildOptions
+from .options import CONTROLS, WEIGHTS, BuildOptions
 
 BASIS_CONFIG = "basis_config.json"
 INPUTS = ("base_model", "like", "clusters", "precision", "max_memory")
@@ -29,10 +30,57 @@ class BuildFile:
         sources: references, as `build_basis` takes them, and mappings with a ``sha256`` that their file has to have.
         settings: options by their names, and the inputs ``base_model`` and ``like`` (ids or folders), ``clusters``,
             ``precision`` and ``max_memory``.
+        own_weights: by a source's place, the ``weight`` that it has in the list.
+        place: the file.
     """
 
     sources: list[Any] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    own_weights: dict[str, float] = field(default_factory=dict)
+    place: Path = Path()
+
+    def settings_for(self, sources: list[Any] | None) -> dict[str, Any]:
+        """Return the settings, with weights by the places of the sources that they are of.
+
+        Args:
+            sources: those that take the place of the file's, if any.
+
+        Raises:
+            SubspaceError: the file of weights holds something else; a source has two weights.
+        """
+        from .weights import read_weights
+
+        weights = self.settings.get("weights", "equal")
+        if isinstance(weights, str):
+            # a file that is not there is refused where it is used
+            known = weights not in WEIGHTS and Path(weights).expanduser().is_file()
+            weights = read_weights(weights)[1] if known else {}
+        if not isinstance(weights, Mapping):
+            return self.settings
+        own = {} if sources else self.own_weights
+        if not weights and not own:
+            return self.settings
+        places = _places(sources or self.sources)
+        matched: dict[str, Any] = {}
+        for key, value in weights.items():
+            place = _place(self.place, str(key), places)
+            if place in matched:
+                raise SubspaceError(f"{self.place}: weights has two numbers for {place!r}. Leave one of them out.")
+            matched[place] = value
+        last = Counter(Path(place).name for place in places.values())
+        for place in own:
+            names = {place, self._name(place), *([Path(place).name] if last[Path(place).name] < 2 else [])}
+            if twice := [key for key in matched if key in names]:
+                raise SubspaceError(
+                    f"{self.place}: source {place!r} has a weight of its own, and another one in weights, as"
+                    f" {twice[0]!r}. Leave one of the two out."
+                )
+        return {**self.settings, "weights": {**matched, **own}}
+
+    def _name(self, place: str) -> str | None:
+        """Return the name that the file gives a source, if any."""
+        named = [each for each in self.sources if isinstance(each, Mapping) and each["model"] == place]
+        return named[0].get("name") if named else None
 
 
 def read_build_file(place: str | Path) -> BuildFile:
@@ -52,9 +100,9 @@ def read_build_file(place: str | Path) -> BuildFile:
     if "format_version" in given and "modules" in given:
         given = _from_basis(file, given)
     _check_keys(file, given, ("sources", *SETTINGS))
-    listed = given.pop("sources", None) or []
+    listed = given.pop("sources", None)
     sources, weights = [], {}
-    for entry in [listed] if isinstance(listed, (str, Mapping)) else listed:
+    for entry in _listed(file, listed):
         source, weight = _source(file, entry)
         sources.append(source)
         if weight is not None:
@@ -65,11 +113,14 @@ def read_build_file(place: str | Path) -> BuildFile:
             raise SubspaceError(
                 f"{file}: weights is {others!r}, and sources have weights of their own. Leave one of the two out."
             )
-        given["weights"] = {**(others if isinstance(others, Mapping) else {}), **weights}
+    for key in ("like", "base_model"):
+        if given.get(key) is not None and not isinstance(given[key], str):
+            raise SubspaceError(f"{file}: {key}: {given[key]!r}: give a folder or a Hub id.")
     for key in ("like", "base_model", "weights"):
-        if isinstance(given.get(key), str):
+        if isinstance(given.get(key), str) and not (key == "weights" and given[key] in WEIGHTS):
             given[key] = _beside(file, given[key])
-    return BuildFile(sources, given)
+    _check_names(file, sources)
+    return BuildFile(sources, given, weights, file)
 
 
 def open_sources(
@@ -113,8 +164,8 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError("it is larger than any config")
-        text = file.read_text(encoding="utf-8")
-        given = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        text = file.read_text(encoding="utf-8-sig")
+        given = json.loads(text, object_pairs_hook=_unique) if file.suffix == ".json" else _read_yaml(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SubspaceError(
             f"{file}: no build can be read from it ({' '.join(str(error).split())}). Give a YAML or JSON file with"
@@ -123,6 +174,45 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise SubspaceError(f"{file}: it holds a {type(given).__name__}. Give a mapping with `sources:` and options.")
     return given
+
+
+def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return pairs of keys and values as a dictionary; raise `ValueError` where a key is there twice."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _read_yaml(text: str) -> Any:
+    """Read YAML as `yaml.safe_load` does, which keeps only the last of equal keys; raise `ValueError` for these."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            # before what `<<` brings in is added, which may repeat keys
+            _unique((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            super().flatten_mapping(node)
+
+    return yaml.load(text, Loader)
+
+
+def _listed(file: Path, listed: Any) -> list[Any]:
+    """Return the entries of ``sources:``."""
+    if listed is None or isinstance(listed, list):
+        return listed or []
+    if isinstance(listed, (str, Mapping)):
+        return [listed]
+    raise SubspaceError(f"{file}: sources: {listed!r}: give a list of paths, Hub ids and mappings with `model:`.")
+
+
+def _check_names(file: Path, sources: Sequence[Any]) -> None:
+    """Raise `SubspaceError` where two sources have been given one name."""
+    given = [str(each["name"]) for each in sources if isinstance(each, Mapping) and each.get("name")]
+    if twice := [name for name, count in Counter(given).items() if count > 1]:
+        raise SubspaceError(f"{file}: {', '.join(map(repr, twice))}: two sources have that name. Name them apart.")
 
 
 def _check_keys(file: Path, given: Mapping[Any, Any], known: Collection[str]) -> None:
@@ -149,6 +239,11 @@ def _source(file: Path, entry: Any) -> tuple[Any, float | None]:
     model, revision = _beside(file, entry["model"]), entry.get("revision")
     if entry.get("sha256"):
         return {**entry, "model": model}, entry.get("weight")
+    if odd := [key for key in ("name", "converted_from") if entry.get(key) is not None]:
+        raise SubspaceError(
+            f"{file}: source {entry['model']!r}: {odd[0]} goes with the source's `sha256:`, as in a basis's record."
+            f" Leave {odd[0]} out, or give both."
+        )
     name, colon, inside = model.partition(":")
     return f"{name}@{revision}{colon}{inside}" if revision else model, entry.get("weight")
 
@@ -169,6 +264,30 @@ def _beside(file: Path, text: str) -> str:
     return str(beside) if here else text
 
 
+def _places(sources: Iterable[Any]) -> dict[Path, str]:
+    """Return the places that a fleet will know the sources by, by where on the disk they are."""
+    from ..sources.references import COLLECTION, expand
+
+    found = {}
+    for each in sources:
+        if isinstance(each, str) and not COLLECTION.match(each):
+            texts = [str(one) for one in expand(each)[0]]
+        else:
+            texts = [each["model"]] if isinstance(each, Mapping) else []
+        for text in texts:
+            if (path := Path(text).expanduser()).exists():
+                found[path.resolve()] = text
+    return found
+
+
+def _place(file: Path, key: str, places: Mapping[Path, str]) -> str:
+    """Return the place of the source that a key of ``weights`` means, looked for as sources are; else the key."""
+    for path in (file.parent / key, Path(key).expanduser()):
+        if path.exists() and (place := places.get(path.resolve())) is not None:
+            return place
+    return key
+
+
 def _from_basis(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the build that a basis's config records.
 
@@ -183,7 +302,9 @@ def _from_basis(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{file}: version {config['version']} of a basis was made from an earlier one. Give the folder of its"
             " first version, or repeat an update with --from-config."
         )
-    found: dict[str, Any] = {"sources": list(config.get("sources") or []), **build}
+    if not isinstance(config["modules"], Mapping):
+        raise SubspaceError(f"{file}: modules: {config['modules']!r}: a basis's config has a mapping there.")
+    found: dict[str, Any] = {"sources": config.get("sources"), **build}
     if isinstance(precision, Mapping) and "stored" in precision:
         found["precision"] = precision["stored"]
     if build.get("builder") in CONTROLS:

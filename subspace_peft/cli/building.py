@@ -151,7 +151,7 @@ def _request(args: Namespace, out: Path | None) -> Request:
         _check_again(args, given)
     elif args.config is not None:
         file = read_build_file(args.config)
-    settings = {**file.settings, **given}
+    settings = {**(file.settings if "weights" in given else file.settings_for(args.sources)), **given}
     for name in INPUTS:
         if (value := getattr(args, name)) is not None:
             settings[name] = value
