@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from subspace_peft import SubspaceBasis, build_basis, build_clusters, update_basis
 from subspace_peft.builders import BuildOptions, Resources, plan_build, plan_rebuild
-from subspace_peft.builders.options import UpdateOptions
+from subspace_peft.builders.options import CompleteOptions, UpdateOptions
 from subspace_peft.cli import main
 from subspace_peft.cli.main import parser
 from subspace_peft.errors import SubspaceError
@@ -243,13 +246,13 @@ WRONG = {
     "alternations": None,
     "directions": "3",
     "keep_cores": "yes",
-    "leave_one_out": 1,
+    "leave_one_out": 2,
     "complete": "zeros",
     "target_modules": 3,
     "seed": 0.5,
     "skip_bad": "no",
     "allow_bin": None,
-    "partial": 1,
+    "partial": 1.0,
     "max_memory": "2 apples",
     "progress": "no",
 }
@@ -264,6 +267,52 @@ def test_values_of_a_wrong_kind_are_refused_in_python(name, fleets):
         said.append(str(caught.value))
     assert said[0] == said[1] and name in said[0]
     assert name in said[2]
+
+
+def test_numbers_and_truths_of_other_libraries_are_stored_as_pythons_own():
+    five = np.int64(5)
+    options = BuildOptions(k=five, k_in=five, alternations=five, directions=five, seed=five, skip_bad=0, partial=1)
+    assert options == BuildOptions(k=5, k_in=5, alternations=5, directions=5, seed=5, skip_bad=False, partial=True)
+    json.dumps(options.record())
+    options = BuildOptions(budget=five, keep_cores=1, leave_one_out=np.bool_(False), allow_bin=np.bool_(True))
+    assert (options.budget, options.keep_cores, options.leave_one_out, options.allow_bin) == (5, True, False, True)
+    kept = [options.budget, options.keep_cores, options.leave_one_out, options.allow_bin]
+    assert list(map(type, kept)) == [int, bool, bool, bool]
+    assert type(BuildOptions(k=np.float32(0.5)).k) is float and type(UpdateOptions(add=np.int64(3)).add) is int
+    assert Resources(progress=0).progress is False and Resources(max_memory=np.int64(10**6)).memory == 10**6
+    for wrong in ({"seed": None}, {"k": np.bool_(True)}, {"seed": True}, {"seed": np.float64(1)}, {"partial": 2}):
+        with pytest.raises(SubspaceError, match=next(iter(wrong))):
+            BuildOptions(**wrong)
+
+
+def test_target_modules_that_are_no_regular_expression(world, fleets):
+    for call in (build_basis, plan_build):
+        with pytest.raises(SubspaceError, match=r"target_modules='\(': it is no regular expression"):
+            call(builder="random", base_model=bert(), target_modules="(")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"options": {"k": 4}}, "options={'k': 4}: give BuildOptions"),
+        ({"options": BuildOptions}, "give BuildOptions"),
+        ({"options": UpdateOptions()}, "give BuildOptions"),
+        ({"resources": BuildOptions()}, "give Resources"),
+    ],
+    ids=str,
+)
+def test_objects_that_are_no_options(fleets, given, said):
+    for call in (build_basis, plan_build, build_clusters):
+        with pytest.raises(TypeError, match=re.escape(said)):
+            call(fleets[bert][:2], **given)
+
+
+def test_options_can_be_hashed_and_are_optional():
+    one, other = (BuildOptions(weights={"a": n}, target_modules=["b"]) for n in (1, 1.0))
+    assert one == other and hash(one) == hash(other)
+    assert len({UpdateOptions(), UpdateOptions(add=8), Resources(), CompleteOptions()}) == 3
+    shown = inspect.signature(build_basis).parameters["options"]
+    assert (shown.annotation, shown.default) == ("BuildOptions | None", None)
 
 
 def test_every_option_has_a_wrong_value_above():

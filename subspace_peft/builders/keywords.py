@@ -30,6 +30,10 @@ def takes_options(**kinds: type[Options]) -> Callable[[Callable[..., Result]], C
             for name, kind in kinds.items():
                 own = {key: given.pop(key) for key in kind.names() if key in given}
                 whole = given.get(name)
+                if whole is not None and not isinstance(whole, kind):
+                    raise TypeError(
+                        f"{name}={whole!r}: give {kind.__name__}(…), or its fields as keywords of {function.__name__}."
+                    )
                 given[name] = kind(**own) if whole is None else replace(whole, **own)
             return function(*args, **given)
 
@@ -42,7 +46,10 @@ def takes_options(**kinds: type[Options]) -> Callable[[Callable[..., Result]], C
 
 def _signature(function: Callable[..., Any], kinds: dict[str, type[Options]]) -> inspect.Signature:
     signature = inspect.signature(function)
-    own = [each.replace(default=None) if each.name in kinds else each for each in signature.parameters.values()]
+    own = [
+        each.replace(default=None, annotation=f"{kinds[each.name].__name__} | None") if each.name in kinds else each
+        for each in signature.parameters.values()
+    ]
     keyword = inspect.Parameter.KEYWORD_ONLY
     more = [
         inspect.Parameter(

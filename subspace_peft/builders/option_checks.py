@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from ..errors import SubspaceError
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<unit>[kmgt]i?)?b?\s*", re.IGNORECASE)
 
-Check = Callable[[str, Any], None]
+Check = Callable[[str, Any], Any]  # from an option's name and value to the plain value that is stored
 
 
 def number(text: str) -> int | float:
@@ -65,7 +67,7 @@ def option(
     Args:
         default: the value where none is given.
         help: the text of the command line's ``--help``; ``{default}`` stands for the default.
-        check: called with the option's name and value; raises `SubspaceError`.
+        check: called with the option's name and value, returns the value to store; raises `SubspaceError`.
         flags: on the command line; by default the name, as ``--the-name``; empty: the option has no flag.
         convert: from the command line's text to the value.
         shown: what argparse's `add_argument` takes beside (``choices``, ``metavar``, ``action``, …).
@@ -77,76 +79,116 @@ def option(
 def whole(least: int | None = None, *, optional: bool = False) -> Check:
     """Return a check for whole numbers from `least` on; where `optional`, None passes."""
 
-    def check(name: str, value: Any) -> None:
+    def check(name: str, value: Any) -> int | None:
         if value is None and optional:
-            return
-        if not is_whole_number(value) or (least is not None and value < least):
+            return None
+        found = whole_number(value)
+        if found is None or (least is not None and found < least):
             bound = "" if least is None else f", at least {least}"
             raise SubspaceError(f"{name}={value!r}: give a whole number{bound}.")
+        return found
 
     return check
 
 
-def directions_or_share(name: str, value: Any) -> None:
-    """Raise `SubspaceError` unless the value is a number of directions from 1 on, or a share of energy in (0, 1)."""
-    share = isinstance(value, float) and 0 < value < 1
-    if not share and not (is_whole_number(value) and value >= 1):
+def directions_or_share(name: str, value: Any) -> int | float:
+    """Return a number of directions from 1 on, or a share of energy in (0, 1).
+
+    Raises:
+        SubspaceError: it is neither.
+    """
+    found = whole_number(value)
+    if found is None and isinstance(value, Real) and 0 < value < 1:
+        return float(value)
+    if found is None or found < 1:
         raise SubspaceError(
             f"{name}={value!r}: give a number of directions (1, 2, …) or a share of energy to keep (0.5)."
         )
+    return found
 
 
 def one_of(*choices: str, optional: bool = False) -> Check:
     """Return a check for a few words; where `optional`, None passes."""
 
-    def check(name: str, value: Any) -> None:
-        if not (value is None and optional) and value not in choices:
+    def check(name: str, value: Any) -> str | None:
+        if not (value is None and optional) and not (isinstance(value, str) and value in choices):
             raise SubspaceError(f"{name}={value!r}: there is no such choice; choose one of {', '.join(choices)}.")
+        return value
 
     return check
 
 
-def truth(name: str, value: Any) -> None:
-    """Raise `SubspaceError` unless the value is True or False."""
-    if not isinstance(value, bool):
+def truth(name: str, value: Any) -> bool:
+    """Return True or False, also of 1 or 0; raise `SubspaceError` where the value is neither."""
+    if isinstance(value, bool):
+        return value
+    # without an import of numpy, whose booleans are no whole numbers
+    numpy = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    if not numpy and whole_number(value) not in (0, 1):
         raise SubspaceError(f"{name}={value!r}: give True or False.")
+    return bool(value)
 
 
-def truth_or_none(name: str, value: Any) -> None:
-    """Raise `SubspaceError` unless the value is True, False or None."""
-    if value is not None:
-        truth(name, value)
+def truth_or_none(name: str, value: Any) -> bool | None:
+    """Return what `truth` does, or None of None."""
+    return None if value is None else truth(name, value)
 
 
-def names_or_none(name: str, value: Any) -> None:
-    """Raise `SubspaceError` unless the value is a text, texts or None."""
+def names_or_none(name: str, value: Any) -> Any:
+    """Return names, a regular expression or None; raise `SubspaceError` where the value is none of these."""
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise SubspaceError(
+                f"{name}={value!r}: it is no regular expression ({error}). Give one, or a list of names of modules."
+            ) from error
     several = not isinstance(value, str) and isinstance(value, (Sequence, set, frozenset))
     if value is None or isinstance(value, str) or (several and all(isinstance(each, str) for each in value)):
-        return
+        return value
     raise SubspaceError(f"{name}={value!r}: give names of modules, or a regular expression.")
 
 
-def weights_or_file(name: str, value: Any) -> None:
-    """Raise `SubspaceError` unless the value is a word, a file or a mapping, each of which is read later."""
+def weights_or_file(name: str, value: Any) -> Any:
+    """Return a word, a file or a mapping, each of which is read later; raise `SubspaceError` for other kinds."""
     if not isinstance(value, (str, Path, Mapping)):
         raise SubspaceError(f"{name}={value!r}: give equal, norm, or numbers by source (or a JSON file of them).")
+    return value
 
 
-def anything(name: str, value: Any) -> None:
-    """Accept every value: it is checked where it is used."""
+def size(name: str, value: Any) -> Any:
+    """Return a size as it is; raise `SubspaceError` where it is none."""
+    parse_size(value)
+    return value
 
 
-def is_whole_number(value: Any) -> bool:
-    """Return whether the value is an integer; booleans are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def anything(name: str, value: Any) -> Any:
+    """Return every value as it is: it is checked where it is used."""
+    return value
+
+
+def whole_number(value: Any) -> int | None:
+    """Return an integer of any library as Python's own; None for other values, booleans among them."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 class Options:
-    """Base of the dataclasses below: checks every field as its definition says."""
+    """Base of the dataclasses of options: checks every field as its definition says, and stores plain values."""
 
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]
-            each.metadata["check"](each.name, getattr(self, each.name))
+            self._store(each.name, each.metadata["check"](each.name, getattr(self, each.name)))
+
+    def __hash__(self) -> int:
+        return hash(tuple(_hashable(getattr(self, name)) for name in self.names()))
+
+    def _store(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclasses are frozen
 
     @classmethod
     def names(cls) -> list[str]:
@@ -156,3 +198,11 @@ class Options:
     def changed(self) -> list[str]:
         """Return the names of the options that are not at their defaults."""
         return [each.name for each in fields(self) if getattr(self, each.name) != each.default]  # type: ignore[arg-type]
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return frozenset(value.items())
+    if isinstance(value, (set, frozenset)):
+        return frozenset(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -15,16 +15,17 @@ from .option_checks import (
     Options,
     anything,
     directions_or_share,
-    is_whole_number,
     names_or_none,
     number,
     one_of,
     option,
     parse_size,
+    size,
     truth,
     truth_or_none,
     weights_or_file,
     whole,
+    whole_number,
 )
 
 BUILDERS = ("adapters", "eigenlora", "random", "base-weights")
@@ -121,12 +122,14 @@ class BuildOptions(Options):
     allow_bin: bool = option(False, *ALLOW_BIN)
     partial: bool = option(False, "allow modules that only some sources adapt", truth)
 
+    __hash__ = Options.__hash__  # dataclass's own fails for mappings and lists
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
             self._check_budget()
         elif self.k is not None:
-            directions_or_share("k", self.k)
+            self._store("k", directions_or_share("k", self.k))
         if isinstance(self.k, float):
             if self.builder != "adapters" or self.k_in is not None:
                 raise SubspaceError("A share of energy as k is for the builder `adapters`, and decides k_in itself.")
@@ -136,8 +139,10 @@ class BuildOptions(Options):
             self._refuse_filling()
 
     def _check_budget(self) -> None:
-        if not is_whole_number(self.budget) or self.budget < 1:
+        budget = whole_number(self.budget)
+        if budget is None or budget < 1:
             raise SubspaceError(f"budget={self.budget!r}: give how many numbers a task may train in all, as 24576.")
+        self._store("budget", budget)
         if self.k is not None or self.k_in is not None or self.complete is not None:
             raise SubspaceError(
                 "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
@@ -240,6 +245,8 @@ class UpdateOptions(Options):
     partial: bool = option(False, "allow modules that only some of the new sources adapt", truth)
     allow_bin: bool = option(False, *ALLOW_BIN)
 
+    __hash__ = Options.__hash__  # dataclass's own fails for mappings and lists
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.add_in is not None and isinstance(self.add, float):
@@ -281,6 +288,8 @@ class CompleteOptions(Options):
     with_: str = option("random", "(default: {default})", one_of(*FILLINGS), flags=("--with",), choices=FILLINGS)
     seed: int = option(0, *SEED, convert=int)
 
+    __hash__ = Options.__hash__
+
     @property
     def size(self) -> tuple[int, int]:
         """Directions on the output and on the input side."""
@@ -305,12 +314,14 @@ class Resources(Options):
     max_memory: int | str = option(
         "2GB",
         "what building may take beside the interpreter (default: {default}); the basis is the same whatever it is",
-        lambda _, value: parse_size(value) and None,
+        size,
         metavar="SIZE",
     )
     work_folder: str | Path | None = option(None, "", anything, flags=())  # noqa: RUF009 - it is a field
     token: str | bool | None = option(None, "", anything, flags=())
     progress: bool = option(True, "no progress bars", truth, flags=("--quiet",))
+
+    __hash__ = Options.__hash__
 
     @property
     def memory(self) -> int:
