@@ -107,9 +107,17 @@ MODULES |= {
 }
 _OFFLINE = ["archives", "clients", "images", "instructions", "models", "more_texts", "packages", "prepare", "texts"]
 MODULES |= {f"offline.{name}": f"recipes:offline.{name}" for name in _OFFLINE}
+MODULES |= {f"metrics.{name}": "recipes:common.metrics" for name in ("exact_match", "glue", "load", "rouge")}
+# the demo's rows, training, table and check have no successors with the same arguments
+MODULES |= {"demo.figures": "recipes:demo", "demo.model": "modeling", "demo.run": "recipes:demo"}
 
 # Old module → names that it had → where they are now: a module, or ``module:new_name`` where the name is another too.
 NAMES: dict[str, dict[str, str]] = {
+    "basis.basis": {
+        "module_shape": "basis.module",
+        "names_of": "basis.module_store",
+    },
+    "basis.by_name": {"ByName": "basis.module_store:ModuleStore"},
     "build.foreign": {
         "Foreign": "sources.diffusers_kohya:ForeignKeys",
         "is_foreign": "sources.diffusers_kohya:has_foreign_keys",
@@ -129,12 +137,37 @@ NAMES: dict[str, dict[str, str]] = {
     "build.scanned": {"skim": "builders.scan"},
     "build.streaming": {"Piece": "builders.module_stack:StackPiece"},
     "build.update_record": {"votes_of": "builders.update_record:source_weights_of"},
+    "basis.files": {"LazyModules": "basis.files:FileModules"},
+    "basis.precision": {"StoredModules": "basis.precision:RoundedModules"},
+    "basis.resolve": {"note_location": "basis.basis"},
     "bundle": {"FleetReport": "bundle:CompressionReport"},
     "bundle.compress": {"Compressed": "bundle.compress:CompressedAdapter", "FleetReport": "bundle:CompressionReport"},
+    "bundle.layout": {"Piece": "bundle.format:TensorRange"},
     "cards": {"BasisReference": "cards:BasisReferenceFacts", "BundledTask": "cards:BundledTaskFacts"},
     "convert": {"Task": "tasks:SavedTask", "read_task": "tasks"},
     "tasks": {"Task": "tasks:SavedTask"},
     "tasks.read": {"Task": "tasks.read:SavedTask"},
+    "compare": {
+        "Cells": "recipes:common:RunCache",
+        "SubspaceKnobs": "recipes:common:CommonArguments",
+        "knob": "recipes:common:argument",
+        "parse_knobs": "recipes:common:parse_arguments",
+    },
+    "compare.cells": {"Cells": "recipes:common.run_cache:RunCache"},
+    "compare.knobs": {
+        "SubspaceKnobs": "recipes:common.arguments:CommonArguments",
+        "knob": "recipes:common.arguments:argument",
+        "parse_knobs": "recipes:common.arguments:parse_arguments",
+    },
+    "metrics.glue": {"TASKS": "recipes:common.metrics:GLUE_TASKS"},
+    "metrics.rouge": {"KINDS": "recipes:common.metrics:ROUGE_KINDS"},
+    "offline.instructions": {"InstructionTask": "recipes:offline.instructions:PromptTask"},
+    "cards.facts": {
+        "BasisReference": "cards.facts:BasisReferenceFacts",
+        "BundledTask": "cards.facts:BundledTaskFacts",
+    },
+    "tuner.injection": {"Plan": "tuner.plan:InjectionPlan"},
+    "tuner.arrivals": {"Arrivals": "tuner.load_tracker:LoadTracker"},
     "tuner": {
         "TaskBank": "tasks",
         "hotswap": "tasks",
@@ -164,9 +197,13 @@ def moved_name(module: str, name: str) -> Any:
     place = NAMES.get(module.removeprefix(f"{PACKAGE}."), {}).get(name)
     if place is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    where, _, new = place.partition(":")
-    _warn(f"{module}.{name}", f"{PACKAGE}.{where}.{new or name}", stacklevel=4)
-    return getattr(importlib.import_module(f".{where}", PACKAGE), new or name)
+    recipes = "recipes:" if place.startswith("recipes:") else ""
+    where, _, new = place.removeprefix(recipes).partition(":")
+    # `from package import name` asks twice: `_handle_fromlist` looks for a submodule first
+    if sys._getframe(2).f_code.co_name != "_handle_fromlist":
+        said = f"the recipes' {where}" if recipes else f"{PACKAGE}.{where}"
+        _warn(f"{module}.{name}", f"{said}.{new or name}", stacklevel=4)
+    return getattr(_import(recipes + where), new or name)
 
 
 def _warn(old: str, new: str, stacklevel: int) -> None:
@@ -179,6 +216,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if f"{fullname}.".startswith(f"{PACKAGE}.recipe_modules."):
+            # no old name, but it has no file either; here so that a process that unpickles one finds it
+            return importlib.import_module(".recipes", PACKAGE).module_spec(fullname)
         places = MODULES.get(fullname.removeprefix(f"{PACKAGE}."))
         if places is None or not fullname.startswith(f"{PACKAGE}."):
             return None
@@ -201,10 +241,11 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         def forward(name: str) -> Any:
             # tools look for special attributes in every module: that imports nothing
-            for place in () if name.startswith("__") else self.places:
-                found = _import(place)
-                if hasattr(found, name):
-                    return getattr(found, name)
+            if not name.startswith("__") and name not in NAMES.get(module.__name__.removeprefix(f"{PACKAGE}."), {}):
+                for place in self.places:
+                    found = _import(place)
+                    if hasattr(found, name):
+                        return getattr(found, name)
             return moved_name(module.__name__, name)
 
         module.__getattr__ = forward  # type: ignore[method-assign]

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import ast
 import importlib
-import sys
+import importlib.machinery
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 from ._io.atomic import write_all_aside
 from .errors import SubspaceError
+
+PACKAGE = __name__.rpartition(".")[0]
+#: The package, of no file, under which `load_recipe` imports recipes.
+MODULES = f"{PACKAGE}.recipe_modules"
 
 
 def recipe_folder() -> Path:
@@ -35,33 +40,75 @@ def list_recipes() -> dict[str, str]:
 def load_recipe(name: str) -> ModuleType:
     """Import a recipe, or a package that recipes share, by its top-level name.
 
-    The folder of the recipes is put on `sys.path`, as it is where one of them runs as a script.
+    It is imported as a module of this package, ``subspace_peft.recipe_modules.<name>``, and so are the modules beside
+    it that it imports: neither `sys.path` nor modules of the same names, such as a `common` of yours, play a part.
 
     Args:
         name: such as ``demo``, ``common`` or ``common.metrics``.
 
     Raises:
-        SubspaceError: another module has that name; a library that the recipe needs is not installed.
+        SubspaceError: a library that the recipe needs is not installed.
     """
-    folder = recipe_folder()
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
     try:
-        module = importlib.import_module(name)
+        return importlib.import_module(f"{MODULES}.{name}")
     except ModuleNotFoundError as error:
-        if error.name is None or (folder / error.name.partition(".")[0]).exists():
+        if error.name is None or error.name.partition(".")[0] == PACKAGE:
             raise
         extra = "demo" if name == "demo" else "recipes"
         raise SubspaceError(
             f'The recipes\' {name} needs {error.name}, which is not installed: pip install "subspace-peft[{extra}]".'
         ) from error
-    file = getattr(module, "__file__", None)
-    if file is None or not Path(file).resolve().is_relative_to(folder.resolve()):
-        raise SubspaceError(
-            f"The recipes' module {name} is hidden by {file}, which has the same name. Import it in a process of its"
-            " own, where the other one is not imported."
-        )
-    return module
+
+
+def module_spec(fullname: str) -> importlib.machinery.ModuleSpec | None:
+    """Return how a recipe's module is imported as ``<MODULES>.<name>``; None where there is no such recipe."""
+    if fullname == MODULES:
+        return importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+    place = recipe_folder().joinpath(*fullname.removeprefix(f"{MODULES}.").split("."))
+    is_package = (place / "__init__.py").is_file()
+    file = place / "__init__.py" if is_package else place.with_suffix(".py")
+    if not file.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location(fullname, file, loader=_Loader(fullname, str(file)))
+    # a folder named here would let Python's own finder, which is asked first, import the modules inside as they are
+    if spec is not None and is_package:
+        spec.submodule_search_locations = []
+    return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Import a recipe's file; what it imports from beside it, as ``common``, is found beside it under `MODULES`."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        # neither reads nor writes compiled files: those belong to the script, whose imports stay as written
+        tree = _Inside().visit(ast.parse(self.get_data(self.path), self.path))
+        return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
+
+
+class _Inside(ast.NodeTransformer):
+    """Let imports of the recipes' own modules name them under `MODULES`."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        if not node.level and node.module and _is_own(node.module):
+            node.module = f"{MODULES}.{node.module}"
+        return node
+
+    def visit_Import(self, node: ast.Import) -> list[ast.AST]:
+        found: list[ast.AST] = []
+        for alias in node.names:
+            if not _is_own(alias.name):
+                found.append(ast.Import([alias]))
+                continue
+            found.append(ast.Import([ast.alias(f"{MODULES}.{alias.name}", alias.asname)]))
+            if alias.asname is None:
+                # as in any module, `import common.task` makes `common` known
+                found.append(ast.ImportFrom(MODULES, [ast.alias(alias.name.partition(".")[0])], 0))
+        return [ast.copy_location(each, node) for each in found]
+
+
+def _is_own(module: str) -> bool:
+    place = recipe_folder() / module.partition(".")[0]
+    return (place / "__init__.py").is_file() or place.with_suffix(".py").is_file()
 
 
 def recipe_files(name: str) -> list[Path]:

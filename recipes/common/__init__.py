@@ -146,5 +146,7 @@ def __getattr__(name: str) -> Any:
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     new = _RENAMED[name]
-    warnings.warn(f"{__name__}.{name} is called {new} now; the old name will go.", FutureWarning, stacklevel=2)
+    warnings.warn(f"common.{name} is called {new} now; the old name will go.", FutureWarning, stacklevel=2)
+    # kept, since `from common import …` asks twice
+    globals()[name] = globals()[new]
     return globals()[new]

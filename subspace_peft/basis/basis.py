@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._moved import moved_name
 from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
 from ..hub import check_repo_id, upload
@@ -392,3 +393,7 @@ def note_location(basis: SubspaceBasis) -> None:
     """Note where `basis` lies, so that loaders on this machine that know only its fingerprint find it again."""
     if basis.location is not None:
         add_note(basis.fingerprint, basis.location, basis.revision)
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

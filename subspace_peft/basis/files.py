@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from .._io.atomic import write_all_aside
 from .._io.untrusted import is_sha256, read_json
+from .._moved import moved_name
 from .._version import __version__
 from ..errors import BadFileError, BasisNotFoundError, SubspaceError
 from ..hub import download, looks_like_path, split_revision
@@ -315,3 +316,7 @@ def _kind(key: str, precision: str | None) -> str | None:
     if precision is None or key not in (*SCALES, *SCALES.values()):
         return None
     return "F32" if key in SCALES.values() else KINDS[PRECISIONS[precision]]
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._moved import moved_name
 from ..errors import BadFileError, SubspaceError
 from .module import FLOAT_DTYPES, ModuleBasis, tensor_bytes
 from .module_store import ModuleStore
@@ -232,3 +233,7 @@ def summary(precision: str, fingerprint: str, lost: Mapping[str, Mapping[str, fl
         "energy_lost_at_most": max(one["energy_lost_at_most"] for one in each),
         "orthonormality": max(one["orthonormality"] for one in each),
     }
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+from .._moved import moved_name
 from ..errors import BadFileError, BasisMismatchError, BasisNotFoundError
 from . import cache
 from .basis import SubspaceBasis, alive, basis_of
@@ -113,3 +115,7 @@ def require_same(basis: SubspaceBasis, fingerprint: str | None, what: str) -> No
             f"{what} needs the basis with fingerprint {fingerprint}, but got {basis.fingerprint} "
             f"({basis.location or 'in memory'}). Pass the basis it was trained on, or train it again on this one."
         )
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

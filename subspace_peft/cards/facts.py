@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .._moved import moved_name
 from ..hub import is_hub_id
 
 AUTO_CLASSES = {
@@ -273,3 +274,7 @@ class BundleFacts:
     task_type: str | None = None
     bytes: int | None = None
     version: str | None = None
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from .._moved import moved_name
 from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
@@ -316,3 +317,7 @@ def _carry(config: SubspaceConfig, basis: SubspaceBasis | None, names: Mapping[s
             stacklevel=2,
         )
     return {name: carried_entry(config, part) for name, part in parts.items()}
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)
