@@ -97,6 +97,27 @@ def test_a_weight_of_a_source_goes_with_it(beside, capsys):
         assert "loras/a0' has a weight of its own" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["gone", "broken"])
+def test_the_weight_of_a_source_that_is_left_out_goes_with_it(beside, tmp_path, capsys, how):
+    if how == "gone":
+        shutil.rmtree(beside / "loras" / "a1")
+    else:
+        (beside / "loras" / "a1" / "adapter_model.safetensors").write_bytes(b"")
+    sources = ["loras/a0", {"model": str(beside / "loras" / "a1"), "weight": 2}, {"model": "loras/a2", "weight": 3}]
+    file = written(beside / "a.yaml", {"sources": sources, "k": 2})
+    assert main(["build", "--config", file, "--dry-run", "--quiet"]) == 1
+    assert "would be refused" in capsys.readouterr().out
+    assert main(["build", "--config", file, "--dry-run", "--quiet", "--skip-bad"]) == 0
+    basis = built(tmp_path / "basis", "--config", file, "--skip-bad")
+    assert basis.info["build"]["weights"] == {str(beside / "loras" / "a2"): 3.0}
+    assert built(tmp_path / "again", "--config", str(tmp_path / "basis")) == basis
+    # by name, and where no weight is left
+    places = [str(beside / "loras" / f"a{n}") for n in range(3)]
+    basis = build_basis(places, k=2, weights={"a1": 2}, skip_bad=True, progress=False)
+    assert basis == build_basis([places[0], places[2]], k=2, progress=False)
+    assert basis.info["build"]["weights"] == "equal"
+
+
 def test_json_with_a_byte_order_mark(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"sources": ["a"], "k": 3}), encoding="utf-8-sig")
     assert read_build_file(tmp_path / "a.json").settings == {"k": 3}

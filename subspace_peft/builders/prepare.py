@@ -21,7 +21,7 @@ from .left_out import wanted
 from .memory import CORES_KEPT_UP_TO, MemoryPlan
 from .options import BuildOptions, Resources
 from .resume import WorkFolder
-from .weights import read_weights, weighted
+from .weights import of_usable, read_weights, weighted
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +108,10 @@ def prepare(
         base_model=base_model,
         processes=processes,
     )
+    if by_source and fleet.skipped:
+        by_source = of_usable(fleet, by_source)
+        # on record as well: a rebuild has only the usable sources
+        options = replace(options, weights=by_source or kind)
     if by_source:
         fleet = weighted(fleet, by_source)
     return _prepare_fleet(fleet, kind, options, resources, base_model)

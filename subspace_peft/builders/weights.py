@@ -11,6 +11,7 @@ from typing import Any
 
 from .._io.untrusted import read_json
 from ..errors import SubspaceError
+from ..sources.source import Source
 from .fleet import Fleet
 
 KINDS = ("equal", "norm")
@@ -53,6 +54,18 @@ def read_weights(weights: str | Path | Mapping[str, float]) -> tuple[str, dict[s
     return "equal", {str(name): float(value) for name, value in given.items()}
 
 
+def of_usable(fleet: Fleet, weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the weights without those of sources that were left out.
+
+    Args:
+        fleet: the sources.
+        weights: as in `weighted`.
+    """
+    used = {name for source in fleet.sources for name in _names(source)}
+    left_out = {name for entry in fleet.skipped for name in _names_of_skipped(entry)}
+    return {name: weight for name, weight in weights.items() if name in used or name not in left_out}
+
+
 def weighted(fleet: Fleet, weights: Mapping[str, float]) -> Fleet:
     """Return the fleet with these weights; sources without one count 1.
 
@@ -65,8 +78,7 @@ def weighted(fleet: Fleet, weights: Mapping[str, float]) -> Fleet:
     """
     found, used = [], set()
     for source in fleet.sources:
-        names = [source.name, source.location, f"{source.location}@{source.revision}"]
-        hits = [name for name in names if name in weights]
+        hits = [name for name in _names(source) if name in weights]
         used.update(hits)
         found.append(weights[hits[0]] if hits else 1.0)
     if unknown := [name for name in weights if name not in used]:
@@ -76,3 +88,14 @@ def weighted(fleet: Fleet, weights: Mapping[str, float]) -> Fleet:
             f"{', '.join(repr(source.name) for source in fleet.sources[:5])}{', …' if len(fleet.sources) > 5 else ''}."
         )
     return replace(fleet, weights=found)
+
+
+def _names(source: Source) -> list[str]:
+    return [source.name, source.location, f"{source.location}@{source.revision}"]
+
+
+def _names_of_skipped(entry: Mapping[str, str]) -> list[str]:
+    """Return what a source that may never have been opened goes by: its place, also without revision, and name."""
+    location = entry["location"]
+    repo, colon, inside = location.partition(":")
+    return [entry["name"], location, f"{repo.partition('@')[0]}{colon}{inside}", Path(location).name]
