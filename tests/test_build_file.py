@@ -246,24 +246,35 @@ def test_files_that_describe_no_build(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("k: many", "-k 'many': give a number of directions"),
-        ("k: '3'", "-k '3'"),
-        ("skip_bad: 'no'", "--skip-bad 'no': give True or False"),
-        ("precision: int3", "--precision 'int3'"),
-        ("clusters: 0", "--clusters 0"),
-        ("clusters: 1.5", "--clusters 1.5"),
-        ("max_memory: lots", "--max-memory 'lots'"),
+        ("k: many", "build: k: 'many': give a number of directions"),
+        ("k: '3'", "build: k: '3'"),
+        ("skip_bad: 'no'", "build: skip_bad: 'no': give True or False"),
+        ("precision: int3", "build: precision: 'int3'"),
+        ("clusters: 0", "build: clusters: 0"),
+        ("clusters: 1.5", "build: clusters: 1.5"),
+        ("max_memory: lots", "build: max_memory: 'lots'"),
+        ("max_memory: true", "build: max_memory: True is no size"),
+        ("partial: 2", "build: partial: 2: give True or False"),
+        ("target_modules: '('", "build: target_modules: '(': it is no regular expression"),
+        ("complete: base-weights", "pass the base model: --base-model"),
         ("weights: {nobody: 2}", "'nobody' is no source's name"),
         ("weights: 3", "weights"),
     ],
 )
-def test_values_in_a_file_are_checked_as_flags_are(fleets, tmp_path, capsys, text, said):
+def test_values_in_a_file_are_checked_as_flags_are_and_named_as_there(fleets, tmp_path, capsys, text, said):
     file = written(tmp_path / "fleet.yaml", f"sources: {json.dumps(fleets[bert][:2])}\n{text}")
     errors = []
     for dry in ([], ["--dry-run"]):
         assert main(["build", "--config", file, "--out", str(tmp_path / "out"), "--quiet", *dry]) == 1
         errors.append(capsys.readouterr().err)
     assert errors[0] == errors[1] and said in errors[0]
+
+
+def test_flags_beside_a_file_are_named_as_flags(fleets, tmp_path, capsys):
+    file = written(tmp_path / "a.yaml", {"sources": fleets[bert][:2], "k": 3, "seed": True})
+    for given, said in ((["-k", "0", "--seed", "1"], "build: -k 0: give"), ([], "build: seed: True: give a whole")):
+        assert main(["build", "--config", file, "--dry-run", *given]) == 1
+        assert said in capsys.readouterr().err
 
 
 SAVED = Path(__file__).parent / "saved" / "v0.1.0"

@@ -12,7 +12,7 @@ from ..builders.build_file import BASIS_CONFIG, INPUTS, BuildFile, read_build_fi
 from ..builders.options import BuildOptions, Resources
 from ..errors import SubspaceError
 from .common import Add, add_json, base_model, print_json, unfinished
-from .flags import add_options, flag_of, given_options, hints_in_flags
+from .flags import add_options, as_in_file, flag_of, given_options, hints_in_flags
 from .inspecting import inspect
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def build(args: Namespace) -> int:
     if args.out is None and not args.dry_run:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
     out = None if args.out is None else Path(args.out).expanduser()
-    with process_group() as processes:
-        request = _request(args, out)
+    in_file: set[str] = set()
+    with process_group() as processes, as_in_file(in_file):
+        request = _request(args, out, in_file)
         if args.dry_run:
             return _say_plan(_planned(request), args.json, bool(request.options.skip_bad)) if processes.main else 0
         assert out is not None
@@ -135,8 +136,14 @@ def build(args: Namespace) -> int:
     return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
 
 
-def _request(args: Namespace, out: Path | None) -> Request:
-    """Put together a file and the flags, which win, and check all that needs no source."""
+def _request(args: Namespace, out: Path | None, in_file: set[str]) -> Request:
+    """Put together a file and the flags, which win, and check all that needs no source.
+
+    Args:
+        args: the flags.
+        out: where the basis is to be written.
+        in_file: gets the names of the settings that are the file's.
+    """
     again = args.from_config
     file = BuildFile()
     given = given_options(args, BuildOptions)
@@ -155,6 +162,7 @@ def _request(args: Namespace, out: Path | None) -> Request:
     for name in INPUTS:
         if (value := getattr(args, name)) is not None:
             settings[name] = value
+    in_file.update(name for name in file.settings if name not in given and getattr(args, name, None) is None)
     inputs = {name: settings.pop(name) for name in INPUTS if name in settings}
     resources = {key: inputs.pop(key) for key in ("max_memory",) if key in inputs}
     if args.progress is not None:

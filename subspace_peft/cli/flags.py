@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import Field, fields
 from typing import Any
 
 from ..builders.option_checks import Options, number, truth_or_none
 from ..builders.options import BuildOptions, CompleteOptions, Resources, UpdateOptions
-from ..errors import ProcessError, SourceError
+from ..errors import ProcessError, SourceError, SubspaceError
 
 INPUTS = {"base_model": "--base-model", "like": "--like", "clusters": "--clusters", "precision": "--precision"}
 
@@ -95,6 +96,30 @@ def in_flags(error: Exception) -> str:
 
     parts = text.split("`")
     return "`".join(written.sub(flagged, part) if place % 2 == 0 else part for place, part in enumerate(parts))
+
+
+@contextmanager
+def as_in_file(names: Collection[str]) -> Iterator[None]:
+    """Let errors within name the values of a file as they are written there: ``k=0`` as ``k: 0``.
+
+    Args:
+        names: options and inputs whose values are from the file; read when an error is raised.
+    """
+    try:
+        yield
+    except SubspaceError as error:
+        if not names or isinstance(error, (SourceError, ProcessError)):
+            raise
+        either = "|".join(sorted(names, key=len, reverse=True))
+        # not hints, which have a flag after them, nor names without a value
+        written = re.compile(rf"(?<![\w/.-])({either})=(?![\w'\[\]]*\s\(--?)(?=[^\s.,:;)])")
+        text = str(error)
+        said = "`".join(
+            written.sub(r"\1: ", part) if place % 2 == 0 else part for place, part in enumerate(text.split("`"))
+        )
+        if said == text:
+            raise
+        raise SubspaceError(said) from error
 
 
 def _flags() -> dict[str, str]:
