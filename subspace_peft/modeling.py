@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 
 
@@ -22,12 +22,16 @@ class MeanPooledClassifier(PreTrainedModel):
 
     Args:
         encoder: what `AutoModel` makes, its configuration's `num_labels` set; one label means a number is predicted.
+            Or a configuration, of which an encoder with random weights is made.
     """
 
     # the encoder has checked already what it can do
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
-    def __init__(self, encoder: PreTrainedModel) -> None:
+    def __init__(self, encoder: PreTrainedModel | PreTrainedConfig) -> None:
+        given = encoder
+        if isinstance(encoder, PreTrainedConfig):
+            encoder = AutoModel.from_config(encoder)
         super().__init__(encoder.config)
         self.num_labels = encoder.config.num_labels
         self.base_model_prefix = encoder.base_model_prefix
@@ -35,6 +39,23 @@ class MeanPooledClassifier(PreTrainedModel):
         self.classifier = nn.Linear(encoder.config.hidden_size, self.num_labels)
         nn.init.normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
+        if given is not encoder:  # weights of an encoder that was given stay as they are
+            self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> MeanPooledClassifier:
+        """Load an encoder under a new head, or such a model that was saved whole, as `AutoPeftModel` does.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            args: as transformers' own.
+            kwargs: as transformers' own; `num_labels` and other values of the configuration among them.
+        """
+        if not isinstance(kwargs.get("config"), PreTrainedConfig):
+            place = kwargs.pop("config", None) or pretrained_model_name_or_path
+            config, kwargs = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **kwargs)
+            kwargs["config"] = config
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def card_code(self) -> list[str]:
         """Return the lines of code that make such a model, for a task's card."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import AutoPeftModel, get_peft_model
+from transformers import BertConfig, BertModel
 
 import subspace_peft
-from subspace_peft import _moved
+from subspace_peft import SubspaceBasis, SubspaceConfig, _moved
+from subspace_peft.modeling import MeanPooledClassifier
 
 LIBRARY = {old: places for old, places in _moved.MODULES.items() if "recipes:" not in str(places)}
 
@@ -76,6 +83,51 @@ def test_pickles_that_name_an_old_module_are_read():
     with pytest.warns(FutureWarning):
         made = pickle.loads(b"\x80\x04csubspace_peft.build.factors\nFactors\n.")
     assert made is importlib.import_module("subspace_peft.sources").Factors
+
+
+def test_adapters_that_name_the_class_of_the_earlier_demo_are_loaded(tmp_path: Path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=50, **shape)).save_pretrained(tmp_path / "encoder")
+    model = MeanPooledClassifier.from_pretrained(tmp_path / "encoder", num_labels=3)
+    tokens = torch.arange(12).reshape(2, 6)
+    # the demo's class could be saved whole too
+    model.save_pretrained(tmp_path / "whole")
+    whole = MeanPooledClassifier.from_pretrained(tmp_path / "whole").eval()
+    assert torch.equal(whole(tokens).logits, model.eval()(tokens).logits)
+    config = SubspaceConfig(basis="random", k=2, target_modules=["query"], modules_to_save=["classifier"])
+    task = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    task.save_pretrained(tmp_path / "task")
+    file = tmp_path / "task" / "adapter_config.json"
+    assert json.loads(file.read_text())["auto_mapping"]["parent_library"] == "subspace_peft.modeling"
+    file.write_text(file.read_text().replace('"subspace_peft.modeling"', '"subspace_peft.demo.model"'))
+    allowed = ["subspace_peft.demo.model"]
+    with pytest.warns(FutureWarning, match=r"subspace_peft\.demo\.model has moved to subspace_peft\.modeling"):
+        sys.modules.pop(allowed[0], None)
+        again = AutoPeftModel.from_pretrained(tmp_path / "task", import_allowlist=allowed, num_labels=3).eval()
+    assert torch.equal(again(tokens).logits, task(tokens).logits)
+
+
+def test_a_mean_pooled_classifier_keeps_the_weights_of_the_encoder_that_it_is_given():
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50
+    )
+    encoder = BertModel(config)
+    before = encoder.embeddings.word_embeddings.weight.clone()
+    assert torch.equal(MeanPooledClassifier(encoder).bert.embeddings.word_embeddings.weight, before)
+    assert MeanPooledClassifier(config).bert.config is config
+
+
+def test_earlier_methods_of_a_configuration_warn(bases: dict[Any, SubspaceBasis]):
+    basis = next(iter(bases.values()))
+    config = SubspaceConfig(coefficients="core")
+    with pytest.warns(FutureWarning, match="on_basis") as caught:
+        config.adopt(basis)
+    assert caught[0].filename == __file__
+    assert config.resolve() is basis and config.basis_fingerprint == basis.fingerprint
+    config = SubspaceConfig(basis="random", k=2, basis_fingerprint="0" * 64, base_probe=[1.0])
+    with pytest.warns(FutureWarning, match="start_over"):
+        config.start_over()
+    assert (config.basis_fingerprint, config.base_probe, config.basis) == (None, None, "random")
 
 
 def test_the_public_face_needs_no_old_name(recwarn: pytest.WarningsRecorder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -404,6 +405,17 @@ class SubspaceConfig(PeftConfig):
         origin = replace(self.loaded_from or LoadedFrom(), basis_given=True)
         return replace(self, basis=basis, basis_revision=None, loaded_from=origin)
 
+    def adopt(self, basis: SubspaceBasis) -> None:
+        """Take `basis` from here on. Deprecated: `on_basis` returns a configuration that does."""
+        _warn_of_method("adopt(basis)", "config = config.on_basis(basis)")
+        self.__dict__.update(vars(self.on_basis(basis)))
+        self.basis_fingerprint, self.basis_revision = basis.fingerprint, basis.revision
+
+    def start_over(self) -> None:
+        """Forget what was filled in when the adapter was made. Deprecated: make a configuration, or use `on_basis`."""
+        _warn_of_method("start_over()", "a new SubspaceConfig, or config.on_basis(…),")
+        self.basis_fingerprint = self.basis_modules = self.base_probe = None
+
     def __getstate__(self) -> dict[str, Any]:
         # a pickled config carries where a stored basis is, not its tensors
         state = dict(self.__dict__)
@@ -416,3 +428,7 @@ class SubspaceConfig(PeftConfig):
         self.__dict__.update(loaded_from=None)
         known = {item.name for item in fields(self)}
         self.__dict__.update({name: value for name, value in state.items() if name in known})
+
+
+def _warn_of_method(old: str, new: str) -> None:
+    warnings.warn(f"SubspaceConfig.{old} will go: use {new} instead.", FutureWarning, stacklevel=3)
