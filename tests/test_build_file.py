@@ -97,6 +97,18 @@ def test_a_weight_of_a_source_goes_with_it(beside, capsys):
         assert "loras/a0' has a weight of its own" in capsys.readouterr().err
 
 
+def test_a_source_with_its_hash_has_the_name_that_the_file_gives(beside, tmp_path, capsys):
+    build_basis([str(beside / "loras/a0")], k=2, progress=False).save_pretrained(tmp_path / "old")
+    recorded = SubspaceBasis.from_pretrained(tmp_path / "old").info["sources"][0]["sha256"]
+    first = {"model": "loras/a0", "name": "first", "sha256": recorded}
+    file = written(beside / "a.yaml", {"sources": [first, "loras/a1"], "weights": {"first": 2}, "k": 2})
+    basis = built(tmp_path / "basis", "--config", file)
+    assert [entry["name"] for entry in basis.info["sources"]] == ["first", "a1"]
+    file = written(beside / "b.yaml", {"sources": [{**first, "weight": 3}], "weights": {"first": 2}})
+    assert main(["build", "--config", file, "--dry-run"]) == 1
+    assert "has a weight of its own, and another one in weights, as 'first'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["gone", "broken"])
 def test_the_weight_of_a_source_that_is_left_out_goes_with_it(beside, tmp_path, capsys, how):
     if how == "gone":
@@ -227,6 +239,7 @@ def test_a_commit_on_the_hub_is_kept():
         ("sources: 1.5", "sources: 1.5: give a list"),
         ("sources: false", "sources: False: give a list"),
         ("sources: [a]\nlike: 5", "like: 5: give a folder or a Hub id"),
+        ("sources: [a]\nbase_model: ''", "base_model: '': give a folder or a Hub id"),
         ("sources: [a]\nlike: [a]", "like: ['a']: give"),
         ("sources: [a]\nbase_model: [a]", "base_model: ['a']: give"),
         ("sources: [{model: a, name: b}]", "source 'a': name goes with the source's `sha256:`"),

@@ -51,6 +51,7 @@ BAD = [
     (["FLEET", "--complete", "random", "-k", "0.5"], "filled up to a number of directions"),
     (["FLEET", "--complete", "base-weights", "-k", "31", "--base-model", "GPT2"], "no linear layer of the base model"),
     (["FLEET", "--base-model", "/no/such/model"], "/no/such/model"),
+    (["FLEET", "--base-model", "EMPTY"], "no model can be loaded from it"),
     (["--builder", "random", "--base-model", "BERT"], "Say which of the base model's modules: --target-modules"),
     (["--builder", "random", "--base-model", "BERT", "--target-modules", "nope"], "matches no linear layer"),
     (["--builder", "random", "--like", "/no/such/basis"], "/no/such/basis"),
@@ -126,6 +127,8 @@ def world(fleets, tmp_path_factory):
         model = make()
         (model.bert if make is bert else model.transformer).save_pretrained(root / name)
     (root / "file").write_text("")
+    (root / "empty").mkdir()
+    (root / "empty" / "config.json").write_text("{}")
     (root / "strangers.json").write_text(json.dumps({"someone/else": 2}))
     (root / "votes.json").write_text(json.dumps({fleet[0]: 2}))
     (root / "typo.yaml").write_text("sources: [loras/*]\nalternation: 3\n")
@@ -140,7 +143,14 @@ def world(fleets, tmp_path_factory):
     build_basis([str(lost)], k=2, progress=False).save_pretrained(root / "gone")
     shutil.rmtree(lost)
     places = {"BASIS": "basis", "INT8": "int8", "RANDOM": "random", "UPDATED": "updated", "GONE": "gone"}
-    places |= {"BERT": "bert", "GPT2": "gpt2", "FILE": "file", "STRANGERS": "strangers.json", "VOTES": "votes.json"}
+    places |= {
+        "BERT": "bert",
+        "GPT2": "gpt2",
+        "FILE": "file",
+        "EMPTY": "empty",
+        "STRANGERS": "strangers.json",
+        "VOTES": "votes.json",
+    }
     return {
         "FLEET": fleet,
         "ONE": fleet[:1],

@@ -114,7 +114,7 @@ def read_build_file(place: str | Path) -> BuildFile:
                 f"{file}: weights is {others!r}, and sources have weights of their own. Leave one of the two out."
             )
     for key in ("like", "base_model"):
-        if given.get(key) is not None and not isinstance(given[key], str):
+        if given.get(key) is not None and not (isinstance(given[key], str) and given[key]):
             raise SubspaceError(f"{file}: {key}: {given[key]!r}: give a folder or a Hub id.")
     for key in ("like", "base_model", "weights"):
         if isinstance(given.get(key), str) and not (key == "weights" and given[key] in WEIGHTS):

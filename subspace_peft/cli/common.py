@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..errors import SubspaceError
+
 Add = Callable[..., ArgumentParser]  # argparse's `add_parser`
 
 BASE_MODEL_HELP = "model id or folder, to convert adapters that are no LoRA"
@@ -25,12 +27,20 @@ def add_quiet(verb: ArgumentParser) -> None:
 
 
 def base_model(name: str | None) -> Any:
-    """Load a base model by its id or folder; None where there is no name."""
+    """Load a base model by its id or folder; None where there is no name.
+
+    Raises:
+        SubspaceError: there is something else.
+    """
     if not name:
         return None
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(name)
+    try:
+        return AutoModel.from_pretrained(name)
+    except ValueError as error:  # what is no model at all, unlike a place where nothing is, which is an OSError
+        said = " ".join(str(error).split())
+        raise SubspaceError(f"--base-model {name}: no model can be loaded from it ({said}).") from error
 
 
 def unfinished(out: str | Path) -> Path | None:
