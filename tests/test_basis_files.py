@@ -42,6 +42,15 @@ def test_a_basis_is_read_one_module_at_a_time(basis_folder, monkeypatch):
     assert read == [1]
 
 
+def test_a_basis_that_was_opened_by_a_relative_path_is_read_from_anywhere(basis_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(basis_folder.parent)
+    basis = SubspaceBasis.from_pretrained(basis_folder.name)
+    monkeypatch.chdir(tmp_path.parent)
+    whole = SubspaceBasis.from_pretrained(basis_folder)
+    for name, module in basis.items():
+        assert torch.equal(module.U, whole[name].U)
+
+
 def test_truncating_keeps_the_leading_directions_and_changes_the_fingerprint(bases):
     small = bases[bert].truncate(3)
     assert small.fingerprint != bases[bert].fingerprint

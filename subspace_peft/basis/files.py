@@ -40,7 +40,8 @@ class FileModules(ModuleStore):
     """
 
     def __init__(self, file: Path, entries: Mapping[str, Mapping[str, Any]], precision: str | None = None) -> None:
-        self.file: Path = file
+        # the working directory may be another by the time that a module is asked for
+        self.file: Path = file.absolute()
         self.entries = entries
         self.precision = precision
 
