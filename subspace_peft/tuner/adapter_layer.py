@@ -40,6 +40,13 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         # a pickled or copied layer has the tensors that it uses; the whole basis is found by its fingerprint
         return {**self.__dict__, "bases": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a layer that an earlier version pickled lacks one attribute, and has another under its earlier name
+        state = {"bases": {}, **state}
+        if "arrivals" in state:
+            state["load_trackers"] = state.pop("arrivals")
+        super().__setstate__(state)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the base layer's output with the updates of the active adapters, or of each row's own task."""
         names = kwargs.pop("adapter_names", self.batch_names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import BadFileError
 
 
@@ -17,6 +19,10 @@ class LoadTracker:
 
     def __init__(self) -> None:
         self.loaded: set[tuple[str, str]] = set()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # an earlier version called it otherwise
+        self.loaded = state.get("loaded", state.get("came", set()))
 
     def note(self, module: str, name: str) -> None:
         """Note that the tensor `name` of `module` was loaded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from subspace_peft import (
 from subspace_peft.cli import main
 from subspace_peft.convert import read_task
 from subspace_peft.tuner import SubspaceLayer
+from subspace_peft.tuner.adapter_layer import AdapterLayer
+from subspace_peft.tuner.load_tracker import LoadTracker
 
 from ..models import needs_transformers_adapters
 from .checks import (
@@ -167,6 +170,35 @@ def test_a_task_is_exported_as_a_lora(base, folder, tmp_path):
     model = PeftModel.from_pretrained(base(folder), tmp_path)
     assert model.peft_config["default"].peft_type == "LORA"
     check(model, folder)
+
+
+def _as_before_moves(layer: AdapterLayer) -> dict[str, Any]:
+    """Return the state of a layer with the attributes that it had in the version that saved these files."""
+    state = {key: value for key, value in vars(layer).items() if key != "bases"}
+    return {**state, "arrivals": state.pop("load_trackers")}
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("folder", folders("tasks", lambda config: named("org/tiny-bert")(config) and plain(config)))
+def test_a_model_that_was_pickled_whole_works_as_before(base, folder, checked, monkeypatch):
+    model = PeftModel.from_pretrained(base(folder), folder)
+    if not checked:
+        # as loaders that bypass the configuration's class leave a layer until its first forward pass
+        for name, layer in model.named_modules():
+            if isinstance(layer, AdapterLayer):
+                tracker = LoadTracker()
+                tracker.loaded = {(name, key) for key, _ in layer.subspace_coef["default"].named_parameters()}
+                layer.load_trackers["default"] = (tracker, name, set())
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterLayer, "__getstate__", _as_before_moves)
+        patch.setattr(LoadTracker, "__getstate__", lambda tracker: {"came": tracker.loaded}, raising=False)
+        data = pickle.dumps(model)
+    again = pickle.loads(data)
+    check(again, folder)
+    again.load_adapter(folder, "other")
+    again.set_adapter("other")
+    check(again, folder)
+    check(again.merge_and_unload(), folder)
 
 
 @pytest.mark.parametrize("folder", folders("tasks", whole))
