@@ -10,11 +10,12 @@ import pickle
 import peft.helpers
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import AutoModelForSequenceClassification
 
 from subspace_peft import SubspaceBasis, SubspaceConfig, _peft_hooks
 from subspace_peft.basis import BasisReference, resolve_reference
+from subspace_peft.bundle import bundle_tasks, load_task
 from subspace_peft.errors import SubspaceError
 from subspace_peft.tasks import load_adapter, save_adapter
 from subspace_peft.tuner import SubspaceLayer
@@ -145,6 +146,67 @@ def test_a_basis_that_is_asked_for_later_is_carried_whole(bases, way, kind, tmp_
     load_adapter(fresh, folder)
     assert torch.equal(logits(fresh), expected)
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), folder)), expected)
+
+
+@pytest.fixture
+def later(bases, tmp_path):
+    """Return a loaded task's model, whose basis was asked for after it was loaded, and the model's outputs."""
+    randomise(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location))).save_pretrained(tmp_path / "plain")
+    model = PeftModel.from_pretrained(bert(), tmp_path / "plain")
+    model.peft_config["default"].save_basis = True
+    return model, logits(model)
+
+
+@pytest.mark.parametrize("way", ["saved", "read", "bundled"])
+def test_saving_leaves_the_configuration_of_an_adapter_as_it_is(later, way, tmp_path):
+    model, expected = later
+    config = model.peft_config["default"]
+    before = config.to_dict()
+    if way == "saved":
+        model.save_pretrained(tmp_path / "saved")
+        assert SubspaceConfig.from_pretrained(tmp_path / "saved").basis_modules is not None
+    elif way == "read":
+        assert any("subspace_U" in key for key in get_peft_model_state_dict(model))
+    else:
+        bundle_tasks({"a": model}, tmp_path / "bundle")
+        assert torch.allclose(logits(load_task(bert(), tmp_path / "bundle", "a")), expected, atol=1e-6)
+    changed = {key for key, value in config.to_dict().items() if before[key] != value}
+    assert changed <= {"card", "base_model_name_or_path", "auto_mapping"}
+    # a loaded configuration starts at zero and finds its basis, however often it is used
+    base = logits(bert())
+    for _ in range(2):
+        assert torch.equal(logits(get_peft_model(bert(), config)), base)
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), base)
+    model.save_pretrained(tmp_path / "both")
+    for name, outputs in (("", expected), ("second", base)):
+        assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "both" / name)), outputs)
+
+
+def test_a_file_and_its_configuration_agree_on_the_basis(later, tmp_path):
+    model, expected = later
+    # one that was replaced since the adapter was made
+    model.peft_config["default"] = dataclasses.replace(model.peft_config["default"], save_basis=False)
+    for asked in (True, False, True):
+        config = model.peft_config["default"] = dataclasses.replace(model.peft_config["default"], save_basis=asked)
+        model.save_pretrained(tmp_path / "saved")
+        saved = SubspaceConfig.from_pretrained(tmp_path / "saved")
+        assert (saved.basis_modules is not None) == asked
+        assert config.basis_modules is None
+        assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "saved")), expected)
+
+
+def test_a_combination_of_tasks_that_carry_their_mean_core_carries_none(bases, tmp_path):
+    given = {"basis": bases[bert].location, "mean_gain": "fixed"}
+    model = randomise(get_peft_model(bert(), SubspaceConfig(**given, save_basis=True)))
+    model.save_pretrained(tmp_path / "first")
+    for made in (model, PeftModel.from_pretrained(bert(), tmp_path / "first")):
+        made.add_weighted_adapter(["default"], [0.5], "w")
+        made.set_adapter("w")
+        made.save_pretrained(tmp_path / "both")
+        loaded = PeftModel.from_pretrained(bert(), tmp_path / "both" / "w")
+        assert torch.equal(logits(loaded), logits(made))
 
 
 def test_a_configuration_that_was_never_used_is_no_saved_task(bases, tmp_path):

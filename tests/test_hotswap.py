@@ -118,3 +118,26 @@ def test_a_compiled_model_is_not_compiled_again(basis_folder, tmp_path):
             torch.testing.assert_close(compiled(inputs()).logits, expected, atol=1e-5, rtol=1e-4)
     assert counter["stats"]["unique_graphs"] == graphs
     assert not counter["graph_break"]
+
+
+@pytest.mark.parametrize("swap", [hotswap, lambda model, task: hotswap_adapter(model, str(task), "default")])
+def test_a_swapped_task_is_saved_with_the_basis_that_its_configuration_asks_for(basis_folder, tmp_path, swap):
+    plain = save(tmp_path / "plain", str(basis_folder), seed=1)
+    other = save(tmp_path / "other", str(basis_folder), seed=2)
+    model = PeftModel.from_pretrained(bert(), plain)
+    swap(model, other)
+    model.peft_config["default"].save_basis = True
+    model.save_pretrained(tmp_path / "saved")
+    assert any("subspace_U" in key for key in load_file(tmp_path / "saved" / "adapter_model.safetensors"))
+    assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "saved")), logits(model))
+
+
+def test_a_task_that_carries_its_basis_takes_the_place_of_one_that_does_not(basis_folder, tmp_path):
+    plain = save(tmp_path / "plain", str(basis_folder), seed=1)
+    carrying = save(tmp_path / "carrying", str(basis_folder), seed=2, save_basis=True)
+    for first, second in ((plain, carrying), (carrying, plain)):
+        model = PeftModel.from_pretrained(bert(), first)
+        hotswap(model, second)
+        model.save_pretrained(tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(bert(), tmp_path / "saved")
+        assert torch.equal(logits(loaded), logits(PeftModel.from_pretrained(bert(), second)))

@@ -78,8 +78,12 @@ def fill_folder(
         card: Whether the folder gets a card, which takes longer than the rest.
     """
     save_file(saved_tensors(tensors), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    carried = None
+    if any(BASIS_KEY.match(key) for key in tensors):
+        carried = config.taken_basis or config.basis_modules
+    config.taken_basis = None
     # a copy with the values of a saved one, as PEFT gives them to it
-    saved = replace(config, inference_mode=True, subspace_version=__version__)
+    saved = replace(config, inference_mode=True, subspace_version=__version__, basis_modules=carried)
     with published({} if place is None else {folder: place}):
         # PEFT's own `save_pretrained` of a model calls this as well, once it has written the tensors
         (saved.save_pretrained if card else super(SubspaceConfig, saved).save_pretrained)(str(folder))

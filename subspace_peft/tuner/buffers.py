@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,40 +13,33 @@ from ..errors import BasisMismatchError
 from .load_tracker import LoadTracker
 
 
-class SavesBasis(Protocol):
-    """The two fields of a task's configuration that decide whether its basis is in the state dict."""
-
-    save_basis: bool | None
-    basis_modules: dict[str, Any] | None
-
-
 class SharedBuffers(nn.Module):
     """A dict of frozen tensors, adapter name → tensor, in which adapters on the same basis hold the same object.
 
     Not PEFT's `BufferDict`: PEFT upcasts and moves that one adapter at a time, which makes copies. Moves and casts go
-    through `_apply` here, once per distinct tensor. Tensors are in the state dict only for adapters that save their
-    basis.
+    through `_apply` here, once per distinct tensor. Tensors are in the state dict only for adapters that were made
+    to carry their basis; `carried.add_basis` adds those that are asked for later.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._expected: dict[str, str] = {}
-        self._configs: dict[str, SavesBasis] = {}
         self._origins: dict[str, tuple[LoadTracker, str, str]] = {}
 
-    def put(self, adapter: str, value: torch.Tensor, config: SavesBasis, sha256: str | None = None) -> None:
+    def put(self, adapter: str, value: torch.Tensor, saved: bool, sha256: str | None = None) -> None:
         """Hold a tensor for an adapter.
 
         Args:
             adapter: the adapter's name.
             value: the tensor; another adapter's own, where both share it.
-            config: the adapter's, which says whether the tensor is in the state dict.
+            saved: whether the tensor is in the state dict.
             sha256: the hash that a tensor loaded for the adapter must have; None for any.
         """
         # not register_buffer, which refuses adapters named like any attribute of this class
         self._buffers[adapter] = value
-        self._configs[adapter] = config
-        if config.basis_modules is None:
+        if saved:
+            self._non_persistent_buffers_set.discard(adapter)
+        else:
             self._non_persistent_buffers_set.add(adapter)
         if sha256 is not None:
             self._expected[adapter] = sha256
@@ -67,9 +60,7 @@ class SharedBuffers(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for adapter, value in self._buffers.items():
-            # `save_basis` may have been asked for after the adapter was made
-            saved = adapter not in self._non_persistent_buffers_set or self._configs[adapter].save_basis
-            if value is not None and saved:
+            if value is not None and adapter not in self._non_persistent_buffers_set:
                 destination[prefix + adapter] = value if keep_vars else value.detach()
 
     def verify(self, adapter: str, key: str, value: torch.Tensor) -> str | None:
@@ -117,7 +108,7 @@ class SharedBuffers(nn.Module):
     def __delitem__(self, adapter: str) -> None:
         del self._buffers[adapter]
         self._non_persistent_buffers_set.discard(adapter)
-        for known in (self._expected, self._configs, self._origins):
+        for known in (self._expected, self._origins):
             known.pop(adapter, None)
 
     def __contains__(self, adapter: object) -> bool:

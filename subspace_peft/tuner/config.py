@@ -27,7 +27,7 @@ from .task_sizes import TaskSizes
 
 GENERATED = ("random", "base-weights")
 # true of one process only, like PEFT's own `runtime_config`
-NOT_SAVED = ("loaded_from",)
+NOT_SAVED = ("loaded_from", "taken_basis")
 
 
 @dataclass
@@ -197,10 +197,23 @@ class SubspaceConfig(PeftConfig):
         compare=False,
         metadata={"help": "Where the task was read from. Filled in when it is loaded; not saved."},
     )
+    taken_basis: dict[str, Any] | None = field(
+        default=None,
+        init=False,
+        repr=False,
+        compare=False,
+        metadata={
+            "help": (
+                "As `basis_modules`, of the tensors that PEFT has taken to save and whose configuration it saves next;"
+                " empty where they have no basis. Filled in then; not saved."
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SUBSPACE
+        self.taken_basis = None
         check_values(vars(self))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -309,6 +322,10 @@ class SubspaceConfig(PeftConfig):
             # it may have been saved or pushed since the adapter was made
             self.basis_revision = self.basis.revision
         self.card = card_for(self.card, coefficients_digest(folder / WEIGHTS_FILE))
+        # what is written describes the tensors beside it, and the adapter's own configuration stays as it is
+        own, taken, self.taken_basis = self.basis_modules, self.taken_basis, None
+        if taken is not None:
+            self.basis_modules = taken or None
         # a configuration that no adapter was made from is a wish, and loading it must not count as loading a task
         made = self.base_probe is not None or self.basis_modules is not None
         made = made or any((folder / name).is_file() for name in (WEIGHTS_FILE, PICKLED_FILE))
@@ -316,10 +333,11 @@ class SubspaceConfig(PeftConfig):
         self.subspace_version = __version__ if before is not None or made else None
         try:
             super().save_pretrained(save_directory, **kwargs)
+            written = self.to_dict()
         finally:
-            self.subspace_version = before
+            self.subspace_version, self.basis_modules = before, own
         if self.basis_fingerprint is not None:
-            write_section(folder, self.to_dict())
+            write_section(folder, {**written, "subspace_version": before})
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -418,14 +436,14 @@ class SubspaceConfig(PeftConfig):
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickled config carries where a stored basis is, not its tensors
-        state = dict(self.__dict__)
+        state = {**self.__dict__, "taken_basis": None}
         if isinstance(self.basis, SubspaceBasis) and self.basis.location is not None:
             state["basis"] = self.basis.location
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a config that an earlier version pickled may lack a field, and has attributes that are none
-        self.__dict__.update(loaded_from=None)
+        self.__dict__.update(loaded_from=None, taken_basis=None)
         known = {item.name for item in fields(self)}
         self.__dict__.update({name: value for name, value in state.items() if name in known})
 

@@ -149,7 +149,7 @@ class SubspaceLayer(BaseTunerLayer):
                 if plan.basis is None and value is not None:
                     to_come.append(name)
             if value is not None:
-                container.put(adapter_name, value, config, hashes.get(name))
+                container.put(adapter_name, value, plan.carried is not None, hashes.get(name))
         return to_come
 
     def _twins(self, adapter_name: str) -> Iterator[str]:

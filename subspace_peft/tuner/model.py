@@ -13,15 +13,15 @@ from torch import nn
 
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
-from .adapter_layer import AdapterLayer
 from .bnb import keep_unpacked
+from .carried import add_basis, carried_in
 from .config import SubspaceConfig
 from .injection import fill_target_modules, make_plan
 from .layer import SubspaceLayer
 from .layer_kinds import make_layer
 from .merging import add_weighted
 from .peft_type import PREFIX
-from .plan import InjectionPlan, carried_entry
+from .plan import InjectionPlan
 from .row_batch import task_names_passed
 from .targets import outer_modules, target_names
 
@@ -89,15 +89,13 @@ class SubspaceModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: SubspaceConfig, *args: Any, **kwargs: Any) -> Any:
         # PEFT takes the tensors before it saves the configuration, in all ways in which it saves
-        if config.save_basis and config.basis_modules is None:
-            adapter = kwargs["adapter_name"] if "adapter_name" in kwargs else args[0]
-            # asked for after the adapter was made: SharedBuffers gives the tensors, the configuration describes them
-            config.basis_modules = {
-                layer.key: carried_entry(config, layer.basis_part(adapter))
-                for layer in model.modules()
-                if isinstance(layer, AdapterLayer) and adapter in layer.subspace_coef
-            }
-        return super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        adapter = kwargs["adapter_name"] if "adapter_name" in kwargs else args[0]
+        tensors = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        if config.save_basis or config.basis_modules is not None:
+            # perhaps asked for after the adapter was made, or by another configuration than it was made from
+            add_basis(model, adapter, tensors)
+        config.taken_basis = carried_in(model, adapter, tensors, config)
+        return tensors
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
