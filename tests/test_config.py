@@ -197,6 +197,19 @@ def test_a_file_and_its_configuration_agree_on_the_basis(later, tmp_path):
         assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "saved")), expected)
 
 
+def test_a_loaded_task_on_a_basis_in_memory_carries_it_from_then_on(bases, tmp_path):
+    randomise(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location))).save_pretrained(tmp_path / "plain")
+    with pytest.warns(UserWarning, match="lives in memory only"):
+        model = PeftModel.from_pretrained(bert(), tmp_path / "plain", basis=in_memory(bases[bert]))
+    config = model.peft_config["default"]
+    # what `push_task` goes by
+    assert config.basis_modules is not None
+    model.save_pretrained(tmp_path / "saved")
+    assert SubspaceConfig.from_pretrained(tmp_path / "saved").basis_modules == config.basis_modules
+    assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "saved")), logits(model))
+    assert torch.equal(logits(get_peft_model(bert(), config)), logits(bert()))
+
+
 def test_a_combination_of_tasks_that_carry_their_mean_core_carries_none(bases, tmp_path):
     given = {"basis": bases[bert].location, "mean_gain": "fixed"}
     model = randomise(get_peft_model(bert(), SubspaceConfig(**given, save_basis=True)))

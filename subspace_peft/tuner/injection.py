@@ -55,8 +55,8 @@ def make_plan(
         "fan_in_fan_out": any(map(is_conv1d, layers.values())),
         "weight_shapes": {n: shape for n, layer in layers.items() if (shape := weight_shape(layer)) is not None}
         or None,
-        # of a loaded task they say what its file has, and a basis that is asked for later is not in there
-        "basis_modules": config.basis_modules if config.loaded else carried,
+        # of a loaded task they say what its file has, and a stored basis that is asked for later is not in there
+        "basis_modules": config.basis_modules if config.loaded and basis is not None and basis.location else carried,
     }
     if basis is not None:
         filled_in["basis_fingerprint"] = basis.fingerprint
