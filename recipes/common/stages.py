@@ -20,6 +20,7 @@ from .arguments import CommonArguments
 from .curves import draw_curves
 from .data import refuse_own_adapter
 from .methods import Method, methods
+from .old_keywords import takes_old_keyword
 from .run_cache import canonical, plain
 from .table import write_results
 
@@ -130,6 +131,7 @@ def choose_sources(args: CommonArguments, known: Mapping[str, Mapping[str, Any]]
     return chosen
 
 
+@takes_old_keyword("knobs", "args")
 def source_folders(args: CommonArguments) -> list[str]:
     """Return per source the folder of the adapter that `--stage sources` trained, or the folder or Hub id as given.
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from subspace_peft.errors import SubspaceError
 
 from .methods import Method
+from .old_keywords import takes_old_keyword
 from .run_cache import RunCache, plain
 
 RUN_KEYS = ("validation", "test", "trained_adapter", "trained_head", "bytes", "seconds", "curve")
@@ -21,6 +22,7 @@ WIDENINGS = 2
 Run = Callable[[Method, "float | None", int], Mapping[str, Any]]
 
 
+@takes_old_keyword("cells", "cache")
 def compare(
     methods: Sequence[Method],
     run: Run,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import pytest
@@ -89,6 +90,16 @@ assert [str(each.message) for each in caught] == ["common.Cells is called RunCac
 def test_every_old_module_and_name_of_the_recipes_leads_somewhere(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     fresh.run("-c", NAMES, cwd=tmp_path, env=env, check=True)
+
+
+def test_functions_take_their_earlier_keywords():
+    with pytest.warns(FutureWarning, match="compare: cells= is called cache= now") as caught:
+        assert common.compare([], lambda *_: {}, cells=None, progress=False) == []
+    assert caught[0].filename == __file__
+    with pytest.warns(FutureWarning, match="source_folders: knobs= is called args= now"):
+        assert common.source_folders(knobs=SimpleNamespace(sources=["owner/name"], out=".")) == ["owner/name"]
+    with pytest.raises(TypeError, match="cells"):
+        common.compare([], lambda *_: {}, cells=None, cache=None)
 
 
 def test_a_name_that_never_was_is_none():
