@@ -82,7 +82,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         # neither reads nor writes compiled files: those belong to the script, whose imports stay as written
         tree = _Inside().visit(ast.parse(self.get_data(self.path), self.path))
-        return compile(ast.fix_missing_locations(tree), self.path, "exec", dont_inherit=True)
+        return self.source_to_code(ast.fix_missing_locations(tree), self.path)  # type: ignore[arg-type]
 
 
 class _Inside(ast.NodeTransformer):

@@ -196,7 +196,11 @@ def _read_yaml(text: str) -> Any:
             _unique((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             super().flatten_mapping(node)
 
-    return yaml.load(text, Loader)
+    loader = Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _listed(file: Path, listed: Any) -> list[Any]:
