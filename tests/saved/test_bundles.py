@@ -169,5 +169,5 @@ def test_no_place_of_another_machine_is_in_the_files():
     for root in VERSIONS:
         for file in filter(Path.is_file, root.rglob("*")):
             data = file.read_bytes()
-            assert not any(start in data for start in (b"/tmp/", b"/work/", b"/home/", b"/root/", b"/Users/")), file
+            assert not any(b"/%b/" % start in data for start in (b"tmp", b"work", b"home", b"root", b"Users")), file
             assert file.suffix not in (".json", ".md") or b'"/' not in data, file
