@@ -59,6 +59,9 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             raise SubspaceError("A basis needs at least one module.")
         self._modules = modules if isinstance(modules, ModuleStore) else MemoryModules(modules)
         self.info: dict[str, Any] = dict(info or {})
+        if self.precision is None:
+            # modules that are given as they are stored: what the info says of others would make the file unreadable
+            self.info.pop("precision", None)
         self.location = location
         self.revision = revision
         if digests is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -34,6 +35,20 @@ def origins(basis: SubspaceBasis) -> dict[str, Sides]:
             for side, size in (("out", "k_out"), ("in", "k_in"))
         }
     return found
+
+
+def warn_float32(old: SubspaceBasis) -> None:
+    """Warn where a version made from `old` is stored in more bits than `old` is.
+
+    Rounding anew would move the old directions, and with them every task.
+    """
+    if old.precision is not None:
+        warnings.warn(
+            f"{old.location or 'The basis'} is stored as {old.precision}; its next version is stored as float32, so"
+            " that its directions and tasks stay what they are. `to_precision` rounds it again, and tasks then have to"
+            " be migrated with max_drift= (--max-drift).",
+            stacklevel=3,
+        )
 
 
 def _adds_up(recorded: Any, size: int) -> bool:
@@ -74,7 +89,8 @@ def next_version(
             added = [[origin, more]] if more else []
             sides[side] = [[origin, size]] if name in refitted else [*before[name][side], *added]
         columns[name] = sides
-    gone = ("measured", "update", "completed", "columns")
+    # the new version is given and stored as float32, whatever the old one is stored as
+    gone = ("measured", "update", "completed", "columns", "precision")
     kept = {key: value for key, value in old.info.items() if key not in gone}
     return {
         **kept,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.controls import gaussian
-from ..basis.lineage import next_version
+from ..basis.lineage import next_version, warn_float32
 from ..basis.module import fix_signs
 from ..basis.module_store import same_module
 from ..errors import SubspaceError
@@ -67,6 +67,7 @@ def complete_basis(
     resources = Resources(token=token, progress=progress)
     check_filling_model(with_, base_model)
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=resources.token)
+    warn_float32(old)
     weights = linear_weights(base_model, "all-linear") if with_ == "base-weights" and base_model is not None else None
     modules = _completed(old, options, weights, resources.progress)
     info = next_version(old, modules, origin=with_)

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.lineage import warn_float32
 from ..basis.module import tensor_sha256
 from ..errors import SubspaceError
 from ..hub import same_model
@@ -118,6 +119,7 @@ def update_basis(
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
     update = prepare_update(basis, sources, options, resources, cores=cores, base_model=base_model)
+    warn_float32(update.old)
     return _new_version(update, _update_modules(update))
 
 
