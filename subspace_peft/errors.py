@@ -15,6 +15,14 @@ class BasisMismatchError(SubspaceError):
     """A basis was found, but it is not the one referenced, or it does not fit the model."""
 
 
+class UnknownModuleError(BasisMismatchError, KeyError):
+    """A basis was asked for a module that it does not have. A `KeyError` too, which is what a mapping raises."""
+
+    def __str__(self) -> str:
+        # a KeyError shows its message in quotes
+        return ValueError.__str__(self)
+
+
 class BadFileError(SubspaceError):
     """A file is truncated, malformed, of a wrong dtype or holds non-finite numbers."""
 

@@ -75,7 +75,10 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     # -- mapping ----------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> ModuleBasis:
-        return self._modules[name]
+        return self._modules.module(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)
@@ -124,6 +127,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
 
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
         """Return a module's tensors as they are in the file, by name; the module's digest is of these."""
+        self._modules.check_name(name)
         return self._modules.stored(name)
 
     def shapes(self) -> dict[str, dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UnknownModuleError
 from .module import ModuleBasis, module_shape
 
 
@@ -33,6 +35,24 @@ class ModuleStore(Mapping[str, ModuleBasis]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
+
+    def module(self, name: str) -> ModuleBasis:
+        """Return a module.
+
+        Raises:
+            UnknownModuleError: the store has none of this name; names similar ones.
+        """
+        self.check_name(name)
+        return self[name]
+
+    def check_name(self, name: object) -> None:
+        """Raise `UnknownModuleError` where the store has no module of this name, with the names that are near it."""
+        if name not in self.entries:
+            near = near_names(str(name), self.entries)
+            raise UnknownModuleError(
+                f"The basis has no module {name!r}."
+                + (f" Near it: {', '.join(near)}." if near else f" It has {names_of(self.entries, 3)}.")
+            )
 
     @abstractmethod
     def shapes(self) -> dict[str, dict[str, int]]:
@@ -72,6 +92,14 @@ def same_module(module_name: str, names: Iterable[str]) -> list[str]:
     if module_name in names:
         return [module_name]
     return [name for name in names if name.endswith(f".{module_name}") or module_name.endswith(f".{name}")]
+
+
+def near_names(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """Return those of `names` that `name` may have been meant for, the likeliest first."""
+    known = list(names)
+    # the end of a name is written for the whole of it, as in `target_modules`
+    ends = [each for each in known if each.endswith(f".{name}") or name.endswith(f".{each}")]
+    return ends[:most] or difflib.get_close_matches(name, known, most)
 
 
 def names_of(modules: Iterable[str], most: int = 5) -> str:
