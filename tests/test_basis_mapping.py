@@ -63,7 +63,8 @@ def test_the_mapping_agrees_with_itself(bases: dict[str, SubspaceBasis], kind: s
     names = list(basis)
     assert len(names) == len(set(names)) == len(basis) == 4
     assert list(basis.keys()) == names
-    assert all(name in basis and name in basis.keys() for name in names)
+    known = basis.keys()
+    assert all(name in basis and name in known for name in names)
     assert [name for name, _ in basis.items()] == names
     for name, module in zip(names, basis.values(), strict=True):
         for tensor, value in module.tensors().items():
