@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .base_names import same_model as same_model  # its place in earlier versions
 from .errors import SubspaceError
 
 
@@ -58,18 +59,6 @@ def split_inside(text: str) -> tuple[str, str | None, str | None]:
     # neither repository names nor git revisions may hold a colon
     outside, _, inside = text.partition(":")
     return *split_revision(outside), inside.strip("/") or None
-
-
-def same_model(base: str | None, model: str | None) -> bool:
-    """Return whether two names may mean one base model.
-
-    They do where they are the same place, or a Hub id and its older form without an owner
-    (``FacebookAI/roberta-base``, ``roberta-base``). An unknown name (None or empty) may be any model.
-    """
-    if not base or not model or Path(base) == Path(model):
-        return True
-    short, long = sorted((base, model), key=len)
-    return "/" not in short and long.count("/") == 1 and long.endswith(f"/{short}")
 
 
 def download(

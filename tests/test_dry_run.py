@@ -51,6 +51,7 @@ BAD = [
     (["FLEET", "--complete", "random", "-k", "0.5"], "filled up to a number of directions"),
     (["FLEET", "--complete", "base-weights", "-k", "31", "--base-model", "GPT2"], "no linear layer of the base model"),
     (["FLEET", "--base-model", "/no/such/model"], "/no/such/model"),
+    (["FLEET", "--base-model-name", ""], "give the base model's id on the Hub"),
     (["FLEET", "--base-model", "EMPTY"], "no model can be loaded from it"),
     (["--builder", "random", "--base-model", "BERT"], "Say which of the base model's modules: --target-modules"),
     (["--builder", "random", "--base-model", "BERT", "--target-modules", "nope"], "matches no linear layer"),
@@ -91,6 +92,7 @@ UNREADABLE = [
 ]
 GOOD = [
     ["FLEET", "-k", "3"],
+    ["FLEET", "-k", "3", "--base-model-name", "org/base"],
     ["FLEET", "-k", "3", "--k-in", "2", "--weights", "norm", "--alternations", "0"],
     ["FLEET", "-k", "3", "--weights", "VOTES", "--no-leave-one-out", "--no-keep-cores"],
     ["FLEET", "-k", "0.9", "--leave-one-out", "--keep-cores"],
@@ -260,6 +262,7 @@ WRONG = {
     "complete": "zeros",
     "target_modules": 3,
     "seed": 0.5,
+    "base_model_name": " ",
     "skip_bad": "no",
     "allow_bin": None,
     "partial": 1.0,

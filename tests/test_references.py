@@ -59,9 +59,7 @@ def test_an_older_id_without_its_owner_is_the_same_base_model(fleets, tmp_path):
     folders = renamed(fleets[bert], tmp_path, "base", "org/base", "base", None, "base")
     assert build_basis(folders, k=3, progress=False).base_model == "org/base"
     others = renamed(fleets[bert][:4], tmp_path / "more", "org/base", "base", "base", "other/base")
-    with pytest.raises(
-        SourceError, match=r"1 of 4 .*\n.*'other/base', the others on 'org/base'.*mend base_model_name"
-    ):
+    with pytest.raises(SourceError, match=r"1 of 4 .*\n.*'other/base', the others on 'org/base'.*--base-model-name"):
         build_basis(others, progress=False)
 
 

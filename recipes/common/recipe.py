@@ -17,8 +17,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from subspace_peft._io.atomic import write_text_aside
+from subspace_peft.base_names import same_model
 from subspace_peft.errors import SubspaceError
-from subspace_peft.hub import same_model
 from subspace_peft.sources import open_source
 from subspace_peft.tasks.callbacks import SubspaceCardCallback, note_metrics
 

@@ -39,6 +39,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         info: what `basis_config.json` holds beside the modules: base model, builder and its arguments, sources.
         location: folder or Hub id this basis was loaded from or saved to; None for one in memory only.
         revision: commit sha on the Hub, or None.
+        first_trained_on: the base weights that this process first trained a task on, for a stored basis that has no
+            record of its own; None before.
         digests: module name → sha256 (hex) of its tensors as stored.
         fingerprint: sha256 (hex) over the modules' names and digests.
 
@@ -64,6 +66,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             self.info.pop("precision", None)
         self.location = location
         self.revision = revision
+        self.first_trained_on: dict[str, Any] | None = None
         if digests is None:
             for name, module in modules.items():
                 module.check(name)

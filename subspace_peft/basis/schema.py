@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_whole
+from ..base_names import names_problem
+from .base_weights import KEY, weights_problem
 from .precision import PRECISIONS
 
 # far above the tokens of an embedding, and above the channels × pixels of a kernel
@@ -60,6 +62,10 @@ def info_problem(info: Mapping[str, Any]) -> str | None:
         for key in numbers:
             if not is_finite(info["precision"].get(key)):
                 return f"precision has {key}={_short(info['precision'].get(key))}, which is not a number"
+    if info.get("base_model_names") is not None and (problem := names_problem(info["base_model_names"])):
+        return problem
+    if info.get(KEY) is not None and (problem := weights_problem(info[KEY])):
+        return problem
     base = info.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         return f"base_model_name_or_path is a {type(base).__name__}, not a name"

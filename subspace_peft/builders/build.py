@@ -220,7 +220,8 @@ def _info(build: FleetBuild, found: Found) -> dict[str, Any]:
     }
     random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, (m, _) in found.items()}
     return {
-        "base_model_name_or_path": fleet.base_model,
+        "base_model_name_or_path": build.base_model,
+        **({"base_model_names": names} if (names := fleet.base_names()) else {}),
         "builder": options.builder,
         "build": options.record(),
         "sources": entries,

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..base_names import said_of_basis
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.controls import gaussian
 from ..basis.lineage import next_version, warn_float32
 from ..basis.module import fix_signs
 from ..basis.module_store import same_module
 from ..errors import SubspaceError
+from .base_model import base_model_name as named
 from .controls import linear_weights
 from .options import BuildOptions, CompleteOptions, Resources, check_filling_model
 
@@ -31,6 +33,7 @@ def complete_basis(
     with_: str = "random",
     k_in: int | None = None,
     base_model: nn.Module | None = None,
+    base_model_name: str | None = None,
     seed: int = 0,
     token: str | bool | None = None,
     progress: bool = True,
@@ -52,6 +55,8 @@ def complete_basis(
             other; at most min(out, in) of them.
         k_in: directions on the input side where they differ from `k`.
         base_model: the model whose weights `base-weights` takes, linear layers only. It is left as it was.
+        base_model_name: Hub id of the basis's base model, where the basis records none or a folder; recorded from now
+            on.
         seed: of the random directions.
         token: as in huggingface_hub.
         progress: show a bar where it takes longer than two seconds.
@@ -63,16 +68,19 @@ def complete_basis(
     Raises:
         SubspaceError: arguments that clash; a module that the base model does not have as a linear layer.
     """
-    options = CompleteOptions(k=k, k_in=k_in, with_=with_, seed=seed)
+    options = CompleteOptions(k=k, k_in=k_in, with_=with_, seed=seed, base_model_name=base_model_name)
     resources = Resources(token=token, progress=progress)
     check_filling_model(with_, base_model)
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=resources.token)
     warn_float32(old)
     weights = linear_weights(base_model, "all-linear") if with_ == "base-weights" and base_model is not None else None
+    name = named(said_of_basis(old.base_model, options.base_model_name), base_model)
     modules = _completed(old, options, weights, resources.progress)
     info = next_version(old, modules, origin=with_)
     done = {"with": with_, "k": k, "k_in": k_in, "seed": seed}
-    return SubspaceBasis(modules, {**info, **_measured(old, modules), "completed": done})
+    return SubspaceBasis(
+        modules, {**info, **_measured(old, modules), "base_model_name_or_path": name, "completed": done}
+    )
 
 
 def complete_built(

@@ -136,7 +136,7 @@ def _plan(build: FleetBuild | ControlBuild | PreparedUpdate) -> BuildPlan:
     cores = (len(fleet.sources) if build.keep_cores else 0) + options.directions
     # a budget is spread by what the fleet and its null hold, each of which costs about as much as building
     seconds = _seconds(plan, k, k_in, options.alternations) * (1 if options.budget is None else 3)
-    return _of_fleet(fleet, plan, modules, cores, seconds)
+    return _of_fleet(fleet, plan, modules, cores, seconds, build.base_model)
 
 
 def _plan_of_update(update: PreparedUpdate) -> BuildPlan:
@@ -150,16 +150,22 @@ def _plan_of_update(update: PreparedUpdate) -> BuildPlan:
         grown = (old[key]["k_out"] + min(ranks, add), old[key]["k_in"] + min(ranks, add_in))
         modules[name] = _size(task, *(options.refit or grown))
     k, k_in = options.refit or (plan.k, None)
-    return _of_fleet(fleet, plan, modules, len(fleet.sources), _seconds(plan, k, k_in, options.alternations))
+    seconds = _seconds(plan, k, k_in, options.alternations)
+    return _of_fleet(fleet, plan, modules, len(fleet.sources), seconds, update.base_model)
 
 
 def _of_fleet(
-    fleet: Fleet, plan: MemoryPlan, modules: dict[str, dict[str, int]], cores: int, seconds: float
+    fleet: Fleet,
+    plan: MemoryPlan,
+    modules: dict[str, dict[str, int]],
+    cores: int,
+    seconds: float,
+    base_model: str | None,
 ) -> BuildPlan:
     entries = _entries(fleet)
     size = sum(entry["bytes"] for entry in entries)
     return BuildPlan(
-        base_model=fleet.base_model,
+        base_model=base_model,
         sources=entries,
         skipped=fleet.skipped,
         modules=modules,

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from ..base_names import common_name, names_record
 from ..errors import SourceError
 from ..sources.references import expand
 from ..sources.source import Source
 from .distributed import ALONE, ProcessGroup
-from .fleet_checks import Misfit, common_base, misfits, repeats
+from .fleet_checks import Misfit, misfits, repeats
 from .fleet_names import unify_modules, unify_names
 from .scan_fleet import scan_fleet
 from .seed_groups import seed_groups
@@ -40,7 +41,12 @@ class Fleet:
     @property
     def base_model(self) -> str | None:
         """The base model that most sources name, or None."""
-        return common_base([source.base_model for source in self.sources])
+        return common_name(source.base_model for source in self.sources)
+
+    def base_names(self) -> dict[str, Any]:
+        """Return what a basis records of the names that the sources give their base model, see `names_record`."""
+        said = any(source.said_base for source in self.sources)
+        return names_record({source.name: source.given_base for source in self.sources}, self.base_model, said)
 
     def source_weights(self, members: Sequence[int]) -> list[float]:
         """Return how much each of some sources counts: its weight / (how many of them are of its seed group).
@@ -63,6 +69,7 @@ def gather(
     progress: bool,
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
+    base_model_name: str | None = None,
     keep_duplicates: bool = False,
     processes: ProcessGroup = ALONE,
     judge: Callable[[Source], str | None] | None = None,
@@ -78,6 +85,7 @@ def gather(
         progress: show a bar where it takes longer than two seconds.
         allow_bin: as in `open_source`.
         base_model: as in `open_source`.
+        base_model_name: the one base model that all of them are of, whatever they say; None: what they say.
         keep_duplicates: do not look for sources that repeat another one.
         processes: the processes that do this together; each returns the same.
         judge: source → a further reason to leave it out, or None.
@@ -95,6 +103,9 @@ def gather(
     # in the order listed, whichever process read them
     opened = {number: scanned.sources[number] for number in sorted(scanned.sources)}
     unify_modules(list(opened.values()))
+    if base_model_name is not None:
+        for source in opened.values():
+            source.said_base = base_model_name
 
     def leave_out(found: Iterable[Misfit]) -> None:
         for number, reason in found:

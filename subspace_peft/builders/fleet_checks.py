@@ -7,29 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..hub import same_model
+from ..base_names import REMEDY, common_name, difference, majority, same_model
 from ..sources.source import Source
 from .duplicates import duplicates
 
 Misfit = tuple[int, str]  # a source's number, and the reason to leave it out
-
-
-def common_base(names: Sequence[str | None]) -> str | None:
-    """Return the base model that most sources name, with its owner where one of them has it.
-
-    Names of one model count as one.
-
-    Args:
-        names: per source its base model's name, or None.
-    """
-    counts = Counter(name for name in names if name)
-
-    def count(name: str) -> int:
-        others = [number for other, number in counts.items() if other != name and same_model(name, other)]
-        # an id without an owner may be several models' older form: it goes with one of them only
-        return counts[name] + (sum(others) if "/" in name else max(others, default=0))
-
-    return max(counts, key=lambda name: (count(name), "/" in name), default=None)
 
 
 def misfits(sources: Mapping[int, Source], partial: bool) -> list[Misfit]:
@@ -39,7 +21,8 @@ def misfits(sources: Mapping[int, Source], partial: bool) -> list[Misfit]:
         sources: number → source, with its module names unified.
         partial: allow modules that only some of the sources adapt.
     """
-    base = common_base([source.base_model for source in sources.values()])
+    named = [source.base_model for source in sources.values()]
+    base, tied = majority(named), majority(named) is None and common_name(named) is not None
     counts = Counter(frozenset(source.keys) for source in sources.values())
     common: frozenset[str] = max(counts, key=counts.__getitem__) if counts else frozenset()
     shapes: dict[str, Counter[tuple[int, int]]] = {}
@@ -49,7 +32,8 @@ def misfits(sources: Mapping[int, Source], partial: bool) -> list[Misfit]:
     usual = {module: each.most_common(1)[0][0] for module, each in shapes.items()}
     found = []
     for number, source in sources.items():
-        reason = _other_model(source, base, usual) or (None if partial else _other_modules(source, common))
+        reason = _no_majority(source, named) if tied else _other_model(source, base, usual)
+        reason = reason or (None if partial else _other_modules(source, common))
         if reason is not None:
             found.append((number, reason))
     return found
@@ -59,8 +43,8 @@ def _other_model(source: Source, base: str | None, usual: Mapping[str, tuple[int
     """Return why a source belongs to another base model than the others; `usual` has each module's (out, in)."""
     if not same_model(source.base_model, base):
         return (
-            f"trained on {source.base_model!r}, the others on {base!r}. If that is the same model, mend "
-            "base_model_name_or_path in its adapter_config.json."
+            f"trained on {source.base_model!r}, the others on {base!r}:"
+            f" {difference(str(source.base_model), str(base))}. {REMEDY}"
         )
     own = {module: source.shape(module)[:2] for module in source.keys}
     odd = [module for module, shape in own.items() if shape != usual[module]]
@@ -70,6 +54,17 @@ def _other_model(source: Source, base: str | None, usual: Mapping[str, tuple[int
             " belongs to another base model."
         )
     return None
+
+
+def _no_majority(source: Source, names: Sequence[str | None]) -> str | None:
+    """Return why a source cannot be used in a fleet of which no base model has more sources than any other."""
+    if source.base_model is None:
+        return None
+    other = next(name for name in names if not same_model(source.base_model, name))
+    return (
+        f"trained on {source.base_model!r}, others on {other!r}: {difference(source.base_model, str(other))}. No base"
+        f" model has more sources than any other. {REMEDY}"
+    )
 
 
 def _other_modules(source: Source, common: frozenset[str]) -> str | None:

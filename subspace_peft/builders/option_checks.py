@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from ..base_names import check_said
 from ..errors import SubspaceError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -154,6 +155,11 @@ def weights_or_file(name: str, value: Any) -> Any:
     if not isinstance(value, (str, Path, Mapping)):
         raise SubspaceError(f"{name}={value!r}: give equal, norm, or numbers by source (or a JSON file of them).")
     return value
+
+
+def base_name(name: str, value: Any) -> str | None:
+    """Return a base model's name in its normal form, or None; raise `SubspaceError` for what is no name."""
+    return check_said(value)
 
 
 def size(name: str, value: Any) -> Any:

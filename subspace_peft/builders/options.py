@@ -14,6 +14,7 @@ from ..errors import SubspaceError
 from .option_checks import (
     Options,
     anything,
+    base_name,
     directions_or_share,
     names_or_none,
     number,
@@ -36,6 +37,7 @@ DEFAULT_K = 32
 
 SKIP_BAD = ("leave bad sources out, each with its reason", truth)
 ALLOW_BIN = ("read pickled adapter_model.bin too, weights_only", truth)
+BASE_MODEL_NAME = ("the one base model that all sources are of, whatever name their configs give it", base_name)
 ALTERNATIONS = ("most rounds after the HOSVD (default: {default})", whole(0))
 SEED = ("of all random directions (default: {default})", whole())
 INPUT_SIDE = ("directions on the input side, where they differ", whole(1, optional=True))
@@ -69,6 +71,8 @@ class BuildOptions(Options):
             see `complete_basis`; None: the basis is smaller then, and nothing is made up.
         target_modules: names or ends of names of the base model's modules, or a regular expression, as in PEFT.
         seed: of the `random` builder and of random directions.
+        base_model_name: Hub id or folder of the one base model that all sources are of, where their configurations
+            have several names for it (copies of other owners, folders). It is recorded, with the names it replaces.
         skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
         partial: allow modules that only some sources adapt; each is then built from those.
         allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
@@ -118,6 +122,7 @@ class BuildOptions(Options):
         None, "the base model's modules", names_or_none, nargs="+", metavar="NAME"
     )
     seed: int = option(0, *SEED, convert=int)
+    base_model_name: str | None = option(None, *BASE_MODEL_NAME, metavar="NAME")
     skip_bad: bool = option(False, *SKIP_BAD)
     allow_bin: bool = option(False, *ALLOW_BIN)
     partial: bool = option(False, "allow modules that only some sources adapt", truth)
@@ -193,7 +198,7 @@ class BuildOptions(Options):
         """
         k, k_in = (None, None) if self.budget is not None else self.size
         kept = ("builder", "weights", "alternations", "directions", "seed", "keep_cores", "partial", "allow_bin")
-        rare = ("budget", "complete", "leave_one_out")
+        rare = ("budget", "complete", "leave_one_out", "base_model_name")
         return {
             "k": k,
             "k_in": k_in,
@@ -216,6 +221,8 @@ class UpdateOptions(Options):
             share of its norm in a module.
         weights: ``equal`` or ``norm``, as in `build_basis`.
         alternations: at most this many rounds after the HOSVD.
+        base_model_name: Hub id or folder of the one base model that the new adapters and the basis are of, whatever
+            names their configurations give it.
         skip_bad: leave bad sources out, with their reasons in ``basis.info["skipped"]``, instead of raising.
         partial: allow modules that only some of the new adapters have. Modules of the basis that none of them has are
             always allowed.
@@ -241,6 +248,7 @@ class UpdateOptions(Options):
     max_drift: float | None = option(None, "", anything, flags=())
     weights: str = option("equal", "how sources count (default: {default})", one_of(*WEIGHTS), choices=WEIGHTS)
     alternations: int = option(10, *ALTERNATIONS, convert=int)
+    base_model_name: str | None = option(None, *BASE_MODEL_NAME, metavar="NAME")
     skip_bad: bool = option(False, *SKIP_BAD)
     partial: bool = option(False, "allow modules that only some of the new sources adapt", truth)
     allow_bin: bool = option(False, *ALLOW_BIN)
@@ -269,7 +277,8 @@ class UpdateOptions(Options):
     def record(self, tasks: int) -> dict[str, Any]:
         """Return what the basis's config says of its update; `tasks` is how many tasks' cores it was fitted to."""
         kept = ("add", "add_in", "k", "k_in", "max_drift", "weights", "alternations", "partial", "allow_bin")
-        return {**{name: getattr(self, name) for name in kept}, "tasks": tasks}
+        said = {} if self.base_model_name is None else {"base_model_name": self.base_model_name}
+        return {**{name: getattr(self, name) for name in kept}, "tasks": tasks, **said}
 
 
 @dataclass(frozen=True)
@@ -281,12 +290,16 @@ class CompleteOptions(Options):
         k_in: directions on the input side where they differ from `k`.
         with_: ``random`` or ``base-weights``.
         seed: of the random directions.
+        base_model_name: Hub id of the basis's base model, where the basis records none or a folder.
     """
 
     k: int = option(DEFAULT_K, "directions per side", whole(1), flags=("-k", "--k"), convert=int, required=True)
     k_in: int | None = option(None, *INPUT_SIDE, convert=int)
     with_: str = option("random", "(default: {default})", one_of(*FILLINGS), flags=("--with",), choices=FILLINGS)
     seed: int = option(0, *SEED, convert=int)
+    base_model_name: str | None = option(
+        None, "the basis's base model, where it records none or a folder", base_name, metavar="NAME"
+    )
 
     __hash__ = Options.__hash__
 

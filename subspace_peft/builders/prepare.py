@@ -12,6 +12,7 @@ from torch import nn
 
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
+from .base_model import base_model_name, model_name
 from .budget import check_budget, largest
 from .complete import filling_weights
 from .controls import Sizes, linear_weights, weight_for
@@ -37,6 +38,7 @@ class FleetBuild:
         leave_one_out: whether to measure how much a basis built without a source keeps of it.
         filling: the base weights by module that an incomplete basis is filled up from, where that is asked for.
         kept: the folder of finished modules, or None.
+        base_model: the base model's name, where it is known.
     """
 
     options: BuildOptions
@@ -47,6 +49,7 @@ class FleetBuild:
     leave_one_out: bool
     filling: dict[str, torch.Tensor] | None
     kept: WorkFolder | None
+    base_model: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,7 @@ def prepare(
         progress=resources.progress,
         allow_bin=options.allow_bin,
         base_model=base_model,
+        base_model_name=options.base_model_name,
         processes=processes,
     )
     if by_source and fleet.skipped:
@@ -121,6 +125,7 @@ def _prepare_fleet(
     fleet: Fleet, kind: str, options: BuildOptions, resources: Resources, base_model: nn.Module | None
 ) -> FleetBuild:
     k, k_in = options.size
+    name = base_model_name(fleet.base_model, base_model)
     if options.budget is not None:
         check_budget(options.budget, len(fleet.modules))
         k = largest(options.budget, len(fleet.modules))
@@ -138,7 +143,7 @@ def _prepare_fleet(
         record = {**options.record(), "keep_cores": keep_cores, "leave_one_out": leave_one_out}
         record.pop("complete", None)
         kept = WorkFolder(Path(resources.work_folder), fleet.sources, record)
-    return FleetBuild(options, resources, fleet, plan, keep_cores, leave_one_out, filling, kept)
+    return FleetBuild(options, resources, fleet, plan, keep_cores, leave_one_out, filling, kept, name)
 
 
 def _short(plan: MemoryPlan, k: int, k_in: int) -> dict[str, tuple[int, int]]:
@@ -167,7 +172,7 @@ def _prepare_control(
     k, k_in = int(options.size[0]), options.size[1] or int(options.size[0])
     weights = linear_weights(base_model, options.target_modules) if base_model is not None else {}
     sizes: dict[str, Sizes] = {}
-    name: str | None = getattr(getattr(base_model, "config", None), "_name_or_path", None) or None
+    name = model_name(base_model)
     fleet = None
     if like is not None:
         sizes = {key: (each["out"], each["in"], each["k_out"], each["k_in"]) for key, each in like.shapes().items()}
@@ -182,6 +187,7 @@ def _prepare_control(
             token=resources.token,
             progress=resources.progress,
             allow_bin=options.allow_bin,
+            base_model_name=options.base_model_name,
             keep_duplicates=True,
         )
         name = fleet.base_model
@@ -194,4 +200,5 @@ def _prepare_control(
     found = {}
     if options.builder == "base-weights":
         found = {key: weight_for(key, weights, each[:2]) for key, each in sizes.items()}
+    name = base_model_name(options.base_model_name or name, base_model)
     return ControlBuild(options, resources, sizes, found, name, fleet)

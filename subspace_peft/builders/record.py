@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..base_names import shown_name
 from ..errors import SourceError
 from ..sources.open import open_source
 from ..sources.source import IN_MEMORY, Source
@@ -29,6 +30,7 @@ def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -
         "revision": source.revision,
         "sha256": source.sha256,
         "base_model": source.base_model,
+        **({"base_model_given": shown_name(source.given_base)} if source.said_base else {}),
         "license": source.license,
         "task_type": source.task_type,
         "ranks": source.ranks,
@@ -66,6 +68,8 @@ def recorded_source(
             " Restore that file, or build a new basis."
         )
     source.name = str(entry.get("name") or source.name)
+    if "base_model_given" in entry and isinstance(entry.get("base_model"), str):
+        source.said_base = entry["base_model"]
     return source
 
 

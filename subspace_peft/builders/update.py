@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.lineage import warn_float32
 from ..basis.module import tensor_sha256
 from ..errors import SubspaceError
-from ..hub import same_model
 from ..sources.source import Source
+from .base_model import base_model_name
 from .fleet import Fleet, gather
 from .keywords import takes_options
 from .memory import GUESSED_K, MemoryPlan
@@ -43,6 +44,7 @@ class PreparedUpdate:
         plan: how each module is built within the memory.
         tasks: per task of the old basis, module of the basis → core (k_out, k_in), float64.
         kept: the folder of finished modules, or None.
+        base_model: the base model's name, where it is known.
     """
 
     old: SubspaceBasis
@@ -54,6 +56,7 @@ class PreparedUpdate:
     plan: MemoryPlan
     tasks: list[dict[str, torch.Tensor]]
     kept: WorkFolder | None
+    base_model: str | None
 
     @property
     def sources_before(self) -> list[dict[str, Any]]:
@@ -147,6 +150,7 @@ def prepare_update(
         SubspaceError: cores that are not of this basis; too little memory.
     """
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=resources.token)
+    name = base_model_name(said_of_basis(old.base_model, options.base_model_name), base_model)
     fleet = gather(
         sources,
         skip_bad=options.skip_bad,
@@ -155,6 +159,7 @@ def prepare_update(
         progress=resources.progress,
         allow_bin=options.allow_bin,
         base_model=base_model,
+        base_model_name=options.base_model_name,
         judge=lambda source: _misfit(source, old),
         taken=[str(entry.get("name")) for entry in old.info.get("sources") or []],
     )
@@ -177,7 +182,7 @@ def prepare_update(
         kept = WorkFolder(
             Path(resources.work_folder), fleet.sources, {**arguments, "update of": old.fingerprint, "cores": hashes}
         )
-    return PreparedUpdate(old, options, resources, fleet, names, changed, plan, tasks, kept)
+    return PreparedUpdate(old, options, resources, fleet, names, changed, plan, tasks, kept, name)
 
 
 def _most_directions(old: SubspaceBasis, changed: Mapping[str, str], options: UpdateOptions) -> int:
@@ -231,6 +236,7 @@ def _new_version(update: PreparedUpdate, done: Updated) -> SubspaceBasis:
     refitted = options.refit is not None
     arguments = options.record(len(update.tasks))
     info = record(old, update.fleet, update.names, arguments, modules, facts, drifts if refitted else {})
+    info["base_model_name_or_path"] = update.base_model
     if refitted:
         info["sources"][: len(known)] = [after_refit(entry, i, squares) for i, entry in enumerate(known)]
     return SubspaceBasis(modules, info)
@@ -258,11 +264,10 @@ def _misfit(source: Source, basis: SubspaceBasis) -> str | None:
     for entry in basis.info.get("sources") or []:
         if entry.get("sha256") == source.sha256:
             return f"it is in the basis already, as {entry.get('name')!r} (the same sha256). Leave it out."
-    if not same_model(source.base_model, basis.base_model):
-        return (
-            f"trained on {source.base_model!r}, but the basis is for {basis.base_model!r}. Use adapters of that base"
-            " model."
-        )
+    # a name that the user says is held against the basis's own before
+    if source.said_base is None and not is_of(source.base_model, basis.info):
+        said, own = str(source.base_model), str(basis.base_model)
+        return f"trained on {said!r}, but the basis is for {own!r}: {difference(said, own)}. {REMEDY}"
     shapes = basis.shapes()
     for name in source.keys:
         key = basis.find(name)

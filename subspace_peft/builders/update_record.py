@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._io.untrusted import is_finite, is_whole
+from ..base_names import merged_names
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.lineage import next_version
 from .fleet import Fleet
@@ -42,10 +43,12 @@ def record(
         kept = {name: facts[by_name[name]]["shares"][i] if by_name[name] in facts else None for name in source.norms}
         entry = source_entry(source, kept, first + fleet.groups[i])
         entries.append({**entry, "version": info["version"]})
+    names = merged_names(old.info.get("base_model_names"), fleet.base_names())
     shares = {key: [share for share in each.pop("shares") if share is not None] for key, each in facts.items()}
     return {
         **info,
         "sources": [*known, *entries],
+        **({"base_model_names": names} if names else {}),
         "skipped": [*(old.info.get("skipped") or []), *fleet.skipped],
         "update": {"arguments": arguments, "modules": facts, **({"drift": drifts} if drifts else {})},
         # where all was fitted again, what is kept of old sources is known as far as their stored cores go, not per

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .._moved import moved_name
+from ..base_names import said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.files import TENSORS_FILE
 from ..convert.project import Projection, project_lora
@@ -123,6 +124,7 @@ def compress_fleet(
     residual: int = 0,
     skip_bad: bool = False,
     check_base_model: bool = True,
+    base_model_name: str | None = None,
     dtype: torch.dtype = torch.float32,
     token: str | bool | None = None,
     progress: bool = True,
@@ -144,6 +146,7 @@ def compress_fleet(
         skip_bad: Leave out adapters that are refused or cannot be read, and report them, instead of raising an error
             that lists them all.
         check_base_model: Refuse a LoRA whose config names another base model than the basis.
+        base_model_name: The base model that all LoRAs are of, whatever their configs say; held against the basis's.
         dtype: The dtype of stored cores and residuals.
         token: As in huggingface_hub.
         progress: Show a bar where it takes longer than two seconds.
@@ -166,11 +169,12 @@ def compress_fleet(
         raise SubspaceError(
             "The basis lives in memory only: `basis.save_pretrained(folder)` before a bundle refers to it."
         )
+    said_of_basis(basis.base_model, base_model_name)
     packed: dict[str, Packed] = {}
     report: list[CompressedAdapter] = []
     given = [loras] if is_one_source(loras) else list(loras)
     for lora in tqdm(given, desc="compressing", unit="adapter", delay=2, disable=not progress):
-        what, task = _one(lora, basis, min_energy, residual, check_base_model, dtype, token)
+        what, task = _one(lora, basis, min_energy, residual, check_base_model, dtype, token, base_model_name)
         if task is not None and what.name in packed:
             other = packed[what.name].entry["source"]["location"]
             what, task = replace(what, refused=f"{other} is called {what.name!r} as well: rename its folder"), None
@@ -198,12 +202,13 @@ def _one(
     check_base_model: bool,
     dtype: torch.dtype,
     token: str | bool | None,
+    base_model_name: str | None,
 ) -> tuple[CompressedAdapter, Packed | None]:
     named = str(lora) if isinstance(lora, (str, Path)) else "in memory"
     try:
         source = open_source(lora, token=token)
         before = _bytes(source)
-        projection = project_lora(source, basis, check_base_model=check_base_model)
+        projection = project_lora(source, basis, check_base_model=check_base_model, base_model_name=base_model_name)
         what = CompressedAdapter(source.name, named, verdict=projection.verdict, bytes_before=before)
         residuals: dict[str, Residual] = {}
         rank, (total, modules) = 0, shares(projection, {}, 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..builders.option_checks import number
 from ..errors import SubspaceError
-from .common import Add, add_json, add_quiet, print_json
+from .common import Add, add_base_model_name, add_json, add_quiet, print_json
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
@@ -85,6 +85,7 @@ def add_compress(add: Add) -> None:
     )
     verb.add_argument("--skip-bad", action="store_true", help="leave refused adapters out, each with its reason")
     verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
+    add_base_model_name(verb)
     verb.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored numbers")
     add_json(verb)
     add_quiet(verb)
@@ -159,6 +160,7 @@ def compress(args: Namespace) -> int:
         residual=args.residual,
         skip_bad=args.skip_bad,
         check_base_model=not args.no_base_check,
+        base_model_name=args.base_model_name,
         dtype=getattr(torch, args.dtype),
         progress=not args.quiet,
     )

@@ -16,6 +16,14 @@ BASE_MODEL_HELP = "model id or folder, to convert adapters that are no LoRA"
 ALLOW_BIN_HELP = "read pickled adapter_model.bin too, weights_only"
 
 
+BASE_MODEL_NAME_HELP = "the one base model that all adapters are of, whatever name their configs give it"
+
+
+def add_base_model_name(verb: ArgumentParser) -> None:
+    """Add the flag that says of which base model adapters are."""
+    verb.add_argument("--base-model-name", metavar="NAME", help=BASE_MODEL_NAME_HELP)
+
+
 def add_json(verb: ArgumentParser) -> None:
     """Add the flag that prints the result as JSON."""
     verb.add_argument("--json", action="store_true", help="print the result as JSON")

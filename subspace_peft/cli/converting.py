@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ..builders.option_checks import number
-from .common import Add, add_json, add_quiet, print_json
+from .common import Add, add_base_model_name, add_json, add_quiet, print_json
 
 
 def add_project(add: Add) -> None:
@@ -19,6 +19,7 @@ def add_project(add: Add) -> None:
     verb.add_argument("--basis", required=True, help="folder or Hub id of the basis")
     verb.add_argument("--out", metavar="FOLDER", help="write the coefficients as a task")
     verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
+    add_base_model_name(verb)
     add_json(verb)
     add_quiet(verb)
     verb.set_defaults(run=project)
@@ -46,7 +47,9 @@ def project(args: Namespace) -> int:
     """Project a LoRA on a basis."""
     from ..convert import project_lora
 
-    projection = project_lora(args.lora, args.basis, check_base_model=not args.no_base_check)
+    projection = project_lora(
+        args.lora, args.basis, check_base_model=not args.no_base_check, base_model_name=args.base_model_name
+    )
     facts = projection.to_dict()
     if args.out:
         facts["out"] = str(projection.save_pretrained(args.out))

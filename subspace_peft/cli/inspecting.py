@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import Namespace
+from typing import Any
 
 from ..errors import SubspaceError
-from .common import ALLOW_BIN_HELP, BASE_MODEL_HELP, Add, add_json, add_quiet, base_model, print_json, print_table
+from .common import (
+    ALLOW_BIN_HELP,
+    BASE_MODEL_HELP,
+    Add,
+    add_base_model_name,
+    add_json,
+    add_quiet,
+    base_model,
+    print_json,
+    print_table,
+)
 
 
 def add_inspect(add: Add) -> None:
@@ -48,6 +59,7 @@ def add_analyze(add: Add) -> None:
     verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
     verb.add_argument("--basis", help="folder or Hub id of a basis")
     verb.add_argument("--base-model", help=BASE_MODEL_HELP)
+    add_base_model_name(verb)
     verb.add_argument("--allow-bin", action="store_true", help=ALLOW_BIN_HELP)
     add_json(verb)
     add_quiet(verb)
@@ -81,6 +93,7 @@ def add_report(add: Add) -> None:
     )
     verb.add_argument("--seed", type=int, default=0, help="of the sample, the folds and the noise")
     verb.add_argument("--base-model", help=BASE_MODEL_HELP)
+    add_base_model_name(verb)
     verb.add_argument("--allow-bin", action="store_true", help=ALLOW_BIN_HELP)
     add_json(verb)
     add_quiet(verb)
@@ -99,6 +112,7 @@ def inspect(args: Namespace) -> int:
         print_table({key: value for key, value in facts.items() if key not in hidden})
         return 0
     print(f"{facts['location']}: a basis for {facts['modules']} modules of {facts['base_model']}, {facts['k']}")
+    _say_names(facts["base_model"], facts["base_model_names"])
     print(f"fingerprint {facts['fingerprint']}" + (" (every tensor verified)" if facts["verified"] else ""))
     print(
         f"{facts['frozen_numbers']:,} frozen numbers, {facts['bytes'] or 0:,} bytes; a task:"
@@ -122,6 +136,18 @@ def inspect(args: Namespace) -> int:
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
     return 0
+
+
+def _say_names(taken: str | None, names: dict[str, Any] | None) -> None:
+    """Say which other names the sources give the base model."""
+    if not names:
+        return
+    if names["replaced"]:
+        others = sorted(set(names["replaced"].values()))
+        why = "as the user said" if names["said"] else "other spellings"
+        print(f"base model: {len(names['replaced'])} sources call it {', '.join(others[:5])} ({why})")
+    if names["unnamed"]:
+        print(f"base model: {len(names['unnamed'])} sources name none, and were taken to be of {taken}")
 
 
 def validate(args: Namespace) -> int:
@@ -151,6 +177,7 @@ def analyze(args: Namespace) -> int:
         basis=args.basis,
         allow_bin=args.allow_bin,
         base_model=base_model(args.base_model),
+        base_model_name=args.base_model_name,
         progress=not args.quiet,
     )
     if args.json:
@@ -188,6 +215,7 @@ def report(args: Namespace) -> int:
         seed=args.seed,
         allow_bin=args.allow_bin,
         base_model=base_model(args.base_model),
+        base_model_name=args.base_model_name,
         progress=not args.quiet,
     )
     page = found.save(args.out)

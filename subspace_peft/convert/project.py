@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
-from ..hub import same_model
 from ..sources import Source, open_source
 from ..tasks.read import Parts, SavedTask
 from ..tasks.write import core_tensors, write_task
@@ -128,7 +128,12 @@ class Projection:
 
 
 def project_lora(
-    lora: Any, basis: SubspaceBasis | str | Path, *, token: str | bool | None = None, check_base_model: bool = True
+    lora: Any,
+    basis: SubspaceBasis | str | Path,
+    *,
+    token: str | bool | None = None,
+    check_base_model: bool = True,
+    base_model_name: str | None = None,
 ) -> Projection:
     """Project an existing LoRA onto a basis, in closed form: ``C = (UᵀB)(AVᵀ)`` per module.
 
@@ -137,19 +142,23 @@ def project_lora(
         basis: The basis, its folder or its Hub id.
         token: As in huggingface_hub.
         check_base_model: Refuse a LoRA whose config names another base model than the basis.
+        base_model_name: The base model that the LoRA is of, whatever its config says; held against the basis's.
 
     Raises:
         SourceError: The LoRA cannot be read.
         BasisMismatchError: The basis lacks a module or has it in another shape, or the base models differ.
-        SubspaceError: Every ``lora_B`` is zero.
+        SubspaceError: Every ``lora_B`` is zero; `base_model_name` is another model on the Hub than the basis's.
     """
     source = open_source(lora, token=token)
     if not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis, token=token)
-    if check_base_model and not same_model(source.base_model, basis.base_model):
+    if base_model_name is not None:
+        source.said_base = said_of_basis(basis.base_model, base_model_name)
+    elif check_base_model and not is_of(source.base_model, basis.info):
+        own, other = str(source.base_model), str(basis.base_model)
         raise BasisMismatchError(
-            f"{source.location}: trained on {source.base_model!r}, but the basis was built for {basis.base_model!r}."
-            " Use a basis of the same base model, or pass check_base_model=False if they are copies of one."
+            f"{source.location}: trained on {own!r}, but the basis was built for {other!r}: {difference(own, other)}."
+            f" Use a basis of the same base model. {REMEDY} check_base_model=False (--no-base-check) accepts any."
         )
     absent = [name for name in source.keys if basis.find(name) is None]
     if absent:

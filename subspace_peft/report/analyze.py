@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base_names import check_said
 from ..basis import SubspaceBasis
 from ..builders.fleet import gather
 from ..convert import project_lora
@@ -54,6 +55,7 @@ def analyze_fleet(
     basis: SubspaceBasis | str | Path | None = None,
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
+    base_model_name: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> FleetAnalysis:
@@ -67,6 +69,7 @@ def analyze_fleet(
         basis: measure how much of each adapter it keeps.
         allow_bin: as in `build_basis`.
         base_model: as in `build_basis`.
+        base_model_name: as in `build_basis`.
         token: as in `build_basis`.
         progress: as in `build_basis`.
 
@@ -84,6 +87,7 @@ def analyze_fleet(
         progress=progress,
         allow_bin=allow_bin,
         base_model=base_model,
+        base_model_name=check_said(base_model_name),
         keep_duplicates=True,
     )
     cosines = cosine_matrix(fleet.sources)
@@ -106,7 +110,7 @@ def analyze_fleet(
         pairs += [[fleet.sources[j].name, source.name, value] for value, j in others if j < i and value >= NEAR]
         if basis is not None:
             try:
-                projection = project_lora(source, basis)
+                projection = project_lora(source, basis, base_model_name=base_model_name)
                 entry |= {"energy_kept": projection.energy_kept, "energy_random": projection.energy_random}
             except SubspaceError as error:
                 entry["not_covered"] = str(error)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .._io.atomic import write_text_aside
+from ..base_names import check_said
 from ..basis import SubspaceBasis
 from ..builders.fleet import gather
 from ..builders.rebuild import sources_on_record
@@ -56,6 +57,7 @@ def report_basis(
     seed: int = 0,
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
+    base_model_name: str | None = None,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> FleetReport:
@@ -73,6 +75,7 @@ def report_basis(
         seed: of the sample, the folds and the null.
         allow_bin: as in `build_basis`.
         base_model: as in `build_basis`.
+        base_model_name: as in `build_basis`.
         token: as in `build_basis`.
         progress: as in `build_basis`.
 
@@ -100,6 +103,7 @@ def report_basis(
         progress=progress,
         allow_bin=allow_bin,
         base_model=base_model,
+        base_model_name=check_said(base_model_name),
     )
     measured = measure_fleet(basis, fleet, sample=sample, modules=modules, seed=seed, progress=progress)
     numbers = measured_numbers(basis, fleet, measured)

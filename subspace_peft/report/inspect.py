@@ -54,6 +54,7 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
         "fingerprint": basis.fingerprint,
         "verified": verify,
         "base_model": basis.base_model,
+        "base_model_names": basis.info.get("base_model_names"),
         "builder": basis.info.get("builder"),
         "build": basis.info.get("build"),
         "modules": len(basis),

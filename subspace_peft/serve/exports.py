@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from .._io.untrusted import is_name
+from ..base_names import SAME, read_name, relation
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.cache import cache_home
 from ..basis.module import tensor_bytes
@@ -113,8 +113,9 @@ class TaskExports:
 
     def _check_base(self, name: str, own: Any, asked: str | None) -> None:
         # two different Hub ids cannot be one model; folders may hold any copy
-        ids = [text for text in (own, asked) if isinstance(text, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)]
-        if len(ids) == 2 and ids[0] != ids[1] and not os.path.exists(ids[1]):
+        names = [read_name(text) for text in (own, asked) if isinstance(text, str)]
+        ids = [name for name in names if name is not None and name.is_id and "/" in name.text]
+        if len(ids) == 2 and relation(ids[0].text, ids[1].text) != SAME and ids[1].real is None:
             raise BasisMismatchError(
                 f"Task {name!r} belongs to the base model {own!r}, not to {asked!r}. Serve that one, or leave the task"
                 " out."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._io.digest import file_sha256
+from ..base_names import read_name
 from ..basis.module import FLOAT_DTYPES
 from ..errors import SourceError
 from .factors import Factors
@@ -45,6 +46,7 @@ class Source:
             has them in memory.
         spans: tensor name → where it lies in such a file, from when it was scanned.
         stamp: such a file's size in bytes and time of change in ns, from when it was scanned.
+        said_base: the base model that the user says it is of, whatever its configuration says; or None.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Source:
     in_file: bool = False
     spans: Mapping[str, Span] | None = None
     stamp: tuple[int, int] | None = None
+    said_base: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -76,7 +79,13 @@ class Source:
 
     @property
     def base_model(self) -> str | None:
-        """The base model's name in its configuration, or None."""
+        """The base model's name: the user's, or the one in its configuration in its normal form; or None."""
+        found = read_name(self.said_base or self.given_base)
+        return None if found is None else found.text
+
+    @property
+    def given_base(self) -> str | None:
+        """The base model's name as its configuration has it, or None."""
         return self.config.get("base_model_name_or_path") or None
 
     @property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..base_names import SAME, BaseName, difference, known_names, read_name, relation
 from ..basis import SubspaceBasis
 from ..errors import BasisMismatchError
 from .targets import base_weight, readable
@@ -17,22 +19,38 @@ PROBED_MODULES, PROBED_SIDE = 4, 3
 SAME_WEIGHTS = 0.9  # cosine of probes: 4-bit quantisation of one model keeps 0.99, two models have about 0
 
 
-def check_base_name(model: nn.Module, built_for: str | None) -> None:
+def check_base_name(model: nn.Module, info: Mapping[str, Any]) -> None:
     """Refuse a model with another Hub id than the one that the basis was built for.
 
-    Two different Hub ids cannot be one model; folders may hold any copy, which only the probe can tell.
+    Two different Hub ids cannot be one model unless the basis's record says so; folders may hold any copy, which only
+    the weights can tell.
+
+    Args:
+        model: the base model.
+        info: the basis's record, see `known_names`.
 
     Raises:
-        BasisMismatchError: both are Hub ids, and differ.
+        BasisMismatchError: both are Hub ids with their owners, and differ.
     """
-    own = getattr(getattr(model, "config", None), "_name_or_path", None) or ""
-    other = built_for or ""
-    both_ids = all(text.count("/") == 1 and text[0] not in "./~" for text in (own, other) if text) and own and other
-    if both_ids and own != other:
+    own = read_name(model_name(model))
+    if own is None or not _whole_id(own) or own.real is not None:
+        return
+    known = [read for name in known_names(info) if (read := read_name(name)) is not None]
+    if known and all(_whole_id(each) and relation(own.text, each.text) != SAME for each in known):
         raise BasisMismatchError(
-            f"The basis was built for {other!r}, but the model is {own!r}. Load that one, build a basis for this one,"
-            " or pass check_base_model=False if you know that they share their weights."
+            f"The basis was built for {known[0].text!r}, but the model is {own.text!r}:"
+            f" {difference(known[0].text, own.text)}. Load that one, build a basis for this one, or pass"
+            " check_base_model=False if you know that they share their weights."
         )
+
+
+def model_name(model: nn.Module) -> str:
+    """Return the Hub id or folder that a model was loaded from; empty where it does not say."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", None) or "")
+
+
+def _whole_id(name: BaseName) -> bool:
+    return name.is_id and "/" in name.text
 
 
 def probed_modules(names: Sequence[str]) -> list[str]:

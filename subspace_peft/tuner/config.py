@@ -14,6 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .._io.untrusted import read_json
 from .._version import __version__
+from ..base_names import out_of_cache
 from ..basis import BasisReference, SubspaceBasis, resolve_reference
 from ..basis.basis import note_location
 from ..basis.resolve import require_same
@@ -311,6 +312,7 @@ class SubspaceConfig(PeftConfig):
         """Return the fields that are saved, as PEFT's does, with the basis as its location: a folder or a Hub id."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_SAVED}
         values["basis"] = self._location()
+        values["base_model_name_or_path"] = out_of_cache(self.base_model_name_or_path)
         return {
             key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()
         }

@@ -202,7 +202,7 @@ def _check(
 ) -> list[float] | None:
     """Raise where the basis, the task and the model do not belong together; return the probe of the base weights."""
     if basis is not None and config.check_base_model:
-        check_base_name(model, basis.base_model)
+        check_base_name(model, basis.info)
     _check_shapes(layers, basis, names, shapes)
     _check_file(model, config, layers)
     _check_coefficients(config, basis, names, shapes)

@@ -1,0 +1,34 @@
+"""The base model that is at hand while a basis is made: held against the names on record."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..base_names import DIFFERENT, read_name, relation
+from ..errors import SubspaceError
+
+
+def model_name(model: nn.Module | None) -> str | None:
+    """Return the id or folder that a base model was loaded from, in its normal form, where it is known."""
+    found = read_name(getattr(getattr(model, "config", None), "_name_or_path", None))
+    return None if found is None else found.text
+
+
+def base_model_name(recorded: str | None, model: nn.Module | None) -> str | None:
+    """Return the name of the base model that sources or a basis are of: theirs, or else that of the model at hand.
+
+    Args:
+        recorded: the name that they give, or that the user says.
+        model: the base model, or None.
+
+    Raises:
+        SubspaceError: the model is another one on the Hub.
+    """
+    own = model_name(model)
+    if recorded is not None and own is not None and relation(recorded, own) == DIFFERENT:
+        raise SubspaceError(
+            f"base_model= (--base-model) is {own!r}, but the adapters are of {recorded!r}, which is another model on"
+            " the Hub. Give that one; or, where both are one model, say so with base_model_name= (--base-model-name)"
+            " and this model's name."
+        )
+    return recorded or own
