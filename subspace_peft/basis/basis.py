@@ -17,8 +17,9 @@ from . import cache
 from .card import write_card
 from .files import BasisRecord, open_basis, write_basis
 from .locations import add_note
+from .matching import ModuleNames
 from .module import ModuleBasis, combine_digests
-from .module_store import MemoryModules, ModuleStore, describe_k, same_module
+from .module_store import MemoryModules, ModuleStore, describe_k
 from .precision import PRECISIONS, RoundedModules, reduced, summary
 
 
@@ -72,6 +73,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
                 module.check(name)
             digests = {name: module.digest() for name, module in modules.items()}
         self.digests = dict(digests)
+        self._names: ModuleNames | None = None
         self.fingerprint = combine_digests(self.digests)
         _alive.setdefault(self.fingerprint, self)
 
@@ -141,22 +143,22 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         """Return ``k=16``, or ``k=8…16`` where modules or sides differ."""
         return describe_k(self.shapes())
 
-    def find(self, module_name: str) -> str | None:
+    def find(self, module_name: str, part: str | None = None) -> str | None:
         """Return the basis's name for a model's module: the same, or one that differs by leading parts; else None.
 
         A task head adds a prefix to its backbone's module names: ``encoder.layer.0.query`` and
-        ``bert.encoder.layer.0.query`` are the same weight.
+        ``bert.encoder.layer.0.query`` are the same weight. Wrappers' names, such as ``_orig_mod``, count for nothing.
+
+        Args:
+            module_name: the module's.
+            part: of a pipeline's basis the part that the model is, such as ``text_encoder_2``; None: any.
 
         Raises:
             BasisMismatchError: several of the basis's modules match.
         """
-        hits = same_module(module_name, self._modules)
-        if len(hits) > 1:
-            raise BasisMismatchError(
-                f"Module {module_name!r} matches several modules of the basis: {sorted(hits)[:5]}. Rename the model's "
-                "modules as they were when the source adapters were trained."
-            )
-        return hits[0] if hits else None
+        if self._names is None:
+            self._names = ModuleNames(self._modules)
+        return self._names.find(module_name, part)
 
     # -- algebra ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from peft.mixed_model import PeftMixedModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from .._adapted import unwrapped
 from ..basis import SubspaceBasis
 from ..convert.export import export_lora
 from ..errors import SubspaceError
@@ -76,11 +77,12 @@ def load_task(
         # the basis has to live until the model holds it: PEFT reads another configuration from the folder, which then
         # finds the basis in this process
         held = _write(found, task, folder, wants_lora, basis, _fill)
-        if isinstance(model, (PeftModel, PeftMixedModel)):
-            model.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
+        inner = unwrapped(model)
+        if isinstance(inner, (PeftModel, PeftMixedModel)):
+            inner.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
         else:
             model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=is_trainable, **loading)
-    config = model.peft_config[name]
+    config = unwrapped(model).peft_config[name]
     if isinstance(config, SubspaceConfig) and held is not None:
         # the folder that PEFT has read it from is gone
         config.loaded_from = held[0].loaded_from
@@ -168,6 +170,7 @@ def _find(bundle: Any, task: str, revision: Any, token: Any, cache_dir: Any) -> 
 
 
 def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora: bool) -> None:
+    model = unwrapped(model)
     known: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
     if known and not isinstance(model, (PeftModel, PeftMixedModel)):
         raise SubspaceError(

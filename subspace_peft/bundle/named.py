@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._adapted import unwrapped
 from .._io.digest import file_sha256
 from ..convert.project import Projection
 from ..errors import SubspaceError
@@ -44,6 +45,7 @@ def named_tasks(tasks: Any, *, basis: Any = None, token: str | bool | None = Non
 
 def _tasks_in(reference: Any, basis: Any, token: str | bool | None) -> Iterator[Named]:
     memory = {"location": "in memory", "revision": None}
+    reference = unwrapped(reference)
     if isinstance(reference, TaskBank):
         for name in reference:
             yield Named(name, reference.as_task(name), memory)

@@ -14,6 +14,7 @@ from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
+from ..sources.lora import saved_modules
 from ..tasks.read import Parts, SavedTask
 from ..tasks.write import core_tensors, write_task
 from ..tuner import SubspaceConfig
@@ -113,6 +114,8 @@ class Projection:
             for key in ("task_type", "modules_to_save", "revision", "fan_in_fan_out")
             if source.get(key)
         }
+        if "modules_to_save" in kept:
+            kept["modules_to_save"] = saved_modules(source)
         config = SubspaceConfig(
             basis=self.basis.location,
             basis_revision=self.basis.revision,
@@ -186,12 +189,12 @@ def project_lora(
 
 def _extras(source: Source) -> dict[str, torch.Tensor]:
     """Read the tensors of a LoRA's `modules_to_save`."""
-    saved = source.config.get("modules_to_save") or []
+    saved = saved_modules(source.config)
     for key in source.other_keys:
-        if not any(f".{name}." in f".{key}" for name in saved):
+        if not any(f".{name}." in f".{source.plain(key)}" for name in saved):
             raise SubspaceError(
                 f"{source.location}: {key} was trained with the LoRA, and is neither a factor nor of its"
                 f" modules_to_save ({', '.join(saved) or 'none'}). A projected task cannot hold it, and without it the"
                 " adapter is another: train without trainable_token_indices and with bias='none'."
             )
-    return {key: source.read(key).detach().cpu().contiguous() for key in source.other_keys}
+    return {source.plain(key): source.read(key).detach().cpu().contiguous() for key in source.other_keys}

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from .lora import scaling
+from ..basis.module_names import WRAPPERS, plain_names
+from .lora import LORA_KEY, clash_problems, scaling
+from .pipeline import METADATA
 
 FACTOR = re.compile(
     r"^(?P<stem>.+?)"
@@ -50,7 +52,9 @@ CLIP = """
     token_embedding position_embedding
 """
 WORDS = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
-METADATA = "lora_adapter_metadata"
+# the names of wrappers with "_" for "."
+_FLAT_WRAPPER = re.compile(rf"(?:(?<=_)|^)(?:{'|'.join(WRAPPERS)})_")
+
 HOW = (
     "load the file into its diffusers pipeline and save that model's adapter, `pipe.load_lora_weights(file); "
     "pipe.unet.save_lora_adapter(folder)`, or pass the model that it adapts as base_model"
@@ -107,12 +111,18 @@ def read_foreign_keys(
     alphas: dict[str, str] = {}
     unknown: list[str] = []
     others = []
+    names = list(names)
+    plain = plain_names(names)
+    found.problems += clash_problems(plain)
     for key in names:
         refusal = next((mark for mark in REFUSED if mark in key), None)
         if refusal is not None:
             found.problems.append(f"{key}: {REFUSED[refusal]}; train or convert the adapter without")
-        elif factor := FACTOR.match(key):
-            stem, old = factor["stem"], factor["style"].startswith("_lora")
+        elif factor := FACTOR.match(plain[key]) or LORA_KEY.match(plain[key]):
+            of_peft = "module" in factor.re.groupindex
+            stem = factor["module" if of_peft else "stem"]
+            style = "" if of_peft else factor["style"]
+            old = style.startswith("_lora")
             if stem not in modules:
                 modules[stem] = _module(stem, old, flat)
                 if modules[stem] is None:
@@ -120,11 +130,11 @@ def read_foreign_keys(
             if modules[stem] is None:
                 continue
             sides = found.keys.setdefault(str(modules[stem]), {})
-            side = "A" if "down" in factor["style"] or "lora_A" in factor["style"] else "B"
+            side = factor["lookup"] if of_peft else "A" if "down" in style or "lora_A" in style else "B"
             if side in sides:
                 found.problems.append(f"{key}: it and {sides[side]} are both of module {modules[stem]!r}")
             sides[side] = key
-        elif alpha := ALPHA.match(key):
+        elif alpha := ALPHA.match(plain[key]):
             alphas[alpha["stem"]] = key
         else:
             others.append(key)
@@ -173,7 +183,7 @@ def _module(stem: str, old: bool, flat: Mapping[str, list[str]]) -> str | None:
     """Return the module that a key's beginning means, or None where that is not certain."""
     for prefix, part in PARTS.items():
         if stem.startswith(prefix):
-            rest = stem.removeprefix(prefix)
+            rest = _FLAT_WRAPPER.sub("", stem.removeprefix(prefix))
             if len(hits := flat.get(rest, [])) == 1:
                 return hits[0]
             read_back = _read_back(tuple(rest.split("_")), WORDS.get(part, ""))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.untrusted import is_finite, is_name, is_whole, pattern_problem
+from ..basis.module_names import clashes, plain_name, plain_names, plain_patterns
 
 LORA_KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_"
@@ -21,24 +22,32 @@ REFUSED = {
 }
 
 
-def sort_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+def sort_keys(
+    keys: Iterable[str], plain: Mapping[str, str] | None = None
+) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Group a state dict's keys by module and side.
 
     Keys of `modules_to_save` and others that no LoRA layer owns are passed over.
+
+    Args:
+        keys: the keys.
+        plain: key → key without the names of wrappers; by default what `plain_names` makes of them.
 
     Returns:
         ``{module: {"A": key, "B": key}}``, and a list of problems, each with the key and the remedy.
     """
     modules: dict[str, dict[str, str]] = {}
-    problems: dict[str, str] = {}
+    keys = list(keys)
+    plain = plain_names(keys) if plain is None else plain
+    problems: dict[str, str] = {each: each for each in clash_problems(plain)}
     for key in keys:
         for mark, remedy in REFUSED.items():
             if mark in key:
                 problems.setdefault(mark, f"{key}: {remedy}")
-        if found := LORA_KEY.match(key):
+        if found := LORA_KEY.match(plain[key]):
             sides = modules.setdefault(found["module"], {})
             side = found["side"] or found["lookup"]
-            if side in sides:
+            if side in sides and plain[sides[side]] != plain[key]:
                 problems.setdefault(
                     found["module"],
                     f"{key}: the state dict holds several adapters; pass one, as `get_peft_model_state_dict` gives it",
@@ -50,6 +59,14 @@ def sort_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]
         if len(sides) < 2:
             problems[module] = f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"
     return modules, list(problems.values())
+
+
+def clash_problems(plain: Mapping[str, str]) -> list[str]:
+    """Return which keys of an adapter are one key without the names of wrappers, each with the remedy."""
+    return [
+        f"{first} and {second} are both {plain[first]} once the names of wrappers are left out: keep one of them"
+        for first, second in clashes(plain)
+    ]
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -98,12 +115,17 @@ def method_of(config: Mapping[str, Any]) -> str:
 
 def is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
     """Return whether a key belongs to one of the configuration's `modules_to_save`."""
-    return any(f".{name}." in f".{key}" for name in config.get("modules_to_save") or [])
+    return any(f".{name}." in f".{plain_name(key)}" for name in saved_modules(config))
+
+
+def saved_modules(config: Mapping[str, Any]) -> list[str]:
+    """Return the configuration's `modules_to_save`, without the names of wrappers."""
+    return [plain_name(name) for name in config.get("modules_to_save") or []]
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     # PEFT's rule: the first key that matches the whole name or its end, as a regular expression
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if any(re.match(rf"(.*\.)?({each})$", module) for each in plain_patterns(pattern)):
             return value
     return default

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._adapted import active_adapter
+from .._adapted import active_adapter, unwrapped
 from ..basis.module import tensor_bytes
+from ..basis.module_names import plain_names
 from ..cards.readme import front_matter
 from ..errors import SourceError
 from .converted import convert
 from .diffusers_kohya import has_foreign_keys, read_foreign_keys
 from .locate import PICKLED, SourceFiles, locate, open_tensors
 from .lora import config_problem, is_saved_module, method_of, sort_keys
+from .pipeline import is_pipeline
 from .source import IN_MEMORY, Source
 
 # these starts take their factors out of the base weights: the saved update means nothing on the base model itself
@@ -45,6 +47,7 @@ def open_source(
     """
     if isinstance(reference, Source):
         return reference
+    reference = unwrapped(reference)
     if isinstance(reference, (str, Path)):
         return _from_files(locate(str(reference), token=token, allow_bin=allow_bin), base_model)
     if isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping):
@@ -61,6 +64,7 @@ def open_source(
 
 def is_one_source(reference: Any) -> bool:
     """Return whether `reference` is one source adapter, where a list of them is expected."""
+    reference = unwrapped(reference)
     pair = isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping)
     return pair or isinstance(reference, (str, Path, Mapping, Source)) or hasattr(reference, "peft_config")
 
@@ -70,20 +74,36 @@ def _from_model(model: Any) -> Source:
 
     adapter = active_adapter(model)
     config = _as_dict(model.peft_config[adapter])
-    source = _from_state_dict(get_peft_model_state_dict(model, adapter_name=adapter), config, IN_MEMORY)
+    # a live model says whether what it calls `module` is a wrapper's
+    outermost = hasattr(model, "get_base_model") and unwrapped(model.get_base_model()) is not model.get_base_model()
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    source = _from_state_dict(state, config, IN_MEMORY, outermost=outermost)
     source.name = adapter
     return source
 
 
-def _from_state_dict(tensors: dict[str, torch.Tensor], config: dict[str, Any], location: str) -> Source:
-    keys = _keys(tensors, config, location)
+def _from_state_dict(
+    tensors: dict[str, torch.Tensor], config: dict[str, Any], location: str, *, outermost: bool = True
+) -> Source:
+    plain = plain_names(tensors, outermost=outermost)
+    keys = _keys(plain, config, location)
     digest = hashlib.sha256()
     for key in sorted(key for sides in keys.values() for key in sides.values()):
         value = tensors[key]
         digest.update(f"{key}:{value.dtype}:{list(value.shape)};".encode())
         digest.update(tensor_bytes(value))
     others = _others(tensors)
-    return Source("adapter", location, config, keys, tensors.__getitem__, digest.hexdigest(), other_keys=others)
+    return Source(
+        "adapter",
+        location,
+        config,
+        keys,
+        tensors.__getitem__,
+        digest.hexdigest(),
+        other_keys=others,
+        plain_keys=plain,
+        pipeline=is_pipeline(keys),
+    )
 
 
 def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
@@ -92,8 +112,9 @@ def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
         return _from_other_method(files, files.config, {name: read(name) for name in names}, base_model)
     in_file = files.weights.suffix not in PICKLED
     if files.config is not None and not has_foreign_keys(names):
-        keys = _keys(names, files.config, files.location)
-        return _of_files(files, keys, read, in_file=in_file, other_keys=_others(names))
+        plain = plain_names(names)
+        keys = _keys(plain, files.config, files.location)
+        return _of_files(files, keys, read, in_file=in_file, other_keys=_others(names), plain_keys=plain)
     bases = [] if base_model is None else [name for name, _ in base_model.named_modules()]
     found = read_foreign_keys(names, read, metadata, bases)
     if found.problems:
@@ -102,7 +123,16 @@ def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
         raise SourceError(
             f"{files.location}: {files.weights.name} holds no LoRA tensors. It is no LoRA, or it was saved empty."
         )
-    return _of_files(files, found.keys, read, in_file=in_file, other_keys=found.others, scales=found.scales)
+    return _of_files(
+        files,
+        found.keys,
+        read,
+        in_file=in_file,
+        other_keys=found.others,
+        scales=found.scales,
+        plain_keys=plain_names(names),
+        pipeline=is_pipeline(found.keys, metadata),
+    )
 
 
 def _from_other_method(
@@ -143,8 +173,13 @@ def _license(folder: Path) -> str | None:
     return ", ".join(map(str, found)) if isinstance(found, list) else None if found is None else str(found)
 
 
-def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[str, str]]:
+def _keys(plain: Mapping[str, str], config: dict[str, Any], location: str) -> dict[str, dict[str, str]]:
     """Return ``{module: {"A": key, "B": key}}`` of a PEFT LoRA.
+
+    Args:
+        plain: each of its keys, and the key without the names of wrappers.
+        config: its configuration.
+        location: named in errors.
 
     Raises:
         SourceError: the adapter is none, or its update is no low-rank one; lists up to five problems.
@@ -160,7 +195,7 @@ def _keys(names: Any, config: dict[str, Any], location: str) -> dict[str, dict[s
             f"{location}: the adapter's peft_type is {kind}, not LORA. Pass its base model, base_model="
             " (--base-model), and it is converted, or convert it with PEFT's `save_as_lora` first."
         )
-    keys, problems = sort_keys(names)
+    keys, problems = sort_keys(plain, plain)
     if problem := config_problem(config):
         problems.append(problem)
     if config.get("use_dora"):

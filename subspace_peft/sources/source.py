@@ -13,6 +13,8 @@ import torch
 from .._io.digest import file_sha256
 from ..base_names import read_name
 from ..basis.module import FLOAT_DTYPES
+from ..basis.module_names import plain_name
+from ..basis.pipeline_parts import parts_in, split_part
 from ..errors import SourceError
 from .factors import Factors
 from .lora import is_saved_module, method_of, scaling
@@ -45,6 +47,8 @@ class Source:
         in_file: whether `file` is a safetensors file whose byte ranges are the tensors that `read` gives; else `read`
             has them in memory.
         spans: tensor name → where it lies in such a file, from when it was scanned.
+        plain_keys: key → key without the names of wrappers, see `plain_names`.
+        pipeline: whether it is of a diffusion pipeline, so that its modules' names begin with the part that has them.
         stamp: such a file's size in bytes and time of change in ns, from when it was scanned.
         said_base: the base model that the user says it is of, whatever its configuration says; or None.
     """
@@ -67,6 +71,8 @@ class Source:
     dtypes: set[str] = field(default_factory=set)
     in_file: bool = False
     spans: Mapping[str, Span] | None = None
+    plain_keys: Mapping[str, str] = field(default_factory=dict)
+    pipeline: bool = False
     stamp: tuple[int, int] | None = None
     said_base: str | None = None
 
@@ -87,6 +93,20 @@ class Source:
     def given_base(self) -> str | None:
         """The base model's name as its configuration has it, or None."""
         return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of a pipeline that it adapts, such as ``unet``; none where it is of one model."""
+        return parts_in(self.aliases.get(module, module) for module in self.keys) if self.pipeline else []
+
+    def split(self, module: str) -> tuple[str, str]:
+        """Return the part of a pipeline that has a module, "" where it is of one model, and its name there."""
+        own = self.aliases.get(module, module)
+        return split_part(own) if self.pipeline else ("", own)
+
+    def plain(self, key: str) -> str:
+        """Return the key of one of its tensors without the names of wrappers."""
+        return self.plain_keys.get(key) or plain_name(key)
 
     @property
     def task_type(self) -> str | None:

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, 
 from safetensors.torch import load_file
 from torch import nn
 
-from .._adapted import active_adapter
+from .._adapted import active_adapter, unwrapped
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..tuner.card import base_facts, noted
@@ -37,6 +37,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
     Raises:
         SubspaceError: The model has no such adapter, or it is of another method; and see `write_task`.
     """
+    model = unwrapped(model)
     known = getattr(model, "peft_config", None) or {}
     name = _active(model, known) if adapter_name is None and known else adapter_name
     config = known.get(name)
@@ -74,6 +75,7 @@ def load_adapter(
         SubspaceError: The model is a PeftModel, the name is taken, or the folder holds no subspace task; also the
             errors of `SubspaceConfig.from_pretrained` and of the injection, before the model is touched.
     """
+    model = unwrapped(model)
     if isinstance(model, PeftModel):
         raise SubspaceError(f"A PeftModel loads by itself: model.load_adapter({str(task)!r}, {adapter_name!r}).")
     if adapter_name in (getattr(model, "peft_config", None) or {}):

@@ -17,9 +17,11 @@ from torch import nn
 from .._adapted import active_adapter
 from .._io.atomic import write_aside
 from .._version import __version__
+from ..basis.module_names import unwrapped_name
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
+from ..tuner.renaming import named_as
 from ..tuner.row_batch import BASE, Group, TaskNames, batch_key, task_names_passed
 from .bank_file import FORMAT_VERSION, read_index
 from .read import SavedTask, read_task
@@ -70,7 +72,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         for name, layer in model.named_modules():
             if isinstance(layer, SubspaceLayer) and self.adapter in layer.subspace_coef:
                 k_out, k_in = layer.r[self.adapter]
-                self.layers[name.removeprefix("base_model.model.")] = layer
+                self.layers[unwrapped_name(name).removeprefix("base_model.model.")] = layer
                 layer.bank, layer.bank_place = self, (start, k_in, k_out)
                 start += k_in * k_out
         first = next(iter(self.layers.values()))
@@ -110,6 +112,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         if name == BASE:
             raise SubspaceError(f"{BASE!r} means the base model; give the task another name.")
         cores = task if isinstance(task, Mapping) else self._read(name, task, hub)
+        cores = named_as(self.layers, cores)
         self._fits(name, cores)
         row = torch.cat([cores[module].to(self.rows).T.reshape(-1) for module in self.layers])
         if not torch.isfinite(row).all():
@@ -277,10 +280,11 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             SubspaceError: Some of its tasks have trained modules or a residual, and `cores_only` is off.
         """
         index = read_index(Path(file))
-        names, modules, apart = list(index["tasks"]), dict(index["modules"]), list(index.get("apart", []))
+        names, apart = list(index["tasks"]), list(index.get("apart", []))
+        modules = named_as(self.layers, index["modules"])
         own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
         for name in apart:
-            modules_of = index["entries"][name].get("modules", modules)
+            modules_of = named_as(self.layers, index["entries"][name].get("modules", modules))
             if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
                 raise BasisMismatchError(
                     f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with"

@@ -11,6 +11,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
 
+from .._adapted import unwrapped
+from ..basis.module_names import plain_name
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
@@ -39,7 +41,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
         BasisMismatchError: The tasks differ in more than their numbers. The model is as it was.
         BadFileError: See `SubspaceConfig.from_pretrained`.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrapped(model)
     configs: Mapping[str, Any] = getattr(inner, "peft_config", {})
     old = configs.get(adapter)
     if not isinstance(old, SubspaceConfig):
@@ -79,7 +81,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
 
 
 def _plain(key: str) -> str:
-    return key.removeprefix("base_model.model.")
+    return plain_name(key)
 
 
 def _targets(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .._adapted import active_adapter
+from .._adapted import active_adapter, unwrapped
 from .._moved import moved_name
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module import module_shape
@@ -68,6 +68,7 @@ def read_tensors(
         Its configuration; its tensors as they are saved, by their keys in its file; and its basis, None where the
         tensors have it.
     """
+    task = unwrapped(task)
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from .._io.atomic import write_folder_aside
 from .._version import __version__
+from ..basis.module_names import unwrapped_name
 from ..cards import Place
 from ..errors import SubspaceError
 from ..tuner.card import published
@@ -97,7 +98,7 @@ def saved_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         tensor = value.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         # safetensors refuses tensors that share memory, such as tied weights
-        made[f"{PREFIX}{key.removeprefix(PREFIX)}"] = tensor.clone() if storage in storages else tensor
+        made[f"{PREFIX}{unwrapped_name(key).removeprefix(PREFIX)}"] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return made
 

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..base_names import out_of_cache
 from ..basis import BasisReference, SubspaceBasis, resolve_reference
 from ..basis.basis import note_location
+from ..basis.module_names import unwrapped_in
 from ..basis.resolve import require_same
 from ..errors import BadFileError, BasisNotFoundError, NoConfigurationError, SubspaceError
 from .card import card_for, coefficients_digest, unmeasured, write_section
@@ -313,6 +314,9 @@ class SubspaceConfig(PeftConfig):
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_SAVED}
         values["basis"] = self._location()
         values["base_model_name_or_path"] = out_of_cache(self.base_model_name_or_path)
+        # wrappers around the model, such as torch.compile's, are none of its own names
+        for name in ("target_modules", "basis_modules", "weight_shapes"):
+            values[name] = unwrapped_in(values[name])
         return {
             key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()
         }

@@ -24,6 +24,7 @@ from .config import SubspaceConfig
 from .generated import made_basis
 from .load_tracker import LoadTracker
 from .plan import InjectionPlan, carried_entry
+from .renaming import follow_model
 from .targets import is_conv1d, outer_modules, sizes, supported, weight_shape
 
 Layers = Mapping[str, nn.Module]
@@ -85,6 +86,7 @@ def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBas
         BasisMismatchError: see `modules_of_basis`.
         SubspaceError: see `modules_of_basis`.
     """
+    follow_model(config, model)
     if config.target_modules is not None:
         return None
     basis = config.resolve()

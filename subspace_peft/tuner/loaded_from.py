@@ -18,13 +18,15 @@ class LoadedFrom:
         basis_given: whether the caller said where the basis is; then it is taken from there and from nowhere else.
         modules: module → sizes of the basis's module (as `SubspaceBasis.shapes` has them), for the modules whose
             coefficients were found, and checked, in the task's own file. None: no file was checked.
+        renamed: module in the task's file → module of the model that it was loaded into, where their names differ.
     """
 
     folder: Path | None = None
     token: str | bool | None = field(default=None, repr=False)
     basis_given: bool = False
     modules: Mapping[str, Mapping[str, int]] | None = field(default=None, repr=False)
+    renamed: Mapping[str, str] | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a token is no part of what is pickled or copied
-        return LoadedFrom, (self.folder, None, self.basis_given, self.modules)
+        return LoadedFrom, (self.folder, None, self.basis_given, self.modules, self.renamed)

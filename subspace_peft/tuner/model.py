@@ -12,6 +12,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from torch import nn
 
 from ..basis import SubspaceBasis
+from ..basis.module_names import unwrapped_name
 from ..errors import SubspaceError
 from .bnb import keep_unpacked
 from .carried import add_basis, carried_in
@@ -22,6 +23,7 @@ from .layer_kinds import make_layer
 from .merging import add_weighted
 from .peft_type import PREFIX
 from .plan import InjectionPlan
+from .renaming import under_model_names
 from .row_batch import task_names_passed
 from .targets import outer_modules, target_names
 
@@ -95,7 +97,15 @@ class SubspaceModel(BaseTuner):
             # perhaps asked for after the adapter was made, or by another configuration than it was made from
             add_basis(model, adapter, tensors)
         config.taken_basis = carried_in(model, adapter, tensors, config)
-        return tensors
+        # a task is saved under the names that the model has by itself
+        return {unwrapped_name(key): value for key, value in tensors.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SubspaceConfig, adapter_name: str, state_dict: dict[str, Any]
+    ) -> Any:
+        state = under_model_names(model, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)

@@ -1,0 +1,48 @@
+"""Find the module of a basis that a model's module is, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import BasisMismatchError
+from .module_names import plain_name
+from .module_store import same_module
+from .pipeline_parts import parts_in
+
+
+class ModuleNames:
+    """The names of a basis's modules, found by what a model calls them.
+
+    Args:
+        names: the basis's.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = list(names)
+        self.own = set(self.names)
+        self.plain: dict[str, list[str]] = {}
+        for name in self.names:
+            self.plain.setdefault(plain_name(name), []).append(name)
+
+    def find(self, module_name: str, part: str | None = None) -> str | None:
+        """Return the name for a model's module, or None; see `SubspaceBasis.find`.
+
+        Raises:
+            BasisMismatchError: several match.
+        """
+        if part is None and module_name in self.own:
+            return module_name
+        inside = "" if part is None else f"{part}."
+        known = {name[len(inside) :]: name for name in self.plain if name.startswith(inside)}
+        hits = [key for name in same_module(plain_name(module_name), known) for key in self.plain[known[name]]]
+        if len(hits) < 2:
+            return hits[0] if hits else None
+        parts = parts_in(hits)
+        remedy = (
+            f"Say which part of the pipeline the model is, as basis_part={parts[0]!r} in the SubspaceConfig."
+            if len(parts) == len(hits)
+            else "Rename the model's modules as they were when the source adapters were trained."
+        )
+        raise BasisMismatchError(
+            f"Module {module_name!r} matches several modules of the basis: {sorted(hits)[:5]}. {remedy}"
+        )

@@ -1,0 +1,136 @@
+"""Bring a loaded task's modules to the names that they have in the model that it is loaded into.
+
+A task may have been saved with the names of wrappers (torch.compile's ``_orig_mod``), with a part of a pipeline in
+front (``unet.``), or from a model whose head puts another prefix before the same backbone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..basis.module_names import plain_name
+from ..basis.module_store import same_module
+from .config import SubspaceConfig
+from .peft_type import PREFIX
+from .targets import outer_modules, sizes, supported
+
+COEFFICIENTS = f"{PREFIX}coef"  # where a layer of ours has them, by adapter
+
+
+def new_names(saved: Iterable[str], own: Iterable[str]) -> dict[str, list[str]]:
+    """Return saved module → the modules of a model that it may be: itself, or those with other leading parts.
+
+    Wrappers' names count for nothing.
+
+    Args:
+        saved: names in a task.
+        own: names in a model.
+    """
+    exact = set(own)
+    plain: dict[str, list[str]] = {}
+    for name in own:
+        plain.setdefault(plain_name(name), []).append(name)
+    return {
+        name: [name]
+        if name in exact
+        else [each for hit in same_module(plain_name(name), plain) for each in plain[hit]]
+        for name in saved
+    }
+
+
+def named_as(own: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by the names that a model has for their modules; as they are where one cannot be told for certain.
+
+    Args:
+        own: names in the model.
+        values: module → value.
+    """
+    found = {name: hits[0] for name, hits in new_names(values, list(own)).items() if len(hits) == 1}
+    certain = len(found) == len(set(found.values())) == len(values)
+    return {found[name]: value for name, value in values.items()} if certain else dict(values)
+
+
+def follow_model(config: SubspaceConfig, model: nn.Module) -> None:
+    """Let a loaded task's configuration call its modules what `model` calls them.
+
+    Nothing changes where the model has them all, or where one of them cannot be told for certain; the checks that
+    follow then say what is absent.
+
+    Args:
+        config: of a task whose file was checked; others stay as they are.
+        model: the base model.
+    """
+    origin = config.loaded_from
+    if not config.loaded or origin is None or origin.modules is None:
+        return
+    modules = dict(outer_modules(model))
+    if all(name in modules for name in origin.modules):
+        return
+    known = {name: module for name, module in modules.items() if supported(module)}
+    found = new_names(origin.modules, known)
+    renamed: dict[str, str] = {}
+    for name, hits in found.items():
+        shape = origin.modules[name]
+        fits = [hit for hit in hits if sizes(known[hit]) == (shape["out"], shape["in"])]
+        if len(fits) != 1 and len(hits) != 1:
+            return
+        renamed[name] = (fits or hits)[0]
+    if max(Counter(renamed.values()).values()) > 1:
+        return
+    _rename(config, renamed)
+
+
+def _rename(config: SubspaceConfig, renamed: Mapping[str, str]) -> None:
+    origin = config.loaded_from
+    assert origin is not None and origin.modules is not None
+    sized = {name: config.sizes.k_of(name) for name in renamed}
+    config.target_modules = set(renamed.values())
+    for key in ("basis_modules", "weight_shapes"):
+        if (value := getattr(config, key)) is not None:
+            setattr(config, key, {renamed.get(name, name): entry for name, entry in value.items()})
+    modules = {renamed[name]: shape for name, shape in origin.modules.items()}
+    config.loaded_from = replace(origin, modules=modules, renamed={**(origin.renamed or {}), **renamed})
+    # patterns may have named a module by what it was called
+    moved = {renamed[name]: k for name, k in sized.items() if config.sizes.k_of(renamed[name]) != k and k is not None}
+    if moved:
+        config.rank_pattern = {**moved, **config.rank_pattern}
+
+
+def under_model_names(
+    model: nn.Module, config: SubspaceConfig, adapter_name: str, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return a task's tensors under the names that their layers have in the model.
+
+    Args:
+        model: a PeftModel, or another model that has the adapter's layers.
+        config: the adapter's.
+        adapter_name: its name.
+        state: its tensors as they were saved.
+    """
+    own = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and adapter_name in getattr(layer, COEFFICIENTS, ())
+    ]
+    mark = f".{PREFIX}"
+    stems = {key: key.rpartition(mark)[0] for key in state if mark in key}
+    known = dict((config.loaded_from.renamed or {}) if config.loaded_from is not None else {})
+    by_plain = {plain_name(name): name for name in own}
+    hits = new_names(dict.fromkeys(stems.values()), own)
+    for stem in hits:
+        target = known.get(plain_name(stem)) or known.get(stem.removeprefix("base_model.model."))
+        if target is not None and (place := by_plain.get(plain_name(target))) is not None:
+            hits[stem] = [place]
+    found = {}
+    for key, value in state.items():
+        stem = stems.get(key)
+        places = hits[stem] if stem is not None else []
+        found[places[0] + key[len(str(stem)) :] if len(places) == 1 else key] = value
+    return found
