@@ -21,7 +21,7 @@ from ..basis.module_names import unwrapped_name
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
-from ..tuner.renaming import named_as
+from ..tuner.renaming import named_as, without_wrappers
 from ..tuner.row_batch import BASE, Group, TaskNames, batch_key, task_names_passed
 from .bank_file import FORMAT_VERSION, read_index
 from .read import SavedTask, read_task
@@ -363,7 +363,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         """
         cores = {module: core.cpu().double() for module, core in self[name].items()}
         config = dataclasses.replace(
-            self.config,
+            without_wrappers(self.config),
             coefficients="core",
             mean_gain="none",
             start="zero",

@@ -17,6 +17,7 @@ from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.coefficients import make_coefficients
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import basis_in
+from ..tuner.renaming import without_wrappers
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
 
 
@@ -78,6 +79,7 @@ def read_tensors(
         config = task.peft_config[name]
         if not isinstance(config, SubspaceConfig):
             raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")
+        config = without_wrappers(config)
         return config, get_peft_model_state_dict(task, adapter_name=name), basis_in(task, name) or config.resolve()
     given = {} if basis is None else {"basis": basis}
     try:

@@ -28,6 +28,7 @@ from .task_file import PICKLED_FILE, WEIGHTS_FILE, check_task, locate_task
 from .task_sizes import TaskSizes
 
 GENERATED = ("random", "base-weights")
+NAMED = ("target_modules", "basis_modules", "weight_shapes")  # fields with names of modules
 # true of one process only, like PEFT's own `runtime_config`
 NOT_SAVED = ("loaded_from", "taken_basis")
 
@@ -315,7 +316,7 @@ class SubspaceConfig(PeftConfig):
         values["basis"] = self._location()
         values["base_model_name_or_path"] = out_of_cache(self.base_model_name_or_path)
         # wrappers around the model, such as torch.compile's, are none of its own names
-        for name in ("target_modules", "basis_modules", "weight_shapes"):
+        for name in NAMED:
             values[name] = unwrapped_in(values[name])
         return {
             key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()

@@ -15,9 +15,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..basis.module_names import plain_name
+from ..basis.module_names import plain_name, unwrapped_in
 from ..basis.module_store import same_module
-from .config import SubspaceConfig
+from .config import NAMED, SubspaceConfig
 from .peft_type import PREFIX
 from .targets import outer_modules, sizes, supported
 
@@ -43,6 +43,13 @@ def new_names(saved: Iterable[str], own: Iterable[str]) -> dict[str, list[str]]:
         else [each for hit in same_module(plain_name(name), plain) for each in plain[hit]]
         for name in saved
     }
+
+
+def without_wrappers(config: SubspaceConfig) -> SubspaceConfig:
+    """Return a configuration that calls its modules what the model itself, without wrappers, calls them."""
+    fields = {name: getattr(config, name) for name in NAMED}
+    plain = {name: unwrapped_in(value) for name, value in fields.items()}
+    return config if plain == fields else replace(config, **plain)
 
 
 def named_as(own: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
