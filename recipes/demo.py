@@ -220,9 +220,10 @@ def build_bases(
     folder: Path, sources: Sequence[str], seed: int, progress: bool
 ) -> tuple[SubspaceBasis, SubspaceBasis]:
     """Build, save and return the fleet's basis and its control of random directions; draw the basis's spectrum."""
-    build_basis(sources, k=K, progress=progress).save_pretrained(folder / "basis")
+    build_basis(sources, k=K, progress=progress).save_pretrained(folder / "basis", overwrite=True)
     basis = SubspaceBasis.from_pretrained(folder / "basis")
-    build_basis(like=basis, builder="random", seed=seed, progress=progress).save_pretrained(folder / "random-basis")
+    random = build_basis(like=basis, builder="random", seed=seed, progress=progress)
+    random.save_pretrained(folder / "random-basis", overwrite=True)
     draw_spectrum(basis, null_basis(sources, seed=seed, k=K, progress=progress), folder / "spectrum.png")
     return basis, SubspaceBasis.from_pretrained(folder / "random-basis")
 

@@ -31,6 +31,20 @@ class NoConfigurationError(BadFileError, TypeError):
     """A JSON file makes no configuration. A `TypeError` too, which is what PEFT raises for it."""
 
 
+class OccupiedError(SubspaceError):
+    """Something else lies where a thing is to be written."""
+
+
+class DiskError(OSError):
+    """A file or folder cannot be read or written; says which, why, and what helps, in `strerror` and as its text.
+
+    Raised as one that is also of the kind that Python raised, such as `PermissionError`.
+    """
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class SourceError(SubspaceError):
     """One or more source adapters cannot be used."""
 

@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_earlier_basis_as_it_was(basis_folder, fleets, mo
 
     monkeypatch.setattr(basis_files, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        other.save_pretrained(basis_folder)
+        other.save_pretrained(basis_folder, overwrite=True)
     assert {file.name: file.read_bytes() for file in basis_folder.iterdir()} == before
 
 
@@ -146,7 +146,7 @@ def test_a_killed_save_leaves_the_earlier_basis_as_it_was(basis_folder, fleets, 
             original(tensors, path, metadata=metadata)
             os.kill(os.getpid(), signal.SIGKILL)
         files.save_file = killed
-        build_basis({fleets[bert][:3]!r}, k=3, progress=False).save_pretrained({str(basis_folder)!r})
+        build_basis({fleets[bert][:3]!r}, k=3, progress=False).save_pretrained({str(basis_folder)!r}, overwrite=True)
     """
     done = fresh.run("-c", script)
     assert done.returncode == -9

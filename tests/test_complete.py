@@ -131,12 +131,12 @@ def test_cli_and_rebuilding(fleets, bases, tmp_path, capsys):
             "--from-config",
             str(out),
             "--out",
-            str(tmp_path / "again"),
+            str(tmp_path / f"{filling}-again"),
             "--base-model",
             str(tmp_path / "model"),
         ]
         assert main(again) == 0
-        assert SubspaceBasis.from_pretrained(tmp_path / "again").fingerprint == basis.fingerprint
+        assert SubspaceBasis.from_pretrained(tmp_path / f"{filling}-again").fingerprint == basis.fingerprint
     capsys.readouterr()
     assert main(["build", *fleets[bert][:1], "-k", "7", "--complete", "random", "--dry-run", "--json"]) == 0
     assert {size["k_out"] for size in json.loads(capsys.readouterr().out)["modules"].values()} == {7}

@@ -206,7 +206,11 @@ def test_build_inspect_project_export(capsys, fleets, kind, tmp_path):
     assert json.loads(out)["rank"] == 8
     same = PeftModel.from_pretrained(kind(), task), PeftModel.from_pretrained(kind(), tmp_path / "lora")
     torch.testing.assert_close(logits(same[0]), logits(same[1]), atol=1e-5, rtol=1e-4)
-    code, out, _ = cli(capsys, "build", *fleets[kind], "--out", basis, "-k", "0.9", "--builder", "adapters", "--quiet")
+    again = ["build", *fleets[kind], "--out", basis, "-k", "0.9", "--builder", "adapters", "--quiet"]
+    code, out, err = cli(capsys, *again)
+    assert (code, out) == (1, "") and "holds a basis" in err and "1 task or bundle of this machine needs" in err
+    with pytest.warns(UserWarning, match="replaced, and 1 task or bundle of this machine needs"):
+        code, out, _ = cli(capsys, *again, "--force")
     assert code == 0
     assert "energy kept 0.9" in out or "energy kept 1.0" in out
 

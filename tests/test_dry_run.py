@@ -69,9 +69,12 @@ BAD = [
         ["FLEET", "--weights", "/nope.json", "--clusters", "7", "--builder", "eigenlora", "--directions", "100000"],
         "--clusters does not go with --",
     ),
-    (["FLEET", "--out", "FILE"], "is a file. Give a folder"),
-    (["FLEET", "--out", "FILE/basis"], "is a file. Give a folder"),
-    (["FLEET", "--out", "/proc/nowhere/basis"], "nothing can be written in /proc"),
+    (["FLEET", "--out", "FILE"], "is a file; a basis is written into a folder"),
+    (["FLEET", "--out", "FILE/basis"], "file is a file, where a folder is needed"),
+    (["FLEET", "--out", "/proc/nowhere/basis"], "you have no permission for that in /proc"),
+    (["FLEET", "--out", "BERT"], "holds a model"),
+    (["FLEET", "-k", "3", "--out", "BASIS"], "holds a basis"),
+    (["ONE", "--out", "ONE"], "from which a basis would be made"),
     (["--config", "/no/such.yaml"], "/no/such.yaml: no build can be read"),
     (["--config", "TYPO"], "'alternation' (did you mean 'alternations'?)"),
     (["--from-config", "/no/such/basis"], "/no/such/basis"),
@@ -113,6 +116,7 @@ GOOD = [
     ["--from-config", "INT8"],
     ["--from-config", "RANDOM"],
     ["--from-config", "UPDATED"],
+    ["FLEET", "-k", "3", "--force"],
 ]
 
 

@@ -148,7 +148,7 @@ def save_control(basis: SubspaceBasis, args: CommonArguments) -> SubspaceBasis:
     """Make the control of `basis`, a random basis of equal size, and save it where `open_bases` looks for it."""
     directions = max(shape["directions"] for shape in basis.shapes().values())
     random = build_basis(like=basis, builder="random", directions=directions, seed=args.seed)
-    random.save_pretrained(Path(args.out, "random-basis"))
+    random.save_pretrained(Path(args.out, "random-basis"), overwrite=True)
     return random
 
 
@@ -157,7 +157,7 @@ def basis_stage(args: CommonArguments) -> None:
     if args.basis is None:
         folders = source_folders(args)
         basis = build_basis(folders, builder=args.builder, k=args.basis_k, directions=args.directions)
-        basis.save_pretrained(Path(args.out, "basis"))
+        basis.save_pretrained(Path(args.out, "basis"), overwrite=True)
     else:
         basis = SubspaceBasis.from_pretrained(args.basis)
     print(f"{basis}\nIts control: {save_control(basis, args)}")

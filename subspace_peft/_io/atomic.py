@@ -9,6 +9,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from .disk import ELSEWHERE, writing
+
+# the target's own name may be as long as the disk allows, so it is no part of the temporary file's
+PREFIX, SUFFIX = ".subspace_peft-", ".partial"
+
 
 def write_aside(target: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)` beside `target`, flush the file to disk, and rename it over `target`.
@@ -18,22 +23,31 @@ def write_aside(target: Path, write: Callable[[Path], object]) -> None:
     write_all_aside({target: write})
 
 
-def write_all_aside(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+def write_all_aside(writers: Mapping[Path, Callable[[Path], object]], remedy: str = ELSEWHERE) -> None:
     """Write files that belong together as `write_aside` does, all of them before the first is renamed.
 
     Whatever a writer raises comes through; then every target is untouched and no temporary file is left.
+
+    Args:
+        writers: target → what writes the file that it is given.
+        remedy: what helps where the disk refuses, beside making room.
+
+    Raises:
+        DiskError: the disk refuses.
     """
     temporaries: dict[Path, Path] = {}
     try:
         for target, write in writers.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-            os.close(handle)
-            temporary = temporaries[target] = Path(name)
-            write(temporary)
-            _flush(temporary)
+            with writing(target, remedy):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                handle, name = tempfile.mkstemp(prefix=PREFIX, suffix=SUFFIX, dir=target.parent)
+                os.close(handle)
+                temporary = temporaries[target] = Path(name)
+                write(temporary)
+                _flush(temporary)
         for target, temporary in temporaries.items():
-            os.replace(temporary, target)
+            with writing(target, remedy):
+                os.replace(temporary, target)
     except BaseException:
         for temporary in temporaries.values():
             with contextlib.suppress(FileNotFoundError):
@@ -50,17 +64,19 @@ def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:
 
     Raises whatever `write` raises; then `folder` is as it was, and the scratch folder is gone.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
+    with writing(folder):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".", suffix=SUFFIX, dir=folder))
     try:
-        write(scratch)
-        files = sorted(scratch.iterdir())
-        for file in files:
-            _flush(file)
-        for file in files:
-            os.replace(file, folder / file.name)
-        scratch.rmdir()
+        with writing(folder):
+            write(scratch)
+            files = sorted(scratch.iterdir())
+            for file in files:
+                _flush(file)
+            for file in files:
+                os.replace(file, folder / file.name)
+            scratch.rmdir()
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         if made:
@@ -70,8 +86,8 @@ def write_folder_aside(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text_aside(target: Path, text: str) -> None:
-    """Write `text` in UTF-8 as `write_aside` does."""
-    write_aside(target, lambda path: path.write_text(text, encoding="utf-8"))
+    """Write `text` in UTF-8 as `write_aside` does; surrogates, which stand for bytes that are none, as those bytes."""
+    write_aside(target, lambda path: path.write_bytes(text.encode("utf-8", "surrogateescape")))
 
 
 def _flush(file: Path) -> None:

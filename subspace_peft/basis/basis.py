@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._io.occupied import BASIS
 from .._moved import moved_name
 from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
@@ -20,6 +21,7 @@ from .locations import add_note
 from .matching import ModuleNames
 from .module import ModuleBasis, combine_digests
 from .module_store import MemoryModules, ModuleStore, describe_k
+from .overwriting import Planned, replacing
 from .precision import PRECISIONS, RoundedModules, reduced, summary
 
 
@@ -263,20 +265,27 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
 
     # -- files ------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write `basis_config.json`, `basis.safetensors` and a card into `folder`.
 
         Files are written aside first and then renamed, so earlier ones stay where a write fails. A README without a
         card of ours stays as it is.
 
+        Args:
+            folder: made where it does not exist.
+            overwrite: replace another basis, or something of another kind, that lies there. What depends on such a
+                basis is named in a warning. The same basis is written again in any case.
+
         Returns:
             The folder's absolute path, which is `location` from now on.
 
         Raises:
+            OccupiedError: something else lies in `folder`, and `overwrite` is off.
             SubspaceError: `folder` is a file.
             OSError: the disk refuses.
         """
-        path = self._write(Path(folder))
+        with replacing(folder, Planned(BASIS, self.fingerprint), overwrite=overwrite):
+            path = self._write(Path(folder))
         self.location = str(path)
         self.revision = None
         return path

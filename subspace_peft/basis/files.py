@@ -176,8 +176,8 @@ def open_basis(
         return read_folder(folder, location=str(folder.resolve()), revision=None)
     if there:
         raise BasisNotFoundError(
-            f"{folder} holds no {CONFIG_FILE}: it is not a basis. Build one with `subspace-peft build ADAPTER… --out "
-            f"{folder}`, or pass the folder of a basis."
+            f"{folder} holds no {CONFIG_FILE}: it is not a basis. Pass the folder of a basis, or build one with"
+            " `subspace-peft build ADAPTER… --out FOLDER`, into a folder of its own."
         )
     text = str(path_or_id)
     if looks_like_path(text):

@@ -11,7 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from .._io.atomic import write_text_aside
+from .._io.occupied import BASIS, CLUSTERS
 from ..basis import SubspaceBasis
+from ..basis.overwriting import Planned, check_target, replacing
 from ..errors import SubspaceError
 from .build import build_basis
 from .distributed import ALONE, ProcessGroup, process_group
@@ -75,12 +77,26 @@ class Clusters:
             "sources": self.sources,
         }
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write every basis to ``folder/cluster-<n>``, then `clusters.json`."""
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write every basis to ``folder/cluster-<n>``, then `clusters.json`.
+
+        Args:
+            folder: made where it does not exist.
+            overwrite: see `SubspaceBasis.save_pretrained`.
+
+        Raises:
+            OccupiedError: something else lies in `folder` or in a cluster's, and `overwrite` is off.
+            OSError: the disk refuses.
+        """
         folder = Path(folder)
         for number, basis in enumerate(self.bases):
-            basis.save_pretrained(folder / f"cluster-{number}")
-        write_text_aside(folder / FILE, json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n")
+            check_target(folder / f"cluster-{number}", Planned(BASIS, basis.fingerprint), overwrite=overwrite)
+        planned = Planned(CLUSTERS, " ".join(basis.fingerprint for basis in self.bases))
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        with replacing(folder, planned, overwrite=overwrite):
+            for number, basis in enumerate(self.bases):
+                basis.save_pretrained(folder / f"cluster-{number}", overwrite=overwrite)
+            write_text_aside(folder / FILE, text)
         return folder
 
 

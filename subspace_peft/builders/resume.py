@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._io.atomic import write_aside
+from .._io.disk import number_of
 from .._version import __version__
 from ..basis import ModuleBasis
 from ..basis.module import TENSOR_NAMES, tensor_sha256
-from ..errors import SubspaceError
+from ..errors import DiskError, SubspaceError
 from ..sources.source import Source
 
 OURS = re.compile(r"[0-9a-f]{24}")
@@ -72,11 +73,10 @@ class WorkFolder:
             write_aside(self._file(name), lambda path: save_file(tensors, path, metadata={FACTS: text}))
         except (OSError, SafetensorError) as error:
             done = len(list(self.folder.glob("*.safetensors"))) if self.folder.is_dir() else 0
-            number = error.errno if isinstance(error, OSError) else None
-            raise OSError(
-                number,
-                f"{self.folder}: module {name!r} cannot be written ({error}). {done} finished modules are kept there:"
-                " make room, and the same call goes on from them.",
+            raise DiskError(
+                number_of(error),
+                f"Module {name!r} cannot be kept: {error} {done} finished modules are kept in {self.folder}; once that"
+                " is possible, the same call goes on from them.",
             ) from error
 
     def get_table(self, name: str) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..basis import SubspaceBasis
+from ..basis.dependents import add_dependent
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..hub import looks_like_path, split_revision
 from ..tasks.read import Parts, SavedTask
@@ -366,6 +367,11 @@ def open_bundle(
     if file.is_file() or file.name == BUNDLE_FILE or looks_like_path(text):
         local, folder = FileBytes(file), file.parent.resolve()
         key: tuple[Any, ...] = (folder, file.name, local.state)
+        if key not in _opened:
+            made = Bundle(local, str(folder), folder, token)
+            if made.index["config"].get("basis_revision") is None and file.name == BUNDLE_FILE:
+                add_dependent(made.fingerprint, folder)
+            return _known(key, lambda: made)
         return _known(key, lambda: Bundle(local, str(folder), folder, token))
     repo_id, at = split_revision(text)
     key = (repo_id, revision or at, token, None if cache_dir is None else str(cache_dir))

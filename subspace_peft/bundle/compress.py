@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .._io.occupied import BUNDLE
 from .._moved import moved_name
 from ..base_names import said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.files import TENSORS_FILE
+from ..basis.overwriting import Planned, check_target
 from ..convert.project import Projection, project_lora
 from ..errors import BadFileError, SourceError, SubspaceError
 from ..sources import Source, is_one_source, open_source
@@ -126,6 +128,7 @@ def compress_fleet(
     check_base_model: bool = True,
     base_model_name: str | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> CompressionReport:
@@ -148,6 +151,7 @@ def compress_fleet(
         check_base_model: Refuse a LoRA whose config names another base model than the basis.
         base_model_name: The base model that all LoRAs are of, whatever their configs say; held against the basis's.
         dtype: The dtype of stored cores and residuals.
+        overwrite: See `bundle_tasks`.
         token: As in huggingface_hub.
         progress: Show a bar where it takes longer than two seconds.
 
@@ -173,6 +177,9 @@ def compress_fleet(
     packed: dict[str, Packed] = {}
     report: list[CompressedAdapter] = []
     given = [loras] if is_one_source(loras) else list(loras)
+    # which names the tasks get is known once they are read
+    soon = Planned(BUNDLE, basis.fingerprint)
+    check_target(out, soon, overwrite=overwrite, inputs=given, needed=[basis.location])
     for lora in tqdm(given, desc="compressing", unit="adapter", delay=2, disable=not progress):
         what, task = _one(lora, basis, min_energy, residual, check_base_model, dtype, token, base_model_name)
         if task is not None and what.name in packed:
@@ -189,7 +196,7 @@ def compress_fleet(
     if not packed:
         raise SubspaceError("No adapters were given; there is nothing to compress.")
     folder = Path(out)
-    write_bundle(list(packed.values()), folder, dtype)
+    write_bundle(list(packed.values()), folder, dtype, overwrite=overwrite)
     stored = [each for each in report if not each.refused]
     return CompressionReport(str(folder), report, storage(stored, basis, folder / BUNDLE_FILE), min_energy, residual)
 

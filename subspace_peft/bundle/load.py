@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._adapted import unwrapped
+from .._io.occupied import LORA, TASK
 from ..basis import SubspaceBasis
+from ..basis.overwriting import Planned, check_target
 from ..convert.export import export_lora
 from ..errors import SubspaceError
 from ..tasks.write import core_tensors, fill_folder, write_task
@@ -96,6 +99,7 @@ def extract_task(
     *,
     as_lora: bool | None = None,
     basis: SubspaceBasis | str | Path | None = None,
+    overwrite: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -108,6 +112,7 @@ def extract_task(
         folder: The folder to write, made where it does not exist.
         as_lora: See `load_task`.
         basis: See `load_task`.
+        overwrite: Replace what else lies in `folder`; see `write_task` and `export_lora`.
         revision: Branch, tag or commit sha on the Hub.
         token: As in huggingface_hub.
         cache_dir: As in huggingface_hub.
@@ -124,10 +129,10 @@ def extract_task(
     """
     found = _find(bundle, task, revision, token, cache_dir)
     folder = Path(folder)
-    if folder.is_file():
-        raise SubspaceError(f"{folder} is a file; a task is written into a folder.")
     wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
-    _write(found, task, folder, wants_lora, basis, write_task)
+    planned = Planned(LORA if wants_lora else TASK, found.fingerprint)
+    check_target(folder, planned, overwrite=overwrite, needed=[found.location, basis])
+    _write(found, task, folder, wants_lora, basis, partial(write_task, overwrite=overwrite), overwrite)
     return folder
 
 
@@ -156,8 +161,19 @@ def extract_tasks(
     names = list(found) if tasks is None else list(tasks)
     for name in names:
         found.entry(name)
+    _check_folders(found, Path(out), names, how)
     bar = tqdm(names, desc="extracting", unit="task", delay=2, disable=not progress)
     return [extract_task(found, name, Path(out, check_name(name)), **how) for name in bar]
+
+
+def _check_folders(found: Bundle, out: Path, names: list[str], how: Mapping[str, Any]) -> None:
+    """Raise where one of the tasks' folders holds something else, before the first is written."""
+    needed = [found.location, how.get("basis")]
+    for name in names:
+        as_lora = how.get("as_lora")
+        wants_lora = found[name].residual_rank > 0 if as_lora is None else as_lora
+        planned = Planned(LORA if wants_lora else TASK, found.fingerprint)
+        check_target(out / check_name(name), planned, overwrite=how.get("overwrite", False), needed=needed)
 
 
 def _find(bundle: Any, task: str, revision: Any, token: Any, cache_dir: Any) -> Bundle:
@@ -197,11 +213,17 @@ def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora
 
 
 def _write(
-    bundle: Bundle, task: str, folder: Path, as_lora: bool, basis: Any, write: Callable[..., object]
+    bundle: Bundle,
+    task: str,
+    folder: Path,
+    as_lora: bool,
+    basis: Any,
+    write: Callable[..., object],
+    overwrite: bool = False,
 ) -> tuple[SubspaceConfig, SubspaceBasis | None] | None:
     """Write the adapter by `write`, `write_task` or `_fill`; return a subspace task's configuration and basis."""
     if as_lora:
-        export_lora(bundle.task(task, basis), folder)
+        export_lora(bundle.task(task, basis), folder, overwrite=overwrite)
         return None
     config, numbers = bundle.config(task, basis), bundle.read(task)
     found = config.resolve()

@@ -9,7 +9,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from .._io.occupied import BUNDLE
 from ..basis import SubspaceBasis
+from ..basis.overwriting import Planned, check_target
 from ..basis.transfer import Transfer
 from ..convert.migrate import MAX_DRIFT, drifts_of, moved_config, moves_of, used_moves
 from ..errors import SubspaceError
@@ -27,6 +29,7 @@ def migrate_bundle(
     *,
     max_drift: float = MAX_DRIFT,
     old_basis: SubspaceBasis | str | Path | None = None,
+    overwrite: bool = False,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> tuple[Bundle, dict[str, dict[str, float]]]:
@@ -42,6 +45,7 @@ def migrate_bundle(
         max_drift: Largest share of the norm of a module's ``U core V`` that may change; the default admits rounding
             only.
         old_basis: The bundle's own basis, its folder or its Hub id; by default the place that the bundle names.
+        overwrite: See `bundle_tasks`.
         token: As in huggingface_hub.
         progress: Show a bar where it takes longer than two seconds.
 
@@ -62,6 +66,8 @@ def migrate_bundle(
         )
     if Path(out).expanduser().resolve() == Path(found.location).expanduser().resolve():
         raise SubspaceError(f"{out} is the bundle itself. Write the new one beside it.")
+    planned = Planned(BUNDLE, new.fingerprint, frozenset(found))
+    check_target(out, planned, overwrite=overwrite, needed=[found.location, new.location])
     dtype = found.dtype
     packed, drifts = [], {}
     for name, moved, each in _carried(found, new, max_drift, old_basis, progress):
@@ -70,7 +76,7 @@ def migrate_bundle(
         packed.append(pack(Named(name, moved, entry.pop("source", {})), dtype, **entry))
     if not packed:
         raise SubspaceError(f"{found.location}: there is no task in it.")
-    return write_bundle(packed, Path(out), dtype), drifts
+    return write_bundle(packed, Path(out), dtype, overwrite=overwrite), drifts
 
 
 def bundle_drifts(

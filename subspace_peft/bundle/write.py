@@ -11,9 +11,12 @@ import torch
 from tqdm.auto import tqdm
 
 from .._io.atomic import write_aside
+from .._io.occupied import BUNDLE
 from .._version import __version__
 from ..basis import SubspaceBasis
+from ..basis.dependents import add_dependent
 from ..basis.module import FLOAT_DTYPES
+from ..basis.overwriting import Planned, check_target, replacing
 from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
 from .bundle import Bundle, open_bundle
@@ -31,6 +34,7 @@ def bundle_tasks(
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     id2label: Mapping[str, Mapping[int, str]] | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
     token: str | bool | None = None,
     progress: bool = True,
 ) -> Bundle:
@@ -40,11 +44,13 @@ def bundle_tasks(
         tasks: A list of saved tasks (folders, Hub ids with ``@revision``), PeftModels (all their subspace adapters),
             `TaskBank`s (all their tasks) and `Projection`s; or a mapping, name → such a task or a `SavedTask`. In a
             list, the last part of the folder's or repository's name is the task's name.
-        out: The folder to write. An earlier bundle in it is replaced once the new one is whole.
+        out: The folder to write. An earlier bundle of these tasks in it is replaced once the new one is whole.
         basis: The basis, its folder or its Hub id; by default the place that the tasks name.
         metrics: Name → scores to record, JSON values.
         id2label: Name → names of the classes, where the task's own config does not have them.
         dtype: The dtype of the stored cores, in units of ΔW; trained modules keep theirs.
+        overwrite: Replace what else lies in `out`, such as a bundle on another basis, or of tasks that are not among
+            these.
         token: As in huggingface_hub.
         progress: Show a bar where it takes longer than two seconds.
 
@@ -52,16 +58,21 @@ def bundle_tasks(
         The bundle, opened.
 
     Raises:
+        OccupiedError: Something else lies in `out`, and `overwrite` is off.
         BasisMismatchError: The tasks are on different bases.
         SubspaceError: No task is given, two have one name, a name could not be a folder's, the basis lives in memory
             only, or metrics or labels are given for a name that no task has.
         BadFileError: A task holds NaN or infinite values.
         OSError: The disk refuses; an earlier bundle stays.
     """
+    given = tasks.values() if isinstance(tasks, Mapping) else tasks if isinstance(tasks, (list, tuple)) else [tasks]
+    # which basis the tasks are on is known once they are read
+    soon = Planned(BUNDLE, certain=False)
+    check_target(out, soon, overwrite=overwrite, inputs=given, needed=[basis])
     packed = _pack_all(tasks, basis, metrics, id2label, dtype, token, progress)
     if not packed:
         raise SubspaceError("A bundle needs at least one task; none was given.")
-    return write_bundle(packed, Path(out), dtype)
+    return write_bundle(packed, Path(out), dtype, overwrite=overwrite)
 
 
 def add_tasks(
@@ -116,7 +127,8 @@ def add_tasks(
                 f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Name it"
                 " otherwise, with a mapping of names to tasks, or replace it with replace=True (--replace)."
             )
-        return write_bundle([*(kept(old, name) for name in old if name not in new), *packed], folder, dtype, old)
+        kept_tasks = [kept(old, name) for name in old if name not in new]
+        return write_bundle([*kept_tasks, *packed], folder, dtype, old)
 
 
 def write_bundle(
@@ -126,6 +138,8 @@ def write_bundle(
     old: Bundle | None = None,
     basis: tuple[str, str | None] | None = None,
     shown_as: Place | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Bundle:
     """Write `bundle.safetensors` and a card into `folder`.
 
@@ -136,17 +150,17 @@ def write_bundle(
         old: A bundle whose common configuration and order of modules the new one takes over.
         basis: Location and commit to record for the basis; by default those of the tasks.
         shown_as: Where the card says to load the bundle from; the folder by default.
+        overwrite: See `bundle_tasks`.
 
     Returns:
         The bundle, opened.
 
     Raises:
+        OccupiedError: Something else lies in `folder`, and `overwrite` is off.
         SubspaceError: `folder` is a file.
         BasisMismatchError: The tasks are on different bases.
         OSError: The disk refuses; an earlier bundle stays.
     """
-    if folder.is_file():
-        raise SubspaceError(f"{folder} is a file; a bundle is written into a folder.")
     index = _index(packed, None if old is None else old.index)
     if basis is not None:
         index["config"] = {**index["config"], "basis": basis[0], "basis_revision": basis[1]}
@@ -176,7 +190,13 @@ def write_bundle(
             for part in parts:
                 stream.write(part())
 
-    write_aside(folder / BUNDLE_FILE, write)
+    config = index["config"]
+    lies = None if config.get("basis_revision") else config.get("basis")
+    planned = Planned(BUNDLE, index["basis_fingerprint"], frozenset(by_name))
+    with replacing(folder, planned, overwrite=overwrite, needed=[lies]):
+        write_aside(folder / BUNDLE_FILE, write)
+    if config.get("basis_revision") is None:
+        add_dependent(planned.basis, folder)
     made = open_bundle(folder)
     write_card(folder, made, shown_as)
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..builders.build_file import BASIS_CONFIG, INPUTS, BuildFile, read_build_file
 from ..builders.options import BuildOptions, Resources
 from ..errors import SubspaceError
-from .common import Add, add_json, base_model, print_json, unfinished
+from .common import Add, add_force, add_json, base_model, earlier_record, kept_for_force, print_json, unfinished
 from .flags import add_options, as_in_file, flag_of, given_options, hints_in_flags
 from .inspecting import inspect
 
@@ -62,6 +62,7 @@ def add_build(add: Add) -> None:
         ),
     )
     verb.add_argument("--out", metavar="FOLDER", help="where to write the basis")
+    add_force(verb)
     verb.add_argument(
         "--dry-run", action="store_true", help="read and check everything, say what building takes, build nothing"
     )
@@ -121,7 +122,8 @@ def build(args: Namespace) -> int:
         assert out is not None
         made, said = _made(request)
         if processes.main:
-            made.save_pretrained(out)
+            with kept_for_force(unfinished(out)):
+                made.save_pretrained(out, overwrite=args.force)
         # not before it is written
         processes.exchange()
         beside = request.resources.work_folder
@@ -168,11 +170,12 @@ def _request(args: Namespace, out: Path | None, in_file: set[str]) -> Request:
     if args.progress is not None:
         resources["progress"] = args.progress
     if out is not None:
-        _check_writable(out)
         resources["work_folder"] = unfinished(out)
     options = BuildOptions(**settings)
     inputs = _checked(inputs)
     sources = list(args.sources or file.sources) or None
+    if out is not None:
+        _check_out(out, args.force, options, sources, inputs, again)
     return Request(sources, options, Resources(**resources), inputs, again)
 
 
@@ -205,16 +208,43 @@ def _checked(inputs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_writable(out: Path) -> None:
-    """Raise `SubspaceError` where no folder can be written at `out`; nothing is left behind."""
-    there = next(place for place in (out, *out.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise SubspaceError(f"--out {out}: {there} is a file. Give a folder.")
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise SubspaceError(f"--out {out}: nothing can be written in {there} ({error.strerror}).") from error
+def _check_out(
+    out: Path,
+    force: bool,
+    options: BuildOptions,
+    sources: list[Any] | None,
+    inputs: dict[str, Any],
+    again: str | None,
+) -> None:
+    """Raise where the basis may not be written into `out`, before it is built.
+
+    An earlier basis of the same call is no reason: whether it is the same shows when the new one is written, and until
+    then the finished modules are kept.
+    """
+    from .._io.occupied import BASIS, CLUSTERS
+    from ..basis.overwriting import Planned, check_target
+
+    earlier = earlier_record(out)
+    record = json.loads(json.dumps(options.record(), default=str))
+    same = (
+        earlier.get("fingerprint") == earlier_record(again).get("fingerprint")
+        if again is not None
+        else earlier.get("build") == record
+        and (earlier.get("precision") or {}).get("stored", "float32") == inputs.get("precision", "float32")
+        and _names(sources) in (None, _names([entry.get("location") for entry in earlier.get("sources") or []]))
+    )
+    clusters = inputs.get("clusters") is not None
+    planned = Planned(CLUSTERS, certain=False) if clusters else Planned(BASIS, certain=not same)
+    given = [each.get("model") if isinstance(each, dict) else each for each in sources or []]
+    check_target(out, planned, overwrite=force, inputs=[*given, again, inputs.get("like")])
+
+
+def _names(sources: list[Any] | None) -> list[str] | None:
+    """Return the last parts of places, sorted; None where some of them stand for several sources, or are none."""
+    places = [each.get("model") if isinstance(each, dict) else each for each in sources or []]
+    if any(not isinstance(each, str) or each.endswith(".txt") or set(each) & set("*?[:@") for each in places):
+        return None
+    return sorted(Path(each).name for each in places)
 
 
 def _opened(request: Request) -> dict[str, Any]:

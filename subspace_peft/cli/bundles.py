@@ -9,7 +9,7 @@ from typing import Any
 
 from ..builders.option_checks import number
 from ..errors import SubspaceError
-from .common import Add, add_base_model_name, add_json, add_quiet, print_json
+from .common import Add, add_base_model_name, add_force, add_json, add_quiet, print_json
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
@@ -23,6 +23,7 @@ def add_bundle(add: Add) -> None:
     make.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
     make.add_argument("--out", required=True, metavar="FOLDER", help="the bundle's folder")
     make.add_argument("--dtype", default="float32", choices=DTYPES, help="of the stored cores")
+    add_force(make)
     make.set_defaults(run=create)
 
     more = verb("add", help="add saved tasks to a bundle; what is in it stays as it is")
@@ -50,6 +51,7 @@ def add_bundle(add: Add) -> None:
     form.add_argument("--as-lora", action="store_true", help="as stock LoRAs, residuals and all")
     form.add_argument("--no-residual", action="store_true", help="as subspace tasks, without their residuals")
     out.add_argument("--basis", help="where the basis is, if not where the bundle says")
+    add_force(out)
     out.set_defaults(run=extract)
 
     for each in (show, out):
@@ -87,6 +89,7 @@ def add_compress(add: Add) -> None:
     verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
     add_base_model_name(verb)
     verb.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored numbers")
+    add_force(verb)
     add_json(verb)
     add_quiet(verb)
     verb.set_defaults(run=compress)
@@ -100,7 +103,13 @@ def create(args: Namespace) -> int:
 
     dtype = getattr(torch, args.dtype)
     made = bundle_tasks(
-        args.tasks, args.out, basis=args.basis, dtype=dtype, progress=not args.quiet, **_facts(args.facts)
+        args.tasks,
+        args.out,
+        basis=args.basis,
+        dtype=dtype,
+        overwrite=args.force,
+        progress=not args.quiet,
+        **_facts(args.facts),
     )
     return _list(made, args)
 
@@ -136,6 +145,7 @@ def extract(args: Namespace) -> int:
         None if args.all else args.tasks,
         as_lora=as_lora,
         basis=args.basis,
+        overwrite=args.force,
         revision=args.revision,
         progress=not args.quiet,
     )
@@ -162,6 +172,7 @@ def compress(args: Namespace) -> int:
         check_base_model=not args.no_base_check,
         base_model_name=args.base_model_name,
         dtype=getattr(torch, args.dtype),
+        overwrite=args.force,
         progress=not args.quiet,
     )
     if args.json:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def add_quiet(verb: ArgumentParser) -> None:
     verb.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
+def add_force(verb: ArgumentParser, what: str = "such as another basis, a LoRA or a bundle") -> None:
+    """Add the flag that lets what lies in the folder to be written be replaced."""
+    verb.add_argument("--force", action="store_true", help=f"replace what else lies in --out, {what}")
+
+
 def base_model(name: str | None) -> Any:
     """Load a base model by its id or folder; None where there is no name.
 
@@ -58,6 +64,29 @@ def unfinished(out: str | Path) -> Path | None:
     """
     out = Path(out).expanduser()
     return out.with_name(f"{out.name}.partial") if out.name else None
+
+
+def earlier_record(out: str | Path) -> dict[str, Any]:
+    """Return the config of the basis that lies in `out`; empty where none does, or it cannot be read."""
+    from .._io.untrusted import read_json
+
+    try:
+        return read_json(Path(out).expanduser() / "basis_config.json")
+    except (OSError, ValueError):
+        return {}
+
+
+@contextmanager
+def kept_for_force(beside: Path | None) -> Iterator[None]:
+    """Let an error of what lies in ``--out`` say that nothing is lost: finished modules are kept in `beside`."""
+    from ..errors import OccupiedError
+
+    try:
+        yield
+    except OccupiedError as error:
+        kept = "" if beside is None or not beside.is_dir() else f" The finished modules are kept in {beside}:"
+        again = f"{kept} the same command goes on from them, with --force or another --out." if kept else ""
+        raise OccupiedError(f"{error}{again}") from error
 
 
 def print_json(facts: Any) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 
 from ..builders.option_checks import number
-from .common import Add, add_base_model_name, add_json, add_quiet, print_json
+from .common import Add, add_base_model_name, add_force, add_json, add_quiet, print_json
 
 
 def add_project(add: Add) -> None:
@@ -18,6 +18,7 @@ def add_project(add: Add) -> None:
     verb.add_argument("lora", help="LoRA folder, or Hub id with @revision")
     verb.add_argument("--basis", required=True, help="folder or Hub id of the basis")
     verb.add_argument("--out", metavar="FOLDER", help="write the coefficients as a task")
+    add_force(verb)
     verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
     add_base_model_name(verb)
     add_json(verb)
@@ -34,10 +35,15 @@ def add_export_lora(add: Add) -> None:
     )
     verb.add_argument("task", help="folder or Hub id of a task")
     verb.add_argument("--out", required=True, metavar="FOLDER")
+    add_force(verb)
     verb.add_argument("--basis", help="where the basis is, if not where the task says")
     verb.add_argument("--rank", type=int, help="truncate to this rank")
     verb.add_argument("--pad-to", help="fill up to this rank with zeros, or 'vllm'")
-    verb.add_argument("--no-modules-to-save", action="store_true", help="leave classifiers and the like out")
+    verb.add_argument(
+        "--modules-to-save",
+        action=BooleanOptionalAction,
+        help="whether classifiers and the like go along (default: yes, but not with --pad-to vllm)",
+    )
     add_json(verb)
     add_quiet(verb)
     verb.set_defaults(run=export_lora)
@@ -45,14 +51,21 @@ def add_export_lora(add: Add) -> None:
 
 def project(args: Namespace) -> int:
     """Project a LoRA on a basis."""
+    from .._io.occupied import TASK
+    from ..basis import SubspaceBasis
+    from ..basis.overwriting import Planned, check_target
     from ..convert import project_lora
 
+    basis = SubspaceBasis.from_pretrained(args.basis)
+    if args.out:
+        planned = Planned(TASK, basis.fingerprint)
+        check_target(args.out, planned, overwrite=args.force, inputs=[args.lora], needed=[args.basis])
     projection = project_lora(
-        args.lora, args.basis, check_base_model=not args.no_base_check, base_model_name=args.base_model_name
+        args.lora, basis, check_base_model=not args.no_base_check, base_model_name=args.base_model_name
     )
     facts = projection.to_dict()
     if args.out:
-        facts["out"] = str(projection.save_pretrained(args.out))
+        facts["out"] = str(projection.save_pretrained(args.out, overwrite=args.force))
     if args.json:
         return print_json(facts)
     for name, share in projection.energy.items():
@@ -75,7 +88,8 @@ def export_lora(args: Namespace) -> int:
         basis=args.basis,
         rank=args.rank,
         pad_to=pad,
-        modules_to_save=False if args.no_modules_to_save else None,
+        modules_to_save=args.modules_to_save,
+        overwrite=args.force,
     )
     if args.json:
         return print_json(result.to_dict())

@@ -12,6 +12,7 @@ from .common import (
     BASE_MODEL_HELP,
     Add,
     add_base_model_name,
+    add_force,
     add_json,
     add_quiet,
     base_model,
@@ -85,6 +86,7 @@ def add_report(add: Add) -> None:
         help="as for build; default: the basis's own sources, where they still are",
     )
     verb.add_argument("--out", default="basis-report", metavar="FOLDER", help="default: %(default)s")
+    add_force(verb, "such as a report on another basis")
     verb.add_argument(
         "--sample", type=int, default=64, metavar="N", help="measure at most so many adapters (default: %(default)s)"
     )
@@ -203,12 +205,17 @@ def analyze(args: Namespace) -> int:
 
 def report(args: Namespace) -> int:
     """Write a report on a basis and say its verdict."""
+    from .._io.occupied import REPORT
+    from ..basis import SubspaceBasis
+    from ..basis.overwriting import Planned, check_target
     from ..report import report_basis
 
     if importlib.util.find_spec("matplotlib") is None:
         raise SubspaceError("A report's figures need matplotlib: pip install subspace-peft[report].")
+    basis = SubspaceBasis.from_pretrained(args.basis)
+    check_target(args.out, Planned(REPORT, basis.fingerprint), overwrite=args.force, inputs=[args.basis])
     found = report_basis(
-        args.basis,
+        basis,
         args.fleet,
         sample=args.sample,
         modules=args.modules,
@@ -218,7 +225,7 @@ def report(args: Namespace) -> int:
         base_model_name=args.base_model_name,
         progress=not args.quiet,
     )
-    page = found.save(args.out)
+    page = found.save(args.out, overwrite=args.force)
     if args.json:
         return print_json({"page": str(page), **found.to_dict()})
     for line in found.verdict:

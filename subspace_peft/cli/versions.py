@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..builders.options import CompleteOptions, Resources, UpdateOptions
 from ..errors import SubspaceError
-from .common import BASE_MODEL_HELP, Add, add_json, add_quiet, base_model, print_json, unfinished
+from .common import (
+    BASE_MODEL_HELP,
+    Add,
+    add_force,
+    add_json,
+    add_quiet,
+    base_model,
+    earlier_record,
+    kept_for_force,
+    print_json,
+    unfinished,
+)
 from .flags import add_options, given_options
 from .inspecting import inspect
 
@@ -27,6 +39,7 @@ def add_update(add: Add) -> None:
     verb.add_argument("basis", help="folder or Hub id of the basis")
     verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
+    add_force(verb)
     add_options(verb, UpdateOptions)
     verb.add_argument("--base-model", help=BASE_MODEL_HELP)
     verb.add_argument(
@@ -51,6 +64,7 @@ def add_migrate(add: Add) -> None:
     verb.add_argument("tasks", nargs="+", metavar="TASK", help="folder or Hub id of a task, or a bundle's folder")
     verb.add_argument("--basis", required=True, help="folder or Hub id of the basis to carry them to")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write them, each under its own name")
+    add_force(verb)
     verb.add_argument("--old-basis", help="where their own basis is, if not where they say")
     _add_drift(verb)
     add_json(verb)
@@ -70,6 +84,7 @@ def add_complete(add: Add) -> None:
     )
     verb.add_argument("basis", help="folder or Hub id of the basis")
     verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
+    add_force(verb)
     add_options(verb, CompleteOptions)
     verb.add_argument("--base-model", help="model id or folder, for base-weights")
     add_json(verb)
@@ -103,7 +118,9 @@ def update(args: Namespace) -> int:
     resources = Resources(work_folder=beside, **given_options(args, Resources))
     old = SubspaceBasis.from_pretrained(args.basis)
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
-    tasks = _Tasks(args.tasks, args.tasks_out, bound, resources.progress)
+    tasks = _Tasks(args.tasks, args.tasks_out, bound, resources.progress, overwrite=args.force)
+    tasks.check_folders(needed=[args.out])
+    _check_out(args, old, needed=[args.basis] if args.tasks else [], inputs=[args.basis, *args.sources, *args.tasks])
     new = update_basis(
         old,
         args.sources,
@@ -113,7 +130,8 @@ def update(args: Namespace) -> int:
         resources=resources,
     )
     tasks.try_out(new)
-    new.save_pretrained(args.out)
+    with kept_for_force(beside):
+        new.save_pretrained(args.out, overwrite=args.force)
     if beside is not None:
         forget(beside)
     facts = {
@@ -142,15 +160,18 @@ def update(args: Namespace) -> int:
 
 def complete(args: Namespace) -> int:
     """Fill a basis up."""
+    from ..basis import SubspaceBasis
     from ..builders import complete_basis
 
+    old = SubspaceBasis.from_pretrained(args.basis)
+    _check_out(args, old, inputs=[args.basis])
     new = complete_basis(
-        args.basis,
+        old,
         base_model=base_model(args.base_model),
         progress=not args.quiet,
         **given_options(args, CompleteOptions),
     )
-    new.save_pretrained(args.out)
+    new.save_pretrained(args.out, overwrite=args.force)
     return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
 
 
@@ -160,11 +181,24 @@ def migrate(args: Namespace) -> int:
     from ..convert.migrate import MAX_DRIFT
 
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
-    tasks = _Tasks(args.tasks, args.out, bound, not args.quiet, args.old_basis)
+    tasks = _Tasks(args.tasks, args.out, bound, not args.quiet, args.old_basis, args.force)
     new = SubspaceBasis.from_pretrained(args.basis)
+    tasks.check_folders(new.fingerprint, needed=[args.basis, args.old_basis])
     tasks.try_out(new)
     facts = tasks.write(new)
     return print_json({"fingerprint": new.fingerprint, "tasks": facts}) if args.json else _say(facts)
+
+
+def _check_out(args: Namespace, old: Any, *, inputs: list[str], needed: Sequence[str] = ()) -> None:
+    """Raise where the new version may not be written into ``--out``, before it is made."""
+    from .._io.occupied import BASIS
+    from ..basis.overwriting import Planned, check_target
+
+    # the same call's earlier result may lie there; whether it is that shows when the new version is written
+    earlier = earlier_record(args.out)
+    again = (earlier.get("parent") or {}).get("fingerprint") == old.fingerprint
+    planned = Planned(BASIS, certain=not again)
+    check_target(args.out, planned, overwrite=args.force, inputs=inputs, needed=needed)
 
 
 def _say(tasks: list[dict[str, Any]]) -> int:
@@ -182,12 +216,19 @@ class _Tasks:
     """Tasks and bundles on their way to another basis: tried first, written when all of them can be."""
 
     def __init__(
-        self, references: list[str], out: str | None, max_drift: float, progress: bool, old_basis: str | None = None
+        self,
+        references: list[str],
+        out: str | None,
+        max_drift: float,
+        progress: bool,
+        old_basis: str | None = None,
+        overwrite: bool = False,
     ) -> None:
         from ..bundle.format import BUNDLE_FILE
         from ..hub import split_revision
 
         self.out, self.max_drift, self.progress, self.old_basis = Path(out or "."), max_drift, progress, old_basis
+        self.overwrite = overwrite
         self.bundles: dict[str, str] = {}
         self.tasks: dict[str, tuple[str, dict[str, str]]] = {}
         self.done: dict[str, Any] = {}
@@ -199,14 +240,28 @@ class _Tasks:
                 raise SubspaceError(
                     f"Two of the tasks are called {name!r}, and would be written to one folder. Carry them over apart."
                 )
-            if folder.is_dir() and (self.out / name).resolve() == folder.resolve():
-                raise SubspaceError(
-                    f"{reference} would be written over itself. Give another folder for the new tasks."
-                )
             if (folder / BUNDLE_FILE).is_file():
                 self.bundles[name] = str(folder)
             else:
                 self.tasks[name] = (repo, {} if revision is None else {"revision": revision})
+
+    def check_folders(self, fingerprint: str | None = None, needed: Sequence[str | None] = ()) -> None:
+        """Raise where a folder to be written holds something else; all are checked before the long work.
+
+        Args:
+            fingerprint: of the basis that the tasks are carried to; None while that is to be made.
+            needed: places that are still read, or that the tasks will refer to.
+        """
+        from .._io.occupied import BUNDLE, TASK
+        from ..basis.overwriting import Planned, check_target
+
+        certain = fingerprint is not None
+        for name, (repo, _) in self.tasks.items():
+            planned = Planned(TASK, fingerprint, certain=certain)
+            check_target(self.out / name, planned, overwrite=self.overwrite, inputs=[repo], needed=needed)
+        for name, folder in self.bundles.items():
+            planned = Planned(BUNDLE, fingerprint, certain=certain)
+            check_target(self.out / name, planned, overwrite=self.overwrite, needed=[folder, *needed])
 
     def cores(self) -> list[dict[str, Any]]:
         """Return the cores of all tasks, in units of ΔW."""
@@ -235,7 +290,9 @@ class _Tasks:
 
         facts = []
         for name, found in self.done.items():
-            facts.append({"out": str(found.save_pretrained(self.out / name)), **found.to_dict()})
+            facts.append(
+                {"out": str(found.save_pretrained(self.out / name, overwrite=self.overwrite)), **found.to_dict()}
+            )
         for name, folder in self.bundles.items():
             _, drifts = migrate_bundle(
                 folder,
@@ -243,6 +300,7 @@ class _Tasks:
                 self.out / name,
                 max_drift=self.max_drift,
                 old_basis=self.old_basis,
+                overwrite=self.overwrite,
                 progress=self.progress,
             )
             worst: dict[str, float] = {}

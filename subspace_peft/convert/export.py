@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from .._io.atomic import write_all_aside
+from .._io.occupied import LORA, MARK, sort_metadata
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module_store import names_of
+from ..basis.overwriting import Planned, check_target, replacing
 from ..errors import BadFileError, SubspaceError
 from ..sources import Factors
 from ..tasks.read import SavedTask, read_task
@@ -57,6 +59,7 @@ def export_lora(
     pad_to: int | str | None = None,
     modules_to_save: bool | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
     **hub: Any,
 ) -> Export:
     """Write a task as a stock PEFT LoRA folder.
@@ -76,15 +79,20 @@ def export_lora(
         modules_to_save: Whether the task's other trained modules (a classifier) are written as well. None: yes, but
             not with ``pad_to="vllm"``, since vLLM refuses most of them; a warning then names those left out.
         dtype: The dtype of the written factors.
+        overwrite: Replace what else lies in `out`, such as a LoRA that is no export from the same basis. An earlier
+            export from it is replaced in any case.
         **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Raises:
+        OccupiedError: Something else lies in `out`, or it is the task's own folder, and `overwrite` is off.
         SubspaceError: It is not a subspace task, a rank is out of range, or `out` is a file.
         OSError: The disk refuses; an earlier folder stays as it was.
     """
     if rank is not None and rank < 1:
         raise SubspaceError(f"rank={rank}: give at least 1.")
     read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
+    basis_folder = None if read.config.basis_revision else read.config.to_dict()["basis"]
+    check_target(out, planned_lora(read), overwrite=overwrite, inputs=[task], needed=[basis_folder])
     if modules_to_save is None:
         modules_to_save = pad_to != "vllm"
         if read.extras and not modules_to_save:
@@ -93,7 +101,14 @@ def export_lora(
                 " refuses it. Pass modules_to_save=True to keep it, or False to leave it out without this warning.",
                 stacklevel=2,
             )
-    return write_lora(read, out, rank=rank, pad_to=pad_to, modules_to_save=modules_to_save, dtype=dtype)
+    return write_lora(
+        read, out, rank=rank, pad_to=pad_to, modules_to_save=modules_to_save, dtype=dtype, overwrite=overwrite
+    )
+
+
+def planned_lora(read: SavedTask) -> Planned:
+    """Return what `write_lora` is about to write, for `check_target`."""
+    return Planned(LORA, read.config.basis_fingerprint)
 
 
 def write_lora(
@@ -104,6 +119,7 @@ def write_lora(
     pad_to: int | str | None = None,
     modules_to_save: bool = False,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
 ) -> Export:
     """Write a task as a stock PEFT LoRA folder; see `export_lora`.
 
@@ -114,9 +130,10 @@ def write_lora(
         pad_to: See `export_lora`.
         modules_to_save: Whether the task's other trained modules are written as well.
         dtype: The dtype of the written factors.
+        overwrite: See `export_lora`.
 
     Raises:
-        SubspaceError: A rank is out of range, or `out` is a file.
+        SubspaceError: A rank is out of range, `out` is a file, or holds something else.
         BadFileError: The task's config gives a weight another shape than the basis has.
         OSError: The disk refuses; an earlier folder stays as it was.
     """
@@ -140,16 +157,22 @@ def write_lora(
     if modules_to_save:
         tensors |= {key: value.contiguous() for key, value in read.extras.items()}
     folder = Path(out)
-    if folder.is_file():
-        raise SubspaceError(f"{folder} is a file; a LoRA is saved into a folder.")
     weights = folder / "adapter_model.safetensors"
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_all_aside(
-        {
-            weights: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
-        }
-    )
+
+    def write(path: Path) -> None:
+        # the mark tells an export from the result of a training, which no later export may replace
+        mark = read.config.basis_fingerprint
+        save_file(tensors, path, metadata={"format": "pt", **({} if mark is None else {MARK: mark})})
+        sort_metadata(path)
+
+    with replacing(folder, planned_lora(read), overwrite=overwrite):
+        write_all_aside(
+            {
+                weights: write,
+                folder / "adapter_config.json": lambda path: path.write_text(text, encoding="utf-8"),
+            }
+        )
     return Export(
         str(folder),
         r,

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from .._io.atomic import write_aside
+from .._io.occupied import GGUF, GGUF_MARK
 from ..basis import SubspaceBasis
+from ..basis.overwriting import Planned, check_target, replacing
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tasks.read import read_task
 from .export import lora_factors
@@ -25,6 +27,7 @@ def export_gguf(
     adapter_name: str | None = None,
     basis: SubspaceBasis | str | None = None,
     rank: int | None = None,
+    overwrite: bool = False,
     **hub: Any,
 ) -> Path:
     """Write a task as a LoRA that llama.cpp applies to the base model `base`, exact and in float32.
@@ -40,6 +43,7 @@ def export_gguf(
         adapter_name: The adapter of a live model; the active one by default.
         basis: The basis, its folder or its Hub id; by default the place that the task's config names.
         rank: Highest rank, reached by truncation; None keeps all.
+        overwrite: Replace another file. An earlier export from the same basis is replaced in any case.
         **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Returns:
@@ -59,6 +63,8 @@ def export_gguf(
     if rank is not None and rank < 1:
         raise SubspaceError(f"rank={rank}: give at least 1.")
     read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
+    planned = Planned(GGUF, read.config.basis_fingerprint)
+    check_target(out, planned, overwrite=overwrite, inputs=[task], needed=[base])
     if read.extras or read.config.weight_shapes:
         name = sorted(read.extras or read.config.weight_shapes or ())[0]
         raise SubspaceError(
@@ -93,12 +99,15 @@ def export_gguf(
             fill = r - (value.shape[0] if key.endswith("a") else value.shape[1])
             padded = torch.nn.functional.pad(value, (0, 0, 0, fill) if key.endswith("a") else (0, fill))
             writer.add_tensor(key, padded.float().contiguous().numpy())
+        if planned.basis is not None:
+            writer.add_string(GGUF_MARK, planned.basis)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
-    write_aside(Path(out), write)
+    with replacing(out, planned, overwrite=overwrite, needed=[base]):
+        write_aside(Path(out), write)
     return Path(out)
 
 

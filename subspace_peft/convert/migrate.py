@@ -60,8 +60,12 @@ class Migration:
             "drift_per_module": self.drift,
         }
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the task as a folder that `PeftModel.from_pretrained` loads.
+
+        Args:
+            folder: Made where it does not exist.
+            overwrite: See `write_task`.
 
         Returns:
             The folder.
@@ -70,7 +74,7 @@ class Migration:
             SubspaceError: The new basis lives in memory only, or `folder` is a file.
             OSError: The disk refuses; an earlier folder stays as it was.
         """
-        return write_task(folder, self.config, self.tensors)
+        return write_task(folder, self.config, self.tensors, overwrite=overwrite)
 
 
 def migrate_task(

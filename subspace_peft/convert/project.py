@@ -70,10 +70,14 @@ class Projection:
             "modules": self.energy,
         }
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the projection as a task's folder, which `PeftModel.from_pretrained` loads.
 
         The LoRA's `modules_to_save` are written as well.
+
+        Args:
+            folder: Made where it does not exist.
+            overwrite: See `write_task`.
 
         Returns:
             The folder.
@@ -84,7 +88,9 @@ class Projection:
             OSError: The disk refuses; an earlier folder stays as it was.
         """
         task = self.as_task()
-        return write_task(folder, task.config, {**core_tensors(task.config, task.cores), **task.extras})
+        return write_task(
+            folder, task.config, {**core_tensors(task.config, task.cores), **task.extras}, overwrite=overwrite
+        )
 
     def as_task(self) -> SavedTask:
         """Return the projection as a task.

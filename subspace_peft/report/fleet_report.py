@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from .._io.atomic import write_text_aside
+from .._io.occupied import REPORT
 from ..base_names import check_said
 from ..basis import SubspaceBasis
+from ..basis.overwriting import Planned, replacing
 from ..builders.fleet import gather
 from ..builders.rebuild import sources_on_record
 from ..errors import SubspaceError
@@ -28,23 +30,26 @@ SAMPLE = 64
 class FleetReport(ReportFacts):
     """The result of `report_basis`; its attributes are those of `ReportFacts`."""
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write ``report.html`` (one file, readable offline), ``report.json`` and the figures' PNGs.
+
+        Args:
+            folder: Made where it does not exist.
+            overwrite: Write into a folder of something else too, or replace the report on another basis.
 
         Returns:
             The page's path.
 
         Raises:
             ImportError: matplotlib is missing; install subspace-peft[report].
+            OccupiedError: something else lies in `folder`, and `overwrite` is off.
             SubspaceError: `folder` is a file.
         """
         folder = Path(folder).expanduser()
-        if folder.is_file():
-            raise SubspaceError(f"{folder} is a file; a report is written into a folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        figures = draw(self, folder)
-        write_text_aside(folder / "report.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        write_text_aside(folder / "report.html", page(self, figures))
+        with replacing(folder, Planned(REPORT, self.basis.get("fingerprint")), overwrite=overwrite):
+            figures = draw(self, folder)
+            write_text_aside(folder / "report.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+            write_text_aside(folder / "report.html", page(self, figures))
         return folder / "report.html"
 
 

@@ -20,7 +20,9 @@ from ..tuner.task_file import weights_of
 from .write import PREFIX, write_task
 
 
-def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | Path, adapter_name: str | None = None, *, overwrite: bool = False
+) -> Path:
     """Write an adapter that was injected into `model`, as by diffusers' `add_adapter`, as a stock PEFT adapter folder.
 
     `load_adapter` reads it, and so do `PeftModel.from_pretrained`, `export_lora` and the command line.
@@ -30,6 +32,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
         folder: The folder to write, made where it does not exist.
         adapter_name: The first active adapter by default; where the model does not know which is active, "default",
             or the first by name.
+        overwrite: See `write_task`.
 
     Returns:
         The folder.
@@ -48,7 +51,7 @@ def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None 
             f" {', '.join(sorted(known)) or '(none)'}. Add it by `model.add_adapter(SubspaceConfig(…), name)` first."
         )
     config.card = noted(config.card, base={**base_facts(model, config), "injected": True})
-    return write_task(folder, config, get_peft_model_state_dict(model, adapter_name=name))
+    return write_task(folder, config, get_peft_model_state_dict(model, adapter_name=name), overwrite=overwrite)
 
 
 def load_adapter(

@@ -16,8 +16,10 @@ from torch import nn
 
 from .._adapted import active_adapter
 from .._io.atomic import write_aside
+from .._io.occupied import BANK
 from .._version import __version__
 from ..basis.module_names import unwrapped_name
+from ..basis.overwriting import Planned, replacing
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
@@ -234,17 +236,19 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
 
     # -- files and adapters -------------------------------------------------------------------------------------------
 
-    def save(self, file: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    def save(self, file: str | Path, dtype: torch.dtype = torch.float32, *, overwrite: bool = False) -> Path:
         """Write all tasks into one safetensors file: ``cores`` (tasks, numbers), and an index in its metadata.
 
         Args:
             file: The file to write.
             dtype: The dtype of the stored cores.
+            overwrite: Replace another file, or a bank with tasks that this one lacks.
 
         Returns:
             The file.
 
         Raises:
+            OccupiedError: `file` is something else, or has tasks that this bank lacks, and `overwrite` is off.
             OSError: The disk refuses; an earlier file stays.
         """
         names = list(self.slots)
@@ -259,7 +263,9 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         }
         rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
         metadata = {"bank": json.dumps(index)}
-        write_aside(Path(file), lambda path: save_file({"cores": rows}, path, metadata=metadata))
+        planned = Planned(BANK, self.config.basis_fingerprint, frozenset(names))
+        with replacing(file, planned, overwrite=overwrite):
+            write_aside(Path(file), lambda path: save_file({"cores": rows}, path, metadata=metadata))
         return Path(file)
 
     def load(self, file: str | Path, *, cores_only: bool = False) -> list[str]:
@@ -323,12 +329,13 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         self.slots[name] = slot
         return slot
 
-    def save_task(self, name: str, folder: str | Path) -> Path:
+    def save_task(self, name: str, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write one task as a stock PEFT adapter folder, with `core` coefficients.
 
         Args:
             name: The task.
             folder: The folder to write, made where it does not exist.
+            overwrite: See `write_task`.
 
         Returns:
             The folder.
@@ -338,7 +345,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             OSError: The disk refuses; the folder stays as it was.
         """
         task = self.as_task(name)
-        return write_task(folder, task.config, core_tensors(task.config, task.cores))
+        return write_task(folder, task.config, core_tensors(task.config, task.cores), overwrite=overwrite)
 
     def load_adapter(self, name: str) -> None:
         """Make one task an adapter of the model, to train it further or to merge it.

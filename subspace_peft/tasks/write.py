@@ -11,8 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from .._io.atomic import write_folder_aside
+from .._io.occupied import TASK
 from .._version import __version__
+from ..basis.dependents import add_dependent
 from ..basis.module_names import unwrapped_name
+from ..basis.overwriting import Planned, replacing
 from ..cards import Place
 from ..errors import SubspaceError
 from ..tuner.card import published
@@ -24,7 +27,12 @@ PREFIX = "base_model.model."  # PEFT's, before the name of every module of the b
 
 
 def write_task(
-    folder: str | Path, config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], *, place: Place | None = None
+    folder: str | Path,
+    config: SubspaceConfig,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    place: Place | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a task as a folder that `PeftModel.from_pretrained` loads, as `PeftModel.save_pretrained` writes it.
 
@@ -39,17 +47,18 @@ def write_task(
         tensors: Key → tensor, coefficients and everything else that the task trained, with or without PEFT's prefix
             ``base_model.model.``; of any device, written with the dtype that they have.
         place: Where the card says to load the task from; the folder by default.
+        overwrite: Replace what else lies there, such as a LoRA or a task on another basis. An earlier state of a task
+            on the same basis is replaced in any case.
 
     Returns:
         The folder.
 
     Raises:
+        OccupiedError: Something else lies in `folder`, and `overwrite` is off.
         SubspaceError: `folder` is a file; or the basis lives in memory only and is not among `tensors`.
         OSError: The disk refuses; the folder stays as it was.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise SubspaceError(f"{folder} is a file; a task is saved into a folder.")
     _check_basis(config, tensors)
 
     def write(scratch: Path) -> None:
@@ -57,8 +66,19 @@ def write_task(
             shutil.copyfile(folder / README_FILE, scratch / README_FILE)
         fill_folder(scratch, config, tensors, place or Place.of_folder(folder))
 
-    write_folder_aside(folder, write)
+    own = any(BASIS_KEY.match(key) for key in tensors)
+    needed = [] if own or config.basis_revision else [config.to_dict()["basis"]]
+    with replacing(folder, planned_task(config), overwrite=overwrite, needed=needed):
+        write_folder_aside(folder, write)
+    if needed:
+        add_dependent(config.basis_fingerprint, folder)
     return folder
+
+
+def planned_task(config: SubspaceConfig) -> Planned:
+    """Return what `write_task` is about to write, for `check_target`."""
+    basis = config.basis
+    return Planned(TASK, config.basis_fingerprint or getattr(basis, "fingerprint", None))
 
 
 def fill_folder(

@@ -17,6 +17,7 @@ from .._version import __version__
 from ..base_names import out_of_cache
 from ..basis import BasisReference, SubspaceBasis, resolve_reference
 from ..basis.basis import note_location
+from ..basis.dependents import add_dependent
 from ..basis.module_names import unwrapped_in
 from ..basis.resolve import require_same
 from ..errors import BadFileError, BasisNotFoundError, NoConfigurationError, SubspaceError
@@ -345,6 +346,7 @@ class SubspaceConfig(PeftConfig):
             self.subspace_version, self.basis_modules = before, own
         if self.basis_fingerprint is not None:
             write_section(folder, {**written, "subspace_version": before})
+        self._note(folder, self.basis_modules)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -413,6 +415,7 @@ class SubspaceConfig(PeftConfig):
             config.check_base_model = check
         folder, weights = locate_task(pretrained_model_name_or_path, subfolder, kwargs)
         config.loaded_from = LoadedFrom(folder, kwargs.get("token"))
+        config._note(Path(pretrained_model_name_or_path, subfolder or ""), config.basis_modules)
         config.card = unmeasured(config.card)
         if basis is not None:
             config = config.on_basis(basis)
@@ -420,6 +423,12 @@ class SubspaceConfig(PeftConfig):
             modules = check_task(weights, config.sizes, config.basis_reference, config.basis_modules, config.resolve)
             config.loaded_from = replace(config.loaded_from, modules=modules)
         return config
+
+    def _note(self, folder: Path, carried: Any) -> None:
+        """Note that the task in `folder`, of this machine, needs its basis, unless it carries it or a Hub has it."""
+        scratch = folder.name.startswith(".") and folder.name.endswith(".partial")
+        if carried is None and self.basis_revision is None and not scratch and (folder / WEIGHTS_FILE).is_file():
+            add_dependent(self.basis_fingerprint, folder)
 
     def on_basis(self, basis: SubspaceBasis | str | Path) -> SubspaceConfig:
         """Return a copy that takes its basis from `basis`, and from nowhere else.

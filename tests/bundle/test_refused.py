@@ -95,7 +95,7 @@ def test_files_that_are_no_bundles(how, bundle, folders, bases, tmp_path):
     data = file.read_bytes()
     header = 8 + int.from_bytes(data[:8], "little")
     if how == "a bank":
-        TaskBank(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location))).save(file)
+        TaskBank(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location))).save(file, overwrite=True)
     else:
         given = {
             "length": (10**12).to_bytes(8, "little") + data[8:],
