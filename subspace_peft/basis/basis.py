@@ -62,6 +62,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     ) -> None:
         if not modules:
             raise SubspaceError("A basis needs at least one module.")
+        self._other_names: Mapping[str, str] = {}
         self._modules = modules if isinstance(modules, ModuleStore) else MemoryModules(modules)
         self.info: dict[str, Any] = dict(info or {})
         if self.precision is None:
@@ -145,22 +146,32 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         """Return ``k=16``, or ``k=8…16`` where modules or sides differ."""
         return describe_k(self.shapes())
 
-    def find(self, module_name: str, part: str | None = None) -> str | None:
+    def find(self, module_name: str, part: str | None = None, *, converted: bool = True) -> str | None:
         """Return the basis's name for a model's module: the same, or one that differs by leading parts; else None.
 
         A task head adds a prefix to its backbone's module names: ``encoder.layer.0.query`` and
         ``bert.encoder.layer.0.query`` are the same weight. Wrappers' names, such as ``_orig_mod``, count for nothing.
+        Where there is none, names from before and after transformers renamed a module are the same, too.
 
         Args:
             module_name: the module's.
             part: of a pipeline's basis the part that the model is, such as ``text_encoder_2``; None: any.
+            converted: whether transformers' conversion tables are asked, those of all models.
 
         Raises:
             BasisMismatchError: several of the basis's modules match.
         """
         if self._names is None:
             self._names = ModuleNames(self._modules)
-        return self._names.find(module_name, part)
+        found = self._names.find(module_name, part) or self._other_names.get(module_name)
+        return self._names.converted(module_name) if found is None and converted else found
+
+    def named(self, names: Mapping[str, str]) -> SubspaceBasis:
+        """Return this basis, which also finds its modules by further names: name → the basis's own."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._other_names = {name: own for name, own in names.items() if own in self._modules}
+        return other
 
     # -- algebra ----------------------------------------------------------------------------------------------------
 

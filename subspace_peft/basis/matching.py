@@ -8,6 +8,7 @@ from ..errors import BasisMismatchError
 from .module_names import plain_name
 from .module_store import same_module
 from .pipeline_parts import parts_in
+from .renames import same_by_any_table
 
 
 class ModuleNames:
@@ -35,6 +36,17 @@ class ModuleNames:
         inside = "" if part is None else f"{part}."
         known = {name[len(inside) :]: name for name in self.plain if name.startswith(inside)}
         hits = [key for name in same_module(plain_name(module_name), known) for key in self.plain[known[name]]]
+        return self._only(module_name, hits)
+
+    def converted(self, module_name: str) -> str | None:
+        """Return the name that transformers' conversion tables make of `module_name`, or make it of; or None.
+
+        Raises:
+            BasisMismatchError: several match.
+        """
+        return self._only(module_name, same_by_any_table(plain_name(module_name), self.names))
+
+    def _only(self, module_name: str, hits: list[str]) -> str | None:
         if len(hits) < 2:
             return hits[0] if hits else None
         parts = parts_in(hits)

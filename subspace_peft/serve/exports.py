@@ -139,8 +139,10 @@ class TaskExports:
             basis=basis,
             target_modules=list(index["modules"]),
             weight_shapes=index.get("weight_shapes"),
+            basis_names=index.get("basis_names"),
             base_model_name_or_path=index.get("base_model_name_or_path") or basis.base_model,
         )
+        basis = basis.named(config.basis_names or {})
         names = {module: basis.find(module) for module in cores}
         shapes = basis.shapes()
         for module, core in cores.items():

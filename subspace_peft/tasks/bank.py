@@ -23,6 +23,7 @@ from ..basis.overwriting import Planned, replacing
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
+from ..tuner.module_names import as_named_in
 from ..tuner.renaming import named_as, without_wrappers
 from ..tuner.row_batch import BASE, Group, TaskNames, batch_key, task_names_passed
 from .bank_file import FORMAT_VERSION, read_index
@@ -114,7 +115,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         if name == BASE:
             raise SubspaceError(f"{BASE!r} means the base model; give the task another name.")
         cores = task if isinstance(task, Mapping) else self._read(name, task, hub)
-        cores = named_as(self.layers, cores)
+        cores = named_as(self.layers, as_named_in(self.model, cores))
         self._fits(name, cores)
         row = torch.cat([cores[module].to(self.rows).T.reshape(-1) for module in self.layers])
         if not torch.isfinite(row).all():
@@ -259,6 +260,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             "basis_fingerprint": self.config.basis_fingerprint,
             "modules": {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()},
             "weight_shapes": self.config.weight_shapes,
+            **({"basis_names": self.config.basis_names} if self.config.basis_names else {}),
             "base_model_name_or_path": self.config.base_model_name_or_path,
         }
         rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
@@ -287,10 +289,11 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         """
         index = read_index(Path(file))
         names, apart = list(index["tasks"]), list(index.get("apart", []))
-        modules = named_as(self.layers, index["modules"])
+        modules = named_as(self.layers, as_named_in(self.model, index["modules"]))
         own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
         for name in apart:
-            modules_of = named_as(self.layers, index["entries"][name].get("modules", modules))
+            modules_of = as_named_in(self.model, index["entries"][name].get("modules", modules))
+            modules_of = named_as(self.layers, modules_of)
             if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
                 raise BasisMismatchError(
                     f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with"

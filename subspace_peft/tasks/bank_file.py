@@ -24,7 +24,8 @@ def read_index(file: Path) -> dict[str, Any]:
 
     Returns:
         ``tasks``, names in the order of their rows; ``basis_fingerprint``; ``modules``, module → [k_out, k_in], in the
-        order in which a row has them; maybe ``weight_shapes`` and ``base_model_name_or_path``, as in a task's config.
+        order in which a row has them; maybe ``weight_shapes``, ``basis_names`` and ``base_model_name_or_path``, as in
+        a task's config.
 
     Raises:
         BadFileError: The file is damaged, is not a bank's, or has another format version.
@@ -84,7 +85,7 @@ def _problem(index: dict[str, Any], shape: list[int], dtype: str) -> str | None:
         if not (is_name(module) and isinstance(size, list) and len(size) == 2 and all(map(is_whole, size))):
             return f"module {module[:80]!r} has no sizes"
     width = sum(k_out * k_in for k_out, k_in in modules.values())
-    for key in ("weight_shapes", "base_model_name_or_path"):
+    for key in ("weight_shapes", "basis_names", "base_model_name_or_path"):
         if wanted := CHECKS[key](index.get(key)):
             return f"its {key}: {wanted}"
     if shape != [len(names), width]:

@@ -16,6 +16,7 @@ from ..basis.module_names import plain_name
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
+from ..tuner.module_names import rename_keys, rename_saved
 from ..tuner.task_file import BASIS_KEY, weights_of
 
 # the fields of the configuration that two tasks share where one can take the other's place
@@ -61,6 +62,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
         # a basis that the task carries is the one that is loaded: both have its fingerprint
         if not BASIS_KEY.match(key):
             found[_plain(key)] = value
+    found = rename_keys(inner, found)
     absent, extra = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
     if absent or extra:
         what = f"lacks {absent[0]}" if absent else f"also has {extra[0]}"
@@ -77,6 +79,8 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     with torch.no_grad():
         for key, value in found.items():
             targets[key].copy_(value)
+    rename_saved(new, inner)
+    new.basis_names = old.basis_names
     configs[adapter] = new  # type: ignore[index]
 
 

@@ -29,9 +29,11 @@ from .task_file import PICKLED_FILE, WEIGHTS_FILE, check_task, locate_task
 from .task_sizes import TaskSizes
 
 GENERATED = ("random", "base-weights")
-NAMED = ("target_modules", "basis_modules", "weight_shapes")  # fields with names of modules
+NAMED = ("target_modules", "basis_modules", "basis_names", "weight_shapes")  # fields with names of modules
 # true of one process only, like PEFT's own `runtime_config`
-NOT_SAVED = ("loaded_from", "taken_basis")
+NOT_SAVED = ("loaded_from", "taken_basis", "filled_targets")
+# saved only where they say something: earlier versions do not know them
+SAVED_IF_SET = ("strict", "basis_names")
 
 
 @dataclass
@@ -61,6 +63,25 @@ class SubspaceConfig(PeftConfig):
     )
     basis_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 that the basis must have. Filled in when the adapter is made."}
+    )
+    basis_names: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Module of the model → its name in the basis, of modules that transformers has renamed since the basis"
+                " was built. Filled in when the adapter is made."
+            )
+        },
+    )
+    strict: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Refuse a model that does not have all of the basis's modules, instead of adapting those that it has"
+                " with a warning. Modules that target_modules, exclude_modules or layers_to_transform leave out are"
+                " not asked for."
+            )
+        },
     )
     save_basis: bool | None = field(
         default=None,
@@ -214,10 +235,23 @@ class SubspaceConfig(PeftConfig):
         },
     )
 
+    filled_targets: Any = field(
+        default=None,
+        init=False,
+        repr=False,
+        compare=False,
+        metadata={
+            "help": (
+                "What `target_modules` was filled in with when the adapter was made, where it was left out: it is then"
+                " filled in again for another model. Not saved."
+            )
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SUBSPACE
-        self.taken_basis = None
+        self.taken_basis = self.filled_targets = None
         check_values(vars(self))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -264,6 +298,11 @@ class SubspaceConfig(PeftConfig):
         basis = self.basis.location if isinstance(self.basis, SubspaceBasis) else self.basis
         return None if basis is None else str(basis)
 
+    @property
+    def fills_targets(self) -> bool:
+        """Whether the targets are left to be filled in, or were filled in and not changed since."""
+        return self.target_modules is None or self.target_modules == self.filled_targets
+
     # what PEFT's `hotswap_adapter` reads of every configuration, whatever the method, to compute each layer's scale
     use_rslora = False
 
@@ -292,6 +331,10 @@ class SubspaceConfig(PeftConfig):
             BasisNotFoundError: none is given, or it is nowhere.
             BasisMismatchError: the one found has another fingerprint; names both.
         """
+        basis = self._found()
+        return basis if basis is None or not self.basis_names else basis.named(self.basis_names)
+
+    def _found(self) -> SubspaceBasis | None:
         if isinstance(self.basis, SubspaceBasis):
             require_same(self.basis, self.basis_fingerprint, "This task")
             note_location(self.basis)
@@ -320,7 +363,9 @@ class SubspaceConfig(PeftConfig):
         for name in NAMED:
             values[name] = unwrapped_in(values[name])
         return {
-            key: sorted(value) if isinstance(value, set) else copy.deepcopy(value) for key, value in values.items()
+            key: sorted(value) if isinstance(value, set) else copy.deepcopy(value)
+            for key, value in values.items()
+            if value or key not in SAVED_IF_SET
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -190,6 +190,10 @@ def _carried(value: Any) -> str | None:
     return None
 
 
+def _names_by_name(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(is_name(name) and is_name(own) for name, own in value.items())
+
+
 _text = _be(is_name, "give text")
 _maybe_text = _none_or(_text)
 _maybe_path = _none_or(
@@ -222,6 +226,8 @@ CHECKS: dict[str, Check] = {
     "trainable_token_indices": _none_or(_be(_tokens, "give token numbers, or a dict, module → token numbers")),
     "layers_to_transform": _none_or(_be(_layers, "give layer numbers")),
     "layers_pattern": _none_or(_patterns),
+    "basis_names": _none_or(_be(_names_by_name, "give a dict, module → its name in the basis")),
+    "strict": _flag,
     "save_basis": _none_or(_flag),
     "fan_in_fan_out": _flag,
     "init_weights": _flag,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -21,18 +21,26 @@ from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
 from .base_check import check_base_name, probe, probed_modules, same_weights
 from .config import SubspaceConfig
+from .coverage import Unadapted, check_coverage, in_words, unadapted
 from .generated import made_basis
+from .given_names import check_given_names, check_rank_pattern
 from .load_tracker import LoadTracker
+from .module_names import names_in_basis, other_names, rename_saved
 from .plan import InjectionPlan, carried_entry
 from .renaming import follow_model
-from .targets import is_conv1d, outer_modules, sizes, supported, weight_shape
+from .targets import is_conv1d, is_never_called, kind_of, outer_modules, sizes, supported, weight_shape
 
 Layers = Mapping[str, nn.Module]
 Shapes = Mapping[str, Mapping[str, int]]
 
 
 def make_plan(
-    model: nn.Module, config: SubspaceConfig, targets: Sequence[str], basis: SubspaceBasis | None = None
+    model: nn.Module,
+    config: SubspaceConfig,
+    targets: Sequence[str],
+    basis: SubspaceBasis | None = None,
+    *,
+    narrowed: bool = False,
 ) -> InjectionPlan:
     """Check that an adapter can be injected into the modules named `targets`, and say how.
 
@@ -41,16 +49,22 @@ def make_plan(
         config: the adapter's configuration, which stays as it is.
         targets: names of modules, in the model's order.
         basis: the configuration's, where it is resolved already.
+        narrowed: whether a state dict says which modules are adapted, instead of the configuration.
 
     Raises:
         SubspaceError: a target of an unsupported kind; coefficients or a start that the basis cannot serve.
         BasisNotFoundError: see `SubspaceConfig.resolve`.
         BasisMismatchError: targets absent from the basis, clashing shapes, a wrong base model; lists them.
     """
-    layers = _target_layers(model, targets)
+    layers = _target_layers(model, targets, config.loaded)
     basis = _resolve(config, layers) if basis is None else basis
-    names, shapes = _match(config, basis, targets)
-    probed = _check(model, config, layers, basis, names, shapes)
+    names, shapes = _match(model, config, basis, targets)
+    probed = _check(model, config, layers, basis, names, shapes, narrowed)
+    if not config.loaded:
+        check_rank_pattern(config, targets)
+        if basis is not None and not config.generated and not narrowed:
+            asked = None if config.fills_targets else config.target_modules
+            check_coverage(model, config, basis, set(names.values()), asked)
     carried = _carry(config, basis, names)
     filled_in: dict[str, Any] = {
         "fan_in_fan_out": any(map(is_conv1d, layers.values())),
@@ -60,6 +74,9 @@ def make_plan(
         "basis_modules": config.basis_modules if config.loaded and basis is not None and basis.location else carried,
     }
     if basis is not None:
+        if other := other_names(basis, names):
+            basis = basis.named(other)
+        filled_in["basis_names"] = other
         filled_in["basis_fingerprint"] = basis.fingerprint
         if basis.revision is not None:
             filled_in["basis_revision"] = basis.revision
@@ -84,9 +101,17 @@ def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBas
     Raises:
         BasisNotFoundError: see `SubspaceConfig.resolve`.
         BasisMismatchError: see `modules_of_basis`.
-        SubspaceError: see `modules_of_basis`.
+        SubspaceError: see `modules_of_basis` and `check_given_names`.
     """
-    follow_model(config, model)
+    if config.loaded:
+        rename_saved(config, model)
+        follow_model(config, model)
+    else:
+        if config.fills_targets:
+            # filled in for another model, or for this one earlier
+            config.target_modules = None
+        check_given_names(model, config)
+    config.filled_targets = None
     if config.target_modules is not None:
         return None
     basis = config.resolve()
@@ -94,6 +119,8 @@ def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBas
         config.target_modules = modules_of_basis(model, basis, config)
     elif config.basis_modules is not None:
         config.target_modules = set(config.basis_modules)
+    if not config.loaded:
+        config.filled_targets = config.target_modules
     return basis
 
 
@@ -104,7 +131,8 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
         BasisMismatchError: none.
         SubspaceError: none in those layers.
     """
-    found = {name for name, module in outer_modules(model) if supported(module) and basis.find(name)}
+    candidates = [name for name, module in outer_modules(model) if supported(module)]
+    found = {name for name, key in names_in_basis(model, basis, candidates).items() if key is not None}
     if found and config.layers_to_transform is not None:
         inside = {name for name in found if _in_layers(config, name)}
         if not inside:
@@ -115,9 +143,12 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
             )
         return inside
     if not found:
+        there = unadapted(model, config, basis, (), None).unsupported
+        why = f": {in_words(Unadapted(unsupported=there))}" if there else ""
         raise BasisMismatchError(
-            f"None of the basis's {len(basis)} modules ({names_of(basis, 3)}) is in {type(model).__name__}. The basis "
-            f"was built for {basis.base_model or 'another base model'}: load that one, or build a basis for this."
+            f"None of the basis's {len(basis)} modules ({names_of(basis, 3)}) {'can be adapted' if there else 'is'} in"
+            f" {type(model).__name__}{why}. The basis was built for {basis.base_model or 'another base model'}: load"
+            " that one, or build a basis for this."
         )
     return found
 
@@ -132,7 +163,7 @@ def _in_layers(config: SubspaceConfig, name: str) -> bool:
     return bool(check_target_module_exists(ending, name))
 
 
-def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+def _target_layers(model: nn.Module, targets: Sequence[str], loaded: bool) -> dict[str, nn.Module]:
     """Return the layers of the targets. Raise `SubspaceError` where one, or the whole model, cannot be adapted."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         raise SubspaceError(
@@ -141,7 +172,13 @@ def _target_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Mod
         )
     modules = dict(outer_modules(model))
     for name in targets:
-        if not supported(modules[name]):
+        # an earlier version's task may have one, which did nothing
+        if is_never_called(modules[name]) and not loaded:
+            raise SubspaceError(
+                f"Target module {name!r} is the out_proj of a MultiheadAttention, which takes its weight and never"
+                " calls it: an adapter there would have no effect. Leave it out with exclude_modules."
+            )
+        if kind_of(modules[name]) is None:
             raise SubspaceError(
                 f"Target module {name!r} is a {type(modules[name]).__name__}; supported are nn.Linear and quantised"
                 " kinds of it, transformers' Conv1D, nn.Conv2d without groups, and nn.Embedding. Narrow"
@@ -164,7 +201,7 @@ def _resolve(config: SubspaceConfig, layers: Layers) -> SubspaceBasis | None:
 
 
 def _match(
-    config: SubspaceConfig, basis: SubspaceBasis | None, targets: Sequence[str]
+    model: nn.Module, config: SubspaceConfig, basis: SubspaceBasis | None, targets: Sequence[str]
 ) -> tuple[dict[str, str], Shapes]:
     """Return target → module of the basis, and module of the basis → shape."""
     if basis is None:
@@ -172,7 +209,7 @@ def _match(
         matches = {name: name if name in shapes else None for name in targets}
     else:
         shapes = basis.shapes()
-        matches = {name: basis.find(name) for name in targets}
+        matches = names_in_basis(model, basis, targets)
     absent = [name for name, key in matches.items() if key is None]
     if absent:
         raise BasisMismatchError(
@@ -201,12 +238,13 @@ def _check(
     basis: SubspaceBasis | None,
     names: Mapping[str, str],
     shapes: Shapes,
+    narrowed: bool,
 ) -> list[float] | None:
     """Raise where the basis, the task and the model do not belong together; return the probe of the base weights."""
     if basis is not None and config.check_base_model:
         check_base_name(model, basis.info)
     _check_shapes(layers, basis, names, shapes)
-    _check_file(model, config, layers)
+    _check_file(model, config, layers, basis, narrowed)
     _check_coefficients(config, basis, names, shapes)
     if basis is None:
         return None
@@ -235,9 +273,14 @@ def _check_shapes(layers: Layers, basis: SubspaceBasis | None, names: Mapping[st
         )
 
 
-def _check_file(model: nn.Module, config: SubspaceConfig, layers: Layers) -> None:
+def _check_file(
+    model: nn.Module, config: SubspaceConfig, layers: Layers, basis: SubspaceBasis | None, narrowed: bool
+) -> None:
     """Hold the targets against the modules that the task's file has coefficients for."""
-    if not config.loaded or config.loaded_from is None or config.loaded_from.modules is None:
+    if not config.loaded or narrowed:
+        return
+    if config.loaded_from is None or config.loaded_from.modules is None:
+        _check_listed(model, config, basis)
         return
     saved, targets = set(config.loaded_from.modules), set(layers)
     if saved == targets:
@@ -248,6 +291,27 @@ def _check_file(model: nn.Module, config: SubspaceConfig, layers: Layers) -> Non
         f"The saved task adapts {len(saved)} modules, but this {type(model).__name__} {what}. Load the base model that"
         f" it was trained on ({config.base_model_name_or_path})."
     )
+
+
+def _check_listed(model: nn.Module, config: SubspaceConfig, basis: SubspaceBasis | None) -> None:
+    """Hold the model against a saved task's list of modules, where a loader has not let its file be checked."""
+    known: Collection[str] = basis if basis is not None else config.basis_modules or {}
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    there = {name for name, _ in outer_modules(model)}
+    ends = tuple(there)
+    absent = [
+        name
+        for name in config.target_modules
+        # an entry that is no module of the basis had no effect when the task was trained
+        if name not in there and name in known and not any(each.endswith(f".{name}") for each in ends)
+    ]
+    if absent:
+        raise BasisMismatchError(
+            f"The saved task adapts {len(config.target_modules)} modules, but this {type(model).__name__} has no"
+            f" module {names_of(absent, 3)}. Load the base model that it was trained on"
+            f" ({config.base_model_name_or_path})."
+        )
 
 
 def _check_coefficients(

@@ -21,6 +21,7 @@ from .injection import fill_target_modules, make_plan
 from .layer import SubspaceLayer
 from .layer_kinds import make_layer
 from .merging import add_weighted
+from .module_names import rename_keys
 from .peft_type import PREFIX
 from .plan import InjectionPlan
 from .renaming import under_model_names
@@ -72,7 +73,7 @@ class SubspaceModel(BaseTuner):
         keep_unpacked(model)
         targets = target_names(model, peft_config, self._only)
         if targets:
-            self._plan = make_plan(model, peft_config, targets, self._basis)
+            self._plan = make_plan(model, peft_config, targets, self._basis, narrowed=self._only is not None)
             fill_in(peft_config, self._plan)
 
     def _create_and_replace(
@@ -104,7 +105,7 @@ class SubspaceModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SubspaceConfig, adapter_name: str, state_dict: dict[str, Any]
     ) -> Any:
-        state = under_model_names(model, config, adapter_name, state_dict)
+        state = under_model_names(model, config, adapter_name, rename_keys(model, state_dict))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -185,6 +186,9 @@ def put_in(
         parent: the module that holds it.
         key: its full name in the base model.
     """
+    if plan.config.filled_targets is not None:
+        # PEFT shortens long lists
+        plan.config.filled_targets = plan.config.target_modules
     inference_mode = plan.config.inference_mode
     if isinstance(target, SubspaceLayer):
         target.update_layer(adapter_name, plan, key, inference_mode=inference_mode)

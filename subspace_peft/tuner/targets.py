@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 
@@ -54,7 +55,15 @@ def kind_of(module: nn.Module) -> str | None:
 
 def supported(module: nn.Module) -> bool:
     """Tell whether a layer can be adapted."""
-    return kind_of(module) is not None
+    return kind_of(module) is not None and not is_never_called(module)
+
+
+def is_never_called(module: nn.Module) -> bool:
+    """Tell whether a layer is the ``out_proj`` of torch's `MultiheadAttention`.
+
+    That takes the layer's weight without calling it, so an adapter around it would have no effect.
+    """
+    return isinstance(base_of(module), NonDynamicallyQuantizableLinear)
 
 
 def is_conv1d(module: nn.Module) -> bool:
