@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._io.text import read_text
 from ..errors import SourceError, SubspaceError
 from ..hub import looks_like_path, split_inside
 from .options import CONTROLS, WEIGHTS, BuildOptions
@@ -164,7 +165,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError("it is larger than any config")
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
         given = json.loads(text, object_pairs_hook=_unique) if file.suffix == ".json" else _read_yaml(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SubspaceError(

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..base_names import common_name, names_record
 from ..errors import SourceError
+from ..sources.guesses import warn_of_guesses
 from ..sources.references import expand
 from ..sources.source import Source
 from .distributed import ALONE, ProcessGroup
@@ -120,6 +121,8 @@ def gather(
         leave_out([(number, why) for number, source in opened.items() if (why := judge(source)) is not None])
     sources = list(opened.values())
     _raise_bad(bad, count, empty=not sources, skip_bad=skip_bad)
+    if processes.main:
+        warn_of_guesses(sources)
     unify_names(sources, taken)
     modules = list(dict.fromkeys(module for source in sources for module in source.keys))
     return Fleet(sources, modules, seed_groups(sources, modules), bad)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..base_names import shown_name
 from ..errors import SourceError
+from ..sources.lora import DEFAULT_ALPHA
 from ..sources.open import open_source
 from ..sources.source import IN_MEMORY, Source
 
@@ -81,16 +82,24 @@ def reference_of(location: str, revision: str | None) -> str:
 
 def _facts(source: Source) -> dict[str, Any]:
     """Return where a source's scale comes from, its dtypes and method, and which of its tensors no basis holds."""
-    kind = source.method
-    if kind != "LORA":
+    if source.converted is not None:
         scale = "folded in by convert_to_lora"
     elif source.scales:
         values = sorted({float(f"{value:.6g}") for value in source.scales.values()})
         scale = (
-            "alpha / rank of its file:"
-            f" {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
+            f"{source.scale_from}: {', '.join(f'{value:g}' for value in values[:4])}{' …' if len(values) > 4 else ''}"
+            + ("; 1 where it has no alpha" if source.scale_is_guessed else "")
         )
+    elif source.config:
+        absent = (
+            "" if "lora_alpha" in source.config else f", which has no lora_alpha: PEFT's default of {DEFAULT_ALPHA}"
+        )
+        scale = f"from its config{absent}"
     else:
-        scale = "from its config" if source.config else "1: it came without its alpha"
-    converted = {} if kind == "LORA" else {"converted_from": kind, "energy_lost_in_conversion": source.lost}
-    return {"scale": scale, "dtypes": sorted(source.dtypes), "left_out_tensors": list(source.other_keys), **converted}
+        scale = "1: it came without its alpha"
+    return {
+        "scale": scale,
+        "dtypes": sorted(source.dtypes),
+        "left_out_tensors": list(source.other_keys),
+        **source.conversion,
+    }

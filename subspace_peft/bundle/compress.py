@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from .._io.occupied import BUNDLE
@@ -56,6 +57,9 @@ class CompressedAdapter:
         bytes_before: Bytes of its file, or of its tensors if it is in memory.
         bytes_after: Bytes in the bundle, its part of the index aside.
         refused: The reason why it is not in the bundle, or None.
+        converted_from: What it was converted from to a LoRA, or None.
+        lost_in_conversion: Share of its own update's energy that the conversion lost; the other shares are of what it
+            left.
     """
 
     name: str
@@ -67,6 +71,8 @@ class CompressedAdapter:
     bytes_before: int = 0
     bytes_after: int = 0
     refused: str | None = None
+    converted_from: str | None = None
+    lost_in_conversion: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,8 @@ def compress_fleet(
     overwrite: bool = False,
     token: str | bool | None = None,
     progress: bool = True,
+    allow_bin: bool = False,
+    base_model: nn.Module | None = None,
 ) -> CompressionReport:
     """Project existing LoRAs on a basis and pack them into one bundle.
 
@@ -154,6 +162,8 @@ def compress_fleet(
         overwrite: See `bundle_tasks`.
         token: As in huggingface_hub.
         progress: Show a bar where it takes longer than two seconds.
+        allow_bin: Take pickled weights too, read with ``weights_only=True``.
+        base_model: As in `project_lora`: the model on which adapters that are no LoRA are converted.
 
     Returns:
         The energy kept per adapter and module, and the bytes before and after.
@@ -180,8 +190,9 @@ def compress_fleet(
     # which names the tasks get is known once they are read
     soon = Planned(BUNDLE, basis.fingerprint)
     check_target(out, soon, overwrite=overwrite, inputs=given, needed=[basis.location])
+    how = {"token": token, "allow_bin": allow_bin, "base_model": base_model}
     for lora in tqdm(given, desc="compressing", unit="adapter", delay=2, disable=not progress):
-        what, task = _one(lora, basis, min_energy, residual, check_base_model, dtype, token, base_model_name)
+        what, task = _one(lora, basis, min_energy, residual, check_base_model, dtype, how, base_model_name)
         if task is not None and what.name in packed:
             other = packed[what.name].entry["source"]["location"]
             what, task = replace(what, refused=f"{other} is called {what.name!r} as well: rename its folder"), None
@@ -208,15 +219,22 @@ def _one(
     most: int,
     check_base_model: bool,
     dtype: torch.dtype,
-    token: str | bool | None,
+    how: Mapping[str, Any],
     base_model_name: str | None,
 ) -> tuple[CompressedAdapter, Packed | None]:
     named = str(lora) if isinstance(lora, (str, Path)) else "in memory"
     try:
-        source = open_source(lora, token=token)
+        source = open_source(lora, **how)
         before = _bytes(source)
         projection = project_lora(source, basis, check_base_model=check_base_model, base_model_name=base_model_name)
-        what = CompressedAdapter(source.name, named, verdict=projection.verdict, bytes_before=before)
+        what = CompressedAdapter(
+            source.name,
+            named,
+            verdict=projection.verdict,
+            bytes_before=before,
+            converted_from=source.converted,
+            lost_in_conversion=source.lost,
+        )
         residuals: dict[str, Residual] = {}
         rank, (total, modules) = 0, shares(projection, {}, 0)
         if most and not enough(total, min_energy):

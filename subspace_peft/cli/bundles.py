@@ -7,9 +7,20 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from .._io.text import read_text
 from ..builders.option_checks import number
 from ..errors import SubspaceError
-from .common import Add, add_base_model_name, add_force, add_json, add_quiet, print_json
+from .common import (
+    Add,
+    add_base_model_name,
+    add_force,
+    add_json,
+    add_quiet,
+    add_reading,
+    base_model,
+    print_json,
+    said_of_conversion,
+)
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
@@ -90,6 +101,7 @@ def add_compress(add: Add) -> None:
     add_base_model_name(verb)
     verb.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored numbers")
     add_force(verb)
+    add_reading(verb)
     add_json(verb)
     add_quiet(verb)
     verb.set_defaults(run=compress)
@@ -174,6 +186,8 @@ def compress(args: Namespace) -> int:
         dtype=getattr(torch, args.dtype),
         overwrite=args.force,
         progress=not args.quiet,
+        allow_bin=args.allow_bin,
+        base_model=base_model(args.base_model),
     )
     if args.json:
         return print_json(report.to_dict())
@@ -183,9 +197,10 @@ def compress(args: Namespace) -> int:
             continue
         rank = f" in a residual of rank {each.residual_rank}" if each.residual_rank else ""
         alone = ", the projection alone" if each.residual_rank else ""
+        how = said_of_conversion(each.converted_from, each.lost_in_conversion)
         print(
             f"{each.name}: kept {each.total.kept:.4f}, residual {each.total.residual:.4f}{rank}, lost"
-            f" {each.total.lost:.4f} ({each.verdict}{alone})"
+            f" {each.total.lost:.4f} ({each.verdict}{alone}){how}"
         )
         for module, share in each.modules.items():
             print(f"  {share.kept:.4f}  {share.residual:.4f}  {share.lost:.4f}  {module}")
@@ -242,7 +257,7 @@ def _facts(file: str | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        given = json.loads(read_text(Path(file)))
         return {
             key: {name: facts[key] for name, facts in given.items() if key in facts} for key in ("metrics", "id2label")
         }

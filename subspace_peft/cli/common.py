@@ -13,7 +13,7 @@ from ..errors import SubspaceError
 
 Add = Callable[..., ArgumentParser]  # argparse's `add_parser`
 
-BASE_MODEL_HELP = "model id or folder, to convert adapters that are no LoRA"
+BASE_MODEL_HELP = "model id or folder, to convert DoRAs and adapters that are no LoRA"
 ALLOW_BIN_HELP = "read pickled adapter_model.bin too, weights_only"
 
 
@@ -23,6 +23,12 @@ BASE_MODEL_NAME_HELP = "the one base model that all adapters are of, whatever na
 def add_base_model_name(verb: ArgumentParser) -> None:
     """Add the flag that says of which base model adapters are."""
     verb.add_argument("--base-model-name", metavar="NAME", help=BASE_MODEL_NAME_HELP)
+
+
+def add_reading(verb: ArgumentParser) -> None:
+    """Add the flags of what may be read as a LoRA beside one."""
+    verb.add_argument("--base-model", metavar="MODEL", help=BASE_MODEL_HELP)
+    verb.add_argument("--allow-bin", action="store_true", help=ALLOW_BIN_HELP)
 
 
 def add_json(verb: ArgumentParser) -> None:
@@ -55,6 +61,11 @@ def base_model(name: str | None) -> Any:
     except ValueError as error:  # what is no model at all, unlike a place where nothing is, which is an OSError
         said = " ".join(str(error).split())
         raise SubspaceError(f"--base-model {name}: no model can be loaded from it ({said}).") from error
+
+
+def said_of_conversion(kind: str | None, lost: float) -> str:
+    """Return what a line says of an adapter's conversion to a LoRA; nothing where it was one."""
+    return "" if kind is None else f"; converted from {kind}, which lost {lost:.2e} of its energy"
 
 
 def unfinished(out: str | Path) -> Path | None:

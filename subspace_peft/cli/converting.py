@@ -5,7 +5,17 @@ from __future__ import annotations
 from argparse import BooleanOptionalAction, Namespace
 
 from ..builders.option_checks import number
-from .common import Add, add_base_model_name, add_force, add_json, add_quiet, print_json
+from .common import (
+    Add,
+    add_base_model_name,
+    add_force,
+    add_json,
+    add_quiet,
+    add_reading,
+    base_model,
+    print_json,
+    said_of_conversion,
+)
 
 
 def add_project(add: Add) -> None:
@@ -21,6 +31,7 @@ def add_project(add: Add) -> None:
     add_force(verb)
     verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
     add_base_model_name(verb)
+    add_reading(verb)
     add_json(verb)
     add_quiet(verb)
     verb.set_defaults(run=project)
@@ -61,7 +72,12 @@ def project(args: Namespace) -> int:
         planned = Planned(TASK, basis.fingerprint)
         check_target(args.out, planned, overwrite=args.force, inputs=[args.lora], needed=[args.basis])
     projection = project_lora(
-        args.lora, basis, check_base_model=not args.no_base_check, base_model_name=args.base_model_name
+        args.lora,
+        basis,
+        check_base_model=not args.no_base_check,
+        base_model_name=args.base_model_name,
+        allow_bin=args.allow_bin,
+        base_model=base_model(args.base_model),
     )
     facts = projection.to_dict()
     if args.out:
@@ -73,6 +89,7 @@ def project(args: Namespace) -> int:
     print(
         f"energy kept {projection.energy_kept:.4f} (random basis {projection.energy_random:.4f}), relative error "
         f"{projection.relative_error:.3f}: {projection.verdict}"
+        f"{said_of_conversion(projection.source.converted, projection.source.lost)}"
     )
     return 0
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
 from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
-from ..sources.lora import saved_modules
+from ..sources.guesses import warn_of_guesses
+from ..sources.lora import is_embedding, is_saved_module, saved_modules
 from ..tasks.read import Parts, SavedTask
 from ..tasks.write import core_tensors, write_task
 from ..tuner import SubspaceConfig
@@ -68,6 +70,7 @@ class Projection:
             "relative_error": self.relative_error,
             "verdict": self.verdict,
             "modules": self.energy,
+            **self.source.conversion,
         }
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -83,8 +86,7 @@ class Projection:
             The folder.
 
         Raises:
-            SubspaceError: The basis lives in memory only; the LoRA has trained tensors that a task cannot hold (token
-                embeddings, biases of the base model); or `folder` is a file.
+            SubspaceError: The basis lives in memory only; or `folder` is a file.
             OSError: The disk refuses; an earlier folder stays as it was.
         """
         task = self.as_task()
@@ -96,7 +98,7 @@ class Projection:
         """Return the projection as a task.
 
         Raises:
-            SubspaceError: The basis lives in memory only, or the LoRA has trained tensors that a task cannot hold.
+            SubspaceError: The basis lives in memory only.
         """
         if self.basis.location is None:
             raise SubspaceError(
@@ -143,6 +145,8 @@ def project_lora(
     token: str | bool | None = None,
     check_base_model: bool = True,
     base_model_name: str | None = None,
+    allow_bin: bool = False,
+    base_model: nn.Module | None = None,
 ) -> Projection:
     """Project an existing LoRA onto a basis, in closed form: ``C = (UᵀB)(AVᵀ)`` per module.
 
@@ -152,13 +156,19 @@ def project_lora(
         token: As in huggingface_hub.
         check_base_model: Refuse a LoRA whose config names another base model than the basis.
         base_model_name: The base model that the LoRA is of, whatever its config says; held against the basis's.
+        allow_bin: Take pickled weights too, read with ``weights_only=True``.
+        base_model: The model that the adapter adapts, to convert a DoRA, an adapter of another method and the like to
+            a LoRA; it is left as it was.
 
     Raises:
         SourceError: The LoRA cannot be read.
         BasisMismatchError: The basis lacks a module or has it in another shape, or the base models differ.
-        SubspaceError: Every ``lora_B`` is zero; `base_model_name` is another model on the Hub than the basis's.
+        SubspaceError: Every ``lora_B`` is zero; the LoRA has trained tensors that a task cannot hold (single token
+            embeddings, biases of the base model); or `base_model_name` is another model on the Hub than the basis's.
     """
-    source = open_source(lora, token=token)
+    source = open_source(lora, token=token, allow_bin=allow_bin, base_model=base_model)
+    _check_extras(source)
+    warn_of_guesses([source])
     if not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis, token=token)
     if base_model_name is not None:
@@ -194,13 +204,20 @@ def project_lora(
 
 
 def _extras(source: Source) -> dict[str, torch.Tensor]:
-    """Read the tensors of a LoRA's `modules_to_save`."""
+    """Read the tensors that a task keeps as they are: of a LoRA's `modules_to_save`, and its whole embeddings.
+
+    PEFT saves those of a model that was given further tokens, and loads them into the base model.
+    """
+    return {source.plain(key): source.read(key).detach().cpu().contiguous() for key in source.other_keys}
+
+
+def _check_extras(source: Source) -> None:
+    """Raise `SubspaceError` where a LoRA has trained tensors that a task cannot hold."""
     saved = saved_modules(source.config)
     for key in source.other_keys:
-        if not any(f".{name}." in f".{source.plain(key)}" for name in saved):
+        if not (is_saved_module(source.plain(key), source.config) or is_embedding(source.plain(key))):
             raise SubspaceError(
                 f"{source.location}: {key} was trained with the LoRA, and is neither a factor nor of its"
                 f" modules_to_save ({', '.join(saved) or 'none'}). A projected task cannot hold it, and without it the"
                 " adapter is another: train without trainable_token_indices and with bias='none'."
             )
-    return {source.plain(key): source.read(key).detach().cpu().contiguous() for key in source.other_keys}

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
+from .lora import is_embedding
+from .merged_updates import keep_weights, merged_factors, put_back
+from .plain_lora import NO_UPDATE, config_problems, method_problem, moves_weights
 
 ENERGY = 0.9999  # share of each update's energy that the conversion has to keep
 PREFIX = "base_model.model."
@@ -20,7 +23,8 @@ def convert(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return an adapter's update as LoRA factors, scale folded in.
 
-    The adapter is put on `base_model`, which is left as it was.
+    The adapter is put on `base_model`, which is left as it was. Updates of variants of LoRA and of AdaLoRA are taken
+    from the weights that PEFT merges them into, those of other methods from PEFT's `convert_to_lora`.
 
     Args:
         config: its adapter_config.json.
@@ -41,24 +45,43 @@ def convert(
     kind = str(config.get("peft_type"))
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise SourceError(f"{location}: the installed PEFT knows no method {kind}. Upgrade it, or leave this one out.")
+    if kind in NO_UPDATE:
+        raise SourceError(f"{location}: {method_problem(kind)}")
+    by_weights = kind in ("LORA", "ADALORA")
+    problems = config_problems(config, converting=True) if kind == "LORA" else []
+    if (config.get("bias") or "none") != "none":
+        problems.append(f"it was trained with bias={config['bias']!r}, and a LoRA holds no biases; train it without")
+    if problems:
+        raise SourceError(f"{location}: " + "; ".join(problems) + ".")
     given = {key: value for key, value in config.items() if key not in ("auto_mapping", "peft_version")}
     # a head is none of the update, and its class may be another one here
     given |= {"modules_to_save": None, "inference_mode": True, "task_type": None}
     saved = config.get("modules_to_save") or []
-    wanted = {key: value for key, value in state.items() if not any(f".{name}." in f".{key}" for name in saved)}
+    wanted = {
+        key: value
+        for key, value in state.items()
+        if not any(f".{name}." in f".{key}" for name in saved) and not is_embedding(key)
+    }
+    _require_own_embeddings(state, base_model, location)
     trained = {name: parameter.requires_grad for name, parameter in base_model.named_parameters()}
+    # before anything is put on the model, since a start may change its weights
+    kept = keep_weights(base_model, wanted) if kind == "LORA" and moves_weights(config) else {}
     model = None
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             model = PeftModel(
-                base_model, PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_peft_type(**given), autocast_adapter_dtype=False
+                base_model,
+                PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_peft_type(**given),
+                autocast_adapter_dtype=by_weights,
             )
             wanted = _under_names_of(model, base_model, wanted)
             set_peft_model_state_dict(model, dict(wanted))
             _require_loaded(
                 wanted, get_peft_model_state_dict(model, save_embedding_layers=False), base_model, location
             )
+            if by_weights:
+                return merged_factors(model, kept, ENERGY, location)
             factors = convert_to_lora(model, rank=ENERGY)[1]
         factors = {key.removeprefix(PREFIX): value for key, value in factors.items() if ".lora_" in key}
         return factors, _lost(model, factors)
@@ -73,6 +96,7 @@ def convert(
     finally:
         if model is not None:
             model.unload()
+            put_back(base_model, kept)
             for name, parameter in base_model.named_parameters():
                 parameter.requires_grad_(trained.get(name, parameter.requires_grad))
 
@@ -91,6 +115,20 @@ def _under_names_of(model: Any, base_model: nn.Module, state: dict[str, torch.Te
         if renamed.keys() == own:
             return renamed
     return state
+
+
+def _require_own_embeddings(state: Mapping[str, torch.Tensor], base_model: nn.Module, location: str) -> None:
+    # PEFT saves an adapted embedding whole beside its factors, and a variant's update is of that weight
+    own = base_model.state_dict()
+    for key, value in state.items():
+        if is_embedding(key) and ".base_layer." in key:
+            name = key.replace(".base_layer.", ".").rpartition(".")[0].rpartition(".")[2]
+            same = [each for each in own if f".{each}".endswith(f".{name}.weight")]
+            if not any(own[each].shape == value.shape and torch.equal(own[each].to(value), value) for each in same):
+                raise SourceError(
+                    f"{location}: {key} is another embedding than the base model's. Pass the base model with the"
+                    " embedding that the adapter was trained on, with the same tokens added."
+                )
 
 
 def _require_loaded(

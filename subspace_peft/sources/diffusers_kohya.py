@@ -154,6 +154,15 @@ def read_foreign_keys(
     return found
 
 
+def metadata_configs(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the configurations in a file's metadata, as diffusers writes them: one per part of a pipeline."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in _metadata(metadata).items():
+        part, _, name = key.rpartition(".")
+        found.setdefault(part, {})[name] = value
+    return list(found.values())
+
+
 def _scales(
     found: ForeignKeys, alphas: Mapping[str, str], read: Callable[[str], torch.Tensor], metadata: Mapping[str, str]
 ) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from .._io.untrusted import read_json
 from ..errors import SourceError
 from ..hub import looks_like_path, split_inside
+from .other_formats import format_of_file, format_of_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -120,6 +121,7 @@ def _in_folder(folder: Path, location: str, name: str, allow_bin: bool, revision
     if not (folder / CONFIG_FILE).is_file():
         if (folder / DIFFUSERS_FILE).is_file():
             return SourceFiles(name, location, folder / DIFFUSERS_FILE, None, revision)
+        _refuse_form(format_of_folder(folder), location)
         files = sorted(file.name for file in folder.glob("*.safetensors"))
         inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
         hint = f" Name its file, {folder / files[0]}." if files else ""
@@ -129,6 +131,7 @@ def _in_folder(folder: Path, location: str, name: str, allow_bin: bool, revision
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
         if not (folder / PICKLED_FILE).is_file():
+            _refuse_form(format_of_folder(folder), location)
             raise SourceError(
                 f"{location}: there is no {WEIGHTS_FILE}; save the adapter with `model.save_pretrained(folder)`."
             )
@@ -137,11 +140,17 @@ def _in_folder(folder: Path, location: str, name: str, allow_bin: bool, revision
 
 
 def _file(path: Path, location: str, allow_bin: bool, revision: str | None = None) -> SourceFiles:
+    _refuse_form(format_of_file(path), location)
     if path.suffix in PICKLED:
         _allowed(path, location, allow_bin)
     elif path.suffix != ".safetensors":
         raise SourceError(f"{location}: is no .safetensors file. {NO_ADAPTER}; a list of sources ends in .txt.")
     return SourceFiles(path.stem, location, path, None, revision)
+
+
+def _refuse_form(form: str | None, location: str) -> None:
+    if form is not None:
+        raise SourceError(f"{location}: it is {form}.")
 
 
 def _allowed(file: Path, location: str, allow_bin: bool) -> Path:

@@ -15,11 +15,13 @@ LORA_KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_"
     r"(?:(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight|embedding_(?P<lookup>[AB])(?:\.(?P<other>[^.]+))?)$"
 )
+EMBEDDING_KEY = re.compile(
+    r"(?:^|\.)(?:embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out|tok_embeddings|token_embedding"
+    r"|embeddings|decoder)(?:\.base_layer)?\.weight$"
+)
 PATTERNS = ("rank_pattern", "alpha_pattern")
-REFUSED = {
-    "lora_magnitude_vector": "DoRA's magnitude is no low-rank update; train or convert the adapter without use_dora",
-    ".lora_B.bias": "a trained LoRA bias (lora_bias=True) is no low-rank update; train without it",
-}
+# of LoraConfig in every version of PEFT: what a configuration that lacks the field means
+DEFAULT_R, DEFAULT_ALPHA = 8, 8
 
 
 def sort_keys(
@@ -41,9 +43,6 @@ def sort_keys(
     plain = plain_names(keys) if plain is None else plain
     problems: dict[str, str] = {each: each for each in clash_problems(plain)}
     for key in keys:
-        for mark, remedy in REFUSED.items():
-            if mark in key:
-                problems.setdefault(mark, f"{key}: {remedy}")
         if found := LORA_KEY.match(plain[key]):
             sides = modules.setdefault(found["module"], {})
             side = found["side"] or found["lookup"]
@@ -72,7 +71,7 @@ def clash_problems(plain: Mapping[str, str]) -> list[str]:
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Return s of one module: ``lora_alpha / r``, or ``lora_alpha / √r`` with rsLoRA (arXiv 2312.03732).
 
-    `rank_pattern` and `alpha_pattern` are taken into account.
+    `rank_pattern` and `alpha_pattern` are taken into account. Absent fields have PEFT's defaults.
 
     Args:
         config: the adapter's configuration.
@@ -82,10 +81,11 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     Raises:
         ValueError: the configuration's rank for this module is not the rank of its tensors, or its alpha is no number.
     """
-    r = _pattern(config.get("rank_pattern"), module, config.get("r", rank))
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", r))
+    r = _pattern(config.get("rank_pattern"), module, config.get("r", DEFAULT_R))
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", DEFAULT_ALPHA))
     if not is_whole(r) or r != rank:
-        raise ValueError(f"module {module!r} has rank {rank}, but its adapter_config.json says {str(r)[:40]}")
+        said = f"says {str(r)[:40]}" if "r" in config else f"has no r, which means PEFT's default of {r}"
+        raise ValueError(f"module {module!r} has rank {rank}, but its adapter_config.json {said}")
     if not is_finite(alpha):
         raise ValueError(f"module {module!r} has the alpha {str(alpha)[:40]}, which is no number")
     return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
@@ -121,6 +121,11 @@ def is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
 def saved_modules(config: Mapping[str, Any]) -> list[str]:
     """Return the configuration's `modules_to_save`, without the names of wrappers."""
     return [plain_name(name) for name in config.get("modules_to_save") or []]
+
+
+def is_embedding(key: str) -> bool:
+    """Return whether a key is a base model's whole token embedding or output layer, as PEFT saves them with a LoRA."""
+    return EMBEDDING_KEY.search(key) is not None
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

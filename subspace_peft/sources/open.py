@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._adapted import active_adapter, unwrapped
+from .._adapted import unwrapped
 from ..basis.module import tensor_bytes
-from ..basis.module_names import plain_names
+from ..basis.module_names import PREFIX, has_peft_prefix, plain_names
 from ..cards.readme import front_matter
 from ..errors import SourceError
 from .converted import convert
-from .diffusers_kohya import has_foreign_keys, read_foreign_keys
+from .diffusers_kohya import has_foreign_keys, metadata_configs, read_foreign_keys
+from .floats import upcast
+from .live_model import read_live
 from .locate import PICKLED, SourceFiles, locate, open_tensors
-from .lora import config_problem, is_saved_module, method_of, sort_keys
+from .lora import config_problem, is_embedding, is_saved_module, method_of, scaling, sort_keys
+from .other_formats import format_of_keys
 from .pipeline import is_pipeline
+from .plain_lora import config_problems, method_problem, needs_conversion, tensor_problems
 from .source import IN_MEMORY, Source
-
-# these starts take their factors out of the base weights: the saved update means nothing on the base model itself
-MUTATING_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+from .spans import read_spans
 
 
 def open_source(
@@ -51,11 +53,11 @@ def open_source(
     if isinstance(reference, (str, Path)):
         return _from_files(locate(str(reference), token=token, allow_bin=allow_bin), base_model)
     if isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping):
-        return _from_state_dict(dict(reference[0]), _as_dict(reference[1]), IN_MEMORY)
+        return _from_state_dict(dict(reference[0]), _as_dict(reference[1]), IN_MEMORY, base_model)
     if isinstance(reference, Mapping):
-        return _from_state_dict(dict(reference), {}, IN_MEMORY)
+        return _from_state_dict(dict(reference), {}, IN_MEMORY, base_model)
     if hasattr(reference, "peft_config"):
-        return _from_model(reference)
+        return _from_model(reference, base_model)
     raise SourceError(
         "A source adapter is a LoRA folder or file, a Hub id, a state dict, (state_dict, config), or a PeftModel; got"
         f" {type(reference).__name__}."
@@ -69,56 +71,85 @@ def is_one_source(reference: Any) -> bool:
     return pair or isinstance(reference, (str, Path, Mapping, Source)) or hasattr(reference, "peft_config")
 
 
-def _from_model(model: Any) -> Source:
-    from peft import get_peft_model_state_dict
-
-    adapter = active_adapter(model)
-    config = _as_dict(model.peft_config[adapter])
+def _from_model(model: Any, base_model: nn.Module | None) -> Source:
+    live = read_live(model, IN_MEMORY)
+    config = _as_dict(live.config)
     # a live model says whether what it calls `module` is a wrapper's
     outermost = hasattr(model, "get_base_model") and unwrapped(model.get_base_model()) is not model.get_base_model()
-    state = get_peft_model_state_dict(model, adapter_name=adapter)
-    source = _from_state_dict(state, config, IN_MEMORY, outermost=outermost)
-    source.name = adapter
+    source = _from_state_dict(live.tensors, config, IN_MEMORY, base_model, outermost=outermost, problems=live.problems)
+    source.name = live.name
+    if source.converted is None:
+        paths = plain_names(live.scalings, outermost=outermost)
+        source.scales = _live_scales(source, {paths[path]: scale for path, scale in live.scalings.items()})
+        source.scale_from = "of the live layers, which were rescaled"
     return source
 
 
+def _live_scales(source: Source, scalings: Mapping[str, float]) -> dict[str, float]:
+    """Return each module's live scale, where any of them is another one than the configuration's."""
+    live = {module: scalings[module] for module in source.keys if module in scalings}
+    for module, scale in live.items():
+        try:
+            if abs(scaling(source.config, module, source.shape(module)[2]) - scale) > 1e-9 * abs(scale):
+                return live
+        except ValueError:
+            return live
+    return {}
+
+
 def _from_state_dict(
-    tensors: dict[str, torch.Tensor], config: dict[str, Any], location: str, *, outermost: bool = True
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    location: str,
+    base_model: nn.Module | None = None,
+    *,
+    outermost: bool = True,
+    problems: Iterable[str] = (),
 ) -> Source:
     plain = plain_names(tensors, outermost=outermost)
-    keys = _keys(plain, config, location)
+    more: dict[str, Any] = {"other_keys": _others(tensors), "plain_keys": plain}
+    if base_model is not None and (kind := _to_convert(config)):
+        keys, tensors, more = _converted(config, kind, plain, tensors.__getitem__, base_model, location)
+    else:
+        keys = _keys(plain, config, location, problems)
     digest = hashlib.sha256()
     for key in sorted(key for sides in keys.values() for key in sides.values()):
         value = tensors[key]
         digest.update(f"{key}:{value.dtype}:{list(value.shape)};".encode())
         digest.update(tensor_bytes(value))
-    others = _others(tensors)
     return Source(
         "adapter",
         location,
         config,
         keys,
-        tensors.__getitem__,
+        upcast(tensors.__getitem__),
         digest.hexdigest(),
-        other_keys=others,
-        plain_keys=plain,
         pipeline=is_pipeline(keys),
+        **more,
     )
 
 
 def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
     names, read, metadata = open_tensors(files.weights, files.location)
-    if files.config is not None and method_of(files.config) not in ("LORA", "SUBSPACE") and base_model is not None:
-        return _from_other_method(files, files.config, {name: read(name) for name in names}, base_model)
-    in_file = files.weights.suffix not in PICKLED
+    if files.config is not None and base_model is not None and (kind := _to_convert(files.config)):
+        keys, tensors, more = _converted(files.config, kind, plain_names(names), read, base_model, files.location)
+        return _of_files(files, keys, tensors.__getitem__, **more)
+    read = upcast(read)
     if files.config is not None and not has_foreign_keys(names):
         plain = plain_names(names)
         keys = _keys(plain, files.config, files.location)
+        in_file = _is_read_by_bytes(files.weights, keys)
         return _of_files(files, keys, read, in_file=in_file, other_keys=_others(names), plain_keys=plain)
+    if form := format_of_keys(names):
+        raise SourceError(f"{files.location}: it is {form}.")
     bases = [] if base_model is None else [name for name, _ in base_model.named_modules()]
     found = read_foreign_keys(names, read, metadata, bases)
+    for config in (files.config or {}, *metadata_configs(metadata)):
+        found.problems += config_problems(config)
+    factors = [f"{module}.lora_A.weight" for module in found.keys]
+    found.problems += tensor_problems({name: name for name in (*factors, *found.others)}, files.config or {})
     if found.problems:
-        raise SourceError(f"{files.location}: " + "; ".join(found.problems[:5]) + ".")
+        raise SourceError(f"{files.location}: " + "; ".join(dict.fromkeys(found.problems[:5])) + ".")
     if not found.keys:
         raise SourceError(
             f"{files.location}: {files.weights.name} holds no LoRA tensors. It is no LoRA, or it was saved empty."
@@ -127,7 +158,7 @@ def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
         files,
         found.keys,
         read,
-        in_file=in_file,
+        in_file=_is_read_by_bytes(files.weights, found.keys),
         other_keys=found.others,
         scales=found.scales,
         plain_keys=plain_names(names),
@@ -135,16 +166,41 @@ def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
     )
 
 
-def _from_other_method(
-    files: SourceFiles, config: dict[str, Any], state: dict[str, torch.Tensor], base_model: nn.Module
-) -> Source:
-    factors, lost = convert(config, state, base_model, files.location)
+def _is_read_by_bytes(file: Path, keys: Mapping[str, Mapping[str, str]]) -> bool:
+    """Return whether a file's byte ranges are the factors: not of a pickle, nor of floats of eight bits."""
+    if file.suffix in PICKLED:
+        return False
+    spans = read_spans(file)
+    return all(spans[key].dtype is not None for sides in keys.values() for key in sides.values())
+
+
+def _to_convert(config: Mapping[str, Any]) -> str | None:
+    """Return what an adapter has to be converted from on its base model, None where it is a LoRA or a task."""
+    kind = method_of(config)
+    return needs_conversion(config) if kind == "LORA" else None if kind == "SUBSPACE" else kind
+
+
+def _converted(
+    config: dict[str, Any],
+    kind: str,
+    plain: Mapping[str, str],
+    read: Callable[[str], torch.Tensor],
+    base_model: nn.Module,
+    location: str,
+) -> tuple[dict[str, dict[str, str]], dict[str, torch.Tensor], dict[str, Any]]:
+    """Return a converted adapter's keys and tensors, and what else its `Source` has."""
+    if method_of(config) == "LORA" and (problems := tensor_problems(plain, config, converting=True)):
+        raise SourceError(f"{location}: " + "; ".join(problems[:5]) + ".")
+    # what a method shares among its layers, such as VeRA's projections, is no module's
+    shared = {name for name in plain if name.startswith("base_model.") and not has_peft_prefix(name)}
+    state = {name if name in shared else f"{PREFIX}{short}": read(name) for name, short in plain.items()}
+    factors, lost = convert(config, state, base_model, location)
     keys = sort_keys(factors)[0]
-    saved = tuple(name for name in state if is_saved_module(name, config))
+    saved = tuple(name for name in state if is_saved_module(name, config) or is_embedding(name))
     tensors = factors | {name: state[name] for name in saved}
     # the scale is folded into the factors
     scales = dict.fromkeys(keys, 1.0)
-    return _of_files(files, keys, tensors.__getitem__, other_keys=saved, scales=scales, lost=lost)
+    return keys, tensors, {"other_keys": saved, "scales": scales, "lost": lost, "converted": kind}
 
 
 def _of_files(
@@ -173,13 +229,16 @@ def _license(folder: Path) -> str | None:
     return ", ".join(map(str, found)) if isinstance(found, list) else None if found is None else str(found)
 
 
-def _keys(plain: Mapping[str, str], config: dict[str, Any], location: str) -> dict[str, dict[str, str]]:
+def _keys(
+    plain: Mapping[str, str], config: dict[str, Any], location: str, further: Iterable[str] = ()
+) -> dict[str, dict[str, str]]:
     """Return ``{module: {"A": key, "B": key}}`` of a PEFT LoRA.
 
     Args:
         plain: each of its keys, and the key without the names of wrappers.
         config: its configuration.
         location: named in errors.
+        further: problems that are known already.
 
     Raises:
         SourceError: the adapter is none, or its update is no low-rank one; lists up to five problems.
@@ -191,22 +250,15 @@ def _keys(plain: Mapping[str, str], config: dict[str, Any], location: str) -> di
             " `subspace-peft export-lora`."
         )
     if kind != "LORA":
-        raise SourceError(
-            f"{location}: the adapter's peft_type is {kind}, not LORA. Pass its base model, base_model="
-            " (--base-model), and it is converted, or convert it with PEFT's `save_as_lora` first."
-        )
+        raise SourceError(f"{location}: {method_problem(kind)}")
+    if form := format_of_keys(plain.values()):
+        raise SourceError(f"{location}: it is {form}.")
     keys, problems = sort_keys(plain, plain)
     if problem := config_problem(config):
         problems.append(problem)
-    if config.get("use_dora"):
-        problems.append("it was trained with use_dora=True, which is no low-rank update; train it without")
-    start = str(config.get("init_lora_weights") or "")
-    if start.startswith(MUTATING_STARTS):
-        problems.append(
-            f"it was trained with init_lora_weights={start!r}, which changes the base weights, so its update does not"
-            " belong to the base model: save it with PEFT's path_initial_model_for_weight_conversion, which makes a"
-            " plain LoRA of it"
-        )
+    problems += config_problems(config) or list(further)
+    # what the configuration says is not said again of the tensors that go with it
+    problems += tensor_problems(plain, config, converting=needs_conversion(config) is not None)
     if problems:
         raise SourceError(f"{location}: " + "; ".join(problems[:5]) + ".")
     if not keys:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .._io.text import read_text
 from ..errors import SourceError
 from .locate import CONFIG_FILE, WEIGHTS_FILE
 from .open import is_one_source
@@ -73,7 +74,7 @@ def _one(reference: Any, token: str | bool | None, nested: bool = False) -> list
 
 def _listed(file: Path, token: str | bool | None) -> list[Any]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{file}: cannot be read ({error}). A list of sources is a text file, one a line."

@@ -42,6 +42,8 @@ class Source:
         other_keys: tensors in it that are no LoRA factors, such as a classifier's (`modules_to_save`).
         license: from the front matter of its README, or None.
         scales: scale per module (under the source's own names) where no configuration has it, as in kohya's files.
+        scale_from: where `scales` come from, in a few words.
+        converted: what it was converted from to a LoRA, such as ``LOHA`` or ``DORA``; None where it was one.
         lost: share of its update's energy that its conversion from another method to LoRA lost.
         dtypes: of the tensors read so far.
         in_file: whether `file` is a safetensors file whose byte ranges are the tensors that `read` gives; else `read`
@@ -67,6 +69,8 @@ class Source:
     other_keys: tuple[str, ...] = ()
     license: str | None = None
     scales: dict[str, float] = field(default_factory=dict)
+    scale_from: str = "alpha / rank of its file"
+    converted: str | None = None
     lost: float = 0.0
     dtypes: set[str] = field(default_factory=set)
     in_file: bool = False
@@ -120,6 +124,21 @@ class Source:
         return method_of(self.config)
 
     @property
+    def conversion(self) -> dict[str, Any]:
+        """What a record says of its conversion to a LoRA; nothing where it was one."""
+        if self.converted is None:
+            return {}
+        return {"converted_from": self.converted, "energy_lost_in_conversion": self.lost}
+
+    @property
+    def scale_is_guessed(self) -> bool:
+        """Whether nothing says by how much its factors are to be multiplied, so that they count as the update."""
+        return not self.config and any(module not in self.scales for module in self._own_names())
+
+    def _own_names(self) -> list[str]:
+        return [self.aliases.get(module, module) for module in self.keys]
+
+    @property
     def biases(self) -> list[str]:
         """Keys of the base model's biases that were trained with it."""
         trained = self.config.get("bias", "none") != "none"
@@ -162,19 +181,28 @@ class Source:
         """
         if value.dtype not in FLOAT_DTYPES:
             raise SourceError(f"{self.location}: {key} has dtype {value.dtype}, which is no float. Save it again.")
+        if value.dim() < 2 or not value.numel():
+            raise SourceError(
+                f"{self.location}: {key} has shape {tuple(value.shape)}, {'a part' if value.numel() else 'nothing'} of"
+                " a tensor: DeepSpeed's ZeRO-3 and FSDP leave that in one process where the parts are not gathered"
+                " before saving. Save it again under deepspeed.zero.GatheredParameters or FSDP's summon_full_params,"
+                " or with stage3_gather_16bit_weights_on_model_save."
+            )
         if value.dim() not in (2, 4):
             raise SourceError(
                 f"{self.location}: {key} has shape {tuple(value.shape)}; linear layers, embeddings and two-dimensional"
                 " convolutions are supported. Leave the others out of the adapter's target_modules."
             )
-        if not value.numel():
-            raise SourceError(
-                f"{self.location}: {key} has shape {tuple(value.shape)}, which holds nothing. Leave this adapter out."
-            )
         self.dtypes.add(str(value.dtype).removeprefix("torch."))
 
     def check_pair(self, module: str, B: tuple[int, ...], A: tuple[int, ...]) -> None:
         """Raise `SourceError` where factors of these shapes do not multiply."""
+        if B[1] and B[1] < A[0] and A[0] % B[1] == 0 and "embedding" not in self.keys[module]["A"]:
+            raise SourceError(
+                f"{self.location}: module {module!r} has lora_B {B} and lora_A {A}: a grouped convolution's, of"
+                f" {A[0] // B[1]} groups, or a stack of experts, which no basis holds. Leave the module out of the"
+                " adapter's target_modules; if it is neither, the file is damaged, and these two do not multiply."
+            )
         if B[1] != A[0]:
             raise SourceError(
                 f"{self.location}: module {module!r} has lora_B {B} and lora_A {A}, which do not multiply. The file is"

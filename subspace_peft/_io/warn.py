@@ -1,0 +1,14 @@
+"""Warn at the line of the user's that led to it, however deep in the package it is noticed."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+
+def warn_caller(message: str) -> None:
+    """Warn with a `UserWarning` that names the first line outside this package on the way here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "subspace_peft":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
