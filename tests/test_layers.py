@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "subspace_peft"
-GROUND = {"errors", "_io", "_version", "_adapted", "_moved", "base_names"}
+GROUND = {"errors", "energy", "_io", "_version", "_adapted", "_moved", "base_names"}
 BASIS = GROUND | {"cards", "hub", "basis"}
 # layer → the layers that it may import; docs/architecture.md says why
 LAYERS: dict[str, set[str]] = {
-    **{layer: set() for layer in ("errors", "_version", "_adapted", "_moved", "modeling")},
+    **{layer: set() for layer in ("errors", "energy", "_version", "_adapted", "_moved", "modeling")},
     "_io": {"errors"},
     "base_names": {"errors"},
     "hub": GROUND,

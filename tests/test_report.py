@@ -259,9 +259,11 @@ def test_every_sentence_of_the_verdict():
         "in_seed_groups": 0,
     }
     words = " ".join(verdict(base))
-    assert "lose a part" in words and "90 % take k=40" in words and "fleet's mean, which alone keeps 15 %" in words
+    assert "no longer themselves" in words and "95.0 % take k=40" in words
+    assert "fleet's mean, which alone keeps 15.0 %" in words
     assert "No direction stands out" in words
-    assert "no longer themselves" in " ".join(verdict({**base, "kept": 0.3}))
+    assert "lose a part" in " ".join(verdict({**base, "kept": 0.85}))
+    assert "answer as they did" in " ".join(verdict({**base, "kept": 0.96}))
     assert "too few sources" in " ".join(verdict({**base, "unseen": None}))
     assert "does not tell" in " ".join(verdict({**base, "unseen": 0.002}))
     assert "holds little of where new tasks go" in " ".join(verdict({**base, "unseen": 0.03}))

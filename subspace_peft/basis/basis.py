@@ -23,6 +23,7 @@ from .module import ModuleBasis, combine_digests
 from .module_store import MemoryModules, ModuleStore, describe_k
 from .overwriting import Planned, replacing
 from .precision import PRECISIONS, RoundedModules, reduced, summary
+from .recorded_energy import moved_sources, rounded_info
 
 
 class SubspaceBasis(Mapping[str, ModuleBasis]):
@@ -225,9 +226,11 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         k_out, k_in = (k, k) if isinstance(k, int) else k
         modules = {name: module.truncate(k_out, k_in) for name, module in self.items()}
         info = {**self.info, "truncated_from": self.fingerprint, "k": [k_out, k_in]}
-        # the energies measured are those of the larger basis
+        # the energies measured are those of the larger basis; of sources whose cores are stored they follow
         for key in ("measured", "precision"):
             info.pop(key, None)
+        if "sources" in info:
+            info["sources"] = moved_sources(self.info, self, modules)
         return SubspaceBasis(modules, info)
 
     def to(self, dtype: torch.dtype) -> SubspaceBasis:
@@ -251,7 +254,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         - ``energy_lost_at_most``: the same for any update in the basis, of the worst module;
         - ``orthonormality``: largest entry of |UᵀU − 1| and |VVᵀ − 1| as stored.
 
-        ``info["measured"]`` stays as measured with the float32 basis.
+        The sources' ``energy_kept``, and the basis's, are what is left: from the stored cores, or else less the mean
+        loss. What was measured of sources left out and of noise stays as measured with float32 bases.
 
         Args:
             precision: ``float32``, ``bfloat16``, ``float16``, or ``int8`` with one scale per direction.
@@ -272,7 +276,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         made = {name: reduced(module, precision, name) for name, module in self.items()}
         modules = RoundedModules(precision, {name: stored for name, (stored, _) in made.items()})
         said = summary(precision, self.fingerprint, {name: lost for name, (_, lost) in made.items()})
-        return SubspaceBasis(modules, {**self.info, "precision": said}, digests=modules.digests())
+        return SubspaceBasis(modules, rounded_info(self.info, self, modules, said), digests=modules.digests())
 
     # -- files ------------------------------------------------------------------------------------------------------
 

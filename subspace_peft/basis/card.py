@@ -9,6 +9,7 @@ from typing import Any
 from .._version import __version__
 from ..cards import BaseFacts, BasisFacts, Place, SourceFacts, basis_card, put_card
 from ..cards.facts import AUTO_CLASSES
+from ..energy import EnergyRecord, lower_bound, sources_of
 from .files import BasisRecord
 from .module_store import describe_k
 
@@ -26,8 +27,8 @@ def write_card(record: BasisRecord, folder: Path, place: Place) -> None:
 
 def facts_of(record: BasisRecord, place: Place) -> BasisFacts:
     """Gather the facts of a basis's card, from its shapes and its `info` alone."""
-    info = record.info
-    shapes, sources, measured = record.modules.shapes(), info.get("sources") or [], info.get("measured") or {}
+    info, energies = record.info, EnergyRecord.of(record.info)
+    shapes, sources = record.modules.shapes(), sources_of(info)
     types = {source.get("task_type") for source in sources}
     task_type = types.pop() if len(types) == 1 else None
     skipped = [
@@ -47,24 +48,24 @@ def facts_of(record: BasisRecord, place: Place) -> BasisFacts:
             auto_class=AUTO_CLASSES.get(task_type or "", "AutoModel"),
         ),
         task_type=task_type,
-        energy_kept=measured.get("energy_kept"),
-        energy_random=measured.get("energy_random"),
-        energy_left_out=measured.get("energy_left_out"),
-        per_module=_per_module(measured),
+        energy_kept=energies.kept,
+        energy_kept_at_least=energies.at_least,
+        energy_random=energies.random,
+        energy_left_out=energies.left_out,
+        energy_over_modules=energies.over_modules,
+        per_module=energies.per_module,
         precision=record.modules.precision,
         energy_lost=(info.get("precision") or {}).get("energy_lost"),
-        sources=(*map(_source, sources), *skipped),
+        sources=(*(_source(entry, lower_bound(entry, info)) for entry in sources), *skipped),
         version=__version__,
     )
 
 
-def _per_module(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    kinds = {key: measured.get(f"energy_{key}_per_module") or {} for key in ("kept", "left_out", "random")}
-    return {name: {key: each[name] for key, each in kinds.items() if name in each} for name in kinds["kept"]}
-
-
-def _source(entry: Mapping[str, Any]) -> SourceFacts:
+def _source(entry: Mapping[str, Any], at_least: bool) -> SourceFacts:
     known = ("location", "revision", "sha256", "norm", "energy_kept", "license")
     return SourceFacts(
-        name=str(entry.get("name")), ranks=tuple(entry.get("ranks") or ()), **{key: entry.get(key) for key in known}
+        name=str(entry.get("name")),
+        ranks=tuple(entry.get("ranks") or ()),
+        energy_kept_at_least=at_least,
+        **{key: entry.get(key) for key in known},
     )

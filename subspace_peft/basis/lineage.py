@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from .._io.untrusted import is_whole
+from ..energy import sources_of
 from .basis import SubspaceBasis
 from .module import ModuleBasis
 
@@ -94,6 +95,7 @@ def next_version(
     kept = {key: value for key, value in old.info.items() if key not in gone}
     return {
         **kept,
+        **({"sources": sources_of(old.info)} if "sources" in kept else {}),
         "version": version,
         "lineage": [*(old.info.get("lineage") or []), parent],
         "columns": columns,

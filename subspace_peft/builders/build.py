@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from .. import energy
 from ..basis import ModuleBasis, SubspaceBasis
 from .budget import measure, spread, what_was_spent
 from .complete import complete_built
 from .controls import control_module
 from .distributed import ProcessGroup, process_group
 from .distributed_modules import collect, divide, work
-from .hosvd import Pair, exact, factor_pca, hosvd
+from .fleet import Fleet
+from .hosvd import Pair, exact, factor_pca, hosvd, size_of
 from .keywords import takes_options
 from .left_out import left_out_energy
+from .null import null_energy
 from .options import BuildOptions, Resources
 from .prepare import ControlBuild, FleetBuild, prepare
 from .reader import Reader
@@ -144,7 +147,8 @@ def _build_module(
         The basis, and the facts about it: ``energies``, per source the share of its energy kept (None where it does
         not adapt the module); ``left_out``, per member the share that a basis without its group keeps of it, where
         that was asked for and the module is decomposed exactly (another streamed build per group would cost as many
-        passes over the files again); and the ``certificate``.
+        passes over the files again); ``null``, there too, what a basis of noise of equal strength keeps of that noise;
+        and the ``certificate``.
     """
     plan, fleet, options = build.plan, build.fleet, build.options
     task = plan.module(name)
@@ -152,6 +156,7 @@ def _build_module(
     rounds = 0 if raw else options.alternations
     pair: Pair | None = None
     left_out: list[float | None] = []
+    null: list[float] = []
     if task.exact:
         if raw:
             pairs = ((B.double(), A.double()) for B, A in (reader.pair(i, name) for i in task.members))
@@ -162,7 +167,8 @@ def _build_module(
         pair = hosvd(compressed, k, k_in, rounds)
         if build.leave_one_out and pair is not None:
             groups = [fleet.groups[i] for i in task.members]
-            left_out = left_out_energy(updates, task.weights, groups, pair, rounds)
+            left_out = left_out_energy(updates, task.weights, groups, size_of(pair), rounds)
+            null = null_energy(updates, task.weights, size_of(pair), rounds)
     else:
         stack = task.stack(reader, keep=plan.keep, raw=raw)
         width = task.width
@@ -182,43 +188,63 @@ def _build_module(
         fleet_size=len(fleet.sources),
         keep_cores=build.keep_cores,
     )
-    energies: list[float | None] = [None] * len(fleet.sources)
-    for i, share in zip(task.members, shares, strict=True):
-        energies[i] = share
     return module, {
-        "energies": energies,
-        "left_out": left_out,
+        "energies": _of_fleet(shares, task.members, fleet),
+        "left_out": _of_fleet(left_out, task.members, fleet),
+        "null": _of_fleet(null, task.members, fleet),
         "certificate": certificate(pair, compressed, both=not raw),
     }
 
 
-def _mean_left_out(shares: dict[str, list[float | None]]) -> dict[str, Any]:
-    """Return the mean share kept of sources left out, in all and per module; empty where none was measured."""
-    means = {
-        name: sum(known) / len(known)
-        for name, each in shares.items()
-        if (known := [share for share in each if share is not None])
-    }
-    if not means:
-        return {}
-    return {"energy_left_out": sum(means.values()) / len(means), "energy_left_out_per_module": means}
+def _of_fleet(shares: Sequence[float | None], members: Sequence[int], fleet: Fleet) -> list[float | None]:
+    """Return the members' shares as one per source of the fleet; empty where none was measured."""
+    if not shares:
+        return []
+    found: list[float | None] = [None] * len(fleet.sources)
+    for i, share in zip(members, shares, strict=True):
+        found[i] = share
+    return found
 
 
 def _info(build: FleetBuild, found: Found) -> dict[str, Any]:
     """Return the basis's record: sources, options, and what was measured."""
     fleet, options = build.fleet, build.options
     facts = {name: known for name, (_, known) in found.items()}
-    energies: dict[str, list[float | None]] = {name: each["energies"] for name, each in facts.items()}
-    entries = []
-    for i, source in enumerate(fleet.sources):
-        kept = {name: energies[name][i] for name in source.norms if name in energies}
-        entries.append(source_entry(source, kept, fleet.groups[i]))
-    per_module = {
-        name: sum(known) / len(known)
-        for name, shares in energies.items()
-        if (known := [s for s in shares if s is not None])
-    }
+    norms = [source.norms for source in fleet.sources]
+
+    def of(i: int, key: str) -> dict[str, float | None]:
+        return {name: facts[name][key][i] for name in norms[i] if name in facts and facts[name].get(key)}
+
+    entries = [
+        {
+            **source_entry(source, of(i, "energies"), fleet.groups[i], of(i, "left_out")),
+            **({} if fleet.weights is None else {"weight": fleet.weights[i]}),
+        }
+        for i, source in enumerate(fleet.sources)
+    ]
     random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, (m, _) in found.items()}
+    weights = energy.weights_of_modules(norms)
+    shares = {
+        "kept": [entry["energy_kept"] for entry in entries],
+        "left_out": [entry.get("energy_left_out") for entry in entries],
+        "null": [energy.of_known(of(i, "null"), each) for i, each in enumerate(norms)],
+    }
+    measured: dict[str, Any] = {
+        "definition": energy.DEFINITION,
+        "energy_random": energy.of_random(random, weights),
+        "energy_random_per_module": random,
+        "energy_per_module": weights,
+        "certificates": {name: each["certificate"] for name, each in facts.items()},
+    }
+    for key, each in shares.items():
+        per_module = {
+            name: energy.mean(known.get("energies" if key == "kept" else key) or []) for name, known in facts.items()
+        }
+        if (value := energy.mean(each)) is not None:
+            measured[f"energy_{key}"] = value
+            measured[f"energy_{key}_per_module"] = {
+                name: share for name, share in per_module.items() if share is not None
+            }
     return {
         "base_model_name_or_path": build.base_model,
         **({"base_model_names": names} if (names := fleet.base_names()) else {}),
@@ -226,12 +252,5 @@ def _info(build: FleetBuild, found: Found) -> dict[str, Any]:
         "build": options.record(),
         "sources": entries,
         "skipped": fleet.skipped,
-        "measured": {
-            "energy_kept": sum(per_module.values()) / len(per_module),
-            "energy_random": sum(random.values()) / len(random),
-            "energy_kept_per_module": per_module,
-            "energy_random_per_module": random,
-            "certificates": {name: each["certificate"] for name, each in facts.items()},
-            **_mean_left_out({name: each["left_out"] for name, each in facts.items()}),
-        },
+        "measured": measured,
     }

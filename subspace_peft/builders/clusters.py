@@ -14,6 +14,7 @@ from .._io.atomic import write_text_aside
 from .._io.occupied import BASIS, CLUSTERS
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target, replacing
+from ..energy import EnergyRecord, mean
 from ..errors import SubspaceError
 from .build import build_basis
 from .distributed import ALONE, ProcessGroup, process_group
@@ -34,9 +35,9 @@ class Clusters:
 
     Attributes:
         bases: one per cluster, the one of most sources first.
-        sources: per source ``name``, ``location``, ``cluster``, and of the modules compared ``energy_kept`` by its
-            cluster's basis and ``energy_kept_single`` by one basis of all sources that is as large as all these (bases
-            and a core per source), both built with the source among theirs.
+        sources: per source ``name``, ``location``, ``cluster``, ``energy_kept`` by its cluster's basis and, of its
+            energy in the modules compared, ``energy_kept_single`` by one basis of all sources that is as large as all
+            these (bases and a core per source), both built with the source among theirs.
         k: directions of each basis.
         single_k: directions of that single one.
         modules: the modules compared.
@@ -52,14 +53,12 @@ class Clusters:
 
     def to_precision(self, precision: str) -> Clusters:
         """Return the same, with every basis in `precision`: see `SubspaceBasis.to_precision`."""
-        return replace(self, bases=[basis.to_precision(precision) for basis in self.bases])
+        bases = [basis.to_precision(precision) for basis in self.bases]
+        return replace(self, bases=bases, sources=_with_kept(self.sources, bases))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the contents of `clusters.json`."""
-        means = {
-            key: sum(each[key] for each in self.sources) / len(self.sources)
-            for key in ("energy_kept", "energy_kept_single")
-        }
+        means = {key: mean(each[key] for each in self.sources) for key in ("energy_kept", "energy_kept_single")}
         return {
             "clusters": [
                 {
@@ -112,7 +111,7 @@ def build_clusters(
 ) -> Clusters:
     """Divide a fleet into clusters and build a basis of each, where one basis keeps too little.
 
-    Each source goes to the basis that keeps most of it, the mean over modules of the share of ‖ΔW‖²; the bases are
+    Each source goes to the basis that keeps most of its energy; the bases are
     built again of the sources they got, until no source moves (as k-means does, with subspaces for centres: Bradley
     and Mangasarian 2000). Starts are without chance. Of several processes the first does this, all build the bases. It
     happens on up to 8 modules, evenly spread, as many as a third of `max_memory` holds.
@@ -154,7 +153,7 @@ def build_clusters(
             basis.info["skipped"] = fleet.skipped
             bases.append(basis)
         steps = [Step(**each) for each in found["steps"]]
-        return Clusters(bases, found["sources"], k, found["single_k"], found["modules"], steps)
+        return Clusters(bases, _with_kept(found["sources"], bases), k, found["single_k"], found["modules"], steps)
 
 
 def prepare_clusters(
@@ -191,6 +190,12 @@ def prepare_clusters(
     return build
 
 
+def _with_kept(sources: list[dict[str, Any]], bases: list[SubspaceBasis]) -> list[dict[str, Any]]:
+    """Return the sources' entries with the energy kept that their bases have on record."""
+    kept = [{each.name: each.kept for each in EnergyRecord.of(basis.info).sources} for basis in bases]
+    return [{**entry, "energy_kept": kept[entry["cluster"]].get(entry["name"])} for entry in sources]
+
+
 def _divided(sample: Sample, clusters: int | str, k: int) -> dict[str, Any]:
     """Return the parts, the steps that led to them, and how much is kept of each source; JSON-ready."""
     fleet, count = sample.fleet, len(sample.fleet.sources)
@@ -209,13 +214,12 @@ def _divided(sample: Sample, clusters: int | str, k: int) -> dict[str, Any]:
     single = sample.kept(sample.fit(range(count), single_k), range(count))
     entries: list[dict[str, Any]] = [{} for _ in range(count)]
     for number, part in enumerate(parts):
-        for i, kept in zip(part, sample.kept(sample.fit(part, k), part), strict=True):
+        for i in part:
             source = fleet.sources[i]
             entries[i] = {
                 "name": source.name,
                 "location": source.location,
                 "cluster": number,
-                "energy_kept": kept,
                 "energy_kept_single": single[i],
             }
     return {"parts": parts, "steps": steps, "sources": entries, "single_k": single_k, "modules": sample.names}

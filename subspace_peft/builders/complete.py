@@ -17,6 +17,7 @@ from ..basis.controls import gaussian
 from ..basis.lineage import next_version, warn_float32
 from ..basis.module import fix_signs
 from ..basis.module_store import same_module
+from ..energy import DEFINITION, of_random
 from ..errors import SubspaceError
 from .base_model import base_model_name as named
 from .controls import linear_weights
@@ -108,7 +109,8 @@ def _measured(basis: SubspaceBasis, modules: Mapping[str, ModuleBasis]) -> dict[
     if not isinstance(known, Mapping):
         return {}
     random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, m in modules.items()}
-    mean = sum(random.values()) / len(random)
+    weights = known.get("energy_per_module") if known.get("definition") == DEFINITION else None
+    mean = of_random(random, weights if isinstance(weights, Mapping) else None)
     return {"measured": {**known, "energy_random": mean, "energy_random_per_module": random}}
 
 

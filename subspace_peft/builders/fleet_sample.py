@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..energy import of_known, share_of
 from ..sources.factors import Factors, in_common_span
 from .fleet import Fleet
 from .hosvd import exact, hosvd
@@ -137,19 +138,21 @@ class Sample:
         return pair.U.double(), pair.V.double()
 
     def kept(self, basis: Pairs, members: Sequence[int]) -> list[float]:
-        """Return per source the mean over modules of the share of ‖ΔW‖² that a basis keeps.
+        """Return per source the share of its energy in these modules that a basis keeps.
 
         Args:
             basis: per module U and V, of `fit`.
             members: places of the sources.
         """
-        shares: list[list[float]] = [[] for _ in members]
-        for module, (U, V) in zip(self.modules, basis, strict=True):
+        shares: list[dict[str, float | None]] = [{} for _ in members]
+        norms: list[dict[str, float]] = [{} for _ in members]
+        for name, module, (U, V) in zip(self.names, self.modules, basis, strict=True):
             for place, i in enumerate(members):
                 if (update := module.updates.get(i)) is not None:
                     core = (U.T @ update.B.double()) @ (update.A.double() @ V.T)
-                    shares[place].append(min(1.0, float(core.square().sum()) / module.norms[i] ** 2))
-        return [sum(each) / max(1, len(each)) for each in shares]
+                    norms[place][name] = module.norms[i]
+                    shares[place][name] = share_of(float(core.square().sum()), module.norms[i] ** 2)
+        return [of_known(each, own) or 0.0 for each, own in zip(shares, norms, strict=True)]
 
     def numbers(self, clusters: int, k: int) -> int:
         """Return how many numbers are stored in so many bases of k directions, and in a core for every source."""

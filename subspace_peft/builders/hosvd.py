@@ -103,6 +103,11 @@ class Pair:
     kept: float
 
 
+def size_of(pair: Pair) -> tuple[int, int]:
+    """Return k_out and k_in."""
+    return pair.U.shape[1], pair.V.shape[0]
+
+
 def hosvd(compressed: Compressed, k: int | float, k_in: int | None, alternations: int) -> Pair | None:
     """Compute the truncated HOSVD of the stack of updates, then alternate (JD-Full, arXiv 2407.00066).
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..energy import share_of
 from ..sources.factors import Factors, in_common_span
-from .hosvd import Pair, exact, hosvd
+from .hosvd import exact, hosvd
 
 GROUPS_UP_TO = 8  # each group left out is one more build, in as many dimensions as the fleet has ranks
 
@@ -19,19 +20,23 @@ def wanted(asked: bool | None, groups: Sequence[int]) -> bool:
 
 
 def left_out_energy(
-    updates: Sequence[Factors], weights: Sequence[float], groups: Sequence[int], pair: Pair, alternations: int
+    updates: Sequence[Factors],
+    weights: Sequence[float],
+    groups: Sequence[int],
+    size: tuple[int, int],
+    alternations: int,
 ) -> list[float | None]:
     """Return per source the share ‖UᵀΔW Vᵀ‖² / ‖ΔW‖² that a basis of the other groups keeps of it, in one module.
 
     A whole shared-seed group is left out at once, since its members span each other's input side. The bases are of the
-    same size as `pair`, or smaller where the rest spans less.
+    same size, or smaller where the rest spans less.
 
     Args:
         updates: the sources' updates of the module.
         weights: one w per update, as for `exact`.
         groups: per source the number of its shared-seed group.
-        pair: the basis of all sources, for its size.
-        alternations: as for `pair`.
+        size: k_out and k_in of the basis of all sources.
+        alternations: as for that basis.
 
     Returns:
         One share per source; None for each where there is one group only.
@@ -43,11 +48,11 @@ def left_out_energy(
         if not rest:
             break
         stack = exact([updates[i] for i in rest], [weights[i] for i in rest])
-        basis = hosvd(stack, pair.U.shape[1], pair.V.shape[0], alternations)
+        basis = hosvd(stack, *size, alternations)
         assert basis is not None  # only a share of energy can ask for more
         U, V = basis.U.double(), basis.V.double()
         for i, other in enumerate(groups):
             if other == group:
                 core = (U.T @ updates[i].B) @ (updates[i].A @ V.T)
-                shares[i] = min(1.0, float(core.square().sum()) / updates[i].norm() ** 2)
+                shares[i] = share_of(float(core.square().sum()), updates[i].norm() ** 2)
     return shares

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
+from ..energy import share_of
 from ..sources.factors import Factors, gram
+from .hosvd import exact, hosvd
 
 
 def null_update(out: int, inner: int, strengths: torch.Tensor, generator: torch.Generator) -> Factors:
@@ -21,6 +24,40 @@ def null_update(out: int, inner: int, strengths: torch.Tensor, generator: torch.
     P = _directions(out, len(strengths), generator)
     T = _directions(inner, len(strengths), generator)
     return Factors(P * strengths, T.T.contiguous())
+
+
+def null_of(updates: Sequence[Factors], seed: int = 0) -> list[Factors]:
+    """Draw the null of a module's updates, in their order.
+
+    Args:
+        updates: (out, in) each.
+        seed: of the random directions.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    return [null_update(*update.shape, update.canonical()[1], draw) for update in updates]
+
+
+def null_energy(
+    updates: Sequence[Factors], weights: Sequence[float], size: tuple[int, int], alternations: int, seed: int = 0
+) -> list[float]:
+    """Return per update the share that a basis of the null keeps of the update's null, in one module.
+
+    Args:
+        updates: the sources' updates of the module.
+        weights: one w per update, as for `exact`.
+        size: k_out and k_in of the basis of the updates.
+        alternations: as for that basis.
+        seed: of the random directions.
+    """
+    noise = null_of(updates, seed)
+    compressed = exact(noise, weights)
+    pair = hosvd(compressed, *size, alternations)
+    assert pair is not None  # only a share of energy can ask for more
+    shares = [0.0] * len(updates)
+    for places, cores in compressed.cores(compressed.scales, pair.u, pair.v):
+        for place, square in zip(places, cores.square().sum((1, 2)).tolist(), strict=True):
+            shares[place] = share_of(square, noise[place].norm() ** 2)
+    return shares
 
 
 def generator_for(*what: object) -> torch.Generator:

@@ -8,23 +8,29 @@ from typing import Any
 from torch import nn
 
 from ..base_names import shown_name
+from ..energy import of_known, of_source
 from ..errors import SourceError
 from ..sources.lora import DEFAULT_ALPHA
 from ..sources.open import open_source
 from ..sources.source import IN_MEMORY, Source
 
 
-def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -> dict[str, Any]:
+def source_entry(
+    source: Source,
+    kept: Mapping[str, float | None],
+    group: int,
+    left_out: Mapping[str, float | None] | None = None,
+) -> dict[str, Any]:
     """Return a source's entry in the basis's list.
 
     Args:
         source: as it was read.
         kept: module → the share of the source's energy there that the basis keeps; None counts as none.
         group: the number of its shared-seed group.
+        left_out: the same of a basis that was built without its group, where that was measured.
     """
     norms = source.norms
-    total = sum(norm**2 for norm in norms.values())
-    held = sum((kept.get(name) or 0.0) * norms[name] ** 2 for name in norms)
+    away = of_known(left_out or {}, norms)
     return {
         "name": source.name,
         "location": source.location,
@@ -36,9 +42,10 @@ def source_entry(source: Source, kept: Mapping[str, float | None], group: int) -
         "task_type": source.task_type,
         "ranks": source.ranks,
         "modules": len(norms),
-        "norm": total**0.5,
+        "norm": sum(norm**2 for norm in norms.values()) ** 0.5,
         "seed_group": group,
-        "energy_kept": held / total,
+        "energy_kept": of_source(kept, norms),
+        **({} if away is None else {"energy_left_out": away}),
         **_facts(source),
     }
 

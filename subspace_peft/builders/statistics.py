@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..basis import ModuleBasis
+from ..energy import share_of
 from .hosvd import Compressed, Pair
 
 
@@ -45,8 +46,7 @@ def module_basis(
         mean += torch.einsum("n,noi->oi", weight[places], cores)
         square += torch.einsum("n,noi->oi", weight[places], cores.square())
         for place, energy in zip(places, cores.square().sum((1, 2)).tolist(), strict=True):
-            # rounding can bring the share of a source that lies wholly inside a hair above one
-            kept[place] = min(1.0, energy / norms[place] ** 2)
+            kept[place] = share_of(energy, norms[place] ** 2)
         if every is not None:
             every[places] = cores
     stored = None

@@ -9,6 +9,7 @@ import torch
 
 from ..basis import ModuleBasis
 from ..basis.transfer import Transfer
+from ..energy import mean, share_of
 from ..errors import SubspaceError
 from .extend import exact_beside, frame, grow, refit
 from .hosvd import Compressed, Pair
@@ -58,8 +59,8 @@ def update_module(
 
     Returns:
         The new module, and the facts about it: ``added`` directions per side, ``kept_before`` and ``kept`` of the new
-        adapters' weighted energy, ``numerics``, ``drift`` (the most that a core loses of its norm), ``shares`` kept of
-        every new source, and ``squares``, the old sources' squared norms before and after.
+        adapters' energy (means over them), ``numerics``, ``drift`` (the most that a core loses of its norm),
+        ``shares`` kept of every new source, and ``squares``, the old sources' squared norms before and after.
     """
     task, fixed = plan.module(name), frame(old.module)
     pair: Pair | None = None
@@ -77,20 +78,20 @@ def update_module(
         # a share of energy takes as many directions as it takes
         width *= 2
     a, b = old.module.k_out, old.module.k_in
-    kept, kept_before = 0.0, 0.0
+    before = [0.0] * len(task.members)
     found = torch.zeros(len(plan.fleet.sources), pair.U.shape[1], pair.V.shape[0], dtype=torch.float64)
     shares: list[float | None] = [None] * len(plan.fleet.sources)
     for places, cores in compressed.cores(compressed.scales, pair.u, pair.v):
         for place, core in zip(places, cores, strict=True):
             i, square = task.members[place], float(core.square().sum())
-            found[i], shares[i] = core, min(1.0, square / task.norms[place] ** 2)
-            kept += task.weights[place] ** 2 * square
-    for _, cores in compressed.cores(
-        compressed.weights,
+            found[i], shares[i] = core, share_of(square, task.norms[place] ** 2)
+    for places, cores in compressed.cores(
+        compressed.scales,
         torch.eye(compressed.out.Q.shape[1], a, dtype=torch.float64),
         torch.eye(compressed.inner.Q.shape[1], b, dtype=torch.float64),
     ):
-        kept_before += float(cores.square().sum())
+        for place, square in zip(places, cores.square().sum((1, 2)).tolist(), strict=True):
+            before[place] = share_of(square, task.norms[place] ** 2)
     source_weights = torch.zeros(len(plan.fleet.sources), dtype=torch.float64)
     source_weights[task.members] = torch.tensor(task.source_weights, dtype=torch.float64)
     module, drift = _joined_module(old, pair, found, source_weights)
@@ -100,8 +101,8 @@ def update_module(
     ]
     return module, {
         "added": [pair.U.shape[1] - a, pair.V.shape[0] - b],
-        "kept_before": min(1.0, kept_before / compressed.total),
-        "kept": min(1.0, kept / compressed.total),
+        "kept_before": mean(before),
+        "kept": mean(shares),
         "numerics": "streamed" if compressed.passes else "exact",
         "drift": drift,
         "shares": shares,

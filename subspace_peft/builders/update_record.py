@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from .. import energy
 from .._io.untrusted import is_finite, is_whole
 from ..base_names import merged_names
 from ..basis import ModuleBasis, SubspaceBasis
@@ -36,7 +37,7 @@ def record(
     """
     by_name = {name: key for key, name in names.items()}
     info = next_version(old, modules, refitted=() if arguments["k"] is None else facts)
-    known = old.info.get("sources") or []
+    known = energy.sources_of(old.info)
     first = 1 + max((_group(entry, -1) for entry in known), default=-1)
     entries = []
     for i, source in enumerate(fleet.sources):
@@ -53,34 +54,61 @@ def record(
         "update": {"arguments": arguments, "modules": facts, **({"drift": drifts} if drifts else {})},
         # where all was fitted again, what is kept of old sources is known as far as their stored cores go, not per
         # module
-        **({} if arguments["k"] is not None else {"measured": _measured(old, shares, modules)}),
+        **({} if arguments["k"] is not None else {"measured": _measured(old, fleet, entries, shares, modules)}),
     }
 
 
 def _measured(
-    old: SubspaceBasis, shares: Mapping[str, list[float]], modules: Mapping[str, ModuleBasis]
+    old: SubspaceBasis,
+    fleet: Fleet,
+    entries: list[dict[str, Any]],
+    shares: Mapping[str, list[float]],
+    modules: Mapping[str, ModuleBasis],
 ) -> dict[str, Any]:
     """Return the energy kept of old and new sources together.
 
     Of the old ones it is what the old basis kept, which is the same or less.
     """
     measured = old.info.get("measured")
-    before = measured.get("energy_kept_per_module") if isinstance(measured, Mapping) else None
-    count = len(old.info.get("sources") or [])
+    measured = measured if isinstance(measured, Mapping) else {}
+    known = energy.sources_of(old.info)
+    before = measured.get("energy_kept_per_module")
     per_module = {}
     for name in modules:
-        known = before.get(name) if isinstance(before, Mapping) else None
-        old_sum, old_count = (float(known) * count, count) if is_finite(known) else (0.0, 0)
+        was = before.get(name) if isinstance(before, Mapping) else None
+        old_sum, old_count = (float(was) * len(known), len(known)) if is_finite(was) else (0.0, 0)
         new = shares.get(name, [])
         if old_count + len(new):
             per_module[name] = (old_sum + sum(new)) / (old_count + len(new))
     random = {name: m.k_out * m.k_in / (m.out_features * m.in_features) for name, m in modules.items()}
+    weights = _joined_weights(measured, len(known), fleet)
+    kept = energy.mean(_number(entry) for entry in [*known, *entries])
     return {
-        "energy_kept": sum(per_module.values()) / len(per_module),
-        "energy_random": sum(random.values()) / len(random),
+        # without the old modules' weights, what random directions keep is a mean over modules, as it was before
+        **({} if weights is None else {"definition": energy.DEFINITION, "energy_per_module": weights}),
+        "energy_kept": energy.mean(per_module.values()) if kept is None else kept,
+        "energy_random": energy.of_random(random, weights),
         "energy_kept_per_module": per_module,
         "energy_random_per_module": random,
     }
+
+
+def _joined_weights(measured: Mapping[str, Any], count: int, fleet: Fleet) -> dict[str, float] | None:
+    """Return where the energy of old and new sources together lies, see `energy.weights_of_modules`.
+
+    None where it is not known of the old ones.
+    """
+    old = measured.get("energy_per_module") if count else {}
+    if not isinstance(old, Mapping) or not all(is_finite(value) for value in old.values()):
+        return None
+    more = len(fleet.sources)
+    new = energy.weights_of_modules(source.norms for source in fleet.sources)
+    names = dict.fromkeys([*old, *new])
+    return {name: (count * old.get(name, 0.0) + more * new.get(name, 0.0)) / (count + more) for name in names}
+
+
+def _number(entry: Mapping[str, Any]) -> float | None:
+    return float(entry["energy_kept"]) if is_finite(entry.get("energy_kept")) else None
 
 
 def after_refit(entry: dict[str, Any], number: int, squares: list[list[tuple[float, float]]]) -> dict[str, Any]:

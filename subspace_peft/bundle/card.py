@@ -43,7 +43,13 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
         numbers = sum(a * b for a, b in bundle.sizes(name).values())
         metrics = {key: value for key, value in bundle[name].metrics.items() if isinstance(value, (int, float))}
         tasks.append(
-            BundledTaskFacts(name=name, coefficients=own.get("coefficients"), numbers=numbers, metrics=metrics)
+            BundledTaskFacts(
+                name=name,
+                coefficients=own.get("coefficients"),
+                numbers=numbers,
+                energy_kept=bundle[name].energy_kept,
+                metrics=metrics,
+            )
         )
     # a head has to be made for its number of classes, which tasks of a bundle may have each their own
     headed = next((bundle[name] for name in bundle if bundle[name].id2label), None)

@@ -19,6 +19,7 @@ from ..basis import SubspaceBasis
 from ..basis.files import TENSORS_FILE
 from ..basis.overwriting import Planned, check_target
 from ..convert.project import Projection, project_lora
+from ..energy import percent
 from ..errors import BadFileError, SourceError, SubspaceError
 from ..sources import Source, is_one_source, open_source
 from .format import BUNDLE_FILE
@@ -245,14 +246,15 @@ def _one(
                     break
         what = replace(what, total=total, modules=modules, residual_rank=rank)
         if not enough(total, min_energy):
-            with_it = f" and {total.residual:.3f} in a residual of rank {rank}" if rank else ""
+            with_it = f" and {percent(total.residual)} in a residual of rank {rank}" if rank else ""
             more = "a higher residual rank" if most else "a residual (residual=, --residual)"
             return (
                 replace(
                     what,
                     refused=(
-                        f"the basis keeps {total.kept:.3f} of its energy{with_it}, less than min_energy={min_energy}:"
-                        f" allow {more}, lower the threshold, or build the basis from adapters like this one"
+                        f"the basis keeps {percent(total.kept)} of its energy{with_it}, less than"
+                        f" min_energy={min_energy}: allow {more}, lower the threshold, or build the basis"
+                        " from adapters like this one"
                     ),
                 ),
                 None,

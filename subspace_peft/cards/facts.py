@@ -118,6 +118,7 @@ class SourceFacts:
         ranks: the ranks of its modules, without repetition.
         norm: Frobenius norm of its update, over all modules.
         energy_kept: share of the update's energy that the basis keeps.
+        energy_kept_at_least: whether that is a lower bound.
         license: the licence that its README states.
         skipped: the reason why it was left out; None for one that was used.
     """
@@ -129,6 +130,7 @@ class SourceFacts:
     ranks: tuple[int, ...] = ()
     norm: float | None = None
     energy_kept: float | None = None
+    energy_kept_at_least: bool = False
     license: str | None = None
     skipped: str | None = None
 
@@ -148,8 +150,11 @@ class BasisFacts:
         base: the base model.
         task_type: PEFT's, where all sources have the same.
         energy_kept: share of the sources' energy that the basis keeps.
+        energy_kept_at_least: whether that is a lower bound.
         energy_random: the share that a random basis of equal size keeps, in expectation.
         energy_left_out: the share that a basis of the other sources keeps of a source left out.
+        energy_over_modules: those of ``kept``, ``random``, ``left_out`` that an earlier version recorded as means over
+            modules.
         per_module: module name → those of ``kept``, ``left_out`` and ``random`` that are known of it.
         precision: what U and V are stored as, where it is not float32.
         energy_lost: share of the energy that this precision loses.
@@ -167,8 +172,10 @@ class BasisFacts:
     base: BaseFacts = field(default_factory=BaseFacts)
     task_type: str | None = None
     energy_kept: float | None = None
+    energy_kept_at_least: bool = False
     energy_random: float | None = None
     energy_left_out: float | None = None
+    energy_over_modules: tuple[str, ...] = ()
     per_module: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     precision: str | None = None
     energy_lost: float | None = None
@@ -238,6 +245,7 @@ class BundledTaskFacts:
         name: its name in the bundle.
         coefficients: kind of coefficients.
         numbers: how many coefficients it has.
+        energy_kept: of a task that was an adapter, the share of its energy that the basis keeps.
         metrics: metric → number.
         datasets: Hub ids.
     """
@@ -245,6 +253,7 @@ class BundledTaskFacts:
     name: str
     coefficients: str | None = None
     numbers: int | None = None
+    energy_kept: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from ..energy import OVER_MODULES, percent
 from . import markdown
-from .facts import AUTO_CLASSES, BasisFacts, BundleFacts, TaskFacts
+from .facts import AUTO_CLASSES, BasisFacts, BundledTaskFacts, BundleFacts, SourceFacts, TaskFacts
 from .front_matter import front_matter
 from .readme import Card
 
@@ -70,6 +71,17 @@ def bundle_card(facts: BundleFacts) -> Card:
     return _card("bundle.md.j2", facts, front, metrics=metrics)
 
 
+def _share(value: Any) -> str:
+    """Return a share of energy in percent; nothing for what is no number, such as Jinja2's value of a missing one."""
+    return percent(value) if isinstance(value, (int, float)) else ""
+
+
+def _kept(source: SourceFacts | BundledTaskFacts) -> str:
+    """Return what the basis keeps of a source or a task."""
+    least = "at least " if getattr(source, "energy_kept_at_least", False) else ""
+    return "" if source.energy_kept is None else least + percent(source.energy_kept)
+
+
 def _card(template: str, facts: BasisFacts | TaskFacts | BundleFacts, front: dict[str, Any], **more: Any) -> Card:
     body = _environment().get_template(template).render(facts=facts, **more)
     # comments mark where a card begins and ends: the templates have none, and a value must not bring one in
@@ -95,4 +107,6 @@ def _environment() -> Environment:
     environment.globals.update(arguments=markdown.arguments, literal=markdown.literal, table=markdown.table)
     environment.filters.update(code=markdown.code, fenced=markdown.fenced, number=markdown.number)
     environment.filters["one_line"] = markdown.one_line
+    environment.filters.update(percent=percent, share=_share, kept=_kept)
+    environment.globals["over_modules"] = OVER_MODULES
     return environment

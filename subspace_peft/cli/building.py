@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..builders.build_file import BASIS_CONFIG, INPUTS, BuildFile, read_build_file
 from ..builders.options import BuildOptions, Resources
+from ..energy import percent
 from ..errors import SubspaceError
 from .common import Add, add_force, add_json, base_model, earlier_record, kept_for_force, print_json, unfinished
 from .flags import add_options, as_in_file, flag_of, given_options, hints_in_flags
@@ -135,7 +137,19 @@ def build(args: Namespace) -> int:
         return _say_clusters(made, args.json, out)
     if said and not args.json:
         print(said)
-    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
+    status = inspect(Namespace(path=str(out), no_verify=True, json=args.json))
+    if not args.json:
+        _say_verdict(made, out)
+    return status
+
+
+def _say_verdict(basis: SubspaceBasis, out: Path) -> None:
+    """Print what the basis is good for and the next step, as far as the build measured it."""
+    from ..report.numbers import recorded_numbers
+    from ..report.verdict import conclusion
+
+    for line in conclusion(recorded_numbers(basis), shlex.quote(str(out))):
+        print(line)
 
 
 def _request(args: Namespace, out: Path | None, in_file: set[str]) -> Request:
@@ -301,18 +315,19 @@ def _say_clusters(clusters: Clusters, as_json: bool, out: Path) -> int:
         return print_json(facts)
     for step in facts["steps"]:
         print(
-            f"  {step['clusters']} clusters (k={step['k']}) keep {step['left_out']:.4f} of sources left out,"
-            f" {step['against']} of equal size (k={step['against_k']}) {step['against_left_out']:.4f}: gain"
-            f" {step['gain']:.4f} ± {step['standard_error']:.4f}"
+            f"  {step['clusters']} clusters (k={step['k']}) keep {percent(step['left_out'])} of sources left out,"
+            f" {step['against']} of equal size (k={step['against_k']}) {percent(step['against_left_out'])}: gain"
+            f" {100 * step['gain']:.1f} ± {100 * step['standard_error']:.1f} points"
         )
     for source in facts["sources"]:
         print(
-            f"  {source['name']}: cluster {source['cluster']}, energy kept {source['energy_kept']:.4f} (by one basis"
-            f" of equal size {source['energy_kept_single']:.4f})"
+            f"  {source['name']}: cluster {source['cluster']}, energy kept {percent(source['energy_kept'])} (by one"
+            f" basis of equal size {percent(source['energy_kept_single'])})"
         )
     print(
-        f"{out}: {len(facts['clusters'])} bases, k={facts['k']}, energy kept {facts['energy_kept']:.4f}; one basis of"
-        f" as many numbers, k={facts['single_k']}, {facts['energy_kept_single']:.4f}"
+        f"{out}: {len(facts['clusters'])} bases, k={facts['k']}, energy kept"
+        f" {percent(facts['energy_kept'])}; one basis of as many numbers, k={facts['single_k']},"
+        f" {percent(facts['energy_kept_single'])}"
     )
     return 0
 

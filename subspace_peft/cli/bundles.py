@@ -9,6 +9,7 @@ from typing import Any
 
 from .._io.text import read_text
 from ..builders.option_checks import number
+from ..energy import percent
 from ..errors import SubspaceError
 from .common import (
     Add,
@@ -199,11 +200,11 @@ def compress(args: Namespace) -> int:
         alone = ", the projection alone" if each.residual_rank else ""
         how = said_of_conversion(each.converted_from, each.lost_in_conversion)
         print(
-            f"{each.name}: kept {each.total.kept:.4f}, residual {each.total.residual:.4f}{rank}, lost"
-            f" {each.total.lost:.4f} ({each.verdict}{alone}){how}"
+            f"{each.name}: energy kept {percent(each.total.kept)}, residual {percent(each.total.residual)}{rank}, lost"
+            f" {percent(each.total.lost)} ({each.verdict}{alone}){how}"
         )
         for module, share in each.modules.items():
-            print(f"  {share.kept:.4f}  {share.residual:.4f}  {share.lost:.4f}  {module}")
+            print(f"  {percent(share.kept):>7}  {percent(share.residual):>7}  {percent(share.lost):>7}  {module}")
     print(storage_table(report.storage))
     return 0
 
@@ -241,7 +242,7 @@ def _list(found: Any, args: Namespace, wrong: dict[str, str] | None = None) -> i
         facts = [f"{task.bytes:,} bytes"]
         facts += [f"{key} {value}" for key, value in task.metrics.items()]
         if task.energy_kept is not None:
-            facts.append(f"energy kept {task.energy_kept:.4f}")
+            facts.append(f"energy kept {percent(task.energy_kept)}")
         if task.residual_rank:
             facts.append(f"residual of rank {task.residual_rank}")
         if task.modules_to_save:

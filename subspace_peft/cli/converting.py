@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import BooleanOptionalAction, Namespace
 
 from ..builders.option_checks import number
+from ..energy import percent
 from .common import (
     Add,
     add_base_model_name,
@@ -85,10 +86,10 @@ def project(args: Namespace) -> int:
     if args.json:
         return print_json(facts)
     for name, share in projection.energy.items():
-        print(f"  {share:.4f}  {name}")
+        print(f"  {percent(share):>7}  {name}")
     print(
-        f"energy kept {projection.energy_kept:.4f} (random basis {projection.energy_random:.4f}), relative error "
-        f"{projection.relative_error:.3f}: {projection.verdict}"
+        f"energy kept {percent(projection.energy_kept)} (random directions {percent(projection.energy_random)}),"
+        f" relative error {projection.relative_error:.3f}: {projection.verdict}"
         f"{said_of_conversion(projection.source.converted, projection.source.lost)}"
     )
     return 0
@@ -112,6 +113,6 @@ def export_lora(args: Namespace) -> int:
         return print_json(result.to_dict())
     print(
         f"{result.folder}: LoRA r={result.rank} for {result.modules} modules, {result.bytes:,} bytes, "
-        f"{result.energy_kept:.6f} of the update's energy"
+        f"{percent(result.energy_kept)} of the update's energy"
     )
     return 0

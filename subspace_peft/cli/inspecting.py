@@ -6,6 +6,7 @@ import importlib.util
 from argparse import Namespace
 from typing import Any
 
+from ..energy import EXPLAINED, OVER_MODULES, percent
 from ..errors import SubspaceError
 from .common import (
     ALLOW_BIN_HELP,
@@ -120,20 +121,14 @@ def inspect(args: Namespace) -> int:
         f"{facts['frozen_numbers']:,} frozen numbers, {facts['bytes'] or 0:,} bytes; a task:"
         f" {facts['core_numbers_per_task']:,} numbers"
     )
-    if "energy_kept" in facts:
-        print(f"energy kept {facts['energy_kept']:.4f}; a random basis of equal size {facts['energy_random']:.4f}")
-    if facts["precision"]:
-        lost = facts["precision"]
-        print(
-            f"stored as {lost['stored']}, which loses {lost['energy_lost']:.2g} of that energy (at most"
-            f" {lost['energy_lost_at_most']:.2g} of any update's)"
-        )
-    if "energy_left_out" in facts:
-        print(f"of a source that was left out, a basis of the others keeps {facts['energy_left_out']:.4f}")
+    for line in energy_lines(facts):
+        print(line)
     for source in facts["sources"]:
+        least = "at least " if source.get("energy_kept_at_least") else ""
+        kept = source.get("energy_kept")
         print(
-            f"  {source['name']}: ranks {source['ranks']}, energy kept {_share(source['energy_kept'])}, seed group"
-            f" {source['seed_group']}"
+            f"  {source['name']}: ranks {source['ranks']}, energy kept"
+            f" {'unknown' if kept is None else least + percent(kept)}, seed group {source['seed_group']}"
         )
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
@@ -150,6 +145,33 @@ def _say_names(taken: str | None, names: dict[str, Any] | None) -> None:
         print(f"base model: {len(names['replaced'])} sources call it {', '.join(others[:5])} ({why})")
     if names["unnamed"]:
         print(f"base model: {len(names['unnamed'])} sources name none, and were taken to be of {taken}")
+
+
+def energy_lines(facts: dict[str, Any]) -> list[str]:
+    """Return what a basis keeps, line by line.
+
+    Args:
+        facts: of `inspect_path`.
+    """
+
+    def said(key: str) -> str:
+        over = key in facts.get("energy_over_modules", ())
+        return percent(facts[f"energy_{key}"]) + (f" ({OVER_MODULES})" if over else "")
+
+    lines = []
+    if "energy_kept" in facts:
+        least = "at least " if facts.get("energy_kept_at_least") else ""
+        random = f"; random directions keep {said('random')}" if "energy_random" in facts else ""
+        lines.append(f"energy kept {least}{said('kept')} (energy: {EXPLAINED}){random}")
+    if facts["precision"]:
+        lost = facts["precision"]
+        lines.append(
+            f"stored as {lost['stored']}, which loses {lost['energy_lost']:.2g} of that energy (at most"
+            f" {lost['energy_lost_at_most']:.2g} of any update's)"
+        )
+    if "energy_left_out" in facts:
+        lines.append(f"of a source that was left out, a basis of the others keeps {said('left_out')}")
+    return lines
 
 
 def validate(args: Namespace) -> int:
@@ -192,7 +214,9 @@ def analyze(args: Namespace) -> int:
         if "nearest" in entry:
             line += f", nearest {entry['nearest']} (cosine {entry['nearest_cosine']:.3f})"
         if "energy_kept" in entry:
-            line += f", the basis keeps {entry['energy_kept']:.4f} (a random one {entry['energy_random']:.4f})"
+            line += (
+                f", energy kept {percent(entry['energy_kept'])} (random directions {percent(entry['energy_random'])})"
+            )
         print(line + (f", not covered: {entry['not_covered']}" if "not_covered" in entry else ""))
     for one, other, value in found.near_duplicates:
         print(f"  near-duplicates: {one}, {other} (cosine {value:.4f})")
@@ -234,7 +258,3 @@ def report(args: Namespace) -> int:
         print(f"{len(found.skipped)} adapters were not used; the page says why.")
     print(page)
     return 0
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"

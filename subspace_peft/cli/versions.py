@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..builders.options import CompleteOptions, Resources, UpdateOptions
+from ..energy import percent
 from ..errors import SubspaceError
 from .common import (
     BASE_MODEL_HELP,
@@ -150,7 +151,7 @@ def update(args: Namespace) -> int:
         more, less = each["added"]
         print(
             f"  {name}: {more:+d} output and {less:+d} input directions; of the new adapters' energy"
-            f" {each['kept_before']:.4f} was kept, now {each['kept']:.4f}"
+            f" {percent(each['kept_before'])} was kept, now {percent(each['kept'])}"
         )
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")

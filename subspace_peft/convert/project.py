@@ -13,6 +13,7 @@ from torch import nn
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
+from ..energy import of_source, share_of, word
 from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
 from ..sources.guesses import warn_of_guesses
@@ -20,10 +21,6 @@ from ..sources.lora import is_embedding, is_saved_module, saved_modules
 from ..tasks.read import Parts, SavedTask
 from ..tasks.write import core_tensors, write_task
 from ..tuner import SubspaceConfig
-
-# Relative error √(1 − energy): up to about 0.6 compressed LoRAs kept their function in Compress-then-Serve
-# (arXiv 2407.00066); beyond about 0.77 they did not.
-FAITHFUL, POOR = 1 - 0.6**2, 0.4
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +33,7 @@ class Projection:
         cores: Module of the basis → ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) float64, the least-squares optimum.
         energy: Module of the basis → ‖C‖² / ‖ΔW‖², the share kept (1 for a module whose ΔW is zero).
         energy_random: The share that a random basis of the same size keeps on average.
-        energy_kept: The share over all modules together.
+        energy_kept: The share over all modules together, see `subspace_peft.energy`.
     """
 
     source: Source
@@ -57,7 +54,7 @@ class Projection:
 
         Measure the task's own score before relying on it.
         """
-        return "faithful" if self.energy_kept >= FAITHFUL else "partial" if self.energy_kept >= POOR else "poor"
+        return word(self.energy_kept)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors, as JSON values."""
@@ -185,7 +182,10 @@ def project_lora(
             f"{source.location}: {len(absent)} of its modules are not in the basis, such as {names_of(absent, 3)}; it"
             f" has {names_of(basis, 3)}. Build a basis from sources that adapt these modules."
         )
-    cores, energy, random, kept, total = {}, {}, 0.0, 0.0, 0.0
+    cores: dict[str, torch.Tensor] = {}
+    energy: dict[str, float] = {}
+    random: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for name in source.keys:
         key = str(basis.find(name))
         module, update = basis[key], source.factors(name)
@@ -193,14 +193,12 @@ def project_lora(
             core = module.project((update.B, update.A))
         except BasisMismatchError as error:
             raise BasisMismatchError(f"{source.location}: module {name!r}: {error}") from None
-        norm = update.norm() ** 2
-        size = float(core.square().sum())
-        cores[key], energy[key] = core, min(1.0, size / norm) if norm else 1.0
-        kept, total = kept + size, total + norm
-        random += norm * module.k_out * module.k_in / (module.out_features * module.in_features)
-    if not total:
+        norms[key] = update.norm()
+        cores[key], energy[key] = core, share_of(float(core.square().sum()), norms[key] ** 2)
+        random[key] = module.k_out * module.k_in / (module.out_features * module.in_features)
+    if not any(norms.values()):
         raise SubspaceError(f"{source.location}: every lora_B is zero, so there is nothing to project.")
-    return Projection(source, basis, cores, energy, random / total, min(1.0, kept / total))
+    return Projection(source, basis, cores, energy, of_source(random, norms), of_source(energy, norms))
 
 
 def _extras(source: Source) -> dict[str, torch.Tensor]:

@@ -20,17 +20,16 @@ class ReportFacts:
 
     Attributes:
         basis: its place, fingerprint, builder, base model, number of modules, k, bytes, parameters per task.
-        numbers: means over the modules measured: ``kept`` (energy the basis keeps of its own fleet, that of the
-            sources it was built from), ``kept_of_new`` (of adapters that it was not built from), ``null_kept`` (a
-            basis of noise adapters of equal strength, of them), ``unseen`` (a basis of the other folds, of those left
-            out), ``random``, ``mean_only``, ``k_for_share``, ``above`` (output and input directions above the null,
+        numbers: shares of energy, as `subspace_peft.energy` defines them: ``kept`` (the basis, of the sources it was
+            built from), ``kept_of_new`` (of adapters that it was not built from), ``null_kept`` (a basis of noise
+            adapters of equal strength, of them), ``unseen`` (a basis of the other folds, of those left out),
+            ``random`` and ``mean_only``; ``k_for_share``, ``above`` (output and input directions above the null,
             medians), ``k_for_new_tasks`` (see `useful_k`), ``break_even`` adapters, ``bytes_per_lora``,
             ``bytes_per_task``, ``bytes_of_basis``, ``sources``, ``in_seed_groups``. None where it could not be
             measured.
         verdict: sentences.
         modules: the findings of every module measured.
-        sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen`` and ``mean_only``,
-            means over modules.
+        sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen`` and ``mean_only``.
         skipped: adapters that could not be used, each with its reason.
         how: how it was measured: modules and sources of how many, folds, seed.
     """

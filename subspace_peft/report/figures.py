@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .._io.atomic import write_aside
+from ..energy import mean
 from .facts import LEFT_OUT, ReportFacts
-from .measure import mean
 
 FLEET, OTHERS, NULL, RANDOM = "#1f5fa8", "#c2571a", "#8a8a8a", "#bbbbbb"
 SHOWN = 64  # adapters in the figure of adapters

@@ -16,6 +16,7 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, replacing
 from ..builders.fleet import gather
 from ..builders.rebuild import sources_on_record
+from ..energy import EnergyRecord
 from ..errors import SubspaceError
 from .facts import ReportFacts
 from .figures import draw
@@ -68,8 +69,8 @@ def report_basis(
 ) -> FleetReport:
     """Measure what a basis keeps of a fleet, and what a basis of the fleet keeps of adapters left out of it.
 
-    Everything comes from the updates ΔW in factored form; no model is run. Energies are means over adapters and
-    modules.
+    Everything comes from the updates ΔW in factored form; no model is run. Energies are as `subspace_peft.energy`
+    defines them.
 
     Args:
         basis: the basis, its folder or its Hub id.
@@ -131,5 +132,10 @@ def _from_config(basis: SubspaceBasis, missing: list[dict[str, str]]) -> FleetRe
         " it measured.",
         *verdict(numbers),
     ]
+    if over := EnergyRecord.of(basis.info).over_modules:
+        named = {"left_out": "adapters left out", "random": "random directions", "null": "noise", "kept": "its fleet"}
+        words.append(
+            f"An earlier version recorded the energy of {', '.join(named[key] for key in over)} as means over modules."
+        )
     how = {"modules": [0, len(basis)], "sources": [0, 0]}
     return FleetReport(basis_facts(basis), numbers, words, skipped=missing, how=how)

@@ -7,9 +7,12 @@ from typing import Any
 
 from ..basis import SubspaceBasis
 from ..basis.files import CONFIG_FILE
+from ..energy import EnergyRecord, lower_bound, sources_of
 from ..errors import BasisNotFoundError, SubspaceError
 from ..hub import looks_like_path, split_revision
 from ..tuner.task_file import WEIGHTS_FILE
+
+SHARES = ("kept", "random", "left_out", "null")
 
 
 def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
     if verify:
         for name in basis:
             basis[name]
-    shapes = basis.shapes()
+    shapes, record = basis.shapes(), EnergyRecord.of(basis.info)
     facts = {
         "kind": "basis",
         "location": basis.location,
@@ -63,11 +66,17 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
         "core_numbers_per_task": sum(s["k_out"] * s["k_in"] for s in shapes.values()),
         "precision": basis.info.get("precision"),
         "bytes": None if basis.file is None else basis.file.stat().st_size,
-        "sources": basis.info.get("sources", []),
+        "sources": [
+            {**entry, **({"energy_kept_at_least": True} if lower_bound(entry, basis.info) else {})}
+            for entry in sources_of(basis.info)
+        ],
         "skipped": basis.info.get("skipped", []),
         "shapes": shapes,
     }
-    return facts | basis.info.get("measured", {})
+    energies = {f"energy_{key}": value for key in SHARES if (value := getattr(record, key)) is not None}
+    bounds = {"energy_kept_at_least": True} if record.at_least else {}
+    over = {"energy_over_modules": list(record.over_modules)} if record.over_modules else {}
+    return facts | basis.info.get("measured", {}) | energies | bounds | over
 
 
 def _task(path: str | Path) -> dict[str, Any]:

@@ -7,19 +7,19 @@ larger than the sum of the ranks.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..builders.hosvd import Compressed, Side, exact, smallest_k
-from ..builders.null import null_update
+from ..builders.left_out import left_out_energy
+from ..builders.null import null_energy, null_of
+from ..energy import FAITHFUL, share_of
 from ..sources.factors import Factors, in_common_span
 
 KEPT = 128  # leading eigenvalues that are reported
-SHARE = 0.9  # of the energy, for `k_for_share`
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,17 @@ class ModuleFindings:
         null_in: as `spectrum_in`, of those.
         above_out: how many eigenvalues of the output side are larger than the null's largest.
         above_in: the same of the input side.
-        k_for_share: directions per side that keep 0.9 of the fleet's energy.
+        k_for_share: directions per side that keep `energy.FAITHFUL` of the fleet's energy.
         ks: sizes of the curves.
         seen: per k the energy that the truncated HOSVD keeps of the updates it was made of; mean over the updates.
         left_out: the same, of the updates of folds it was not made of; nan where there is one fold.
         null: the same, of the null's own updates.
         random: what random directions keep of any update, in expectation: k² / (out·in).
-        left_out_here: per update, as `left_out` at the reported basis's size; None where there is one fold.
+        left_out_here: per update, what a basis of the other folds keeps of it that has the reported basis's size and
+            was refined by as many alternations; None where there is one fold.
         mean_only: per update the squared cosine with the mean of the other folds' updates, each scaled to norm 1.
         kept: per update what the reported basis keeps of it.
+        null_here: per update, what a basis of the null keeps of its null, at that size and refined alike.
     """
 
     shape: tuple[int, int]
@@ -63,6 +65,7 @@ class ModuleFindings:
     left_out_here: list[float | None]
     mean_only: list[float | None]
     kept: list[float]
+    null_here: list[float] = field(default_factory=list)
 
     @property
     def unseen(self) -> list[float]:
@@ -84,6 +87,7 @@ def measure_module(
     kept: Sequence[float],
     size: tuple[int, int],
     seed: int,
+    alternations: int = 0,
 ) -> ModuleFindings:
     """Measure one module from its updates (out, in) in factored form; nothing of size out × in is formed.
 
@@ -94,18 +98,17 @@ def measure_module(
         kept: the share of each that the reported basis keeps.
         size: that basis's k_out and k_in.
         seed: of the null's random directions.
+        alternations: of the reported basis.
     """
     out, inner = updates[0].shape
     norms = [update.norm() for update in updates]
     # every update counts as of norm 1, as in a basis of equal weights
     weights = [count**0.5 / norm for count, norm in zip(source_weights, norms, strict=True)]
-    draw = torch.Generator().manual_seed(seed)
-    noise = [null_update(*update.shape, update.canonical()[1], draw) for update in updates]
+    noise = null_of(updates, seed)
     # the null is not moved into a span: its directions are the point of it
     inside = in_common_span(updates)
     whole, null = exact(inside, weights), exact(noise, weights)
     ks = _sizes(min(len(whole.out.values), len(whole.inner.values)))
-    left_out, left_out_here = _of_left_out(inside, norms, weights, folds, ks, size)
     return ModuleFindings(
         shape=(out, inner),
         size=size,
@@ -115,22 +118,17 @@ def measure_module(
         null_in=null.inner.values.tolist()[:KEPT],
         above_out=_above(whole.out, null.out),
         above_in=_above(whole.inner, null.inner),
-        k_for_share=smallest_k(whole, SHARE),
+        k_for_share=smallest_k(whole, FAITHFUL),
         ks=ks,
         seen=_means([_blocks(whole, update, ks, norm) for update, norm in zip(inside, norms, strict=True)]),
-        left_out=left_out,
+        left_out=_of_left_out(inside, norms, weights, folds, ks),
         null=_means([_blocks(null, update, ks, norm) for update, norm in zip(noise, norms, strict=True)]),
         random=[min(k, out) * min(k, inner) / (out * inner) for k in ks],
-        left_out_here=left_out_here,
+        left_out_here=left_out_energy(updates, weights, folds, size, alternations),
         mean_only=_mean_only(inside, norms, folds),
         kept=list(kept),
+        null_here=null_energy(updates, weights, size, alternations, seed),
     )
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the values that are known; None where none is."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return sum(known) / len(known) if known else None
 
 
 def _sizes(most: int) -> list[int]:
@@ -144,25 +142,20 @@ def _of_left_out(
     weights: Sequence[float],
     folds: Sequence[int],
     ks: Sequence[int],
-    size: tuple[int, int],
-) -> tuple[list[float], list[float | None]]:
+) -> list[float]:
     """Return what bases of the other folds keep of each fold's updates.
 
-    Returns:
-        Per k the mean over the updates, nan where there is one fold only; and per update the share at the size of the
-        reported basis, None there.
+    Per k it is the mean over the updates, nan where there is one fold only.
     """
-    here: list[float | None] = [None] * len(updates)
     if len(set(folds)) < 2:
-        return [float("nan")] * len(ks), here
+        return [float("nan")] * len(ks)
     found: dict[int, list[float]] = {}
     for fold in dict.fromkeys(folds):
         rest = [i for i, other in enumerate(folds) if other != fold]
         basis = exact([updates[i] for i in rest], [weights[i] for i in rest])
         for i in (i for i, other in enumerate(folds) if other == fold):
             found[i] = _blocks(basis, updates[i], ks, norms[i])
-            here[i] = _block(_held(basis, updates[i]), *size) / norms[i] ** 2
-    return _means([found[i] for i in range(len(updates))]), here
+    return _means([found[i] for i in range(len(updates))])
 
 
 def _above(side: Side, null: Side) -> int:
@@ -182,7 +175,7 @@ def _block(held: torch.Tensor, k_out: int, k_in: int) -> float:
 
 def _blocks(basis: Compressed, update: Factors, ks: Sequence[int], norm: float) -> list[float]:
     held = _held(basis, update)
-    return [min(1.0, _block(held, k, k) / norm**2) for k in ks]
+    return [share_of(_block(held, k, k), norm**2) for k in ks]
 
 
 def _means(curves: Sequence[Sequence[float]]) -> list[float]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
 
 from ..basis import ModuleBasis, SubspaceBasis
 from ..builders.fleet import Fleet
+from ..energy import EnergyRecord, SourceRecord, of_known, share_of
 from ..errors import SubspaceError
 from ..sources.factors import Factors
 from .facts import LEFT_OUT
-from .measure import ModuleFindings, mean, measure_module
+from .measure import ModuleFindings, measure_module
 from .sample import draw_folds, draw_sample
 
 MANY_COLUMNS = 256  # ranks in all, from which only MODULES of the modules are measured unless all are asked for
 MODULES = 16
+SAME = 2e-3  # a share on record is not contradicted by one measured that is as near: directions may be stored in int8
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class FleetMeasurement:
         drawn: places in the fleet of the adapters measured.
         modules: the findings of every module measured.
         sources: per adapter measured its entry in the report, see `ReportFacts`.
+        nulls: per adapter measured what a basis of noise keeps of noise of its strength.
         how: modules and sources of how many, folds, seed.
     """
 
     drawn: list[int]
     modules: dict[str, ModuleFindings]
     sources: list[dict[str, Any]]
+    nulls: list[float | None]
     how: dict[str, Any]
 
 
@@ -60,11 +64,13 @@ def measure_fleet(
             f"{basis.location or 'The basis'}: its modules ({next(iter(basis))!r}, …) are none of the adapters'"
             f" ({fleet.modules[0]!r}, …). They belong to different base models."
         )
+    fleet = _counting_as_built(basis, fleet)
     drawn = draw_sample(fleet.groups, sample, seed)
     folds = draw_folds([fleet.groups[i] for i in drawn], seed)
     chosen = _spread(list(places), _limit(fleet, drawn, list(places)) if modules is None else modules)
     measured: dict[str, ModuleFindings] = {}
     shares = [_Shares() for _ in drawn]
+    weights, alternations = _built_by(basis)
     for name in tqdm(chosen, desc="measuring", unit="module", delay=2, disable=not progress):
         members = [n for n, i in enumerate(drawn) if fleet.sources[i].norms.get(name, 0) > 0]
         if not members:
@@ -72,18 +78,23 @@ def measure_fleet(
         sources = [drawn[n] for n in members]
         updates = [fleet.sources[i].factors(name) for i in sources]
         module = basis[places[name]]
+        counts = fleet.source_weights(sources)
+        if weights == "norm":
+            counts = [count * update.norm() ** 2 for count, update in zip(counts, updates, strict=True)]
         measured[name] = findings = measure_module(
             updates,
-            fleet.source_weights(sources),
+            counts,
             [folds[n] for n in members],
             [_kept(module, update) for update in updates],
             (module.k_out, module.k_in),
             seed,
+            alternations,
         )
         for place, n in enumerate(members):
-            shares[n].kept.append(findings.kept[place])
-            shares[n].left_out.append(findings.left_out_here[place])
-            shares[n].mean_only.append(findings.mean_only[place])
+            shares[n].kept[name] = findings.kept[place]
+            shares[n].left_out[name] = findings.left_out_here[place]
+            shares[n].mean_only[name] = findings.mean_only[place]
+            shares[n].null[name] = findings.null_here[place]
     how = {
         "modules": [len(measured), len(basis)],
         "sources": [len(drawn), len(fleet.sources)],
@@ -91,22 +102,42 @@ def measure_fleet(
         "left_out": "one by one" if len(set(folds)) == len({fleet.groups[i] for i in drawn}) else "in folds",
         "seed": seed,
     }
-    return FleetMeasurement(drawn, measured, _entries(basis, fleet, drawn, shares), how)
+    nulls = [of_known(each.null, fleet.sources[i].norms) for i, each in zip(drawn, shares, strict=True)]
+    return FleetMeasurement(drawn, measured, _entries(basis, fleet, drawn, shares), nulls, how)
 
 
 @dataclass
 class _Shares:
     """The shares kept of one adapter, per module; None where they could not be measured."""
 
-    kept: list[float | None] = field(default_factory=list)
-    left_out: list[float | None] = field(default_factory=list)
-    mean_only: list[float | None] = field(default_factory=list)
+    kept: dict[str, float | None] = field(default_factory=dict)
+    left_out: dict[str, float | None] = field(default_factory=dict)
+    mean_only: dict[str, float | None] = field(default_factory=dict)
+    null: dict[str, float | None] = field(default_factory=dict)
 
 
 def _kept(module: ModuleBasis, update: Factors) -> float:
     """Return the share of an update's energy that a module's basis keeps, ‖Uᵀ ΔW Vᵀ‖² / ‖ΔW‖²."""
     core = module.project((update.B, update.A))
-    return min(1.0, float(core.square().sum()) / update.norm() ** 2)
+    return share_of(float(core.square().sum()), update.norm() ** 2)
+
+
+def _counting_as_built(basis: SubspaceBasis, fleet: Fleet) -> Fleet:
+    """Return the fleet with the weights that the basis was built with, where it is of the basis's sources alone."""
+    recorded = {entry.get("sha256"): entry.get("weight") for entry in basis.info.get("sources") or []}
+    own: list[Any] = [recorded.get(source.sha256) for source in fleet.sources]
+    if not all(isinstance(weight, (int, float)) for weight in own):
+        return fleet
+    return replace(fleet, weights=[float(weight or 1.0) for weight in own])
+
+
+def _built_by(basis: SubspaceBasis) -> tuple[str, int]:
+    """Return how the basis weights updates, ``equal`` or ``norm``, and its alternations, as far as they are known."""
+    build = basis.info.get("build")
+    build = build if isinstance(build, dict) and basis.info.get("builder") == "adapters" else {}
+    rounds = build.get("alternations", 0)
+    whole = isinstance(rounds, int) and not isinstance(rounds, bool) and 0 <= rounds <= 1000
+    return str(build.get("weights", "equal")), rounds if whole else 0
 
 
 def _limit(fleet: Fleet, drawn: Sequence[int], names: Sequence[str]) -> int:
@@ -127,18 +158,49 @@ def _spread(names: list[str], limit: int) -> list[str]:
 def _entries(
     basis: SubspaceBasis, fleet: Fleet, drawn: Sequence[int], shares: Sequence[_Shares]
 ) -> list[dict[str, Any]]:
-    own = {entry.get("sha256") for entry in basis.info.get("sources") or []}
-    return [
-        {
-            "name": source.name,
-            "location": source.location,
-            "seed_group": fleet.groups[i],
-            "norm": math.sqrt(sum(norm**2 for norm in source.norms.values())),
-            "in_basis": source.sha256 in own,
-            "kept": mean(each.kept),
-            LEFT_OUT: mean(each.left_out),
-            "mean_only": mean(each.mean_only),
-        }
-        for i, each in zip(drawn, shares, strict=True)
-        for source in [fleet.sources[i]]
-    ]
+    own = sources_on_record(basis)
+    # of another fleet, what is left out is left out of that
+    alone = all(source.sha256 in own for source in fleet.sources)
+    entries = []
+    for i, each in zip(drawn, shares, strict=True):
+        source = fleet.sources[i]
+        norms, known = source.norms, own.get(source.sha256)
+        away = None if known is None or not alone else known.left_out
+        whole = all(name in each.kept for name, norm in norms.items() if norm > 0)
+        entries.append(
+            {
+                "name": source.name,
+                "location": source.location,
+                "seed_group": fleet.groups[i],
+                "norm": math.sqrt(sum(norm**2 for norm in norms.values())),
+                "in_basis": known is not None,
+                "kept": _on_record(of_known(each.kept, norms), known, whole),
+                LEFT_OUT: of_known(each.left_out, norms) if away is None else away,
+                "mean_only": of_known(each.mean_only, norms),
+            }
+        )
+    return entries
+
+
+def sources_on_record(basis: SubspaceBasis) -> dict[str, SourceRecord]:
+    """Return what a basis's config says of its sources' energy, by their sha256."""
+    entries = basis.info.get("sources") or []
+    return {
+        str(entry.get("sha256")): known
+        for entry, known in zip(entries, EnergyRecord.of(basis.info).sources, strict=True)
+    }
+
+
+def _on_record(measured: float | None, known: SourceRecord | None, whole: bool) -> float | None:
+    """Return the share kept of a source: as the basis has it on record, unless that is found to be wrong.
+
+    Args:
+        measured: what was found now, rounded otherwise.
+        known: the source's record, where it has one.
+        whole: whether all its modules were measured.
+    """
+    if known is None or known.kept is None or known.at_least:
+        return measured
+    if measured is None or not whole:
+        return known.kept
+    return known.kept if abs(measured - known.kept) <= SAME else measured

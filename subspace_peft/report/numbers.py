@@ -10,9 +10,10 @@ from typing import Any
 
 from ..basis import SubspaceBasis
 from ..builders.fleet import Fleet
+from ..energy import EnergyRecord, mean, of_known
 from .facts import LEFT_OUT
-from .measure import ModuleFindings, mean
-from .measure_fleet import FleetMeasurement
+from .measure import ModuleFindings
+from .measure_fleet import FleetMeasurement, sources_on_record
 from .verdict import useful_k
 
 NUMBERS = (
@@ -59,12 +60,8 @@ def measured_numbers(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurem
     per_lora = statistics.mean(_bytes_of(fleet, i, basis) for i in measured.drawn)
     saved = per_lora - facts["bytes_per_task"]
     return {
-        "kept": mean([e["kept"] for e in entries if e["in_basis"]]),
-        "kept_of_new": mean([e["kept"] for e in entries if not e["in_basis"]]),
-        "null_kept": mean([_at(m.ks, m.null, min(m.size)) for m in modules]),
-        LEFT_OUT: mean([e[LEFT_OUT] for e in entries]),
-        "random": mean([m.size[0] * m.size[1] / (m.shape[0] * m.shape[1]) for m in modules]),
-        "mean_only": mean([e["mean_only"] for e in entries]),
+        **_energies(basis, fleet, measured),
+        "mean_only": mean(e["mean_only"] for e in entries),
         "k_for_share": max(m.k_for_share for m in modules),
         "above": above,
         "k_for_new_tasks": useful_k(*_curves(modules)),
@@ -78,16 +75,51 @@ def measured_numbers(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurem
     }
 
 
+def _energies(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurement) -> dict[str, float | None]:
+    """Return the energies kept: of the basis's own sources those on record, unless these are contradicted."""
+    record, entries, own = EnergyRecord.of(basis.info), measured.sources, sources_on_record(basis)
+    alone = all(source.sha256 in own for source in fleet.sources)
+    known = {
+        key: getattr(record, key) if alone and key not in record.over_modules else None
+        for key in ("left_out", "null", "random")
+    }
+    found = {
+        "kept": mean(e["kept"] for e in entries if e["in_basis"]),
+        "kept_of_new": mean(e["kept"] for e in entries if not e["in_basis"]),
+        "null_kept": mean(measured.nulls),
+        LEFT_OUT: mean(e[LEFT_OUT] for e in entries),
+        "random": mean(_random(basis, fleet, i) for i in measured.drawn),
+    }
+    of_all = sum(e["in_basis"] for e in entries) == len(record.sources)
+    if record.kept is not None and not record.at_least and "kept" not in record.over_modules and not of_all:
+        # a part of its sources was measured
+        found["kept"] = record.kept
+    for key, value in (("null_kept", known["null"]), (LEFT_OUT, known["left_out"]), ("random", known["random"])):
+        found[key] = found[key] if value is None else value
+    return found
+
+
+def _random(basis: SubspaceBasis, fleet: Fleet, i: int) -> float | None:
+    """Return what random directions, as many as the basis has, keep of a source in expectation."""
+    shapes, norms, shares = basis.shapes(), fleet.sources[i].norms, {}
+    for name in norms:
+        if (key := basis.find(name)) is not None:
+            shape = shapes[key]
+            shares[name] = shape["k_out"] * shape["k_in"] / (shape["out"] * shape["in"])
+    return of_known(shares, norms)
+
+
 def recorded_numbers(basis: SubspaceBasis) -> dict[str, Any]:
     """Return a report's numbers as far as the basis's config has them on record; the others are None."""
-    found = basis.info.get("measured") or {}
+    found = EnergyRecord.of(basis.info)
     groups = Counter(entry.get("seed_group") for entry in basis.info.get("sources") or [])
     facts = basis_facts(basis)
     return {
         **dict.fromkeys(NUMBERS),
-        "kept": found.get("energy_kept"),
-        LEFT_OUT: found.get("energy_left_out"),
-        "random": found.get("energy_random"),
+        "kept": found.kept,
+        "null_kept": found.null,
+        LEFT_OUT: found.left_out,
+        "random": found.random,
         "bytes_per_task": facts["bytes_per_task"],
         "bytes_of_basis": facts["bytes"],
         "sources": sum(groups.values()),
@@ -119,12 +151,3 @@ def _bytes_of(fleet: Fleet, i: int, basis: SubspaceBasis) -> int:
     width = 4 if "float32" in source.dtypes else 8 if "float64" in source.dtypes else 2
     shapes = [source.shape(name) for name in source.keys if basis.find(name) is not None]
     return width * sum(rank * (out + inner) for out, inner, rank in shapes)
-
-
-def _at(ks: Sequence[int], values: Sequence[float], k: int) -> float:
-    """Return a curve's value at k, between its points on a straight line."""
-    if k <= ks[0] or k >= ks[-1]:
-        return values[0] if k <= ks[0] else values[-1]
-    place = next(i for i, other in enumerate(ks) if other >= k)
-    low, high = ks[place - 1], ks[place]
-    return values[place - 1] + (values[place] - values[place - 1]) * (k - low) / (high - low)

@@ -12,9 +12,8 @@ import jinja2
 from markupsafe import Markup, escape
 
 from .._version import __version__
+from ..energy import FAITHFUL, mean, percent
 from .facts import LEFT_OUT, ReportFacts
-from .measure import mean
-from .verdict import percent
 
 TEMPLATE = "page.html.j2"
 WORST = 5  # adapters that are named as fitting badly
@@ -54,6 +53,7 @@ def page(report: ReportFacts, figures: Mapping[str, Path]) -> str:
         adapters=sorted(report.sources, key=lambda entry: entry["kept"] if entry["kept"] is not None else 2.0),
         worst=WORST,
         left_out=LEFT_OUT,
+        faithful=FAITHFUL,
         version=__version__,
     )
 
@@ -71,7 +71,10 @@ def _rows(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows += [
             ("directions above noise, output and input (median)", f"{out} and {inner}"),
             ("suggested k for new tasks", str(numbers["k_for_new_tasks"] or "none")),
-            ("suggested k for these adapters: 90 % of their energy in every module", str(numbers["k_for_share"])),
+            (
+                f"suggested k for these adapters: {percent(FAITHFUL)} of their energy in every module",
+                str(numbers["k_for_share"]),
+            ),
         ]
     rows += [(f"bytes of {words}", f"{numbers[key]:,}") for key, words in SIZES.items() if numbers[key] is not None]
     if numbers["bytes_per_lora"] is not None:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..energy import FAITHFUL, RARE, like_noise, outlook, percent, word
 from .facts import LEFT_OUT
-
-# shares of a left-out adapter's energy between which a basis holds a part of it. Of the twelve text tasks of
-# docs/evidence.md, the five of which less was kept ended 3.2 points behind LoRA r=8, the seven others 0.7 ahead
-LITTLE, MUCH = 0.06, 0.5
-FAITHFUL, PARTIAL = 0.9, 0.5  # shares of the energy of an adapter that the basis was built from
-RARE = 3.0  # times what random directions keep; below that a fleet's directions are not told from them
 
 
 def verdict(numbers: Mapping[str, Any]) -> list[str]:
@@ -31,25 +25,80 @@ LIMITS = (
 )
 
 
+# what each word means for adapters that are compressed into the basis
+COMPRESSED = {
+    "faithful": "Compressed, these adapters answer as they did.",
+    "partial": "Compressed, these adapters lose a part. Measure their scores, or let `compress` keep a residual.",
+    "poor": "Compressed, these adapters are no longer themselves. Keep the LoRAs, or take a larger k.",
+}
+FEW = "They fit because they are few, not because they are related: others will not."
+# what it means for new tasks how much is kept of adapters left out
+NEW_TASKS = {
+    "unrelated": (
+        "By its weights, this fleet does not tell where a new task will go: expect of the basis about what a random"
+        " one of equal size gives, and a LoRA to do better."
+    ),
+    "little": (
+        "It holds little of where new tasks go. Tasks of which as little was kept ended behind a LoRA in our own"
+        " measurements, though not behind a random basis of equal size (docs/evidence.md)."
+    ),
+    "part": (
+        "It holds a part of where new tasks go. It may help where examples are few and the fleet has related tasks;"
+        " where they are many, expect a LoRA to be as good or better."
+    ),
+    "mostly": "New tasks of this kind lie mostly within it: training in it is the natural choice.",
+}
+# the next step after a build, for the adapters themselves and for new tasks
+NEXT = {
+    "faithful": "`subspace-peft compress` packs them into one file",
+    "partial": "build with a larger -k, or let `subspace-peft compress` keep a --residual",
+    "poor": "build with a larger -k, or keep the LoRAs",
+}
+NEXT_TASKS = {
+    "unrelated": "train a LoRA, or add related adapters to the fleet",
+    "little": "train a LoRA beside a task in the basis, and keep the better one",
+    "part": "train a task in the basis beside a LoRA, and keep the better one",
+    "mostly": "train in the basis",
+}
+
+
+def conclusion(numbers: Mapping[str, Any], out: str) -> list[str]:
+    """Return the verdict on a basis that was just built, in short, with the next steps; empty where none is measured.
+
+    Args:
+        numbers: those of `ReportFacts`.
+        out: where the basis is.
+    """
+    kept, null, left_out, random = (numbers[key] for key in ("kept", "null_kept", LEFT_OUT, "random"))
+    if kept is None:
+        return []
+    lines = [f"{_share(kept, null)}: {word(kept)}.{f' {FEW}' if like_noise(kept, null) else ''}"]
+    steps = [f"for these adapters, {NEXT[word(kept)]}"]
+    if left_out is not None:
+        lines.append(_left_out(left_out, random))
+        steps.append(f"for new tasks, {NEXT_TASKS[outlook(left_out, random)]}")
+    lines.append(f"Next: {'; '.join(steps)}. `subspace-peft report {out}` says more.")
+    return lines
+
+
+def _share(kept: float, null: float | None) -> str:
+    noise = "" if null is None else f" (of noise of the same strength, one of its size keeps {percent(null)})"
+    return f"The basis keeps {percent(kept)} of its adapters' energy{noise}"
+
+
+def _left_out(left_out: float, random: float | None) -> str:
+    beside = "" if random is None else f"; random directions keep {percent(random)}"
+    return f"Of an adapter left out, a basis of the others keeps {percent(left_out)}{beside}."
+
+
 def _existing(numbers: Mapping[str, Any]) -> list[str]:
     kept, null, k = numbers["kept"], numbers["null_kept"], numbers["k_for_share"]
     if kept is None:
         return []
-    share = f"The basis keeps {percent(kept)} of its fleet's energy"
-    if null is not None:
-        share += f" (of noise of the same strength, one of its size keeps {percent(null)})"
-    if kept >= FAITHFUL:
-        words = f"{share}: compressing these adapters loses little."
-        if null is not None and null >= FAITHFUL * kept:
-            words += " They fit because they are few, not because they are related: others will not."
-    elif kept >= PARTIAL:
-        words = (
-            f"{share}: compressed, these adapters lose a part. Measure their scores, or let `compress` keep a"
-            " residual."
-        )
-    else:
-        words = f"{share}: compressed, these adapters are no longer themselves. Keep the LoRAs, or take a larger k."
-    if k is not None and kept < FAITHFUL:
+    words = f"{_share(kept, null)}: {word(kept)}. {COMPRESSED[word(kept)]}"
+    if like_noise(kept, null):
+        words += f" {FEW}"
+    if k is not None and word(kept) != "faithful":
         words += f" {percent(FAITHFUL)} take k={k} per side."
     even = numbers["break_even"]
     if numbers["bytes_per_lora"] is None:
@@ -66,28 +115,8 @@ def _new(numbers: Mapping[str, Any]) -> list[str]:
             "Of adapters that it was not built from nothing can be said: there are too few sources of own seeds to"
             " leave one out. Pass more with --fleet."
         ]
-    words = (
-        f"Of an adapter left out, a basis of the others keeps {percent(left_out)}; random directions keep"
-        f" {percent(random)}."
-    )
-    if left_out < RARE * random:
-        words += (
-            " By its weights, this fleet does not tell where a new task will go: expect of the basis about what a"
-            " random one of equal size gives, and a LoRA to do better."
-        )
-    elif left_out < LITTLE:
-        words += (
-            " It holds little of where new tasks go. Tasks of which as little was kept ended behind a LoRA in our own"
-            " measurements, though not behind a random basis of equal size (docs/evidence.md)."
-        )
-    elif left_out < MUCH:
-        words += (
-            " It holds a part of where new tasks go. It may help where examples are few and the fleet has related"
-            " tasks; where they are many, expect a LoRA to be as good or better."
-        )
-    else:
-        words += " New tasks of this kind lie mostly within it: training in it is the natural choice."
-    if mean is not None and left_out >= LITTLE and mean > left_out / 2:
+    words = f"{_left_out(left_out, random)} {NEW_TASKS[outlook(left_out, random)]}"
+    if mean is not None and outlook(left_out, random) in ("part", "mostly") and mean > left_out / 2:
         words += (
             f" Much of that is the fleet's mean, which alone keeps {percent(mean)}: try `coefficients='none'` with a"
             " trained gain."
@@ -135,10 +164,3 @@ def _groups(numbers: Mapping[str, Any]) -> list[str]:
         f"{shared} of {numbers['sources']} adapters began from a random A that another one shares. That alone makes"
         " input directions common; they share one weight, and are left out together here."
     ]
-
-
-def percent(share: float | None) -> str:
-    """Format a share with three digits, and an unknown one as a dash."""
-    if share is None or math.isnan(share):
-        return "–"
-    return f"{100 * share:.3g} %"

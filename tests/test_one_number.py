@@ -1,0 +1,340 @@
+"""One meaning per number: what a basis keeps is one figure wherever it is said, and its word comes from one place."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from subspace_peft import (
+    SubspaceBasis,
+    build_basis,
+    complete_basis,
+    compress_fleet,
+    energy,
+    project_lora,
+    update_basis,
+)
+from subspace_peft.bundle import open_bundle
+from subspace_peft.cli import main
+from subspace_peft.energy import EnergyRecord, percent
+from subspace_peft.report import analyze_fleet, report_basis, validate_basis
+from subspace_peft.report.inspect import inspect_path
+
+PACKAGE = Path(energy.__file__).parent
+MODULES = ("a.q", "b.up", "c.v")
+SIZES = {"a.q": (24, 20), "b.up": (40, 20), "c.v": (20, 32)}
+
+
+def states(n: int = 6, *, partial: bool = False, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """State dicts whose modules are of very different strengths, in a common subspace and beside it."""
+    draw = torch.Generator().manual_seed(seed)
+    common = {m: [torch.randn(d, 5, generator=draw) for d in size] for m, size in SIZES.items()}
+    made = []
+    for i in range(n):
+        state = {}
+        for j, (module, sides) in enumerate(common.items()):
+            if partial and (i + j) % 3 == 0:
+                continue
+            left, right = (
+                side @ torch.randn(5, 3, generator=draw) + (0.4 + 0.5 * j) * torch.randn(len(side), 3, generator=draw)
+                for side in sides
+            )
+            strength = 10.0 ** (j - 1) * (1 + i)
+            state |= {f"{module}.lora_B.weight": strength * left, f"{module}.lora_A.weight": right.T.contiguous()}
+        made.append(state)
+    return made
+
+
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "base_model_name_or_path": "org/base"}
+
+
+def saved(folder: Path, made: list[dict[str, torch.Tensor]], **config: Any) -> list[str]:
+    from safetensors.torch import save_file
+
+    for i, state in enumerate(made):
+        place = folder / f"lora-{i}"
+        place.mkdir(parents=True)
+        named = {f"base_model.model.{key}": value for key, value in state.items()}
+        save_file(named, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        targets = sorted({key.rpartition(".lora_")[0] for key in state})
+        own = {**CONFIG, **config, "target_modules": targets}
+        (place / "adapter_config.json").write_text(json.dumps(own))
+    return [str(folder / f"lora-{i}") for i in range(len(made))]
+
+
+# what is built: arguments of the fleet, of the build, and the precision
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "adapters": ({}, {}, "float32"),
+    "eigenlora": ({}, {"builder": "eigenlora"}, "float32"),
+    "weights": ({}, {"weights": {"lora-0": 5.0, "lora-3": 0.2}}, "float32"),
+    "norm": ({}, {"weights": "norm"}, "float32"),
+    "partial": ({"partial": True}, {"partial": True}, "float32"),
+    "rslora": ({"use_rslora": True}, {}, "float32"),
+    "no cores": ({}, {"keep_cores": False}, "float32"),
+    "int8": ({}, {}, "int8"),
+    "bfloat16": ({}, {}, "bfloat16"),
+    "int8, no cores": ({}, {"keep_cores": False}, "int8"),
+}
+
+
+class Built:
+    """A fleet, its basis on disk, and what every door says of it."""
+
+    def __init__(self, root: Path, case: str) -> None:
+        fleet, build, precision = CASES[case]
+        fleet = dict(fleet)
+        self.root, self.precision = root, precision
+        self.loras = saved(root / "loras", states(partial=fleet.pop("partial", False)), **fleet)
+        self.basis = build_basis(self.loras, k=4, progress=False, **build).to_precision(precision)
+        self.basis.save_pretrained(root / "basis")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def built(request, tmp_path_factory) -> Built:
+    return Built(tmp_path_factory.mktemp("one"), request.param)
+
+
+def exactly(built: Built) -> dict[str, float]:
+    """What the basis keeps of every source, from matrices of size out × in."""
+    found = {}
+    for lora in built.loras:
+        projection = project_lora(lora, built.basis)
+        kept = total = 0.0
+        for name in projection.source.keys:
+            update, module = projection.source.factors(name), built.basis[name]
+            delta = (update.B @ update.A).double()
+            kept += float((module.U.double().T @ delta @ module.V.double().T).square().sum())
+            total += float(delta.square().sum())
+        found[Path(lora).name] = kept / total
+    return found
+
+
+def run(capsys, *words: str) -> str:
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_door_says_the_same(built, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = built.root / "basis"
+    truth = exactly(built)
+    mean = sum(truth.values()) / len(truth)
+    # rounded directions leave their span by little, which what is on record leaves out: 1e-5 in 384 dimensions
+    near = 1e-5 if built.precision == "float32" else 1e-3
+    facts = inspect_path(folder)
+    recorded = {entry["name"]: entry["energy_kept"] for entry in facts["sources"]}
+    assert recorded == pytest.approx(truth, abs=near) and facts["energy_kept"] == pytest.approx(mean, abs=near)
+    # objects
+    whole, each = facts["energy_kept"], recorded
+    record = EnergyRecord.of(SubspaceBasis.from_pretrained(folder).info)
+    assert (record.kept, record.over_modules, record.at_least) == (whole, (), False)
+    report = report_basis(folder, built.loras, progress=False)
+    assert report.numbers["kept"] == pytest.approx(whole, abs=1e-12)
+    assert {entry["name"]: entry["kept"] for entry in report.sources} == each
+    for name, findings in report.modules.items():
+        assert energy.mean(findings.kept) == pytest.approx(record.per_module[name]["kept"], abs=near)
+    assert report.numbers["random"] == pytest.approx(facts["energy_random"], abs=1e-9)
+    # what was left out, and noise, too
+    if record.left_out is not None:
+        assert report.numbers["unseen"] == record.left_out and report.numbers["null_kept"] == record.null
+        for name, findings in report.modules.items():
+            assert energy.mean(findings.left_out_here) == pytest.approx(record.per_module[name]["left_out"], abs=1e-6)
+            assert energy.mean(findings.null_here) == pytest.approx(record.per_module[name]["null"], abs=1e-6)
+        assert energy.mean(entry["unseen"] for entry in report.sources) == pytest.approx(record.left_out)
+    assert energy.mean(entry["kept"] for entry in report.sources) == pytest.approx(whole)
+    projected = {Path(lora).name: project_lora(lora, folder) for lora in built.loras}
+    assert {name: found.energy_kept for name, found in projected.items()} == pytest.approx(each, abs=near)
+    found = analyze_fleet(built.loras, basis=folder, progress=False)
+    assert {entry["name"]: entry["energy_kept"] for entry in found.sources} == pytest.approx(each, abs=near)
+    assert energy.mean(entry["energy_random"] for entry in found.sources) == pytest.approx(record.random, abs=1e-9)
+    bundle = compress_fleet(built.loras, folder, tmp_path / "bundle", min_energy=0, progress=False)
+    assert {one.name: one.total.kept for one in bundle.adapters} == pytest.approx(each, abs=near)
+    opened = open_bundle(tmp_path / "bundle")
+    assert {name: opened[name].energy_kept for name in opened} == pytest.approx(each, abs=near)
+    # words
+    for one in bundle.adapters:
+        assert one.verdict == projected[one.name].verdict == energy.word(one.total.kept)
+    # text, JSON, cards, page
+    text = run(capsys, "inspect", folder)
+    assert re.search(r"^energy kept ([\d.]+ %)", text, re.M)[1] == percent(whole)
+    assert dict(re.findall(r"^  (lora-\d): .* energy kept ([\d.]+ %),", text, re.M)) == in_percent(each)
+    assert json.loads(run(capsys, "inspect", folder, "--json"))["energy_kept"] == whole
+    card = (folder / "README.md").read_text()
+    assert f"| this basis | {percent(whole)} |" in card
+    for name, share in each.items():
+        assert re.search(rf"^\| {name} \|.*\| {percent(share)} \|", card, re.M)
+    for name, shares in record.per_module.items():
+        assert re.search(rf"^\| `{name}` \| {percent(shares['kept'])} \|", card, re.M)
+    said = run(capsys, "report", folder, "--fleet", *built.loras, "--out", tmp_path / "report", "--quiet")
+    assert f"keeps {percent(whole)} of its adapters' energy" in said and f": {energy.word(whole)}." in said
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f'<td>energy the basis keeps of adapters it was built from</td><td class="n">{percent(whole)}</td>' in page
+    for name, share in each.items():
+        assert f'<td>{name}</td><td class="n">yes</td><td class="n">{percent(share)}</td>' in page
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["numbers"]["kept"] == pytest.approx(whole)
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    for one in bundle.adapters:
+        assert re.search(rf"^\| `{one.name}` \|.*\| {percent(one.total.kept)} \|", card, re.M)
+    listed = run(capsys, "bundle", "ls", tmp_path / "bundle")
+    assert dict(re.findall(r"^  (lora-\d): .*energy kept ([\d.]+ %)", listed, re.M)) == {
+        one.name: percent(one.total.kept) for one in bundle.adapters
+    }
+    said = run(capsys, "project", built.loras[0], "--basis", folder)
+    own = projected["lora-0"]
+    assert f"energy kept {percent(own.energy_kept)} " in said and said.rstrip().endswith(f": {own.verdict}")
+    said = run(capsys, "analyze", *built.loras, "--basis", folder, "--quiet")
+    assert dict(re.findall(r"^  (lora-\d): .*energy kept ([\d.]+ %)", said, re.M)) == {
+        name: percent(found.energy_kept) for name, found in projected.items()
+    }
+    assert validate_basis(folder)["problems"] == []
+
+
+def in_percent(shares: dict[str, float]) -> dict[str, str]:
+    return {name: percent(share) for name, share in shares.items()}
+
+
+def test_a_build_ends_with_the_verdict_and_the_next_step(tmp_path, capsys):
+    loras = saved(tmp_path / "loras", states())
+    said = run(capsys, "build", *loras, "-k", "4", "--out", tmp_path / "basis", "--quiet").splitlines()
+    record = EnergyRecord.of(SubspaceBasis.from_pretrained(tmp_path / "basis").info)
+    assert said[-3].startswith(f"The basis keeps {percent(record.kept)} of its adapters' energy")
+    assert f"one of its size keeps {percent(record.null)}): {energy.word(record.kept)}." in said[-3]
+    assert said[-2] == (
+        f"Of an adapter left out, a basis of the others keeps {percent(record.left_out)}; random directions keep"
+        f" {percent(record.random)}."
+    )
+    assert said[-1].startswith("Next: for these adapters, ") and "; for new tasks, " in said[-1]
+    # one adapter says nothing of others, a control nothing of any
+    said = run(capsys, "build", loras[0], "-k", "2", "--out", tmp_path / "one", "--quiet").splitlines()
+    assert "new tasks" not in said[-1] and said[-1].startswith("Next: for these adapters, ")
+    like = ("--builder", "random", "--like", tmp_path / "basis")
+    said = run(capsys, "build", *like, "--out", tmp_path / "random", "--quiet")
+    assert "Next" not in said and "energy" not in said
+    # JSON stays JSON
+    json.loads(run(capsys, "build", *loras, "-k", "4", "--out", tmp_path / "basis", "--quiet", "--json"))
+
+
+def test_unrelated_adapters_are_not_praised(tmp_path, capsys):
+    draw = torch.Generator().manual_seed(0)
+    noise = [
+        {"q.lora_B.weight": torch.randn(60, 3, generator=draw), "q.lora_A.weight": torch.randn(3, 50, generator=draw)}
+        for _ in range(3)
+    ]
+    said = run(capsys, "build", *saved(tmp_path / "l", noise), "-k", "9", "--out", tmp_path / "b", "--quiet")
+    assert (
+        "keeps 100.0 % of its adapters' energy (of noise of the same strength, one of its size keeps 100.0 %)" in said
+    )
+    assert "because they are few" in said and "for new tasks, train a LoRA" in said
+
+
+# -- versions, cuts, earlier files
+
+
+def test_lower_bounds_are_said_to_be_such(tmp_path, capsys):
+    loras = saved(tmp_path / "loras", states(7))
+    old = build_basis(loras[:5], k=4, progress=False)
+    old.save_pretrained(tmp_path / "old")
+    made = {"update": update_basis(old, loras[5:], progress=False), "complete": complete_basis(old, 6, progress=False)}
+    for name, new in made.items():
+        new.save_pretrained(tmp_path / name)
+        record = EnergyRecord.of(new.info)
+        assert record.at_least and record.over_modules == ()
+        for lora, known in zip(loras, record.sources, strict=False):
+            now = project_lora(lora, new).energy_kept
+            assert now >= known.kept - 1e-6 and (known.at_least or now == pytest.approx(known.kept, abs=1e-5))
+        assert record.kept == pytest.approx(sum(each.kept for each in record.sources) / len(record.sources))
+        text = run(capsys, "inspect", tmp_path / name)
+        assert f"energy kept at least {percent(record.kept)} " in text
+        assert f"  lora-0: ranks [3], energy kept at least {percent(record.sources[0].kept)}," in text
+        assert f"| this basis | at least {percent(record.kept)} |" in (tmp_path / name / "README.md").read_text()
+        # measured anew, it is exact
+        report = report_basis(tmp_path / name, loras[: len(record.sources)], progress=False)
+        now = [project_lora(lora, new).energy_kept for lora in loras[: len(record.sources)]]
+        assert report.numbers["kept"] == pytest.approx(sum(now) / len(now), abs=1e-6)
+        assert new.info["measured"]["energy_random"] == pytest.approx(report.numbers["random"], abs=1e-9)
+
+
+def test_a_cut_basis_says_what_the_cut_one_keeps(tmp_path):
+    loras = saved(tmp_path / "loras", states())
+    for cores in (True, False):
+        cut = build_basis(loras, k=6, keep_cores=cores, progress=False).truncate(2)
+        for lora, known in zip(loras, EnergyRecord.of(cut.info).sources, strict=True):
+            expected = project_lora(lora, cut).energy_kept
+            assert known.left_out is None
+            assert known.kept == (pytest.approx(expected, abs=1e-5) if cores else None)
+
+
+def test_records_of_earlier_versions_are_recomputed_or_named():
+    sources = [{"name": "one", "energy_kept": 0.9}, {"name": "two", "energy_kept": 0.7}]
+    measured = {
+        "energy_kept": 0.62,
+        "energy_random": 0.1,
+        "energy_left_out": 0.2,
+        "energy_kept_per_module": {"q": 0.5},
+    }
+    record = EnergyRecord.of({"sources": sources, "measured": measured})
+    assert (record.kept, record.random, record.left_out) == (pytest.approx(0.8), 0.1, 0.2)
+    assert record.over_modules == ("random", "left_out") and record.per_module == {"q": {"kept": 0.5}}
+    rounded = EnergyRecord.of({"sources": sources, "precision": {"stored": "int8", "energy_lost": 0.01}})
+    assert [each.kept for each in rounded.sources] == pytest.approx([0.891, 0.693])
+    bare = EnergyRecord.of({"sources": [{"name": "one"}], "measured": measured})
+    assert bare.kept == 0.62 and bare.over_modules == ("kept", "random", "left_out")
+    # a file may say anything
+    odd = EnergyRecord.of(
+        {"sources": [{"energy_kept": "much"}, {}], "measured": {"energy_kept": None, "definition": []}}
+    )
+    assert odd.kept is None and odd.per_module == {} and EnergyRecord.of({}).sources == []
+    assert EnergyRecord.of({"measured": {"energy_kept_per_module": {"q": float("nan"), "v": True}}}).per_module == {}
+
+
+# -- one place
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.74, "74.0 %"), (0.99961, "100.0 %"), (1.0, "100.0 %"), (0.0, "0.0 %"), (1e-5, "< 0.1 %"), (None, "–")],
+)
+def test_shares_have_one_form(share, said):
+    assert percent(share) == said
+
+
+def test_words_go_up_with_the_share():
+    shares = [i / 1000 for i in range(1001)]
+    assert list(dict.fromkeys(map(energy.word, shares))) == ["poor", "partial", "faithful"]
+    assert [energy.word(edge) for edge in (energy.PARTIAL, energy.FAITHFUL)] == ["partial", "faithful"]
+    found = [energy.outlook(share, 0.001) for share in shares]
+    assert list(dict.fromkeys(found)) == ["unrelated", "little", "part", "mostly"]
+    assert energy.outlook(0.01, None) == "little"
+    assert energy.like_noise(0.74, 0.707) and not energy.like_noise(0.74, 0.3) and not energy.like_noise(0.7, None)
+
+
+def test_no_other_place_decides_the_words_or_prints_shares_otherwise():
+    """Outside `energy.py` the words are keys of sentences, and no share of energy is formatted by itself."""
+    thresholds = {energy.FAITHFUL, energy.PARTIAL, energy.LITTLE, energy.MUCH}
+    for file in PACKAGE.rglob("*.py"):
+        if file.name == "energy.py":
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.IfExp):
+                words = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+                assert not words & {"faithful", "partial", "poor", "unrelated", "mostly"}, (file, node.lineno)
+            if isinstance(node, ast.Compare):
+                said = ast.unparse(node)
+                about = re.search(r"\b(kept|left_out|energy_kept|null)\b", said)
+                values = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+                assert not (about and values & thresholds), (file, node.lineno, said)
+            if isinstance(node, ast.FormattedValue) and node.format_spec is not None:
+                said = ast.unparse(node.value)
+                if re.search(r"energy_(kept|random|left_out)|\.kept\b|kept_before|\['kept'\]", said):
+                    assert "percent" in said, (file, node.lineno, said)
+    for file in PACKAGE.rglob("*.j2"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if "energy_" in line and "number(" in line:
+                assert "energy_lost" in line, (file, line)
