@@ -55,7 +55,9 @@ def test_a_file_of_weights_on_the_command_line_is_recorded_and_repeated(tmp_path
     assert basis != build_basis(folders, k=4, progress=False)
     assert rebuild_basis(basis, progress=False) == basis
     file.write_text(json.dumps({"lora-2": 0.5, "lora-9": 2}))
-    assert main(["build", *folders, "--out", str(out), "-k", "4", "--weights", str(file), "--quiet"]) == 1
+    assert (
+        main(["build", *folders, "--out", str(tmp_path / "other"), "-k", "4", "--weights", str(file), "--quiet"]) == 1
+    )
     assert "'lora-9' is no source's name or place" in capsys.readouterr().err
     assert SubspaceBasis.from_pretrained(out) == basis
 
@@ -83,3 +85,24 @@ def test_files_that_hold_no_weights(tmp_path, text):
     (tmp_path / "weights.json").write_text(text)
     with pytest.raises(SubspaceError, match=r"weights\.json"):
         read_weights(tmp_path / "weights.json")
+
+
+def test_two_names_of_one_source_are_refused(tmp_path, capsys):
+    folders = saved_fleet(tmp_path / "loras", shared_fleet(n=3))
+    for given in ({folders[0]: 3, "lora-0": 0.5}, {"lora-0": 2, folders[0]: 2}):
+        with pytest.raises(SubspaceError, match=r"weights: 'lora-0' and .*lora-0' are one source, 'lora-0'"):
+            build_basis(folders, k=2, weights=given, progress=False)
+        (tmp_path / "weights.json").write_text(json.dumps(given))
+        files = {"build.json": {"sources": folders, "weights": given}}
+        files["own.json"] = {"sources": [{"model": folders[0], "weight": 3}, *folders[1:]], "weights": {"lora-0": 2}}
+        for name, body in files.items():
+            (tmp_path / name).write_text(json.dumps(body))
+        calls = [
+            [*folders, "--weights", tmp_path / "weights.json"],
+            *(["--config", tmp_path / name] for name in files),
+        ]
+        for call in calls:
+            for dry in ([], ["--dry-run"]):
+                words = ["build", *map(str, call), "-k", "2", "--out", str(tmp_path / "out"), *dry, "--quiet"]
+                assert main(words) == 1
+                assert "lora-0" in capsys.readouterr().err

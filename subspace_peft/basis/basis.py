@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
 from ..hub import check_repo_id, upload
 from . import cache
+from .alteration import altered, marks_of, rehashed
 from .card import write_card
 from .files import BasisRecord, open_basis, write_basis
 from .locations import add_note
@@ -79,6 +81,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         self.digests = dict(digests)
         self._names: ModuleNames | None = None
         self.fingerprint = combine_digests(self.digests)
+        self._marks = marks_of(self._modules)
         _alive.setdefault(self.fingerprint, self)
 
     # -- mapping ----------------------------------------------------------------------------------------------------
@@ -350,6 +353,12 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
 
     def _write(self, folder: Path, place: Place | None = None) -> Path:
         """Write the files into `folder`, and a card that loads the basis from `place`, or else from the folder."""
+        if wrong := rehashed(self._modules, self.digests):
+            raise SubspaceError(
+                f"{len(wrong)} modules of the basis were changed in place since it got its fingerprint (such as"
+                f" {wrong[0]!r}): it is another basis now. If that is wanted, make it one, SubspaceBasis(dict(basis),"
+                " basis.info), and save that; else load or build it again."
+            )
         record = BasisRecord(self._modules, self.info, self.digests, self.location, self.revision)
         path = write_basis(record, folder)
         write_card(record, folder, place or Place.of_folder(folder))
@@ -415,7 +424,16 @@ _alive: weakref.WeakValueDictionary[str, SubspaceBasis] = weakref.WeakValueDicti
 
 def alive(fingerprint: str) -> SubspaceBasis | None:
     """Return a basis with this fingerprint that some part of this process holds, or None."""
-    return _alive.get(fingerprint)
+    found = _alive.get(fingerprint)
+    if found is None or not (wrong := altered(found._modules, found._marks, found.digests)):
+        return found
+    del _alive[fingerprint]
+    warnings.warn(
+        f"A basis in this process was changed in place (module {wrong[0]!r}) and no longer is {fingerprint}: it is not"
+        " used for tasks that ask for that one. What uses it already computes with the changed numbers.",
+        stacklevel=2,
+    )
+    return None
 
 
 def basis_of(record: BasisRecord) -> SubspaceBasis:

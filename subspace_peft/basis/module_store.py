@@ -58,6 +58,10 @@ class ModuleStore(Mapping[str, ModuleBasis]):
     def shapes(self) -> dict[str, dict[str, int]]:
         """Return ``{"out", "in", "k_out", "k_in", "directions"}`` per module, without making one."""
 
+    def held(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return a module's stored tensors as far as they are held in memory: all, or none of a file's."""
+        return {}
+
     def stored(self, name: str) -> Mapping[str, torch.Tensor]:
         """Return a module's tensors as a file holds them, by name; the module's digest is of these."""
         return self[name].tensors()
@@ -67,10 +71,14 @@ class MemoryModules(ModuleStore):
     """Modules held in memory as they are."""
 
     def __init__(self, modules: Mapping[str, ModuleBasis]) -> None:
-        self.entries = modules
+        self.entries = dict(modules)
 
     def __getitem__(self, name: str) -> ModuleBasis:
         return self.entries[name]
+
+    def held(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return a module's tensors."""
+        return self.entries[name].tensors()
 
     def shapes(self) -> dict[str, dict[str, int]]:
         """Return the modules' sizes."""

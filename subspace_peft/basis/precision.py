@@ -55,6 +55,10 @@ class RoundedModules(ModuleStore):
         """Return a module's tensors as a file holds them, by name."""
         return self.entries[name]
 
+    def held(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Return a module's tensors as a file holds them, by name."""
+        return self.entries[name]
+
     def digests(self) -> dict[str, str]:
         """Return the modules' digests, of their tensors as stored."""
         return {name: stored_digest(tensors) for name, tensors in self.entries.items()}

@@ -74,11 +74,15 @@ def weighted(fleet: Fleet, weights: Mapping[str, float]) -> Fleet:
         weights: by a source's name, its location, or its location with ``@revision``.
 
     Raises:
-        SubspaceError: names that are no source's; lists them.
+        SubspaceError: names that are no source's, which it lists; several names of one source.
     """
     found, used = [], set()
     for source in fleet.sources:
-        hits = [name for name in _names(source) if name in weights]
+        hits = [name for name in dict.fromkeys(_names(source)) if name in weights]
+        if len(hits) > 1:
+            raise SubspaceError(
+                f"weights: {' and '.join(map(repr, hits))} are one source, {source.name!r}. Leave one of them out."
+            )
         used.update(hits)
         found.append(weights[hits[0]] if hits else 1.0)
     if unknown := [name for name in weights if name not in used]:

@@ -14,7 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 # between letters an underscore is one: names such as `first_task` stay readable
-INLINE = re.compile(r"[\\`*\[\]|<]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+INLINE = re.compile(r"[\\`*\[\]|<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 # what begins a heading, quotation, list or rule at the start of a line
 LINE_START = re.compile(r" ?([#+=-](?=[\s#+=-]|$)|>|~~~|\d+(?=[.)](?:\s|$)))")
 BACKTICKS = re.compile("`+")
