@@ -172,8 +172,8 @@ def copy_recipe(name: str, out: str | Path = ".", *, force: bool = False) -> Pat
     changed = {file: content for file, content in contents.items() if not _holds(file, content)}
     if (there := [str(file) for file in changed if file.exists()]) and not force:
         raise SubspaceError(
-            f"{', '.join(there)}: exists already, with other content. Remove it, give another place with --out, or"
-            " overwrite it with --force."
+            f"{', '.join(there)}: exists already, with other content. Remove it, give another place, or overwrite it"
+            " with force=True (--force)."
         )
     write_all_aside({file: _writer(content) for file, content in changed.items()})
     return target

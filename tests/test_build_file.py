@@ -318,7 +318,7 @@ def test_updated_bases_are_built_again_as_they_were(fleets, bases, tmp_path, cap
     )
     old.save_pretrained(tmp_path / "old")
     assert main(["build", "--config", str(tmp_path / "old"), "--dry-run"]) == 1
-    assert "repeat an update with --from-config" in capsys.readouterr().err
+    assert "`subspace-peft build --from-config`" in capsys.readouterr().err
     assert main(["build", "--from-config", str(tmp_path / "old"), "--dry-run", "--quiet"]) == 0
     assert built(tmp_path / "again", "--from-config", str(tmp_path / "old")) == old
 

@@ -79,7 +79,7 @@ def test_update_carries_tasks_and_bundles_over(bases, folders, new_loras, tmp_pa
         assert torch.allclose(logits(model), before, atol=1e-5)
         assert model.peft_config["default"].basis_fingerprint == new.fingerprint
         assert torch.allclose(logits(load_task(bert(), moved, name)), before, atol=1e-5)
-    main([*command[:-1]])
+    assert main([*command[:-1]]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "+5 output and +3 input directions" in out and "version 2 of the basis" in out
 
@@ -149,7 +149,7 @@ def test_wrong_calls(bases, folders, new_loras, tmp_path, capsys):
             ["migrate", str(folders[0]), str(folders[0]), "--basis", basis, "--out", str(tmp_path / "o")],
             "called 'task0'",
         ),
-        (["migrate", str(folders[0]), "--basis", basis, "--out", str(folders[0].parent)], "over itself"),
+        (["migrate", str(folders[0]), "--basis", basis, "--out", str(folders[0].parent)], "is the same place as"),
         (["migrate", str(tmp_path / "nothing"), "--basis", basis, "--out", str(tmp_path / "o")], "nothing"),
     ):
         assert main(command) == 1

@@ -108,9 +108,7 @@ def check_target(
     if overwrite:
         return others
     for place in (*needed, *_local(inputs)):
-        # what is made from itself and is the same thing again takes nothing away
-        again = target.resolve() == place and planned.certain and not others
-        if _inside(target, place) and not again:
+        if _inside(target, place):
             raise OccupiedError(
                 f"{target} is {_relation(target, place)}, from which {planned.kind} would be made. {REMEDY}"
             )
@@ -170,7 +168,7 @@ def _refusal(target: Path, planned: Planned, others: list[Found]) -> str:
         if lost := planned.lost(each):
             return text + (
                 f"Its {len(lost)} tasks that are not among those given, such as {lost[0]!r}, would be gone. Add to it"
-                " with `add_tasks` (bundle add), or replace it with overwrite=True (--force)."
+                " with `add_tasks` (`subspace-peft bundle add`), or replace it with overwrite=True (--force)."
             )
     if any(each.kind == LORA and each.basis is None for each in others):
         text += "That LoRA is no export of this package, and may be the result of a training. "

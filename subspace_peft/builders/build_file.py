@@ -305,7 +305,7 @@ def _from_basis(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if (config.get("version") or 1) != 1:
         raise SubspaceError(
             f"{file}: version {config['version']} of a basis was made from an earlier one. Give the folder of its"
-            " first version, or repeat an update with --from-config."
+            " first version, or repeat an update with `rebuild_basis` (`subspace-peft build --from-config`)."
         )
     if not isinstance(config["modules"], Mapping):
         raise SubspaceError(f"{file}: modules: {config['modules']!r}: a basis's config has a mapping there.")

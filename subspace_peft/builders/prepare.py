@@ -195,7 +195,7 @@ def _prepare_control(
     if not sizes:
         raise SubspaceError(
             f"The builder {options.builder!r} has to know which modules: pass sources, or like=basis (--like), or"
-            " base_model= with target_modules= (--base-model, --target-modules)."
+            " base_model= (--base-model) with target_modules= (--target-modules)."
         )
     found = {}
     if options.builder == "base-weights":

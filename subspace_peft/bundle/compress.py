@@ -247,7 +247,7 @@ def _one(
         what = replace(what, total=total, modules=modules, residual_rank=rank)
         if not enough(total, min_energy):
             with_it = f" and {percent(total.residual)} in a residual of rank {rank}" if rank else ""
-            more = "a higher residual rank" if most else "a residual (residual=, --residual)"
+            more = "a higher residual rank" if most else "a residual, residual= (--residual)"
             return (
                 replace(
                     what,

@@ -14,8 +14,9 @@ from ..builders.options import BuildOptions, Resources
 from ..energy import percent
 from ..errors import SubspaceError
 from .common import Add, add_force, add_json, base_model, earlier_record, kept_for_force, print_json, unfinished
-from .flags import add_options, as_in_file, flag_of, given_options, hints_in_flags
+from .flags import add_options, as_in_file, flag_of, given_options
 from .inspecting import inspect
+from .language import hints_in_flags
 
 if TYPE_CHECKING:
     from ..basis import SubspaceBasis
@@ -120,7 +121,7 @@ def build(args: Namespace) -> int:
     with process_group() as processes, as_in_file(in_file):
         request = _request(args, out, in_file)
         if args.dry_run:
-            return _say_plan(_planned(request), args.json, bool(request.options.skip_bad)) if processes.main else 0
+            return _say_plan(_planned(request), args, bool(request.options.skip_bad)) if processes.main else 0
         assert out is not None
         made, said = _made(request)
         if processes.main:
@@ -332,9 +333,9 @@ def _say_clusters(clusters: Clusters, as_json: bool, out: Path) -> int:
     return 0
 
 
-def _say_plan(plan: BuildPlan, as_json: bool, skip_bad: bool) -> int:
+def _say_plan(plan: BuildPlan, args: Namespace, skip_bad: bool) -> int:
     refused = bool(plan.skipped) and not skip_bad
-    if as_json:
+    if args.json:
         print_json(plan.to_dict())
         return int(refused)
     for entry in plan.sources:
@@ -343,7 +344,8 @@ def _say_plan(plan: BuildPlan, as_json: bool, skip_bad: bool) -> int:
             f" {entry['norm']:.4g}, seed group {entry['seed_group']}"
         )
     for entry in plan.skipped:
-        print(f"  {'would be refused' if refused else 'would be left out'}: {hints_in_flags(entry['reason'])}")
+        reason = hints_in_flags(entry["reason"], args.flags)
+        print(f"  {'would be refused' if refused else 'would be left out'}: {reason}")
     for name, size in plan.modules.items():
         print(
             f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k"

@@ -68,36 +68,6 @@ def flag_of(name: str) -> str:
     return _flags().get(name, f"--{name.replace('_', '-')}")
 
 
-def hints_in_flags(text: str) -> str:
-    """Return a text with its hints in the command line's words: ``skip_bad=True (--skip-bad)`` as ``--skip-bad``."""
-    flags = _flags()
-
-    def shortened(match: re.Match[str]) -> str:
-        return match["flag"] if flags.get(match["name"]) == match["flag"] else match[0]
-
-    return re.sub(r"\b(?P<name>\w+)=[\w'\[\]]*\s\((?P<flag>--?[\w-]+)\)", shortened, text)
-
-
-def in_flags(error: Exception) -> str:
-    """Return an error's text with options in the command line's words: ``k=0`` as ``-k 0``.
-
-    Texts about sources name files, whose names may hold anything; there only hints are changed.
-    """
-    text, flags = hints_in_flags(str(error)), _flags()
-    if isinstance(error, (SourceError, ProcessError)):
-        return text
-    # options as they are written, but not within paths, nor in calls that are quoted
-    names = "|".join(sorted(flags, key=len, reverse=True))
-    written = re.compile(rf"(?<![\w/.-])({names})=(?:True\b|(?P<alone>(?=[\s.,:;)]|$))|(?=.))")
-
-    def flagged(match: re.Match[str]) -> str:
-        alone = match["alone"] is not None or match[0].endswith("True")
-        return flags[match[1]] + ("" if alone else " ")
-
-    parts = text.split("`")
-    return "`".join(written.sub(flagged, part) if place % 2 == 0 else part for place, part in enumerate(parts))
-
-
 @contextmanager
 def as_in_file(names: Collection[str]) -> Iterator[None]:
     """Let errors within name the values of a file as they are written there: ``k=0`` as ``k: 0``.

@@ -20,6 +20,7 @@ from .common import (
     print_json,
     print_table,
 )
+from .language import hints_in_flags
 
 
 def add_inspect(add: Add) -> None:
@@ -253,7 +254,7 @@ def report(args: Namespace) -> int:
     if args.json:
         return print_json({"page": str(page), **found.to_dict()})
     for line in found.verdict:
-        print(line)
+        print(hints_in_flags(line, args.flags))
     if found.skipped:
         print(f"{len(found.skipped)} adapters were not used; the page says why.")
     print(page)

@@ -7,14 +7,15 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from .._version import __version__
 from . import recipes
 from .building import add_build
 from .bundles import add_bundle, add_compress
 from .converting import add_export_lora, add_project
-from .flags import in_flags
 from .inspecting import add_analyze, add_inspect, add_report, add_validate
+from .language import Flags, flags_of_verb, in_flags, spoken_warnings, verbs_of
 from .recipes import add_copy, add_demo, add_run
 from .sharing import add_cache, add_push
 from .versions import add_complete, add_migrate, add_update
@@ -39,7 +40,7 @@ VERBS = (
     add_run,
 )
 RESUMED = ("build", "update")
-IN_FLAGS = ("build", "update", "complete")  # verbs whose flags are made from the options that errors name
+UNSPOKEN = ("run", "demo")  # verbs that run scripts, whose warnings are their own
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_subparsers(dest="verb", metavar="VERB", required=True).add_parser
     for add_verb in VERBS:
         add_verb(add)
+    for verb in verbs_of(top).values():
+        verb.set_defaults(flags=flags_of_verb(verb))
     return top
 
 
@@ -67,25 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
         # all that follows belongs to the script, `-m` and other options too, which argparse would claim
-        arguments = argparse.Namespace(verb="run", run=recipes.run, script=argv[1:])
+        arguments = argparse.Namespace(verb="run", run=recipes.run, script=argv[1:], flags={})
     else:
         arguments = parser().parse_args(argv)
+    spoken = nullcontext() if arguments.verb in UNSPOKEN else spoken_warnings(arguments.verb, arguments.flags)
     try:
-        return arguments.run(arguments)
+        with spoken:
+            return arguments.run(arguments)
     except KeyboardInterrupt:
         again = "; the same command goes on from the finished modules" if arguments.verb in RESUMED else ""
         print(f"interrupted; nothing half-written is left behind{again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # the reader of the output, such as `head`, has what it wanted; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         from ..errors import ProcessError, SubspaceError
 
-        if not isinstance(error, (SubspaceError, OSError)):
+        if not isinstance(error, (SubspaceError, OSError, MemoryError)):
             raise
         # of several processes that a launcher started, the one that failed speaks for itself, and the first of the
         # others for the rest
         rank = int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
         if not (rank and isinstance(error, ProcessError)):
             who = "" if rank is None else f", process {rank} of {os.environ['WORLD_SIZE']} on {platform.node()}"
-            flagged = arguments.verb in IN_FLAGS and isinstance(error, SubspaceError)
-            print(f"subspace-peft {arguments.verb}{who}: {in_flags(error) if flagged else error}", file=sys.stderr)
+            print(f"subspace-peft {arguments.verb}{who}: {_said(error, arguments.flags)}", file=sys.stderr)
         return 1
+
+
+def _said(error: Exception, flags: Flags) -> str:
+    from .._io.disk import plain
+
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this on this machine."
+    return plain(error) if isinstance(error, OSError) else in_flags(error, flags)

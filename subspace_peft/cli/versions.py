@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +122,8 @@ def update(args: Namespace) -> int:
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
     tasks = _Tasks(args.tasks, args.tasks_out, bound, resources.progress, overwrite=args.force)
     tasks.check_folders(needed=[args.out])
-    _check_out(args, old, needed=[args.basis] if args.tasks else [], inputs=[args.basis, *args.sources, *args.tasks])
+    inputs = [args.basis, *args.sources, *args.tasks]
+    _check_out(args, old, needed=[args.basis] if args.tasks else [], inputs=inputs, options=options)
     new = update_basis(
         old,
         args.sources,
@@ -190,14 +192,20 @@ def migrate(args: Namespace) -> int:
     return print_json({"fingerprint": new.fingerprint, "tasks": facts}) if args.json else _say(facts)
 
 
-def _check_out(args: Namespace, old: Any, *, inputs: list[str], needed: Sequence[str] = ()) -> None:
+def _check_out(
+    args: Namespace, old: Any, *, inputs: list[str], needed: Sequence[str] = (), options: UpdateOptions | None = None
+) -> None:
     """Raise where the new version may not be written into ``--out``, before it is made."""
     from .._io.occupied import BASIS
     from ..basis.overwriting import Planned, check_target
 
     # the same call's earlier result may lie there; whether it is that shows when the new version is written
     earlier = earlier_record(args.out)
-    again = (earlier.get("parent") or {}).get("fingerprint") == old.fingerprint
+    again = [each.get("fingerprint") for each in earlier.get("lineage") or []][-1:] == [old.fingerprint]
+    if again and options is not None:
+        record = (earlier.get("update") or {}).get("arguments") or {}
+        wanted = json.loads(json.dumps(options.record(0), default=str))
+        again = all(record.get(name) == value for name, value in wanted.items() if name != "tasks")
     planned = Planned(BASIS, certain=not again)
     check_target(args.out, planned, overwrite=args.force, inputs=inputs, needed=needed)
 

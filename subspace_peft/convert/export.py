@@ -98,7 +98,8 @@ def export_lora(
         if read.extras and not modules_to_save:
             warnings.warn(
                 f"{task}: the task has trained {names_of(read.extras, 3)} as well, which stays behind since vLLM"
-                " refuses it. Pass modules_to_save=True to keep it, or False to leave it out without this warning.",
+                " refuses it. Pass modules_to_save=True (--modules-to-save) to keep it, or modules_to_save=False"
+                " (--no-modules-to-save) to leave it out without this warning.",
                 stacklevel=2,
             )
     return write_lora(

@@ -128,8 +128,8 @@ def _from_config(basis: SubspaceBasis, missing: list[dict[str, str]]) -> FleetRe
     """Return what the basis's config has on record, where no adapter is at hand."""
     numbers = recorded_numbers(basis)
     words = [
-        "None of its source adapters is at hand: this is what its config says. Pass the fleet with --fleet to have"
-        " it measured.",
+        "None of its source adapters is at hand: this is what its config says. Pass the fleet, sources= (--fleet),"
+        " to have it measured.",
         *verdict(numbers),
     ]
     if over := EnergyRecord.of(basis.info).over_modules:

@@ -113,7 +113,7 @@ def _new(numbers: Mapping[str, Any]) -> list[str]:
     if left_out is None:
         return [
             "Of adapters that it was not built from nothing can be said: there are too few sources of own seeds to"
-            " leave one out. Pass more with --fleet."
+            " leave one out. Pass more, sources= (--fleet)."
         ]
     words = f"{_left_out(left_out, random)} {NEW_TASKS[outlook(left_out, random)]}"
     if mean is not None and outlook(left_out, random) in ("part", "mostly") and mean > left_out / 2:

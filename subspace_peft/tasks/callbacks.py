@@ -257,5 +257,5 @@ def _from_results(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadFileError(
             f"{file}: not the results of a comparison ({type(error).__name__}: {error}). Pass the results.json of a"
-            " recipe's --stage compare."
+            " recipe's `--stage compare`."
         ) from error

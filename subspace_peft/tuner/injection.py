@@ -320,8 +320,9 @@ def _check_coefficients(
     first = next(iter(names.values()))
     if config.coefficients == "directions" and not shapes[first].get("directions"):
         raise SubspaceError(
-            f"coefficients='directions' needs a basis with direction tensors, and module {first!r} has none. Build it "
-            "with `build_basis(..., directions=m)` (--directions m), or choose other coefficients."
+            f"coefficients='directions' needs a basis with direction tensors, and module {first!r} has none. Build"
+            " it with `build_basis(..., directions=m)` (`subspace-peft build --directions m`), or choose other"
+            " coefficients."
         )
     if basis is None:
         return
