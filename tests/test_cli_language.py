@@ -91,7 +91,7 @@ def test_every_message_names_flags_that_the_verb_has_and_no_argument_of_python(p
         ("build", "Pass skip_bad=True (--skip-bad) to go on.", "Pass --skip-bad to go on."),
         ("build", "Pass base_model= (--base-model).", "Pass --base-model."),
         ("compress", "Pass skip_bad=True (--skip-bad).", "Pass --skip-bad."),
-        ("project", "allow_bin=True (--allow-bin) reads it", "allow_bin=True in Python reads it"),
+        ("project", "partial=True (--partial) takes it", "partial=True in Python takes it"),
         ("project", "or pass check_base_model=False if you know.", "or pass --no-base-check if you know."),
         ("inspect", "the one trained on as `basis=`, or", "the one trained on as `basis= in Python`, or"),
         ("export-lora", "the one trained on as `basis=`, or", "the one trained on as `--basis`, or"),

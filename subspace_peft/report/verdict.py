@@ -51,7 +51,7 @@ NEW_TASKS = {
 # the next step after a build, for the adapters themselves and for new tasks
 NEXT = {
     "faithful": "`subspace-peft compress` packs them into one file",
-    "partial": "build with a larger -k, or let `subspace-peft compress` keep a --residual",
+    "partial": "build with a larger -k, or let `subspace-peft compress --residual RANK` keep the rest",
     "poor": "build with a larger -k, or keep the LoRAs",
 }
 NEXT_TASKS = {
