@@ -30,6 +30,7 @@ from .tuner import peft_mixed
 from .tuner.card import base_facts, noted, write_section
 from .tuner.config import SubspaceConfig
 from .tuner.layer import SubspaceLayer
+from .tuner.loaded_from import LoadedFrom
 from .tuner.model import SubspaceModel
 from .tuner.peft_type import NAME, PREFIX, SUBSPACE
 
@@ -64,6 +65,7 @@ def register() -> None:
     allow_rescaling()
     push_as_tasks()
     write_own_cards()
+    tell_folders()
 
 
 def allow_hotswap() -> None:
@@ -146,6 +148,34 @@ def write_own_cards() -> None:
 
     create_or_update_model_card.subspace = True  # type: ignore[attr-defined]
     PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+
+
+def tell_folders() -> None:
+    """Let `PeftConfig.from_pretrained`, as transformers' `load_adapter` calls it, note the folder that it reads from.
+
+    A task's basis is recorded relative to that folder. Other methods' configurations stay as they were. Seen with PEFT
+    0.21.0 to 0.21.2. Idempotent. Where the method is not there, a warning says so, and such loaders find the basis by
+    its fingerprint alone.
+    """
+    stored = inspect.getattr_static(PeftConfig, "from_pretrained", None)
+    if not isinstance(stored, classmethod):
+        _lacks("PeftConfig.from_pretrained", "transformers' load_adapter finds a basis by its fingerprint alone")
+        return
+    original: Callable[..., Any] = stored.__func__
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, place: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        config = original(cls, place, subfolder=subfolder, **kwargs)
+        if isinstance(config, SubspaceConfig) and config.loaded_from is None:
+            folder = Path(place, subfolder or "")
+            if folder.is_dir():
+                config.loaded_from = LoadedFrom(folder, kwargs.get("token"))
+        return config
+
+    from_pretrained.subspace = True  # type: ignore[attr-defined]
+    PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
 
 
 def join_mixed_models() -> bool:

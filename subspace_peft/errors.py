@@ -49,5 +49,19 @@ class SourceError(SubspaceError):
     """One or more source adapters cannot be used."""
 
 
+class HubUnavailableError(SubspaceError):
+    """The Hub did not answer: a time-out, a lost connection, a rate limit, a fault of the server.
+
+    It says nothing about what was asked for, so nothing is skipped for it.
+    """
+
+
+class HubOfflineError(HubUnavailableError, SourceError, BasisNotFoundError):
+    """The Hub may not be asked (HF_HUB_OFFLINE), and this machine does not have what is asked for.
+
+    A source or basis that is not here, too.
+    """
+
+
 class ProcessError(SubspaceError):
     """Another of the processes that work together has failed or gone; the message names it."""

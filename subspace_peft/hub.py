@@ -10,16 +10,41 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .base_names import same_model as same_model  # its place in earlier versions
 from .errors import SubspaceError
+from .hub_requests import Fault, ask, refusal
+
+FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".json", ".yaml", ".yml")
 
 
 def looks_like_path(text: str) -> bool:
     """Return whether `text` can only mean a folder of this machine, never a Hub id such as ``org/name``."""
     # revisions such as refs/pr/3, and folders inside a repository, have slashes of their own
     name = re.split("[@:]", text, maxsplit=1)[0]
-    return os.path.isabs(text) or text.startswith((".", "~")) or name.count("/") > 1 or "\\" in text
+    by_look = os.path.isabs(text) or text.startswith((".", "~")) or name.count("/") > 1 or "\\" in text
+    return by_look or name.endswith(FILES)
+
+
+def only_local(text: str, revision: str | None = None, *folders: Path) -> bool:
+    """Return whether the Hub is not to be asked for `text`, which is no folder or file of this machine.
+
+    It is a path by its look; a single name, as no adapter or basis on the Hub has; or its first part is a folder here,
+    so that it rather names something in there. A reference with a revision is of the Hub.
+
+    Args:
+        text: a reference.
+        revision: branch, tag or commit sha that goes with it.
+        folders: further folders, beside the working directory, in which the first part is looked for.
+    """
+    name, at, _ = split_inside(text)
+    if looks_like_path(text):
+        return True
+    if revision or at:
+        return False
+    first, slash, _ = name.partition("/")
+    return not slash or any((folder / first).is_dir() for folder in (Path(), *folders))
 
 
 def is_hub_id(reference: str) -> bool:
@@ -82,18 +107,35 @@ def download(
         Their folder, and the commit's sha where the cache tells it.
 
     Raises:
-        OSError: a file is not there, or neither the Hub nor the cache has it.
+        OSError: a file is not there, or the Hub gives it to no one who asks like this; `refusal` says why.
         ValueError: `repo_id` or a name is malformed (huggingface_hub's `HFValidationError`).
+        HubUnavailableError: the Hub does not answer.
     """
-    from huggingface_hub import hf_hub_download
-
     sha: str | None = None
     for name in files:
-        file = Path(hf_hub_download(repo_id, name, revision=sha or revision, token=token, cache_dir=cache_dir))
+        file = fetch(repo_id, name, revision=sha or revision, token=token, cache_dir=cache_dir)
         # the snapshot's folder is the commit: asking for the others at that sha cannot mix two revisions
         if sha is None and file.parent.parent.name == "snapshots":
             sha = file.parent.name
     return file.parent, sha
+
+
+def fetch(repo_id: str, file: str, **where: Any) -> Path:
+    """Fetch a file into huggingface_hub's cache.
+
+    Args:
+        repo_id: ``org/name``.
+        file: its path in the repository.
+        **where: further arguments of `hf_hub_download`, such as `revision` and `token`.
+
+    Raises:
+        HubUnavailableError: the Hub does not answer.
+
+    Otherwise as `hf_hub_download` raises.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return Path(ask(repo_id, lambda: hf_hub_download(repo_id, file, **where)))
 
 
 def upload(
@@ -123,31 +165,46 @@ def upload(
         The repository's whole id and the commit's sha.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses; the message says what to do.
+        HubUnavailableError: the Hub does not answer.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        _fetch_readme(repo_id, folder, branch, token)
-        write(folder, repo_id)
-        if branch is not None and not create_pr:
-            api.create_branch(repo_id, branch=branch, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=branch, commit_message=message, create_pr=create_pr
-        )
-    return repo_id, str(done.oid)
+    # all of these give the same when they are done twice: what is there already is neither made nor sent again
+    try:
+        whole = ask(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            _fetch_readme(whole, folder, branch, token)
+            write(folder, whole)
+            if branch is not None and not create_pr:
+                ask(whole, lambda: api.create_branch(whole, branch=branch, exist_ok=True))
+            done = ask(
+                f"{whole}, to which a pull request may have been opened already" if create_pr else whole,
+                lambda: api.upload_folder(
+                    repo_id=whole, folder_path=folder, revision=branch, commit_message=message, create_pr=create_pr
+                ),
+                # a pull request, though, would be opened twice
+                repeat=lambda fault: not (create_pr and _may_be_committed(fault)),
+            )
+    except HfHubHTTPError as error:
+        error.append_to_message(f"\n{refusal(error, repo_id, branch)}")
+        raise
+    return whole, str(done.oid)
+
+
+def _may_be_committed(fault: Fault) -> bool:
+    return fault.reached and ("/commit/" in fault.url or not fault.url)
 
 
 def _fetch_readme(repo_id: str, folder: Path, branch: str | None, token: str | bool | None) -> None:
     """Copy the repository's README, where it has one, into `folder`."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     try:
-        file = hf_hub_download(repo_id, "README.md", revision=branch, token=token)
-    except (HfHubHTTPError, LocalEntryNotFoundError):
+        file = fetch(repo_id, "README.md", revision=branch, token=token)
+    except (EntryNotFoundError, RevisionNotFoundError):
         return
-    (folder / "README.md").write_bytes(Path(file).read_bytes())
+    (folder / "README.md").write_bytes(file.read_bytes())

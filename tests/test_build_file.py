@@ -180,10 +180,12 @@ def test_a_basiss_record_is_such_a_file(fleets, tmp_path, arguments, capsys):
     assert main(["build", "--from-config", str(tmp_path / "old"), "--dry-run", "--quiet"]) == 0
     if arguments.get("builder") == "random":
         return
-    # written out by hand, with and without the hashes
+    # written out by hand, with and without the hashes, beside the basis's config, whose paths they have
     config = json.loads((tmp_path / "old" / "basis_config.json").read_text())
     for number, sources in enumerate((config["sources"], [entry["location"] for entry in config["sources"]])):
-        file = written(tmp_path / f"{number}.yaml", {**config["build"], "sources": sources, "precision": "int8"})
+        file = written(
+            tmp_path / "old" / f"{number}.yaml", {**config["build"], "sources": sources, "precision": "int8"}
+        )
         assert built(tmp_path / f"written{number}", ("--config", "--from-config")[number], file) == old
 
 

@@ -96,7 +96,7 @@ def folder(bases, tmp_path, monkeypatch) -> Path:
 
 
 def test_one_task_is_read_without_the_rest_and_pinned(hub, folder, bases, tmp_path, fresh):
-    place = bases[bert].location
+    place = f"../../{Path(bases[bert].location).name}"
     commit = push_bundle(folder, "org/bundle", push_basis_to="org/basis", token=TOKEN)
     assert open_bundle(folder).index["config"]["basis"] == place
     assert hub.repos["org/bundle"].names["main"] == commit

@@ -108,8 +108,8 @@ def test_the_snippet_of_a_folder_runs(basis_folder, tmp_path):
     model.save_pretrained(tmp_path / "task")
     card = (tmp_path / "task" / "README.md").read_text()
     assert "More Information Needed" not in card and "base_model" not in front_matter(card)
-    assert f'"{tmp_path}/task/other"' in (tmp_path / "task" / "other" / "README.md").read_text()
-    fresh.run("-c", snippet(card), check=True)
+    assert '"./other"' in (tmp_path / "task" / "other" / "README.md").read_text()
+    fresh.run("-c", snippet(card), cwd=tmp_path, check=True)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_licences_of_sources_are_read_where_they_are_said(fleets, tmp_path):
     basis.save_pretrained(tmp_path / "basis")
     card = (tmp_path / "basis" / "README.md").read_text()
     for name in said:
-        assert f"| {name} | `{tmp_path / name}` |" in card
+        assert f"| {name} | `../{name}` |" in card
     assert "| apache-2.0 |" in card and "license" not in front_matter(card)
 
 

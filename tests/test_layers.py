@@ -11,14 +11,16 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "subspace_peft"
 GROUND = {"errors", "energy", "_io", "_version", "_adapted", "_moved", "base_names"}
-BASIS = GROUND | {"cards", "hub", "basis"}
+HUB = {"hub", "hub_requests"}
+BASIS = GROUND | HUB | {"cards", "basis"}
 # layer → the layers that it may import; docs/architecture.md says why
 LAYERS: dict[str, set[str]] = {
     **{layer: set() for layer in ("errors", "energy", "_version", "_adapted", "_moved", "modeling")},
     "_io": {"errors"},
     "base_names": {"errors"},
-    "hub": GROUND,
-    "cards": GROUND | {"hub"},
+    "hub_requests": GROUND,
+    "hub": GROUND | HUB,
+    "cards": GROUND | HUB,
     "basis": BASIS,
     "sources": BASIS,
     "builders": BASIS | {"sources"},

@@ -54,7 +54,7 @@ def test_what_was_left_out_stays_out_and_partial_stays_partial(fleets, tmp_path,
     assert main([*again, str(tmp_path / "new")]) == 0
     assert "the fingerprint is the one on record" in capsys.readouterr().out
     one, two = ((tmp_path / name / "basis_config.json").read_bytes() for name in ("old", "new"))
-    assert one == two and json.loads(one)["skipped"][0]["location"] == bad[0]
+    assert one == two and json.loads(one)["skipped"][0]["location"] == f"../{Path(bad[0]).name}"
     assert main([*again, str(tmp_path / "x"), fleets[bert][0]]) == 1
     assert "sources on record" in capsys.readouterr().err and not (tmp_path / "x").exists()
 

@@ -26,6 +26,7 @@ from .module_store import MemoryModules, ModuleStore, describe_k
 from .overwriting import Planned, replacing
 from .precision import PRECISIONS, RoundedModules, reduced, summary
 from .recorded_energy import moved_sources, rounded_info
+from .source_places import local_info, shared_info
 
 
 class SubspaceBasis(Mapping[str, ModuleBasis]):
@@ -359,7 +360,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
                 f" {wrong[0]!r}): it is another basis now. If that is wanted, make it one, SubspaceBasis(dict(basis),"
                 " basis.info), and save that; else load or build it again."
             )
-        record = BasisRecord(self._modules, self.info, self.digests, self.location, self.revision)
+        info = shared_info(self.info, folder.resolve() if place is None else None, self.fingerprint)
+        record = BasisRecord(self._modules, info, self.digests, self.location, self.revision)
         path = write_basis(record, folder)
         write_card(record, folder, place or Place.of_folder(folder))
         return path
@@ -438,8 +440,11 @@ def alive(fingerprint: str) -> SubspaceBasis | None:
 
 def basis_of(record: BasisRecord) -> SubspaceBasis:
     """Return the basis that a record read from files stands for."""
+    info, file = record.info, record.modules.file
+    if file is not None:
+        info = local_info(info, file.parent, record.fingerprint)
     return SubspaceBasis(
-        record.modules, record.info, location=record.location, revision=record.revision, digests=record.digests
+        record.modules, info, location=record.location, revision=record.revision, digests=record.digests
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._io.places import shown_place
 from .._version import __version__
 from ..cards import BaseFacts, BasisFacts, Place, SourceFacts, basis_card, put_card
 from ..cards.facts import AUTO_CLASSES
@@ -44,7 +45,7 @@ def facts_of(record: BasisRecord, place: Place) -> BasisFacts:
         core=sum(s["k_out"] * s["k_in"] for s in shapes.values()),
         builder=info.get("builder"),
         base=BaseFacts(
-            reference=info.get("base_model_name_or_path") or None,
+            reference=shown_place(info.get("base_model_name_or_path")),
             auto_class=AUTO_CLASSES.get(task_type or "", "AutoModel"),
         ),
         task_type=task_type,

@@ -16,8 +16,9 @@ from .._io.atomic import write_all_aside
 from .._io.untrusted import is_sha256, read_json
 from .._moved import moved_name
 from .._version import __version__
-from ..errors import BadFileError, BasisNotFoundError, SubspaceError
-from ..hub import download, looks_like_path, split_revision
+from ..errors import BadFileError, BasisNotFoundError, HubUnavailableError, SubspaceError
+from ..hub import download, only_local, split_revision
+from ..hub_requests import refusal
 from .module import TENSOR_NAMES, ModuleBasis, combine_digests
 from .module_store import ModuleStore
 from .precision import KINDS, PRECISIONS, SCALES, restored, stored_digest
@@ -180,19 +181,21 @@ def open_basis(
             " `subspace-peft build ADAPTER… --out FOLDER`, into a folder of its own."
         )
     text = str(path_or_id)
-    if looks_like_path(text):
+    if only_local(text, revision):
         raise BasisNotFoundError(
-            f"There is no folder {text!r}. Pass the folder of a basis, a Hub id like 'org/basis', or build one with "
-            "`subspace-peft build`."
+            f"There is no folder {text!r}. Pass the folder of a basis, a Hub id like 'org/basis' (or 'org/basis@main',"
+            " which is no folder here), or build one with `subspace-peft build`."
         )
     text, at = split_revision(text)
     wanted = revision or at
     try:
         folder, sha = download(text, (CONFIG_FILE, TENSORS_FILE), revision=wanted, token=token, cache_dir=cache_dir)
+    except HubUnavailableError:
+        raise
     except (OSError, ValueError) as error:
         raise BasisNotFoundError(
             f"There is no folder {text!r}, and no basis could be fetched from the Hub under that id (revision "
-            f"{wanted or 'main'}): {error}"
+            f"{wanted or 'main'}): {refusal(error, text, wanted)}"
         ) from error
     return replace(read_folder(folder, location=text, revision=sha), fetched=True)
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from .._io.text import read_text
+from ..basis.source_places import found_sources
 from ..errors import SourceError, SubspaceError
 from ..hub import looks_like_path, split_inside
+from ..hub_requests import patient
 from .options import CONTROLS, WEIGHTS, BuildOptions
 
 BASIS_CONFIG = "basis_config.json"
@@ -124,6 +126,7 @@ def read_build_file(place: str | Path) -> BuildFile:
     return BuildFile(sources, given, weights, file)
 
 
+@patient()
 def open_sources(
     sources: list[Any], *, allow_bin: bool, base_model: Any, token: str | bool | None = None
 ) -> list[Any]:
@@ -309,7 +312,10 @@ def _from_basis(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not isinstance(config["modules"], Mapping):
         raise SubspaceError(f"{file}: modules: {config['modules']!r}: a basis's config has a mapping there.")
-    found: dict[str, Any] = {"sources": config.get("sources"), **build}
+    sources = config.get("sources")
+    if isinstance(sources, list):
+        sources = found_sources(sources, file.parent, config.get("fingerprint"))
+    found: dict[str, Any] = {"sources": sources, **build}
     if isinstance(precision, Mapping) and "stored" in precision:
         found["precision"] = precision["stored"]
     if build.get("builder") in CONTROLS:

@@ -24,12 +24,14 @@ class ScannedFleet:
         sources: number → source, where it could be opened.
         sketches: number → its sketches, see `scan`, where it was scanned.
         reasons: number → why it is bad.
+        offline: those of them that may be as good as any, but that the Hub may not be asked for.
     """
 
     listed: list[str]
     sources: dict[int, Source] = field(default_factory=dict)
     sketches: dict[int, torch.Tensor] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    offline: set[int] = field(default_factory=set)
 
     def bad(self) -> list[dict[str, str]]:
         """Return ``{"name", "location", "reason"}`` of every bad source, in order."""
@@ -41,6 +43,7 @@ class ScannedFleet:
         return {
             "listed": self.listed,
             "reasons": {str(number): reason for number, reason in self.reasons.items()},
+            "offline": sorted(self.offline),
             "scanned": {
                 str(number): [list(source.norms.values()), source.digest, sorted(source.dtypes), source.stamp]
                 for number, source in self.sources.items()
@@ -67,6 +70,7 @@ def share_scans(processes: ProcessGroup, scanned: ScannedFleet) -> None:
     scanned.reasons.clear()
     several = len(set(processes.machines)) > 1
     for index, (facts, sketches) in enumerate(told):
+        scanned.offline |= set(facts["offline"])
         for key, reason in facts["reasons"].items():
             # a file that one machine cannot read may be readable on another: say which
             place = f" ({processes.name_of(index)})" if several else ""

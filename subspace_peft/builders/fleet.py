@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..base_names import common_name, names_record
-from ..errors import SourceError
+from ..errors import HubOfflineError, SourceError
+from ..hub_requests import patient
 from ..sources.guesses import warn_of_guesses
 from ..sources.references import expand
 from ..sources.source import Source
@@ -94,8 +95,10 @@ def gather(
 
     Raises:
         SourceError: no usable source, or bad ones; lists them all.
+        HubUnavailableError: the Hub does not answer, or may not be asked; nothing is skipped for that.
     """
-    listed, bad = expand(references, token=token)
+    with patient():
+        listed, bad = expand(references, token=token)
     count = len(listed) + len(bad)
     scanned = scan_fleet(
         listed, processes=processes, progress=progress, token=token, allow_bin=allow_bin, base_model=base_model
@@ -120,7 +123,7 @@ def gather(
     if judge is not None:
         leave_out([(number, why) for number, source in opened.items() if (why := judge(source)) is not None])
     sources = list(opened.values())
-    _raise_bad(bad, count, empty=not sources, skip_bad=skip_bad)
+    _raise_bad(bad, count, empty=not sources, skip_bad=skip_bad, offline=len(scanned.offline))
     if processes.main:
         warn_of_guesses(sources)
     unify_names(sources, taken)
@@ -128,8 +131,14 @@ def gather(
     return Fleet(sources, modules, seed_groups(sources, modules), bad)
 
 
-def _raise_bad(bad: Sequence[dict[str, str]], count: int, *, empty: bool, skip_bad: bool) -> None:
-    """Raise `SourceError` where sources are bad and may not be skipped, or none is left."""
+def _raise_bad(bad: Sequence[dict[str, str]], count: int, *, empty: bool, skip_bad: bool, offline: int) -> None:
+    """Raise `SourceError` where sources are bad and may not be skipped, or none is left.
+
+    `offline` of them are not known to be bad, and are never skipped: the Hub may not be asked for them.
+    """
+    if offline:
+        lines = "\n  ".join(entry["reason"] for entry in bad)
+        raise HubOfflineError(f"{len(bad)} of {count} sources cannot be used:\n  {lines}\nMend or fetch them.")
     if bad and (empty or not skip_bad):
         lines = "\n  ".join(entry["reason"] for entry in bad)
         # leaving all of them out would leave nothing

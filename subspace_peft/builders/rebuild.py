@@ -12,6 +12,7 @@ from torch import nn
 from .._io.untrusted import is_sha256
 from ..basis import SubspaceBasis, resolve_basis
 from ..errors import SourceError, SubspaceError
+from ..hub_requests import patient
 from ..sources.source import Source
 from .build import build_basis
 from .distributed import process_group
@@ -123,11 +124,13 @@ def read_record(
         parent.get("location"),
         revision=parent.get("revision"),
         fingerprint=parent["fingerprint"],
+        near=None if old.revision or old.location is None else Path(old.location),
         token=resources.token,
     )
     return BuildRecord(old, given, sources, before)
 
 
+@patient()
 def sources_on_record(
     basis: SubspaceBasis,
     *,

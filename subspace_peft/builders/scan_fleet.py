@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..errors import SourceError
+from ..errors import HubOfflineError, HubUnavailableError, SourceError
+from ..hub_requests import patient
 from ..sources.open import open_source
 from ..sources.source import IN_MEMORY, Source
 from .distributed import ProcessGroup
@@ -44,13 +46,15 @@ def scan_fleet(
     Raises:
         SourceError: the processes were given different lists.
         ProcessError: a process has failed.
+        HubUnavailableError: the Hub does not answer, though it was waited for; names what was read.
     """
     scanned = ScannedFleet([named(reference) for reference in references])
     neighbours = processes.neighbours
     bar = tqdm(references, desc="reading sources", unit="adapter", delay=2, disable=not (progress and processes.main))
     for number, reference in enumerate(bar, 1):
         try:
-            source = open_source(reference, token=token, allow_bin=allow_bin, base_model=base_model)
+            with patient(None if bar.disable else partial(bar.set_postfix_str, refresh=True)):
+                source = open_source(reference, token=token, allow_bin=allow_bin, base_model=base_model)
             if source.location == IN_MEMORY:
                 source.location = f"{IN_MEMORY}, number {number}"
             if processes.index == neighbours[number % len(neighbours)]:
@@ -58,6 +62,17 @@ def scan_fleet(
             else:
                 skim(source)
             scanned.sources[number] = source
+        except HubOfflineError as error:
+            scanned.offline.add(number)
+            scanned.reasons[number] = str(error)
+        except HubUnavailableError as error:
+            read = ", ".join([source.name for source in scanned.sources.values()][-3:])
+            done = (
+                f"{len(scanned.sources)} of {len(references)} sources were read before{read and ', the last: '}{read}"
+            )
+            raise HubUnavailableError(
+                f"{error} {done}. What was fetched is kept, and the same call goes on from there."
+            ) from error
         except SourceError as error:
             scanned.reasons[number] = str(error)
     drawn.cache_clear()

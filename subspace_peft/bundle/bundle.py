@@ -15,7 +15,7 @@ import torch
 from ..basis import SubspaceBasis
 from ..basis.dependents import add_dependent
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..hub import looks_like_path, split_revision
+from ..hub import only_local, split_revision
 from ..tasks.read import Parts, SavedTask
 from ..tuner.config import SubspaceConfig
 from ..tuner.loaded_from import LoadedFrom
@@ -83,7 +83,7 @@ class Bundle(Mapping[str, BundledTask]):
         self, store: FileBytes | HubBytes, location: str, near: Path | None, token: str | bool | None
     ) -> None:
         self.store, self.location, self.revision = store, location, store.revision
-        self._near, self._token = near, token
+        self.near, self._token = near, token
         length = parse_length(store.read(0, min(8, store.size)), store.size, location)
         self.pieces, self.index = parse_header(store.read(8, 8 + length), store.size, location)
         self._rows = {name: number for number, name in enumerate(self.index["tasks"])}
@@ -261,7 +261,7 @@ class Bundle(Mapping[str, BundledTask]):
             "task": name,
             "sha256": entry["sha256"],
         }
-        config.loaded_from = LoadedFrom(self._near, self._token)
+        config.loaded_from = LoadedFrom(self.near, self._token)
         config.card = config.card if isinstance(config.card, dict) else None
         return config if basis is None else config.on_basis(basis)
 
@@ -364,7 +364,7 @@ def open_bundle(
     text = str(path_or_id)
     file = Path(text).expanduser()
     file = file / BUNDLE_FILE if file.is_dir() else file
-    if file.is_file() or file.name == BUNDLE_FILE or looks_like_path(text):
+    if file.is_file() or file.name == BUNDLE_FILE or only_local(text, revision):
         local, folder = FileBytes(file), file.parent.resolve()
         key: tuple[Any, ...] = (folder, file.name, local.state)
         if key not in _opened:

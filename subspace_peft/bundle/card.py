@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._io.places import shown_place
 from ..cards import (
     BaseFacts,
     BasisReferenceFacts,
@@ -55,7 +56,7 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
     headed = next((bundle[name] for name in bundle if bundle[name].id2label), None)
     first = headed.name if headed is not None else tasks[0].name
     base = BaseFacts(
-        reference=bundle.base_model,
+        reference=shown_place(bundle.base_model),
         revision=config.get("revision"),
         auto_class=AUTO_CLASSES.get(task_type or ""),
         num_labels=None if headed is None or headed.id2label is None else len(headed.id2label),
@@ -63,7 +64,7 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
     return BundleFacts(
         place=place,
         basis=BasisReferenceFacts(
-            fingerprint=bundle.fingerprint, reference=config.get("basis"), revision=config.get("basis_revision")
+            fingerprint=bundle.fingerprint, reference=config.get("basis") or "", revision=config.get("basis_revision")
         ),
         tasks=tuple(tasks),
         loading=(

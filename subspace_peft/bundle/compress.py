@@ -20,7 +20,8 @@ from ..basis.files import TENSORS_FILE
 from ..basis.overwriting import Planned, check_target
 from ..convert.project import Projection, project_lora
 from ..energy import percent
-from ..errors import BadFileError, SourceError, SubspaceError
+from ..errors import BadFileError, HubUnavailableError, SourceError, SubspaceError
+from ..hub_requests import patient
 from ..sources import Source, is_one_source, open_source
 from .format import BUNDLE_FILE
 from .named import named_tasks
@@ -124,6 +125,7 @@ class CompressionReport:
         return asdict(self)
 
 
+@patient()
 def compress_fleet(
     loras: Iterable[Any],
     basis: SubspaceBasis | str | Path,
@@ -264,6 +266,8 @@ def _one(
         task = replace(task, task=replace(task.task, residual=kept))
         entry = pack(task, dtype, energy_kept=total.kept, energy_residual=total.residual)
         return replace(what, bytes_after=entry.entry["bytes"]), entry
+    except HubUnavailableError:
+        raise  # the adapter may be as good as any
     except (SourceError, BadFileError, SubspaceError) as error:
         name = Path(named.partition("@")[0]).name or named
         return CompressedAdapter(name, named, refused=str(error)), None

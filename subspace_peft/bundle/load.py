@@ -87,8 +87,9 @@ def load_task(
             model = PeftModel.from_pretrained(model, str(folder), name, is_trainable=is_trainable, **loading)
     config = unwrapped(model).peft_config[name]
     if isinstance(config, SubspaceConfig) and held is not None:
-        # the folder that PEFT has read it from is gone
-        config.loaded_from = held[0].loaded_from
+        # the folder that PEFT has read it from is gone, and said less of this machine
+        own = held[0]
+        config.loaded_from, config.bundle, config.basis = own.loaded_from, own.bundle, own.to_dict()["basis"]
     return model
 
 

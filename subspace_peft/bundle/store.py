@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadFileError, SubspaceError
+from ..errors import BadFileError, HubOfflineError, HubUnavailableError, SubspaceError
+from ..hub import fetch
+from ..hub_requests import ask, refusal
 from .format import BUNDLE_FILE
 
 # bytes that the first request fetches: the header of some hundred tasks, and all of a small bundle
@@ -108,26 +108,31 @@ class HubBytes:
         Raises:
             SubspaceError: It cannot be fetched.
         """
-        from huggingface_hub import hf_hub_download
-
         where = {"token": self.token, "cache_dir": self.cache_dir}
         try:
             # by its branch, so that this machine finds it under that name when it is offline
-            file = Path(hf_hub_download(self.repo_id, BUNDLE_FILE, revision=self.asked, **where))
+            file = fetch(self.repo_id, BUNDLE_FILE, revision=self.asked, **where)
             if file.parent.name == self.revision:
                 return file
             # the branch has moved on since this bundle was opened
-            return Path(hf_hub_download(self.repo_id, BUNDLE_FILE, revision=self.revision, **where))
+            return fetch(self.repo_id, BUNDLE_FILE, revision=self.revision, **where)
+        except HubUnavailableError:
+            raise
         except (OSError, ValueError) as error:
-            raise SubspaceError(f"{self.where}: the bundle cannot be fetched at {self.revision}: {error}") from error
+            said = refusal(error, self.repo_id, self.revision)
+            raise SubspaceError(f"{self.where}: the bundle cannot be fetched at {self.revision}: {said}") from error
 
     def _get(self, start: int, end: int, first: bool = False) -> bytes:
         try:
-            status, span, data, commit = _request(self.repo_id, self.revision, self.token, start, end)
-        except (OSError, ValueError, *_client_errors()) as error:
+            status, span, data, commit = ask(
+                self.repo_id, lambda: _request(self.repo_id, self.revision, self.token, start, end)
+            )
+        except HubUnavailableError:
+            raise
+        except (OSError, ValueError) as error:
             raise SubspaceError(
                 f"{self.where}: there is no such folder, and no {BUNDLE_FILE} could be read from the Hub under that id"
-                f" (revision {self.revision}): {error}"
+                f" (revision {self.revision}): {refusal(error, self.repo_id, self.revision)}"
             ) from error
         if first:
             self.revision = commit or self.revision
@@ -176,7 +181,9 @@ def on_hub(
         cache_dir: As in huggingface_hub.
 
     Raises:
-        SubspaceError: It does not exist, or the machine is offline and the cache does not have it.
+        SubspaceError: It does not exist.
+        HubOfflineError: The machine is offline and the cache does not have it.
+        HubUnavailableError: The Hub does not answer.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
@@ -188,7 +195,7 @@ def on_hub(
             if found is not None:
                 return found
         if constants.is_offline_mode():
-            raise SubspaceError(
+            raise HubOfflineError(
                 f"{repo_id}: there is no such folder, this machine is offline (HF_HUB_OFFLINE), and the bundle is not"
                 f" in the cache at revision {revision or 'main'}. Fetch it whole while online:"
                 f" `open_bundle({repo_id!r}).download()`."
@@ -219,21 +226,13 @@ def _request(
     # compressed on the way, a range would not be one of the file's bytes
     headers["Accept-Encoding"] = "identity"
     url = hf_hub_url(repo_id, BUNDLE_FILE, revision=revision)
-    with http_stream_backoff("GET", url, headers=headers, max_retries=3) as response:
+    # `ask` repeats what fails
+    with http_stream_backoff("GET", url, headers=headers, max_retries=0) as response:
         if not response.is_success:
             response.read()
         hf_raise_for_status(response)
         data = _at_most(response, end - start) if response.status_code == 206 else b""
         return response.status_code, response.headers.get("Content-Range", ""), data, _commit(response)
-
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    """Return the base class of the errors of huggingface_hub's HTTP client, which are no OSErrors."""
-    found = []
-    for name in ("httpx2", "httpx"):  # of huggingface_hub 2 and 1
-        with contextlib.suppress(ImportError):
-            found.append(importlib.import_module(name).HTTPError)
-    return tuple(found)
 
 
 def _at_most(response: Any, limit: int) -> bytes:

@@ -12,13 +12,17 @@ from tqdm.auto import tqdm
 
 from .._io.atomic import write_aside
 from .._io.occupied import BUNDLE
+from .._io.places import is_absolute, last_part
 from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.dependents import add_dependent
 from ..basis.module import FLOAT_DTYPES
 from ..basis.overwriting import Planned, check_target, replacing
+from ..basis.recorded import recorded_place
 from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
+from ..hub import looks_like_path
+from ..hub_requests import patient
 from .bundle import Bundle, open_bundle
 from .card import write_card
 from .format import BUNDLE_FILE, FORMAT_VERSION, NAMES, encode_header, width
@@ -162,8 +166,16 @@ def write_bundle(
         OSError: The disk refuses; an earlier bundle stays.
     """
     index = _index(packed, None if old is None else old.index)
-    if basis is not None:
-        index["config"] = {**index["config"], "basis": basis[0], "basis_revision": basis[1]}
+    common = index["config"]
+    place, revision = (common.get("basis"), common.get("basis_revision")) if basis is None else basis
+    recorded, _ = recorded_place(
+        place,
+        revision,
+        index["basis_fingerprint"],
+        folder=folder if shown_as is None else shown_as.folder,
+        near=None if old is None else old.near,
+    )
+    index["config"] = {**common, "basis": recorded, "basis_revision": revision}
     rows = index["tasks"]
     tensors = [("cores", NAMES[dtype], (len(rows), width(index["modules"])))]
     place = len(rows) * width(index["modules"]) * dtype.itemsize
@@ -229,7 +241,10 @@ def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str,
             )
         place = ("basis", "basis_revision")
         differs = {key: value for key, value in task.config.items() if key not in place and common.get(key) != value}
-        entry = {**task.entry, **({"config": differs} if differs else {})}
+        source = task.entry.get("source")
+        entry = {**task.entry, **({"source": _shared(source)} if isinstance(source, dict) else {})}
+        if differs:
+            entry["config"] = differs
         same = list(task.modules.items()) == list(modules.items())
         if not same:
             entry["modules"] = task.modules
@@ -238,9 +253,19 @@ def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str,
     return index
 
 
+def _shared(source: dict[str, Any]) -> dict[str, Any]:
+    """Return a task's origin without the path of this machine: its last part, beside the sha256."""
+    location = source.get("location")
+    if source.get("revision") or not isinstance(location, str) or not (is_absolute(location) or "/" in location):
+        return source
+    there = is_absolute(location) or looks_like_path(location) or Path(location).exists()
+    return {**source, "location": last_part(location)} if there else source
+
+
 # -- packing ----------------------------------------------------------------------------------------------------------
 
 
+@patient()
 def _pack_all(
     tasks: Any,
     basis: Any,

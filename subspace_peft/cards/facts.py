@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .._io.places import relative_place
 from .._moved import moved_name
 from ..hub import is_hub_id
 
@@ -28,21 +29,23 @@ class Place:
         reference: Hub id or folder.
         subfolder: folder within it.
         revision: branch, tag or commit sha on the Hub.
+        folder: the folder itself, where it is one of this machine.
     """
 
     reference: str
     subfolder: str | None = None
     revision: str | None = None
+    folder: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Place:
-        """Return a folder's place: relative to the working directory where it lies in there.
+        """Return a folder's place: relative to the working directory where it lies in there, else its last part.
 
-        A card with a relative path is not tied to the machine that wrote it.
+        A card is not tied to the machine that wrote it, and says nothing of that machine.
         """
         folder = folder.resolve()
-        here = Path.cwd()
-        return cls(f"./{folder.relative_to(here).as_posix()}" if folder.is_relative_to(here) else str(folder))
+        below = relative_place(folder, Path.cwd())
+        return cls(below if below and below.startswith("./") else f"./{folder.name}", folder=folder)
 
     @property
     def name(self) -> str:
@@ -189,7 +192,8 @@ class BasisReferenceFacts:
 
     Attributes:
         fingerprint: sha256 (hex).
-        reference: Hub id or folder; None where the basis is in the task's own file.
+        reference: Hub id or folder; None where the basis is in the task's own file, empty where only its fingerprint
+            is recorded.
         revision: commit sha on the Hub.
     """
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import SubspaceError
+from ..errors import HubUnavailableError, SubspaceError
+from ..hub_requests import ask
 
 Add = Callable[..., ArgumentParser]  # argparse's `add_parser`
 
@@ -57,7 +58,9 @@ def base_model(name: str | None) -> Any:
     from transformers import AutoModel
 
     try:
-        return AutoModel.from_pretrained(name)
+        return ask(name, lambda: AutoModel.from_pretrained(name))
+    except HubUnavailableError:
+        raise
     except ValueError as error:  # what is no model at all, unlike a place where nothing is, which is an OSError
         said = " ".join(str(error).split())
         raise SubspaceError(f"--base-model {name}: no model can be loaded from it ({said}).") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..builders.option_checks import Options, number, truth_or_none
 from ..builders.options import BuildOptions, CompleteOptions, Resources, UpdateOptions
-from ..errors import ProcessError, SourceError, SubspaceError
+from ..errors import HubUnavailableError, ProcessError, SourceError, SubspaceError
 
 INPUTS = {"base_model": "--base-model", "like": "--like", "clusters": "--clusters", "precision": "--precision"}
 
@@ -78,7 +78,7 @@ def as_in_file(names: Collection[str]) -> Iterator[None]:
     try:
         yield
     except SubspaceError as error:
-        if not names or isinstance(error, (SourceError, ProcessError)):
+        if not names or isinstance(error, (SourceError, ProcessError, HubUnavailableError)):
             raise
         either = "|".join(sorted(names, key=len, reverse=True))
         # not hints, which have a flag after them, nor names without a value

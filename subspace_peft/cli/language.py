@@ -13,7 +13,7 @@ from argparse import Action, ArgumentParser
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..errors import ProcessError, SourceError
+from ..errors import HubUnavailableError, ProcessError, SourceError
 
 # flags whose argument in Python has another name than theirs
 NAMES = {
@@ -81,7 +81,7 @@ def in_flags(error: BaseException | str, flags: Flags) -> str:
         flags: of the verb, see `flags_of_verb`.
     """
     text = hints_in_flags(str(error), flags)
-    if isinstance(error, (SourceError, ProcessError)):
+    if isinstance(error, (SourceError, ProcessError, HubUnavailableError)):
         return text
     # not within calls that are quoted, unless all of the quotation is an argument
     parts = text.split("`")

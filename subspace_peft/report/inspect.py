@@ -8,8 +8,8 @@ from typing import Any
 from ..basis import SubspaceBasis
 from ..basis.files import CONFIG_FILE
 from ..energy import EnergyRecord, lower_bound, sources_of
-from ..errors import BasisNotFoundError, SubspaceError
-from ..hub import looks_like_path, split_revision
+from ..errors import BasisNotFoundError, HubUnavailableError, SubspaceError
+from ..hub import only_local, split_revision
 from ..tuner.task_file import WEIGHTS_FILE
 
 SHARES = ("kept", "random", "left_out", "null")
@@ -36,10 +36,12 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     try:
         basis = SubspaceBasis.from_pretrained(folder if folder.exists() else path)
     except BasisNotFoundError as error:
-        if folder.exists() or looks_like_path(str(path)):
+        if folder.exists() or only_local(str(path)):
             raise
         try:
             return _task(path)
+        except HubUnavailableError:
+            raise
         except SubspaceError as other:
             raise SubspaceError(f"{path}: neither a basis ({error}) nor a task ({other}).") from error
     return _basis(basis, verify)

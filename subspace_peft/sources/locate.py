@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .._io.untrusted import read_json
-from ..errors import SourceError
-from ..hub import looks_like_path, split_inside
+from ..errors import HubUnavailableError, SourceError
+from ..hub import fetch as fetch_file
+from ..hub import looks_like_path, only_local, split_inside
+from ..hub_requests import refusal
 from .other_formats import format_of_file, format_of_folder
 
 CONFIG_FILE = "adapter_config.json"
@@ -54,6 +56,7 @@ def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool =
 
     Raises:
         SourceError: nothing is there, or no adapter; names the fault and the remedy.
+        HubUnavailableError: the Hub does not answer.
     """
     try:
         path = Path(reference).expanduser()
@@ -70,8 +73,9 @@ def locate(reference: str, *, token: str | bool | None = None, allow_bin: bool =
                 Path(os.path.abspath(path)).parent.name, reference, path, _config(path.parent / CONFIG_FILE, reference)
             )
         return _file(path, reference, allow_bin)
-    if looks_like_path(reference):
-        raise SourceError(f"{reference}: there is no such folder or file. {NO_ADAPTER}.")
+    if only_local(reference):
+        on_hub = "" if looks_like_path(reference) else " One on the Hub is org/name, or org/name@main."
+        raise SourceError(f"{reference}: there is no such folder or file. {NO_ADAPTER}.{on_hub}")
     return _on_hub(reference, token, allow_bin)
 
 
@@ -171,7 +175,6 @@ def _config(file: Path, location: str) -> dict[str, Any]:
 
 
 def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> SourceFiles:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     repo, revision, inside = split_inside(reference)
@@ -182,7 +185,7 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Source
 
     def fetch(file: str) -> Path | None:
         try:
-            path = Path(hf_hub_download(repo, file, revision=pinned[-1], token=token))
+            path = fetch_file(repo, file, revision=pinned[-1], token=token)
         except LocalEntryNotFoundError:
             raise  # the Hub was not asked
         except EntryNotFoundError:
@@ -209,15 +212,15 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Source
         config = fetch(folder + CONFIG_FILE)
         names = (DIFFUSERS_FILE,) if config is None else (WEIGHTS_FILE, *([PICKLED_FILE] if allow_bin else []))
         found = next(filter(None, map(fetch, (folder + each for each in names))), None)
-        # for its licence only: the adapter is here whether it can be fetched or not
-        with contextlib.suppress(OSError, ValueError):
+        # for its licence only: the adapter is here whether the Hub gives it or not
+        with contextlib.suppress(OSError):
             fetch(f"{folder}README.md")
+    except (SourceError, HubUnavailableError):
+        raise
     except (OSError, ValueError, HFValidationError) as error:
-        if isinstance(error, SourceError):
-            raise
         raise SourceError(
             f"{reference}: there is no such folder, and the Hub gave no adapter of that id (revision "
-            f"{revision or 'main'}): {error}"
+            f"{revision or 'main'}): {refusal(error, repo, revision)}"
         ) from error
     if config is None and found is None:
         raise SourceError(

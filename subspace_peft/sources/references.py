@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .._io.text import read_text
-from ..errors import SourceError
+from ..errors import HubUnavailableError, SourceError
+from ..hub import only_local
+from ..hub_requests import ask
 from .locate import CONFIG_FILE, WEIGHTS_FILE
 from .open import is_one_source
 
@@ -32,12 +34,17 @@ def expand(references: Any, *, token: str | bool | None = None) -> tuple[list[An
     Returns:
         The references, as `open_source` takes them; and one ``{"name", "location", "reason"}`` for each that could
         not be expanded.
+
+    Raises:
+        HubUnavailableError: the Hub does not answer when it is asked for a collection.
     """
     found: list[Any] = []
     bad: list[dict[str, str]] = []
     for reference in [references] if is_one_source(references) else list(references):
         try:
             found += _one(reference, token)
+        except HubUnavailableError:
+            raise  # the list itself is not known, and no source is bad
         except SourceError as error:
             bad.append({"name": str(reference), "location": str(reference), "reason": str(error)})
     return found, bad
@@ -87,6 +94,8 @@ def _listed(file: Path, token: str | bool | None) -> list[Any]:
         try:
             here = beside.exists() or (MAGIC.search(line) and glob.glob(str(beside), recursive=True))
             found += _one(str(beside) if here else line, token, nested=True)
+        except HubUnavailableError:
+            raise
         except SourceError as error:
             problems.append(str(error))
     if problems:
@@ -113,7 +122,9 @@ def _collection(slug: str, token: str | bool | None) -> list[str]:
     from huggingface_hub import HfApi
 
     try:
-        items = HfApi(token=token).get_collection(slug).items
+        items = ask(f"collection:{slug}", lambda: HfApi(token=token).get_collection(slug)).items
+    except HubUnavailableError:
+        raise
     except (OSError, ValueError) as error:
         raise SourceError(
             f"collection:{slug}: the Hub gave no such collection ({error}). Its slug is the end of its address,"
@@ -122,4 +133,5 @@ def _collection(slug: str, token: str | bool | None) -> list[str]:
     models = [item.item_id for item in items if item.item_type == "model"]
     if not models:
         raise SourceError(f"collection:{slug}: there is no model in it. A source is a model repository with a LoRA.")
-    return models
+    # what the Hub lists is on the Hub, whatever folders there are here
+    return [f"{name}@main" if only_local(name) else name for name in models]

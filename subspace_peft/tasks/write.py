@@ -107,7 +107,10 @@ def fill_folder(
     saved = replace(config, inference_mode=True, subspace_version=__version__, basis_modules=carried)
     with published({} if place is None else {folder: place}):
         # PEFT's own `save_pretrained` of a model calls this as well, once it has written the tensors
-        (saved.save_pretrained if card else super(SubspaceConfig, saved).save_pretrained)(str(folder))
+        if card:
+            saved.save_pretrained(str(folder))
+        else:
+            saved.write(folder, place or Place.of_folder(folder))
 
 
 def saved_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

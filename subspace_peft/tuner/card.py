@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .._io.places import shown_place
 from .._version import __version__
 from ..basis.module import tensor_bytes
 from ..cards import BaseFacts, BasisReferenceFacts, Place, TaskFacts, put_card, recorded, task_card
@@ -59,7 +60,8 @@ def published(places: Mapping[Path, Place]) -> Iterator[None]:
         _places.update(before)
 
 
-def _place(folder: Path) -> Place:
+def place_of(folder: Path) -> Place:
+    """Return where a task that is saved in `folder` will be loaded from."""
     whole = folder.resolve()
     return next((_places[path] for path in (whole, *whole.parents) if path in _places), None) or Place.of_folder(
         folder
@@ -87,16 +89,16 @@ def facts_of(folder: Path, config: Mapping[str, Any]) -> TaskFacts:
     carried = config["basis_modules"] is not None
     versions = {"subspace_peft": config["subspace_version"] or __version__, "PEFT": config["peft_version"]}
     return TaskFacts(
-        place=_place(folder),
+        place=place_of(folder),
         basis=BasisReferenceFacts(
             fingerprint=config["basis_fingerprint"],
-            reference=None if carried else config["basis"],
+            reference=None if carried else config["basis"] or "",
             revision=None if carried else config["basis_revision"],
         ),
         coefficients=config["coefficients"],
         mean_gain=config["mean_gain"],
         start=config["start"],
-        base=BaseFacts(reference=config["base_model_name_or_path"] or None, revision=config["revision"], **base),
+        base=BaseFacts(reference=shown_place(config["base_model_name_or_path"]), revision=config["revision"], **base),
         task_type=task_type,
         numbers=size.get("numbers"),
         head=size.get("head"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from .._io.places import last_part
 from .._io.untrusted import read_json
 from .._version import __version__
 from ..base_names import out_of_cache
@@ -19,9 +22,13 @@ from ..basis import BasisReference, SubspaceBasis, resolve_reference
 from ..basis.basis import note_location
 from ..basis.dependents import add_dependent
 from ..basis.module_names import unwrapped_in
+from ..basis.recorded import recorded_place
 from ..basis.resolve import require_same
-from ..errors import BadFileError, BasisNotFoundError, NoConfigurationError, SubspaceError
-from .card import card_for, coefficients_digest, unmeasured, write_section
+from ..cards import Place
+from ..errors import BadFileError, BasisNotFoundError, HubUnavailableError, NoConfigurationError, SubspaceError
+from ..hub import only_local
+from ..hub_requests import ask
+from .card import card_for, coefficients_digest, place_of, unmeasured, write_section
 from .config_check import check_choices, check_values, unknown_keys
 from .loaded_from import LoadedFrom
 from .peft_type import SUBSPACE
@@ -385,13 +392,40 @@ class SubspaceConfig(PeftConfig):
         before = self.subspace_version
         self.subspace_version = __version__ if before is not None or made else None
         try:
-            super().save_pretrained(save_directory, **kwargs)
-            written = self.to_dict()
+            written = self.write(folder, place_of(folder), **kwargs)
         finally:
             self.subspace_version, self.basis_modules = before, own
         if self.basis_fingerprint is not None:
             write_section(folder, {**written, "subspace_version": before})
         self._note(folder, self.basis_modules)
+
+    def write(self, folder: Path, place: Place, **kwargs: Any) -> dict[str, Any]:
+        """Write `adapter_config.json` without a path of this machine: the basis's is relative to the task's folder.
+
+        Args:
+            folder: the folder to write into.
+            place: where the task will be loaded from, which is another folder where `folder` is a scratch one.
+            kwargs: as in PEFT's `save_pretrained`.
+
+        Returns:
+            The fields as they were written.
+        """
+        basis, fingerprint, bundle = self.basis, self.basis_fingerprint, self.bundle
+        if not self.generated:
+            self.basis, self.basis_fingerprint = self._recorded(place.folder)
+        if isinstance(bundle, Mapping) and bundle.get("revision") is None and isinstance(bundle.get("location"), str):
+            self.bundle = {**bundle, "location": last_part(bundle["location"])}
+        try:
+            super().save_pretrained(str(folder), **kwargs)
+            return self.to_dict()
+        finally:
+            self.basis, self.basis_fingerprint, self.bundle = basis, fingerprint, bundle
+
+    def _recorded(self, folder: Path | None) -> tuple[str | None, str | None]:
+        origin, revision = self.loaded_from or LoadedFrom(), self.basis_revision
+        if isinstance(self.basis, SubspaceBasis):
+            revision = self.basis.revision
+        return recorded_place(self._location(), revision, self.basis_fingerprint, folder=folder, near=origin.folder)
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
@@ -441,11 +475,22 @@ class SubspaceConfig(PeftConfig):
                 configuration it is a TypeError as well, as with PEFT's other methods.
             BasisNotFoundError: see `resolve`.
             BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
+            HubUnavailableError: the Hub does not answer.
         """
         basis, check = kwargs.pop("basis", None), kwargs.pop("check_base_model", None)
+        place = str(pretrained_model_name_or_path)
+        if only_local(place, kwargs.get("revision")) and not os.path.isdir(os.path.join(place, subfolder or "")):
+            raise SubspaceError(
+                f"{place}: there is no such folder{f' {subfolder!r} in it' if subfolder else ''}. Pass the folder of a"
+                " saved task or a Hub id, org/name (with revision= where a folder here is called like its first part)."
+            )
         try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except BadFileError:
+            read = super().from_pretrained
+            config = ask(
+                str(pretrained_model_name_or_path),
+                lambda: read(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
+            )
+        except (BadFileError, HubUnavailableError):
             raise
         except (SubspaceError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
             # PEFT's own methods raise a TypeError for JSON that is no configuration

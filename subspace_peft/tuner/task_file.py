@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from .._io.untrusted import is_name
 from ..basis import BasisReference, SubspaceBasis
 from ..basis.module import FLOAT_DTYPES, tensor_sha256
-from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..errors import BadFileError, BasisMismatchError, HubOfflineError, HubUnavailableError, SubspaceError
+from ..hub import fetch
 from .task_sizes import TaskSizes
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
@@ -34,16 +35,21 @@ def locate_task(path_or_id: str, subfolder: str | None, kwargs: Mapping[str, Any
 
     Returns:
         Folder and weights file; None for each that is not there.
+
+    Raises:
+        HubUnavailableError: the Hub does not answer.
     """
     folder = Path(path_or_id, subfolder or "")
     if folder.is_dir():
         weights = folder / WEIGHTS_FILE
         return folder, weights if weights.is_file() else None
-    from huggingface_hub import hf_hub_download
-
     wanted = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
     try:
-        weights = Path(hf_hub_download(path_or_id, WEIGHTS_FILE, subfolder=subfolder, **wanted))
+        weights = fetch(path_or_id, WEIGHTS_FILE, subfolder=subfolder, **wanted)
+    except HubOfflineError:
+        return None, None
+    except HubUnavailableError:
+        raise
     except (OSError, ValueError):
         # PEFT looks for other file names after this, and says so itself where there is none
         return None, None

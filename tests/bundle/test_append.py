@@ -21,8 +21,9 @@ from .conftest import NAMES, logits, save
 def test_appending_leaves_what_is_there_to_the_byte(bundle, folders, tmp_path):
     before = {name: bundle.raw(name) for name in bundle}
     entries = {name: bundle.entry(name) for name in bundle}
-    more = save(bert, tmp_path / "more", bundle.index["config"]["basis"], 7)
-    head = save(bert, tmp_path / "head", bundle.index["config"]["basis"], 8, modules_to_save=["classifier"])
+    basis = bundle.config("task0").resolve()
+    more = save(bert, tmp_path / "more", basis, 7)
+    head = save(bert, tmp_path / "head", basis, 8, modules_to_save=["classifier"])
     made = add_tasks(bundle.location, [more, head], metrics={"head": {"f1": 0.5}}, progress=False)
     assert set(made) == {*before, "more", "head"} and not made.verify()
     assert {name: made.raw(name) for name in before} == before

@@ -63,7 +63,7 @@ def test_cores_of_a_usual_size_and_trained_modules_survive_to_the_bit(fleets, tm
 def test_the_index_says_what_is_in_it(bundle, made, bases):
     assert list(bundle) == NAMES and bundle.fingerprint == bases[bert].fingerprint and len(bundle) == len(KINDS)
     assert bundle["task0"].metrics == {"accuracy": 0.91} and bundle["task1"].metrics == {}
-    assert bundle["task0"].source["location"] == str(made / "task0")
+    assert bundle["task0"].source["location"] == "task0"
     assert bundle["task3"].id2label == {0: "ham", 1: "spam"} and bundle["task3"].modules_to_save == ["classifier"]
     # three cores of 36 numbers lie in rows; a task's file has hundreds of bytes of header
     assert bundle["task0"].bytes == 4 * 36 * 4 < (made / "task0" / "adapter_model.safetensors").stat().st_size
