@@ -25,7 +25,8 @@ from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import as_named_in
 from ..tuner.renaming import named_as, without_wrappers
-from ..tuner.row_batch import BASE, Group, TaskNames, batch_key, task_names_passed
+from ..tuner.row_batch import BASE, Group, TaskNames, task_names_passed
+from ..tuner.row_context import CHANGES
 from .bank_file import FORMAT_VERSION, read_index
 from .read import SavedTask, read_task
 from .write import core_tensors, write_task
@@ -86,11 +87,12 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
-        row = self.rows[self._slot(name)]
+        with CHANGES:
+            row = self.rows[self._slot(name)].clone()
         return {module: self._part(row, layer).T.clone() for module, layer in self.layers.items()}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.slots)
+        return iter(list(self.slots))
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -121,10 +123,11 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         if not torch.isfinite(row).all():
             raise BadFileError(f"Task {name!r} holds NaN or infinite values. Leave it out, or train it again.")
         # the row is written before it has a name: a failure on the way leaves the earlier task of this name
-        slot = self.slots.get(name)
-        slot = self._take() if slot is None else slot
-        self.rows[slot] = row
-        self.slots[name] = slot
+        with CHANGES:
+            slot = self.slots.get(name)
+            slot = self._take() if slot is None else slot
+            self.rows[slot] = row
+            self.slots[name] = slot
 
     def remove(self, name: str) -> None:
         """Remove a task.
@@ -132,10 +135,11 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         Raises:
             SubspaceError: The bank has no task of that name.
         """
-        slot = self._slot(name)
-        del self.slots[name]
-        self.rows[slot].zero_()
-        self.free.append(slot)
+        with CHANGES:
+            slot = self._slot(name)
+            del self.slots[name]
+            self.rows[slot].zero_()
+            self.free.append(slot)
 
     def detach(self) -> None:
         """Take the bank out of the model's layers; the tasks stay in the bank."""
@@ -193,8 +197,12 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
     def tasks(self, names: Sequence[str], *, copies: int = 1) -> Iterator[None]:
         """Apply the task `names[i]` to row i of every batch while the context is open.
 
+        That is so for this thread, or this coroutine: others have blocks of their own at the same time. Forward passes
+        of threads that have none are refused meanwhile, as it is not known which tasks they are for.
+
         Args:
-            names: A name per row: of the bank, of one of the model's adapters, or ``__base__``.
+            names: A name per row: of the bank, of one of the model's adapters, or ``__base__``. The bank's tasks are
+                taken as they are now.
             copies: Number of rows that `generate` makes of each row, such as its beams.
 
         Raises:
@@ -202,38 +210,48 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         """
         inner = getattr(self.model, "base_model", self.model)
         inner = getattr(inner, "model", inner)
-        given = {"adapter_names": list(names), "num_beams": copies}
+        given = {"adapter_names": list(names), "num_beams": copies, "block": True}
         with task_names_passed(inner, SubspaceLayer, self.model.training, given):
             yield
+
+    def gather(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the rows of these names (n, numbers) as they are now; of names that are not the bank's, zeros."""
+        if torch.compiler.is_compiling():
+            return self._rows_of(names)
+        with CHANGES:
+            return self._rows_of(names)
+
+    def _rows_of(self, names: Sequence[str]) -> torch.Tensor:
+        return self.rows[torch.tensor([self.slots.get(name, EMPTY) for name in names], device=self.rows.device)]
 
     def group(self, layer: SubspaceLayer, names: TaskNames, whole: bool) -> Group:
         """Return the rows of a batch whose tasks are in this bank, for `row_batch.prepare`.
 
         Args:
             layer: The layer that is about to compute; one of the bank's.
-            names: The names of the batch's rows.
+            names: The names of the batch's rows, for which the bank's tasks were taken.
             whole: Whether every row of the batch gets a core, that of zeros where its task is not in this bank.
 
         Raises:
             SubspaceError: The adapter whose basis the bank uses was deleted.
         """
-        key = (*batch_key(layer), whole)
-        if key not in names.gathered:
-            # gathered once for all layers of one basis and size
-            live = set(names.present[batch_key(layer)][0])
-            mine = [EMPTY if name in live else self.slots.get(name, EMPTY) for name in names]
-            places = None if whole else torch.tensor([i for i, slot in enumerate(mine) if slot != EMPTY])
-            chosen = torch.tensor([slot for slot in mine if whole or slot != EMPTY], device=self.rows.device)
-            names.gathered[key] = places, self.rows[chosen]
-        places, gathered = names.gathered[key]
         if self.adapter not in layer.subspace_U:
             raise SubspaceError(
                 f"The adapter {self.adapter!r}, whose basis this bank uses, was deleted. Make a new bank on another"
                 " adapter."
             )
         U, V = layer.subspace_U[self.adapter], layer.subspace_V[self.adapter]
-        rows = None if places is None else places.to(U.device)
-        return Group(rows, self._part(gathered, layer).to(U.device), U, V)
+        key = names.keys[id(layer)]
+        _, gathered = names.gathered[key]
+        if whole:
+            return Group(None, self._part(gathered, layer).to(U.device), U, V)
+        if key not in names.selected:
+            # selected once for all layers of one basis and size
+            others = {BASE, *names.present[key][0]}
+            places = torch.tensor([i for i, name in enumerate(names) if name not in others], device=gathered.device)
+            names.selected[key] = places, gathered[places]
+        places, selected = names.selected[key]
+        return Group(places.to(U.device), self._part(selected, layer).to(U.device), U, V)
 
     # -- files and adapters -------------------------------------------------------------------------------------------
 
@@ -252,7 +270,9 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             OccupiedError: `file` is something else, or has tasks that this bank lacks, and `overwrite` is off.
             OSError: The disk refuses; an earlier file stays.
         """
-        names = list(self.slots)
+        with CHANGES:
+            names = list(self.slots)
+            rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
         index = {
             "format_version": FORMAT_VERSION,
             "subspace_peft_version": __version__,
@@ -263,7 +283,6 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             **({"basis_names": self.config.basis_names} if self.config.basis_names else {}),
             "base_model_name_or_path": self.config.base_model_name_or_path,
         }
-        rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
         metadata = {"bank": json.dumps(index)}
         planned = Planned(BANK, self.config.basis_fingerprint, frozenset(names))
         with replacing(file, planned, overwrite=overwrite):
@@ -323,8 +342,10 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             parts = dict(zip(modules, rows.split([a * b for a, b in modules.values()], dim=1), strict=True))
             rows = torch.cat([parts[module] for module in own], dim=1)
         names += apart
-        taken = [self.slots[name] if name in self.slots else self._named(name) for name in names]
-        self.rows[torch.tensor(taken, dtype=torch.long)] = rows.to(self.rows)
+        rows = rows.to(self.rows)
+        with CHANGES:
+            taken = [self.slots[name] if name in self.slots else self._named(name) for name in names]
+            self.rows[torch.tensor(taken, dtype=torch.long)] = rows
         return names
 
     def _named(self, name: str) -> int:

@@ -17,6 +17,7 @@ from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import rename_keys, rename_saved
+from ..tuner.row_context import CHANGES
 from ..tuner.task_file import BASIS_KEY, weights_of
 
 # the fields of the configuration that two tasks share where one can take the other's place
@@ -76,9 +77,12 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
                 f"{task}: {key} has shape {tuple(value.shape)}, that of adapter {adapter!r}"
                 f" {tuple(targets[key].shape)}."
             )
-    with torch.no_grad():
+    with CHANGES, torch.no_grad():
         for key, value in found.items():
             targets[key].copy_(value)
+        for module in inner.modules():
+            if "row_slot" in module.__dict__:
+                module.row_slot.swaps += 1
     rename_saved(new, inner)
     new.basis_names = old.basis_names
     configs[adapter] = new  # type: ignore[index]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from .bnb import KeptWeight, unpack
 from .layer import SubspaceLayer
 from .plan import InjectionPlan
 from .row_batch import add_updates, check_rows
+from .row_context import RowSlot, check_thread, names_here, weight_changes
 
 
 class AdapterLayer(nn.Module, SubspaceLayer):
@@ -42,26 +46,30 @@ class AdapterLayer(nn.Module, SubspaceLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a layer that an earlier version pickled lacks one attribute, and has another under its earlier name
-        state = {"bases": {}, **state}
+        state = {"bases": {}, "row_slot": RowSlot(), **state}
         if "arrivals" in state:
             state["load_trackers"] = state.pop("arrivals")
         super().__setstate__(state)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the base layer's output with the updates of the active adapters, or of each row's own task."""
-        names = kwargs.pop("adapter_names", self.batch_names)
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            names = names_here(self.row_slot, self.training)
         if names is not None:
             check_rows(self, x, names)
         if self.load_trackers and not self._disable_adapters:
             self._check_loaded(self.active_adapters if names is None else names)
         if self._disable_adapters:
+            if names is not None:
+                check_thread(self.row_slot)
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return self.base_layer(x, *args, **kwargs)
         if names is not None:
-            return add_updates(self, self._base_result(x, *args, **kwargs), x, names)
+            return self._with_rows(x, names, *args, **kwargs)
         adapters = [adapter for adapter in self.active_adapters if adapter in self.subspace_coef]
         result = self._with_first(x, adapters[0]) if adapters and not args and not kwargs else None
         if result is None:
@@ -76,6 +84,16 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        return result
+
+    def _with_rows(self, x: torch.Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        changes = weight_changes(self.row_slot)
+        result = add_updates(self, self._base_result(x, *args, **kwargs), x, names)
+        if weight_changes(self.row_slot) != changes:
+            raise SubspaceError(
+                f"Module {self.key!r}: another thread merged or unmerged adapters while a batch of several tasks was"
+                " computed. Merge while no batch is under way."
+            )
         return result
 
     def _with_first(self, x: torch.Tensor, adapter: str) -> torch.Tensor | None:
@@ -105,22 +123,38 @@ class AdapterLayer(nn.Module, SubspaceLayer):
             if backend is not None:
                 unpack(self.get_base_layer())
                 self._kept = self._kept if self.merged_adapters else KeptWeight.of(self.get_base_layer())
-            self._add_to_base(adapter, 1.0, safe_merge)
-            self.merged_adapters.append(adapter)
+            with self._changing():
+                self._add_to_base(adapter, 1.0, safe_merge)
+                self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
         """Take all merged updates out of the base weight again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._kept is not None:
-            self._kept.restore(self.get_base_layer())
-            self._kept = None
-            self.merged_adapters.clear()
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
-            if adapter in self.subspace_coef:
-                self._add_to_base(adapter, -1.0, False)
+        with self._changing():
+            if self._kept is not None:
+                self._kept.restore(self.get_base_layer())
+                self._kept = None
+                self.merged_adapters.clear()
+            while self.merged_adapters:
+                adapter = self.merged_adapters.pop()
+                if adapter in self.subspace_coef:
+                    self._add_to_base(adapter, -1.0, False)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Let batches in other threads see that the base weight is changed meanwhile."""
+        self.row_slot.changes += 1
+        try:
+            yield
+        finally:
+            self.row_slot.changes += 1
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the adapters, for all threads; batches of several tasks in others refuse to go on."""
+        self.row_slot.disabled_by = None if enabled else threading.get_ident()
+        super().enable_adapters(enabled)
 
     def _add_to_base(self, adapter: str, sign: float, safe: bool) -> None:
         weight = self.get_base_weight()

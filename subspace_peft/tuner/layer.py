@@ -19,6 +19,7 @@ from .injection import source_index
 from .load_tracker import LoadTracker
 from .plan import InjectionPlan
 from .row_batch import RowBank
+from .row_context import RowSlot
 from .targets import kind_of, sizes
 
 
@@ -41,7 +42,7 @@ class SubspaceLayer(BaseTunerLayer):
             tensors that it has to bring; gone after the first forward pass.
         bank: further tasks on the basis of one of the adapters, or None.
         bank_place: where in a row of the bank this layer's core begins, and its (k_in, k_out).
-        batch_names: while `row_batch.task_names_passed` is open, a task name per row.
+        row_slot: what batches of several tasks know the layer by.
     """
 
     adapter_layer_names = ("subspace_coef",)
@@ -81,7 +82,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.load_trackers: dict[str, tuple[LoadTracker, str, set[str]]] = {}
         self.bank: RowBank | None = None
         self.bank_place = (0, 0, 0)
-        self.batch_names: Sequence[str] | None = None
+        self.row_slot = RowSlot()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -186,7 +187,8 @@ class SubspaceLayer(BaseTunerLayer):
         for adapter in [name for name in adapters if name in self.load_trackers]:
             tracker, key, brought = self.load_trackers[adapter]
             tracker.check(key, {name for name, _ in self.subspace_coef[adapter].named_parameters()}, brought)
-            del self.load_trackers[adapter]
+            # another thread may have been here
+            self.load_trackers.pop(adapter, None)
 
     def _start(self, coefficients: Coefficients, adapter_name: str, plan: InjectionPlan, key: str) -> None:
         config = plan.config

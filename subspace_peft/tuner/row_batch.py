@@ -12,8 +12,20 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import SubspaceError
+from .row_context import (
+    CHANGES,
+    OpenBatch,
+    RowSlot,
+    enter,
+    leave,
+    names_here,
+    note_gradients,
+    plain_call,
+    weight_changes,
+)
 
 BASE = "__base__"
+TRAINING = "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +51,10 @@ class RowBank(Protocol):
 
     def __iter__(self) -> Iterator[str]: ...
 
+    def gather(self, names: Sequence[str]) -> torch.Tensor:
+        """Return the bank's rows of these names (n, numbers); of names that it does not have, zeros."""
+        ...
+
     def group(self, layer: RowLayer, names: TaskNames, whole: bool) -> Group:
         """Return the group of those rows whose tasks are the bank's.
 
@@ -58,7 +74,9 @@ class RowLayer(Protocol):
     subspace_V: Any
     scaling: dict[str, float]
     bank: RowBank | None
+    row_slot: RowSlot
     merged: bool
+    training: bool
 
     def _core(self, adapter: str) -> torch.Tensor: ...
 
@@ -82,17 +100,58 @@ class TaskNames(list[str]):
         prepared: layer → its groups.
         present: layers that have the same adapters and bank → which of the names are theirs; found once for all of
             them.
-        gathered: rows that banks have gathered, for the same layers.
+        gathered: their bank and the rows of it, for the same layers; as they were when the batch was entered.
+        selected: of those, the rows that are the bank's, and their places in the batch.
+        keys: layer → its key in the above, as it was when the batch was entered.
+        swappable: the layers and modules that the batch goes through.
+        graded: whether gradients were enabled when the batch was entered.
+        swaps: of each, how often a task of it had been replaced in place when the first of them was computed.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names)
         self.prepared: dict[int, list[Group]] = {}
         self.present: dict[tuple[Any, ...], tuple[list[str], bool]] = {}
-        self.gathered: dict[tuple[Any, ...], tuple[torch.Tensor | None, torch.Tensor]] = {}
+        self.gathered: dict[tuple[Any, ...], tuple[RowBank, torch.Tensor]] = {}
+        self.selected: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.swaps: dict[int, int] = {}
+        self.keys: dict[int, tuple[Any, ...]] = {}
+        self.swappable: list[Any] = []
+        self.graded = torch.is_grad_enabled()
+
+    def take(self, layers: Sequence[RowLayer]) -> None:
+        """Find the names in `layers`, and take what their banks have of them now, whatever becomes of the banks."""
+        self.swappable += layers
+        for layer in layers:
+            key = self.keys[id(layer)] = _batch_key(layer)
+            if key not in self.present:
+                distinct = [name for name in dict.fromkeys(self) if name != BASE]
+                live = [name for name in distinct if name in layer.subspace_coef]
+                bank = layer.bank
+                banked = bank is not None and any(name in bank for name in set(distinct).difference(live))
+                if banked:
+                    self.gathered[key] = bank, bank.gather([BASE if name in live else name for name in self])
+                self.present[key] = live, banked
+            if not self.present[key][0]:
+                # the rows of a bank are views of what was taken; adapters' own numbers may yet be on their way
+                prepare(layer, self)
+
+    def check_swaps(self, layer: Any) -> None:
+        """Check that all layers and modules take the same version of the model's adapters.
+
+        Raises:
+            SubspaceError: `hotswap` has replaced one after the first layer took it.
+        """
+        if not self.swaps:
+            self.swaps = {id(other): other.row_slot.swaps for other in [*self.swappable, layer]}
+        if self.swaps.get(id(layer), layer.row_slot.swaps) != layer.row_slot.swaps:
+            raise SubspaceError(
+                "`hotswap` replaced an adapter while a batch with this model's adapters was computed. Repeat the"
+                " batch, or hold such tasks in a `TaskBank`, where they can be replaced at any time."
+            )
 
 
-def batch_key(layer: RowLayer) -> tuple[Any, ...]:
+def _batch_key(layer: RowLayer) -> tuple[Any, ...]:
     """Return a key that layers share whose rows of a batch are the same: their adapters and their bank."""
     return (id(layer.bank), *layer.subspace_coef)
 
@@ -104,22 +163,37 @@ def prepare(layer: RowLayer, names: TaskNames) -> list[Group]:
     """
     if id(layer) in names.prepared:
         return names.prepared[id(layer)]
-    key = batch_key(layer)
-    if key not in names.present:
-        distinct = [name for name in dict.fromkeys(names) if name != BASE]
-        live = [name for name in distinct if name in layer.subspace_coef]
-        banked = layer.bank is not None and any(name in layer.bank for name in set(distinct).difference(live))
-        names.present[key] = live, banked
-    live, banked = names.present[key]
+    if id(layer) not in names.keys:
+        names.take([layer])
+        if id(layer) in names.prepared:
+            return names.prepared[id(layer)]
+    live, banked = names.present[names.keys[id(layer)]]
+    if not live:
+        groups = [_bank(layer, names).group(layer, names, True)] if banked else []
+    elif torch.compiler.is_compiling():
+        groups = _live_groups(layer, names, live, banked)
+    else:
+        with CHANGES:
+            names.check_swaps(layer)
+            groups = _live_groups(layer, names, live, banked)
+    names.prepared[id(layer)] = groups
+    return groups
+
+
+def _live_groups(layer: RowLayer, names: TaskNames, live: list[str], banked: bool) -> list[Group]:
+    if gone := [name for name in live if name not in layer.subspace_coef]:
+        raise SubspaceError(f"Adapter {gone[0]!r} was deleted while a batch with it was computed. Repeat the batch.")
     by_basis: dict[tuple[int, int], list[str]] = {}
     for name in live:
         by_basis.setdefault((id(layer.subspace_U[name]), id(layer.subspace_V[name])), []).append(name)
     whole = len(by_basis) + banked == 1
     groups = [_group(layer, names, tasks, whole) for tasks in by_basis.values()]
-    if banked:
-        groups.append(layer.bank.group(layer, names, whole))
-    names.prepared[id(layer)] = groups
-    return groups
+    return [*groups, _bank(layer, names).group(layer, names, whole)] if banked else groups
+
+
+def _bank(layer: RowLayer, names: TaskNames) -> RowBank:
+    """Return the bank that the layer had when the batch was entered."""
+    return names.gathered[names.keys[id(layer)]][0]
 
 
 def _group(layer: RowLayer, names: Sequence[str], tasks: list[str], whole: bool) -> Group:
@@ -147,7 +221,8 @@ def add_updates(layer: RowLayer, result: torch.Tensor, x: torch.Tensor, names: S
         (batch, …, out), in result's dtype.
     """
     dtype = result.dtype
-    for group in prepare(layer, names if isinstance(names, TaskNames) else TaskNames(names)):
+    names = names if isinstance(names, TaskNames) else TaskNames(names)
+    for group in prepare(layer, names):
         given = x if group.rows is None else x.index_select(0, group.rows)
         h = layer.enter(given, group.V.to(dtype))
         z = _through(h, group)
@@ -155,6 +230,7 @@ def add_updates(layer: RowLayer, result: torch.Tensor, x: torch.Tensor, names: S
             result = layer.add_out(result, z, group.U.to(z.dtype))
         else:
             result = result.index_add(0, group.rows, layer.leave(z, group.U.to(z.dtype)).to(dtype))
+    note_gradients(layer.row_slot, result, names.graded)
     return result
 
 
@@ -165,21 +241,25 @@ def _through(h: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def check_rows(layer: RowLayer, x: torch.Tensor, names: Sequence[str]) -> None:
-    """Raise `SubspaceError` where the names do not fit the batch, or adapters are merged into the weights."""
+    """Raise `SubspaceError` where the names do not fit the batch or the layer's state."""
     if len(x) != len(names):
         raise SubspaceError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {len(x)} "
             "respectively."
         )
-    if layer.merged:
+    if layer.merged or weight_changes(layer.row_slot) % 2:
         raise SubspaceError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
+    if layer.training:
+        raise SubspaceError(TRAINING)
 
 
 @contextlib.contextmanager
 def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: dict[str, Any]) -> Iterator[None]:
     """While open, `adapter_names` from `kwargs` reaches every adapter layer of `model` and every `modules_to_save`.
+
+    That goes for this context only (see `row_context`). What a bank has of the tasks is taken now.
 
     Args:
         model: the wrapped base model.
@@ -193,39 +273,101 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
     """
     names = kwargs.get("adapter_names")
     if names is None:
-        yield
+        with plain_call():
+            yield
         return
     if training:
-        raise SubspaceError(
-            "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
-        )
+        raise SubspaceError(TRAINING)
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
-    adapted = [module for module in model.modules() if isinstance(module, layers)]
-    wrapped = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    _check_known(names, adapted)
-    # an encoder sees each input once; only the decoder's batch is multiplied
-    once = _encoder_modules(model)
-    single, repeated = TaskNames(names), TaskNames([name for name in names for _ in range(_copies(kwargs))])
-    handles, earlier = [], [(module, module.batch_names) for module in adapted]
+    if torch.compiler.is_compiling():
+        with _traced(*_reached(model, layers, names, kwargs)):
+            yield
+        return
+    with CHANGES:
+        # no task may go between its name's check and its numbers' copy
+        batch = OpenBatch(*_reached(model, layers, names, kwargs), call=not kwargs.get("block", False))
+    enter(batch)
     try:
-        # a hook on each layer would cost more than the layer's own products at one token per row
-        for module in adapted:
-            module.batch_names = single if id(module) in once else repeated
-        for module in wrapped:
-            given = single if id(module) in once else repeated
-            handles.append(module.register_forward_pre_hook(_passing(given), with_kwargs=True))
         yield
     finally:
-        for module, before in earlier:
-            module.batch_names = before
-        for handle in handles:
-            handle.remove()
+        leave(batch)
+
+
+def _reached(
+    model: nn.Module, layers: type, names: Sequence[str], kwargs: dict[str, Any]
+) -> tuple[dict[int, TaskNames], list[RowSlot]]:
+    """Return the names for each layer, by the id of its slot, and the slots."""
+    adapted, wrapped = _find(model, layers)
+    _check_known(names, adapted)
+    # an encoder sees each input once; only the decoder's batch is multiplied
+    once, copies = _encoder_modules(model), _copies(kwargs)
+    single = TaskNames(names)
+    repeated = TaskNames([name for name in names for _ in range(copies)]) if copies > 1 else single
+    reached = {id(module.row_slot): single if id(module) in once else repeated for module in adapted + wrapped}
+    for given in (single, repeated) if copies > 1 else (single,):
+        given.take([layer for layer in adapted if reached[id(layer.row_slot)] is given])
+        given.swappable += [module for module in wrapped if reached[id(module.row_slot)] is given]
+    return reached, [module.row_slot for module in adapted + wrapped]
+
+
+@contextlib.contextmanager
+def _traced(names: dict[int, TaskNames], slots: list[RowSlot]) -> Iterator[None]:
+    """Let the layers find their names while a compiler traces the call."""
+    try:
+        for slot in slots:
+            slot.traced = names[id(slot)]
+        yield
+    finally:
+        for slot in slots:
+            slot.traced = None
+
+
+def _find(model: nn.Module, layers: type) -> tuple[list[Any], list[Any]]:
+    """Return the adapter layers in `model`, and the modules that adapters train whole.
+
+    Other threads may load adapters meanwhile, which iterators over a model's modules do not survive.
+    """
+    adapted, wrapped, waiting, seen = [], [], [model], set()
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, layers):
+            adapted.append(module)
+            waiting.append(module.base_layer)
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrapped.append(_hooked(module))
+        waiting += list(module._modules.values())
+    return adapted, wrapped
+
+
+def _hooked(module: Any) -> Any:
+    """Let a module of PEFT's, which asks its caller for the names, take those of the context."""
+    if "row_slot" not in module.__dict__:
+        with CHANGES:
+            if "row_slot" not in module.__dict__:
+                module.register_forward_pre_hook(_pass_names, with_kwargs=True)
+                module.row_slot = RowSlot()
+    return module
+
+
+def _pass_names(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    names = names_here(module.row_slot, module.training)
+    if names is None:
+        return None
+    # tasks that did not train this module have the base model's
+    own = [name if name in module._adapters else BASE for name in names]
+    if isinstance(names, TaskNames) and own.count(BASE) < len(own) and not torch.compiler.is_compiling():
+        names.check_swaps(module)
+    return args, {**kwargs, "adapter_names": own}
 
 
 def _check_known(names: Sequence[str], layers: Sequence[Any]) -> None:
     """Raise `SubspaceError` where neither the layers nor their banks have one of the names."""
-    known = {BASE}.union(*(layer.subspace_coef for layer in layers))
+    known = {BASE}.union(*(list(layer.subspace_coef) for layer in layers))
     for bank in {id(layer.bank): layer.bank for layer in layers if layer.bank is not None}.values():
         known |= set(bank)
     if unknown := sorted(set(names) - known):
@@ -245,10 +387,3 @@ def _copies(kwargs: dict[str, Any]) -> int:
     config = kwargs.get("generation_config")
     counts = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
     return max([1, *(count for count in counts if isinstance(count, int))])
-
-
-def _passing(names: TaskNames) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": names}
-
-    return hook
