@@ -695,11 +695,19 @@ def test_a_deep_copy_has_batches_of_its_own(linear):
         assert not torch.allclose(plain, linear.model(linear.x, adapter_names=["t0", "t1"]), atol=1e-3)
 
 
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.usefixtures("compiler")
 def test_one_compilation_serves_all_batches_of_a_bank():
     """And it serves the tasks of the thread that calls."""
     served = Served(*MODELS["linear"])
-    counter = torch._dynamo.testing.CompileCounter()
-    torch._dynamo.reset()
+    counter = CompileCounter()
     compiled = torch.compile(served.model, backend=counter, fullgraph=True, dynamic=False)
     rows = [["t0", "__base__"], ["t1", "t2"], ["t3", "t1"], ["t4", "t4"]]
     wanted = [by_names(served, names) for names in rows]
@@ -722,9 +730,9 @@ def test_one_compilation_serves_all_batches_of_a_bank():
         assert counter.frame_count == 3
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_in_coroutines():
     served = Served(*MODELS["linear"])
-    torch._dynamo.reset()
     compiled = torch.compile(served.model, backend="eager")
     with torch.no_grad():
         own = served.model(served.x)
