@@ -24,6 +24,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import register_peft_method
 
+from .tasks.arguments import keywords_of
 from .tasks.hotswap import SAME
 from .tasks.push import push_task
 from .tuner import peft_mixed
@@ -34,6 +35,7 @@ from .tuner.loaded_from import LoadedFrom
 from .tuner.model import SubspaceModel
 from .tuner.peft_type import NAME, PREFIX, SUBSPACE
 
+STOCK_PUSH = ("use_temp_dir", "max_shard_size", "commit_description", "use_auth_token", "organization", "repo_url")
 MIXED_LISTS = ("COMPATIBLE_TUNER_TYPES", "PREFIXES", "Configs", "Layers")
 
 
@@ -111,8 +113,13 @@ def push_as_tasks() -> None:
     def push_to_hub(self: PeftModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(config, SubspaceConfig) for config in self.peft_config.values()):
             return original(self, repo_id, *args, **kwargs)
-        known = {key: value for key, value in kwargs.items() if key not in ("max_shard_size", "commit_description")}
-        return push_task(self, repo_id, *args, **known)
+        known = set(keywords_of(push_task, PeftModel.save_pretrained))
+        # what transformers' method takes beside, and huggingface_hub's
+        unused = [key for key in kwargs if key in keywords_of(original) or key in STOCK_PUSH if key not in known]
+        for key in unused:
+            if kwargs.pop(key) is not None:
+                warnings.warn(f"push_to_hub: {key}= has no effect on subspace tasks.", stacklevel=2)
+        return push_task(self, repo_id, *args, **kwargs)
 
     push_to_hub.subspace = True  # type: ignore[attr-defined]
     PeftModel.push_to_hub = push_to_hub  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ from .distributed import ProcessGroup, process_group
 from .distributed_modules import collect, divide, work
 from .fleet import Fleet
 from .hosvd import Pair, exact, factor_pca, hosvd, size_of
+from .ignored import fewer_directions, warn_of_fewer, warn_of_ignored
 from .keywords import takes_options
 from .left_out import left_out_energy
 from .null import null_energy
@@ -75,6 +76,24 @@ def build_basis(
         OSError: the disk refuses what is to be kept in `work_folder`.
     """
     with process_group() as processes:
+        if processes.main:
+            warn_of_ignored(options, sources=sources, like=like, base_model=base_model)
+        basis = built(sources, options, resources, like=like, base_model=base_model)
+        if processes.main:
+            warn_of_fewer(basis.info.get("measured", {}).get("fewer_directions"), len(basis))
+        return basis
+
+
+def built(
+    sources: Iterable[Any] | None,
+    options: BuildOptions,
+    resources: Resources,
+    *,
+    like: SubspaceBasis | None = None,
+    base_model: nn.Module | None = None,
+) -> SubspaceBasis:
+    """Build a basis as `build_basis` does, and say nothing of its arguments: they may be those of a record."""
+    with process_group() as processes:
         build = prepare(sources, options, resources, like=like, base_model=base_model, processes=processes)
         return _build_control(build, processes) if isinstance(build, ControlBuild) else _build_fleet(build, processes)
 
@@ -85,6 +104,8 @@ def _build_fleet(build: FleetBuild, processes: ProcessGroup) -> SubspaceBasis:
     info = _info(build, found)
     if build.options.budget is not None:
         info["measured"]["budget"] = what_was_spent(modules, tables)
+    elif build.options.complete is None and (short := fewer_directions(modules, build.options)):
+        info["measured"]["fewer_directions"] = short
     basis = SubspaceBasis(modules, info)
     if build.options.complete is None:
         return basis

@@ -16,9 +16,10 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target, replacing
 from ..energy import EnergyRecord, mean
 from ..errors import SubspaceError
-from .build import build_basis
+from .build import built
 from .distributed import ALONE, ProcessGroup, process_group
 from .fleet_sample import Sample
+from .ignored import warn_of_ignored
 from .keywords import takes_options
 from .options import BuildOptions, Resources
 from .partition import Step, compared, partition
@@ -135,6 +136,8 @@ def build_clusters(
         SubspaceError: arguments that clash; more clusters than sources.
     """
     with process_group() as processes:
+        if processes.main:
+            warn_of_ignored(options, sources=sources, like=None, base_model=base_model)
         whole = prepare_clusters(sources, clusters, options, resources, base_model=base_model, processes=processes)
         fleet, k = whole.fleet, int(options.size[0])
         # one process decides: numbers that are equal but for rounding may compare otherwise on another machine
@@ -148,7 +151,7 @@ def build_clusters(
         bases = []
         for number, part in enumerate(found["parts"]):
             members = [fleet.sources[i] for i in part]
-            basis = build_basis(members, options=options, resources=resources, base_model=base_model)
+            basis = built(members, options, resources, base_model=base_model)
             basis.info["cluster"] = {"number": number, "of": len(found["parts"])}
             basis.info["skipped"] = fleet.skipped
             bases.append(basis)

@@ -21,6 +21,7 @@ from ..energy import DEFINITION, of_random
 from ..errors import SubspaceError
 from .base_model import base_model_name as named
 from .controls import linear_weights
+from .ignored import warn_of_ignored_in_completion
 from .options import BuildOptions, CompleteOptions, Resources, check_filling_model
 
 SPARE = 8
@@ -72,6 +73,7 @@ def complete_basis(
     options = CompleteOptions(k=k, k_in=k_in, with_=with_, seed=seed, base_model_name=base_model_name)
     resources = Resources(token=token, progress=progress)
     check_filling_model(with_, base_model)
+    warn_of_ignored_in_completion(options, base_model)
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=resources.token)
     warn_float32(old)
     weights = linear_weights(base_model, "all-linear") if with_ == "base-weights" and base_model is not None else None

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..basis import SubspaceBasis
+from ..errors import SubspaceError
 from .budget import even
 from .clusters import prepare_clusters
 from .controls import control_module
 from .fleet import Fleet
 from .hosvd import exact, hosvd
+from .ignored import warn_of_ignored
 from .keywords import takes_options
 from .memory import MemoryPlan
 from .module_plan import ModulePlan
@@ -89,6 +91,9 @@ def plan_build(
         SourceError: no source is usable.
         SubspaceError: the build would raise it.
     """
+    if clusters is not None and like is not None:
+        raise SubspaceError("clusters= does not go with like=: clusters are of sources.")
+    warn_of_ignored(options, sources=sources, like=like, base_model=base_model)
     options = replace(options, skip_bad=True)
     if clusters is not None:
         return _plan(prepare_clusters(sources, clusters, options, resources, base_model=base_model))

@@ -14,7 +14,7 @@ from ..basis import SubspaceBasis, resolve_basis
 from ..errors import SourceError, SubspaceError
 from ..hub_requests import patient
 from ..sources.source import Source
-from .build import build_basis
+from .build import built
 from .distributed import process_group
 from .keywords import takes_options
 from .options import CONTROLS, BuildOptions, Resources, UpdateOptions
@@ -74,7 +74,7 @@ def rebuild_basis(
         new = update_basis(**record.inputs(resources, base_model), options=record.options)
         new.info["skipped"] = old.info.get("skipped", [])
         return new
-    new = build_basis(**record.inputs(resources, base_model), options=record.options)
+    new = built(**record.inputs(resources, base_model), options=record.options)
     new.info["skipped"] = old.info.get("skipped", [])
     new.info["build"] = old.info["build"]
     return new.to_precision(old.precision or "float32")

@@ -19,6 +19,7 @@ from ..errors import SubspaceError
 from ..sources.source import Source
 from .base_model import base_model_name
 from .fleet import Fleet, gather
+from .ignored import fewer_directions, warn_of_fewer, warn_of_ignored_in_update
 from .keywords import takes_options
 from .memory import GUESSED_K, MemoryPlan
 from .options import Resources, UpdateOptions
@@ -123,7 +124,10 @@ def update_basis(
     """
     update = prepare_update(basis, sources, options, resources, cores=cores, base_model=base_model)
     warn_float32(update.old)
-    return _new_version(update, _update_modules(update))
+    warn_of_ignored_in_update(options, cores=bool(update.tasks))
+    new = _new_version(update, _update_modules(update))
+    warn_of_fewer(new.info["update"].get("fewer_directions"), len(new))
+    return new
 
 
 def prepare_update(
@@ -238,6 +242,8 @@ def _new_version(update: PreparedUpdate, done: Updated) -> SubspaceBasis:
     info = record(old, update.fleet, update.names, arguments, modules, facts, drifts if refitted else {})
     info["base_model_name_or_path"] = update.base_model
     if refitted:
+        if short := fewer_directions({key: modules[key] for key in done}, options):
+            info["update"]["fewer_directions"] = short
         info["sources"][: len(known)] = [after_refit(entry, i, squares) for i, entry in enumerate(known)]
     return SubspaceBasis(modules, info)
 

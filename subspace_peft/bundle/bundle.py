@@ -16,6 +16,7 @@ from ..basis import SubspaceBasis
 from ..basis.dependents import add_dependent
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..hub import only_local, split_revision
+from ..tasks.arguments import check_hub
 from ..tasks.read import Parts, SavedTask
 from ..tuner.config import SubspaceConfig
 from ..tuner.loaded_from import LoadedFrom
@@ -360,7 +361,9 @@ def open_bundle(
         BadFileError: It is truncated, damaged, of a newer format, or has a task whose name could not be a folder's.
     """
     if isinstance(path_or_id, Bundle):
+        check_hub(path_or_id, {"revision": revision, "token": token, "cache_dir": cache_dir})
         return path_or_id
+    check_hub(path_or_id, {"revision": revision})
     text = str(path_or_id)
     file = Path(text).expanduser()
     file = file / BUNDLE_FILE if file.is_dir() else file

@@ -20,11 +20,15 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..convert.export import export_lora
 from ..errors import SubspaceError
+from ..tasks.arguments import check_known, keywords_of
 from ..tasks.write import core_tensors, fill_folder, write_task
 from ..tuner.card import MEASURED, digest_of, noted
 from ..tuner.config import SubspaceConfig
 from .bundle import Bundle, open_bundle, reopen_bundle
 from .format import check_name
+
+# what PEFT's `load_adapter` takes without naming it
+DISPATCH = ("device_map", "max_memory", "offload_dir", "offload_folder", "offload_index", "ignore_mismatched_sizes")
 
 
 def load_task(
@@ -71,6 +75,7 @@ def load_task(
         BasisNotFoundError: The basis cannot be found; the model was not touched.
         BasisMismatchError: The basis is not that of the bundle; the model was not touched.
     """
+    check_known(loading, [*keywords_of(PeftModel.load_adapter, PeftModel.from_pretrained), *DISPATCH])
     found = _find(bundle, task, revision, token, cache_dir)
     name = adapter_name or task.replace(".", "_")
     wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora

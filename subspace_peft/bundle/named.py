@@ -60,7 +60,7 @@ def _tasks_in(reference: Any, basis: Any, token: str | bool | None) -> Iterator[
         if not names:
             raise SubspaceError("A model without subspace adapters was given; there is nothing to pack.")
         for name in names:
-            yield Named(name, read_task(reference, adapter_name=name, basis=basis), memory)
+            yield Named(name, read_task(reference, adapter_name=name), memory)
     elif isinstance(reference, (str, Path)):
         yield _saved(reference, basis, token)
     else:

@@ -13,7 +13,17 @@ from ..builders.build_file import BASIS_CONFIG, INPUTS, BuildFile, read_build_fi
 from ..builders.options import BuildOptions, Resources
 from ..energy import percent
 from ..errors import SubspaceError
-from .common import Add, add_force, add_json, base_model, earlier_record, kept_for_force, print_json, unfinished
+from .common import (
+    Add,
+    add_force,
+    add_json,
+    base_model,
+    earlier_record,
+    kept_for_force,
+    print_json,
+    refuse_idle,
+    unfinished,
+)
 from .flags import add_options, as_in_file, flag_of, given_options
 from .inspecting import inspect
 from .language import hints_in_flags
@@ -114,6 +124,8 @@ def build(args: Namespace) -> int:
     from ..builders.distributed import process_group
     from ..builders.resume import forget
 
+    if args.out is None and args.dry_run:
+        refuse_idle(args, "--force", "without --out: nothing is written")
     if args.out is None and not args.dry_run:
         raise SubspaceError("Say where to write the basis, --out FOLDER, or only look with --dry-run.")
     out = None if args.out is None else Path(args.out).expanduser()

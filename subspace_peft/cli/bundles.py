@@ -20,6 +20,7 @@ from .common import (
     add_reading,
     base_model,
     print_json,
+    refuse_idle,
     said_of_conversion,
 )
 
@@ -141,6 +142,7 @@ def ls(args: Namespace) -> int:
     """List the tasks of a bundle."""
     from ..bundle import open_bundle
 
+    _check_revision(args)
     found = open_bundle(args.bundle, revision=args.revision)
     return _list(found, args, found.verify() if args.verify else None)
 
@@ -151,6 +153,9 @@ def extract(args: Namespace) -> int:
 
     if not args.tasks and not args.all:
         raise SubspaceError("bundle extract: name the tasks, or pass --all. `subspace-peft bundle ls` lists them.")
+    if args.tasks and args.all:
+        raise SubspaceError(f"bundle extract: give names, as {args.tasks[0]!r}, or --all, not both.")
+    _check_revision(args)
     as_lora = True if args.as_lora else False if args.no_residual else None
     folders = extract_tasks(
         args.bundle,
@@ -222,6 +227,11 @@ def storage_table(storage: Any) -> str:
     ]
     lines = [f"{title:<28}{size:>16,} bytes" for title, size in rows]
     return "\n".join([*lines, f"{'the basis is paid for':<28}{even}"])
+
+
+def _check_revision(args: Namespace) -> None:
+    if Path(args.bundle).expanduser().exists():
+        refuse_idle(args, "--revision", f"on {args.bundle}, which is on this machine and taken as it is")
 
 
 def _list(found: Any, args: Namespace, wrong: dict[str, str] | None = None) -> int:

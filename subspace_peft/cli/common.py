@@ -103,6 +103,18 @@ def kept_for_force(beside: Path | None) -> Iterator[None]:
         raise OccupiedError(f"{error}{again}") from error
 
 
+def refuse_idle(args: Any, flag: str, why: str) -> None:
+    """Raise `SubspaceError` where a flag was given that would do nothing.
+
+    Args:
+        args: the verb's arguments.
+        flag: the flag, such as ``--force``.
+        why: why it does nothing, and the remedy.
+    """
+    if getattr(args, flag.lstrip("-").replace("-", "_")) not in (None, False):
+        raise SubspaceError(f"{flag} has no effect {why}. Leave it out.")
+
+
 def print_json(facts: Any) -> int:
     """Print JSON; returns the exit status 0."""
     print(json.dumps(facts, indent=2, default=str))

@@ -15,6 +15,7 @@ from .common import (
     add_reading,
     base_model,
     print_json,
+    refuse_idle,
     said_of_conversion,
 )
 
@@ -68,6 +69,8 @@ def project(args: Namespace) -> int:
     from ..basis.overwriting import Planned, check_target
     from ..convert import project_lora
 
+    if args.out is None:
+        refuse_idle(args, "--force", "without --out: nothing is written")
     basis = SubspaceBasis.from_pretrained(args.basis)
     if args.out:
         planned = Planned(TASK, basis.fingerprint)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from argparse import Namespace
 
-from .common import Add, add_json, add_quiet, print_json, print_table
+from .common import Add, add_json, add_quiet, print_json, print_table, refuse_idle
 
 
 def add_demo(add: Add) -> None:
@@ -66,6 +66,7 @@ def copy(args: Namespace) -> int:
     from ..recipes import copy_recipe, list_recipes, recipe_files
 
     if args.recipe is None:
+        refuse_idle(args, "--force", "without a recipe: all are listed, and none is copied")
         known = list_recipes()
         if args.json:
             return print_json(known)

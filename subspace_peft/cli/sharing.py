@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ..errors import SubspaceError
-from .common import Add, add_json, print_json
+from .common import Add, add_json, print_json, refuse_idle
 
 
 def add_push(add: Add) -> None:
@@ -62,6 +62,8 @@ def push(args: Namespace) -> int:
     dependent = {**common, "push_basis_to": args.push_basis_to, "force": args.force, "revision": args.branch}
     if (folder / CONFIG_FILE).is_file():
         kind = "basis"
+        for flag in ("--push-basis-to", "--force"):
+            refuse_idle(args, flag, f"on a basis, which {folder} is")
         commit = SubspaceBasis.from_pretrained(folder).push_to_hub(args.repo_id, branch=args.branch, **common)
     elif (folder / BUNDLE_FILE).is_file():
         kind, commit = "bundle", push_bundle(folder, args.repo_id, **dependent)
@@ -83,6 +85,8 @@ def cache(args: Namespace) -> int:
         raise SubspaceError(
             "cache rm: give the beginning of a fingerprint, or --all. `subspace-peft cache ls` lists them."
         )
+    if args.what == "rm" and args.fingerprint:
+        refuse_idle(args, "--all", f"beside a fingerprint: only {', '.join(args.fingerprint)} would be removed")
     chosen = [kept.find_entry(start) for start in args.fingerprint] or list(kept.entries())
     facts = []
     for entry in chosen:

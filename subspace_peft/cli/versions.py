@@ -21,6 +21,7 @@ from .common import (
     earlier_record,
     kept_for_force,
     print_json,
+    refuse_idle,
     unfinished,
 )
 from .flags import add_options, given_options
@@ -113,6 +114,11 @@ def update(args: Namespace) -> int:
     if bool(args.tasks) != bool(args.tasks_out):
         raise SubspaceError("Give both, --tasks and --tasks-out: which tasks to carry over, and where to.")
     given = given_options(args, UpdateOptions)
+    if not args.tasks and "k" not in given:
+        refuse_idle(args, "--max-drift", "without --tasks or -k: a basis that grows keeps all of what it has")
+    if "k" in given:
+        for flag in ("--add", "--add-in"):
+            refuse_idle(args, flag, "with -k, which fits all directions from scratch")
     if "k" not in given:
         given.pop("max_drift", None)  # of the tasks alone: where the basis grows, it keeps all
     options = UpdateOptions(**given)
@@ -166,6 +172,10 @@ def complete(args: Namespace) -> int:
     from ..basis import SubspaceBasis
     from ..builders import complete_basis
 
+    if args.with_ in (None, "random"):
+        refuse_idle(args, "--base-model", "with random directions; --with base-weights takes it")
+    else:
+        refuse_idle(args, "--seed", "with --with base-weights: those directions are not drawn")
     old = SubspaceBasis.from_pretrained(args.basis)
     _check_out(args, old, inputs=[args.basis])
     new = complete_basis(

@@ -17,6 +17,7 @@ from ..errors import SubspaceError
 from ..tuner.card import base_facts, noted
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import weights_of
+from .arguments import check_hub
 from .write import PREFIX, write_task
 
 
@@ -78,6 +79,7 @@ def load_adapter(
         SubspaceError: The model is a PeftModel, the name is taken, or the folder holds no subspace task; also the
             errors of `SubspaceConfig.from_pretrained` and of the injection, before the model is touched.
     """
+    check_hub(str(task), hub)
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         raise SubspaceError(f"A PeftModel loads by itself: model.load_adapter({str(task)!r}, {adapter_name!r}).")

@@ -27,6 +27,7 @@ from ..tuner.module_names import as_named_in
 from ..tuner.renaming import named_as, without_wrappers
 from ..tuner.row_batch import BASE, Group, TaskNames, task_names_passed
 from ..tuner.row_context import CHANGES
+from .arguments import check_known
 from .bank_file import FORMAT_VERSION, read_index
 from .read import SavedTask, read_task
 from .write import core_tensors, write_task
@@ -107,7 +108,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             name: The name by which rows of a batch ask for the task.
             task: The folder or Hub id of a saved task; or its cores, module → (k_out, k_in) in units of ΔW, such as
                 those of another bank. None takes the model's own adapter of this name.
-            **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
+            **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub; and `basis`, where its basis
+                is.
 
         Raises:
             BadFileError: The task holds NaN or infinite values.
@@ -116,6 +118,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         """
         if name == BASE:
             raise SubspaceError(f"{BASE!r} means the base model; give the task another name.")
+        if task is None or isinstance(task, Mapping):
+            check_known(hub, ())
         cores = task if isinstance(task, Mapping) else self._read(name, task, hub)
         cores = named_as(self.layers, as_named_in(self.model, cores))
         self._fits(name, cores)
@@ -396,6 +400,8 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         config = dataclasses.replace(
             without_wrappers(self.config),
             coefficients="core",
+            # the rank of factors, which a dense core has none of
+            r=SubspaceConfig.r if self.config.coefficients == "factor" else self.config.r,
             mean_gain="none",
             start="zero",
             subspace_version=None,

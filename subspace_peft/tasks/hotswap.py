@@ -19,6 +19,7 @@ from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import rename_keys, rename_saved
 from ..tuner.row_context import CHANGES
 from ..tuner.task_file import BASIS_KEY, weights_of
+from .arguments import check_hub
 
 # the fields of the configuration that two tasks share where one can take the other's place
 SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", "mean_gain", "dropout")
@@ -48,6 +49,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     old = configs.get(adapter)
     if not isinstance(old, SubspaceConfig):
         raise SubspaceError(f"There is no subspace adapter {adapter!r}; there are {', '.join(configs) or 'none'}.")
+    check_hub(str(task), hub)
     new = SubspaceConfig.from_pretrained(str(task), **hub)
     if not isinstance(new, SubspaceConfig):
         raise SubspaceError(f"{task} is not a saved subspace task.")

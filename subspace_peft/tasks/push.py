@@ -19,6 +19,7 @@ from ..tuner.card import published
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import basis_in
 from ..tuner.task_file import WEIGHTS_FILE
+from .arguments import check_known, keywords_of
 
 
 def push_task(
@@ -61,6 +62,7 @@ def push_task(
         SubspaceError: A basis is in a local folder or in memory only, and neither `push_basis_to` nor `force` is
             given; or `repo_id` is a path.
     """
+    check_known(saving, keywords_of(PeftModel.save_pretrained))
     check_repo_id(repo_id)
     for name in saving.get("selected_adapters") or list(model.peft_config):
         config = model.peft_config[name]

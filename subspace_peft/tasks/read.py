@@ -19,6 +19,7 @@ from ..tuner.config import SubspaceConfig
 from ..tuner.layer import basis_in
 from ..tuner.renaming import without_wrappers
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
+from .arguments import check_hub
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,8 @@ def read_task(
         SubspaceError: It is not a subspace task; also the errors of `SubspaceConfig.from_pretrained`.
     """
     if isinstance(task, SavedTask):
+        _check_in_memory(task, adapter_name=adapter_name, basis=basis)
+        check_hub(task, hub)
         return task
     return assemble(*read_tensors(task, adapter_name=adapter_name, basis=basis, **hub))
 
@@ -70,8 +73,11 @@ def read_tensors(
         tensors have it.
     """
     task = unwrapped(task)
+    check_hub(task, hub)
     if hasattr(task, "peft_config"):
         from peft import get_peft_model_state_dict
+
+        _check_in_memory(task, basis=basis)
 
         name = adapter_name or active_adapter(task)
         if name not in task.peft_config:
@@ -81,6 +87,10 @@ def read_tensors(
             raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")
         config = without_wrappers(config)
         return config, get_peft_model_state_dict(task, adapter_name=name), basis_in(task, name) or config.resolve()
+    if adapter_name is not None:
+        raise SubspaceError(
+            f"adapter_name={adapter_name!r} is of a live model, and {task} is a saved task: leave it out."
+        )
     given = {} if basis is None else {"basis": basis}
     try:
         config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
@@ -122,6 +132,15 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], basis:
         parts_of = Parts(sizes, basis, keys)
     cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
     return SavedTask(config, cores, parts_of, extras)
+
+
+def _check_in_memory(task: Any, **given: Any) -> None:
+    """Raise `SubspaceError` where an argument is given that only a saved task takes."""
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if names:
+        raise SubspaceError(
+            f"{', '.join(names)} has no effect on a {type(task).__name__}, which has its basis: leave it out."
+        )
 
 
 class Parts(Mapping[str, ModuleBasis]):

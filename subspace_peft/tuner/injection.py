@@ -24,6 +24,7 @@ from .config import SubspaceConfig
 from .coverage import Unadapted, check_coverage, in_words, unadapted
 from .generated import made_basis
 from .given_names import check_given_names, check_rank_pattern
+from .ignored_fields import warn_of_ignored_fields
 from .load_tracker import LoadTracker
 from .module_names import names_in_basis, other_names, rename_saved
 from .plan import InjectionPlan, carried_entry
@@ -62,6 +63,8 @@ def make_plan(
     probed = _check(model, config, layers, basis, names, shapes, narrowed)
     if not config.loaded:
         check_rank_pattern(config, targets)
+        if basis is not None:
+            warn_of_ignored_fields(config, basis, names)
         if basis is not None and not config.generated and not narrowed:
             asked = None if config.fills_targets else config.target_modules
             check_coverage(model, config, basis, set(names.values()), asked)

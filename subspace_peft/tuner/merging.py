@@ -40,7 +40,8 @@ def add_weighted(
     config = dataclasses.replace(
         configs[0],
         coefficients="factor" if small else "core",
-        r=rank if small else configs[0].r,
+        # a dense core has no rank of its own
+        r=rank if small else SubspaceConfig.r,
         mean_gain="none",
         start="zero",
         target_modules=_united(configs),

@@ -1,0 +1,157 @@
+"""Say which arguments of a build have no effect with its builder, and what happens instead."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..basis import ModuleBasis
+from ..basis.module_store import names_of
+from .options import DEFAULT_K, BuildOptions, CompleteOptions, UpdateOptions
+
+
+def warn_of_ignored(options: BuildOptions, *, sources: Any, like: Any, base_model: Any) -> None:
+    """Warn, once for all, of arguments of `build_basis` that decide nothing.
+
+    Args:
+        options: as they were given.
+        sources: as in `build_basis`, as are the others.
+        like: see there.
+        base_model: see there.
+    """
+    given = set(options.changed())
+    said = (
+        _of_a_control(options, given, sources, like, base_model)
+        if options.controls
+        else _of_a_fleet(options, given, like)
+    )
+    _warn("build_basis", said)
+
+
+def _of_a_fleet(options: BuildOptions, given: set[str], like: Any) -> list[str]:
+    said = []
+    builder = f"with the builder {options.builder!r}"
+    if "target_modules" in given:
+        said.append(
+            f"target_modules= (--target-modules) has no effect {builder}: a basis has all modules that its sources"
+            " adapt. A task on it names fewer in its own target_modules"
+        )
+    if like is not None:
+        said.append(f"like= (--like) has no effect {builder}: modules and sizes are those of the sources")
+    if "seed" in given and options.complete != "random":
+        said.append(f"seed= (--seed) has no effect {builder}, which draws nothing at random")
+    if options.builder == "eigenlora":
+        if "alternations" in given:
+            said.append(f"alternations= (--alternations) has no effect {builder}: its factors are taken as they are")
+        if options.leave_one_out:
+            said.append(f"leave_one_out= (--leave-one-out) has no effect {builder}: that is measured for 'adapters'")
+    return said
+
+
+def _of_a_control(options: BuildOptions, given: set[str], sources: Any, like: Any, base_model: Any) -> list[str]:
+    builder, said = f"with the builder {options.builder!r}", []
+    for name in ("weights", "alternations"):
+        if name in given:
+            said.append(f"{name}= (--{name}) has no effect {builder}, which takes nothing of any source's updates")
+    if options.keep_cores:
+        said.append(f"keep_cores= (--keep-cores) has no effect {builder}: it has no sources")
+    if options.leave_one_out:
+        said.append(f"leave_one_out= (--leave-one-out) has no effect {builder}: it has no sources")
+    if "seed" in given and options.builder == "base-weights" and not options.directions:
+        said.append(f"seed= (--seed) has no effect {builder}: singular vectors are not drawn")
+    where = "like= (--like)" if like is not None else "base_model= (--base-model)" if base_model is not None else ""
+    if like is not None:
+        for name, flag in (("k", "-k"), ("k_in", "--k-in")):
+            if name in given:
+                said.append(f"{name}= ({flag}) has no effect: the sizes are those of like= (--like)")
+    if where and sources is not None:
+        said.append(f"the sources have no effect {builder}: the modules are those of {where}")
+    unread = bool(where) or sources is None
+    for name in ("skip_bad", "allow_bin"):
+        if name in given and unread:
+            said.append(f"{name}= (--{name.replace('_', '-')}) has no effect: no source is read")
+    if "target_modules" in given and (base_model is None or (like is not None and options.builder == "random")):
+        said.append(
+            "target_modules= (--target-modules) has no effect: they are names of base_model= (--base-model), and the"
+            f" modules are those of {'like= (--like)' if like is not None else 'the sources'}"
+        )
+    return said
+
+
+def warn_of_ignored_in_update(options: UpdateOptions, *, cores: bool) -> None:
+    """Warn of options of `update_basis` that decide nothing.
+
+    Args:
+        options: as they were given.
+        cores: whether tasks' cores were given.
+    """
+    said = []
+    if options.refit is not None:
+        for name in ("add", "add_in"):
+            if name in options.changed():
+                said.append(
+                    f"{name}= (--{name.replace('_', '-')}) has no effect with k= (-k), which fits all directions from"
+                    " scratch"
+                )
+    elif cores:
+        said.append("cores= has no effect without k=: where a basis grows, its tasks lose nothing")
+    _warn("update_basis", said)
+
+
+def warn_of_ignored_in_completion(options: CompleteOptions, base_model: Any) -> None:
+    """Warn of arguments of `complete_basis` that decide nothing."""
+    said = []
+    if options.with_ == "random" and base_model is not None:
+        said.append("base_model= (--base-model) has no effect with random directions")
+    if options.with_ != "random" and "seed" in options.changed():
+        said.append("seed= (--seed) has no effect with the base weights' directions, which are not drawn")
+    _warn("complete_basis", said)
+
+
+def fewer_directions(
+    modules: Mapping[str, ModuleBasis], options: BuildOptions | UpdateOptions
+) -> dict[str, Any] | None:
+    """Return what a basis's record says where its fleet spans fewer directions than were asked for; else None.
+
+    Args:
+        modules: the basis's.
+        options: of its build or its update. A share of energy, or the default, asks for no number.
+    """
+    k = options.k if options.k_in is None or options.k is not None else DEFAULT_K
+    if k is None or isinstance(k, float):
+        return None
+    sides = (k, options.k_in or k)
+    short = {
+        name: [module.k_out, module.k_in]
+        for name, module in modules.items()
+        if module.k_out < min(sides[0], module.out_features) or module.k_in < min(sides[1], module.in_features)
+    }
+    return {"asked": list(sides), "modules": short} if short else None
+
+
+def warn_of_fewer(found: Mapping[str, Any] | None, count: int) -> None:
+    """Warn of what `fewer_directions` found.
+
+    Args:
+        found: its result.
+        count: modules of the basis.
+    """
+    if found is None:
+        return
+    sizes = sorted({side for each in found["modules"].values() for side in each})
+    has = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    k, k_in = found["asked"]
+    asked = f"k={k}" if k == k_in else f"k={k}, k_in={k_in}"
+    warnings.warn(
+        f"{asked}: the fleet spans fewer directions in {len(found['modules'])} of {count} modules"
+        f" ({names_of(found['modules'], 3)}), which get {has}. More sources span more; complete='random' (--complete)"
+        " fills the basis up.",
+        stacklevel=3,
+    )
+
+
+def _warn(function: str, said: Iterable[str]) -> None:
+    text = ". ".join(said)
+    if text:
+        warnings.warn(f"{function}: {text}.", stacklevel=4)

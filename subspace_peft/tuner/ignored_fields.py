@@ -1,0 +1,84 @@
+"""Say which fields of a new adapter's configuration have no effect, and what happens instead."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+
+from ..basis import SubspaceBasis
+from ..basis.module_store import describe_k
+from .config import SubspaceConfig
+
+R, SEED = SubspaceConfig.r, SubspaceConfig.seed
+
+
+def warn_of_ignored_fields(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str]) -> None:
+    """Warn, once for all, of fields that do nothing with the others, or do less than they say.
+
+    Args:
+        config: of a new adapter; one that was saved is not looked at.
+        basis: its basis.
+        names: target module → its name in the basis.
+    """
+    said = [*_sizes(config, basis, names), *_numbers(config)]
+    if config.basis_revision is not None and config.basis_revision != basis.revision and _is_local(basis, config):
+        said.append(
+            f"basis_revision={config.basis_revision!r} has no effect: it is no Hub repository, and taken as it is"
+        )
+    if said:
+        warnings.warn(f"SubspaceConfig: {'. '.join(said)}.", stacklevel=2)
+
+
+def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str]) -> list[str]:
+    """Return what is to be said of numbers of directions that no module has."""
+    shapes, said = basis.shapes(), []
+    most = {name: max(shapes[key]["k_out"], shapes[key]["k_in"]) for name, key in names.items()}
+    by_pattern: dict[str | None, list[str]] = {}
+    for name in names:
+        key = get_pattern_key(config.rank_pattern, name)
+        by_pattern.setdefault(key if key in config.rank_pattern else None, []).append(name)
+    for pattern, modules in by_pattern.items():
+        k = config.k if pattern is None else config.rank_pattern[pattern]
+        if k is not None and all(most[name] < k for name in modules):
+            has = describe_k({name: shapes[names[name]] for name in modules})
+            field = f"k={k}" if pattern is None else f"rank_pattern[{pattern!r}]={k}"
+            where = "these modules have no more" if config.generated else "the basis has no more"
+            said.append(f"{field}: {where} than {has}, which is used")
+    if config.k is not None and None not in by_pattern:
+        said.append(f"k={config.k} has no effect: rank_pattern gives every module its own")
+    if config.coefficients == "factor":
+        ranks = {
+            min(config.sizes.used(name, shapes[key]["k_out"], shapes[key]["k_in"])) for name, key in names.items()
+        }
+        # the default is nothing that was asked for
+        if config.r > max(ranks) and config.r != R:
+            size = f"{max(ranks)}" if len(ranks) == 1 else f"{min(ranks)}…{max(ranks)}"
+            said.append(f"r={config.r}: the cores are of rank {size} at most, which is used")
+    return said
+
+
+def _numbers(config: SubspaceConfig) -> list[str]:
+    said = []
+    if config.r != R and config.coefficients != "factor":
+        said.append(
+            f"r={config.r} has no effect with coefficients={config.coefficients!r}, whose size follows from k: give k,"
+            " or coefficients='factor'"
+        )
+    drawn = config.basis == "random" or (config.generated and config.coefficients == "directions")
+    if config.seed != SEED and not drawn:
+        what = "is read, not drawn" if not config.generated else "is made of the base model's weights"
+        said.append(f"seed={config.seed} has no effect: the basis {what}")
+    if not config.init_weights and config.start != "zero":
+        said.append(f"start={config.start!r} has no effect with init_weights=False, which draws small random numbers")
+    return said
+
+
+def _is_local(basis: SubspaceBasis, config: SubspaceConfig) -> bool:
+    given: Any = config.basis
+    if isinstance(given, SubspaceBasis) or config.generated:
+        return basis.revision is None
+    return given is not None and Path(str(given)).expanduser().is_dir()
