@@ -22,6 +22,7 @@ from .files import BasisRecord, open_basis, write_basis
 from .locations import add_note
 from .matching import ModuleNames
 from .module import ModuleBasis, combine_digests
+from .module_names import plain_name
 from .module_store import MemoryModules, ModuleStore, describe_k
 from .overwriting import Planned, replacing
 from .precision import PRECISIONS, RoundedModules, reduced, summary
@@ -168,7 +169,8 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
         """
         if self._names is None:
             self._names = ModuleNames(self._modules)
-        found = self._names.find(module_name, part) or self._other_names.get(module_name)
+        said = self._other_names.get(module_name) or self._other_names.get(plain_name(module_name))
+        found = said or self._names.find(module_name, part)
         return self._names.converted(module_name) if found is None and converted else found
 
     def named(self, names: Mapping[str, str]) -> SubspaceBasis:

@@ -62,6 +62,7 @@ class CompressedAdapter:
         converted_from: What it was converted from to a LoRA, or None.
         lost_in_conversion: Share of its own update's energy that the conversion lost; the other shares are of what it
             left.
+        parts: Of a pipeline's LoRA that adapts several models, the names of its tasks: ``<name>.unet`` and so on.
     """
 
     name: str
@@ -75,6 +76,7 @@ class CompressedAdapter:
     refused: str | None = None
     converted_from: str | None = None
     lost_in_conversion: float = 0.0
+    parts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -195,12 +197,12 @@ def compress_fleet(
     check_target(out, soon, overwrite=overwrite, inputs=given, needed=[basis.location])
     how = {"token": token, "allow_bin": allow_bin, "base_model": base_model}
     for lora in tqdm(given, desc="compressing", unit="adapter", delay=2, disable=not progress):
-        what, task = _one(lora, basis, min_energy, residual, check_base_model, dtype, how, base_model_name)
-        if task is not None and what.name in packed:
-            other = packed[what.name].entry["source"]["location"]
-            what, task = replace(what, refused=f"{other} is called {what.name!r} as well: rename its folder"), None
-        if task is not None:
-            packed[what.name] = task
+        what, tasks = _one(lora, basis, min_energy, residual, check_base_model, dtype, how, base_model_name)
+        clash = next((task.name for task in tasks if task.name in packed), None)
+        if clash is not None:
+            other = packed[clash].entry["source"]["location"]
+            what, tasks = replace(what, refused=f"{other} is called {clash!r} as well: rename its folder"), []
+        packed |= {task.name: task for task in tasks}
         report.append(what)
     bad = [each for each in report if each.refused]
     if bad and not (skip_bad and packed):
@@ -224,7 +226,7 @@ def _one(
     dtype: torch.dtype,
     how: Mapping[str, Any],
     base_model_name: str | None,
-) -> tuple[CompressedAdapter, Packed | None]:
+) -> tuple[CompressedAdapter, list[Packed]]:
     named = str(lora) if isinstance(lora, (str, Path)) else "in memory"
     try:
         source = open_source(lora, **how)
@@ -259,26 +261,26 @@ def _one(
                         " from adapters like this one"
                     ),
                 ),
-                None,
+                [],
             )
-        (task,) = named_tasks([projection])
-        kept = {module: residuals[module].factors(rank) for module in residuals} if rank else {}
-        task = replace(task, task=replace(task.task, residual=kept))
-        entry = pack(task, dtype, energy_kept=total.kept, energy_residual=total.residual)
-        return replace(what, bytes_after=entry.entry["bytes"]), entry
+        packed = []
+        for task, of in zip(named_tasks([projection]), list(projection.parts.values()) or [projection], strict=True):
+            own = {source.split(key)[1]: residuals[key].factors(rank) for key in of.source.keys if rank}
+            share = shares(of, residuals, rank)[0]
+            named_task = replace(task, task=replace(task.task, residual=own))
+            packed.append(pack(named_task, dtype, energy_kept=share.kept, energy_residual=share.residual))
+        parts = [each.name for each in packed] if len(packed) > 1 else []
+        return replace(what, parts=parts, bytes_after=sum(each.entry["bytes"] for each in packed)), packed
     except HubUnavailableError:
         raise  # the adapter may be as good as any
     except (SourceError, BadFileError, SubspaceError) as error:
         name = Path(named.partition("@")[0]).name or named
-        return CompressedAdapter(name, named, refused=str(error)), None
+        return CompressedAdapter(name, named, refused=str(error)), []
 
 
 def _residuals(projection: Projection) -> dict[str, Residual]:
-    source, basis, found = projection.source, projection.basis, {}
-    for key in source.keys:
-        name = str(basis.find(key))
-        found[source.aliases.get(key, key)] = residual_of(basis[name], source.factors(key), projection.cores[name])
-    return found
+    source, basis, places = projection.source, projection.basis, projection.places
+    return {key: residual_of(basis[name], source.factors(key), projection.cores[name]) for key, name in places.items()}
 
 
 def enough(share: Share, min_energy: float) -> bool:
@@ -297,17 +299,17 @@ def shares(projection: Projection, residuals: dict[str, Residual], rank: int) ->
 
     Args:
         projection: The projected LoRA.
-        residuals: Module → residual; empty for none.
+        residuals: Module of the LoRA → residual; empty for none.
         rank: Rank at which the residuals are cut off.
     """
     modules, sums = {}, [0.0, 0.0, 0.0, 0.0]
-    for key in projection.source.keys:
-        name, core = projection.source.aliases.get(key, key), projection.cores[str(projection.basis.find(key))]
+    for key, place in projection.places.items():
+        name, core = projection.source.aliases.get(key, key), projection.cores[place]
         total = projection.source.norm(key) ** 2
         # stored bases are orthonormal to float32's precision, so a core may seem to hold a little more than there is
         kept = min(total, float(core.square().sum()))
-        residual = residuals[name].energy(rank) if name in residuals else 0.0
-        lost = residuals[name].lost(rank) if name in residuals else total - kept
+        residual = residuals[key].energy(rank) if key in residuals else 0.0
+        lost = residuals[key].lost(rank) if key in residuals else total - kept
         # a module whose update is zero is kept whole
         modules[name] = Share(kept / total, residual / total, lost / total) if total else Share(1.0, 0.0, 0.0)
         sums = [old + new for old, new in zip(sums, (kept, residual, lost, total), strict=True)]

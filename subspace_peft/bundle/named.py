@@ -52,7 +52,12 @@ def _tasks_in(reference: Any, basis: Any, token: str | bool | None) -> Iterator[
     elif isinstance(reference, Projection):
         source = reference.source
         where = {"location": source.location, "revision": source.revision, "sha256": source.sha256}
-        yield Named(source.name, reference.as_task(), where)
+        parts = reference.parts
+        if len(parts) < 2:
+            yield Named(source.name, reference.as_task(), where)
+            return
+        for part, projection in parts.items():
+            yield Named(f"{source.name}.{part}", projection.as_task(), where)
     elif isinstance(reference, SavedTask):
         raise SubspaceError("A SavedTask has no name: give a mapping, name → SavedTask.")
     elif hasattr(reference, "peft_config"):

@@ -240,7 +240,8 @@ def _index(packed: Sequence[Packed], old: Mapping[str, Any] | None) -> dict[str,
                 f" bundle on {fingerprint}. Make a bundle of its own for it."
             )
         place = ("basis", "basis_revision")
-        differs = {key: value for key, value in task.config.items() if key not in place and common.get(key) != value}
+        own = {**dict.fromkeys(common), **task.config}
+        differs = {key: value for key, value in own.items() if key not in place and common.get(key) != value}
         source = task.entry.get("source")
         entry = {**task.entry, **({"source": _shared(source)} if isinstance(source, dict) else {})}
         if differs:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import nn
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
+from ..basis.pipeline_parts import split_part
 from ..energy import of_source, share_of, word
 from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
@@ -21,6 +24,7 @@ from ..sources.lora import is_embedding, is_saved_module, saved_modules
 from ..tasks.read import Parts, SavedTask
 from ..tasks.write import core_tensors, write_task
 from ..tuner import SubspaceConfig
+from ..tuner.module_names import other_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,8 @@ class Projection:
         cores: Module of the basis → ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) float64, the least-squares optimum.
         energy: Module of the basis → ‖C‖² / ‖ΔW‖², the share kept (1 for a module whose ΔW is zero).
         energy_random: The share that a random basis of the same size keeps on average.
-        energy_kept: The share over all modules together, see `subspace_peft.energy`.
+        energy_kept: The share over all modules together.
+        places: Module of the LoRA → module of the basis.
     """
 
     source: Source
@@ -42,6 +47,20 @@ class Projection:
     energy: dict[str, float]
     energy_random: float
     energy_kept: float
+    places: dict[str, str]
+
+    @property
+    def parts(self) -> dict[str, Projection]:
+        """The projections of the parts of a pipeline, ``unet`` and the like; empty where the LoRA is of one model."""
+        return {part: self._of_part(part) for part in self.source.parts}
+
+    def _of_part(self, part: str) -> Projection:
+        source = self.source
+        keys = {name: sides for name, sides in source.keys.items() if source.split(name)[0] == part}
+        # those of no part are in each, which no task can be made of then
+        others = tuple(key for key in source.other_keys if split_part(source.plain(key))[0] in ("", part))
+        own = replace(source, keys=keys, other_keys=others)
+        return _projection(own, self.basis, {name: self.places[name] for name in keys}, self.cores)
 
     @property
     def relative_error(self) -> float:
@@ -73,7 +92,9 @@ class Projection:
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the projection as a task's folder, which `PeftModel.from_pretrained` loads.
 
-        The LoRA's `modules_to_save` are written as well.
+        The LoRA's `modules_to_save` are written as well. Of a pipeline's LoRA each part is a task of its own, under
+        the names that its model has: one part is written into `folder`, several into ``folder/unet``,
+        ``folder/text_encoder`` and so on.
 
         Args:
             folder: Made where it does not exist.
@@ -86,6 +107,12 @@ class Projection:
             SubspaceError: The basis lives in memory only; or `folder` is a file.
             OSError: The disk refuses; an earlier folder stays as it was.
         """
+        if len(parts := self.parts) > 1:
+            tasks = {part: projection.as_task() for part, projection in parts.items()}
+            for part, task in tasks.items():
+                tensors = {**core_tensors(task.config, task.cores), **task.extras}
+                write_task(Path(folder, part), task.config, tensors, overwrite=overwrite)
+            return Path(folder)
         task = self.as_task()
         return write_task(
             folder, task.config, {**core_tensors(task.config, task.cores), **task.extras}, overwrite=overwrite
@@ -95,15 +122,21 @@ class Projection:
         """Return the projection as a task.
 
         Raises:
-            SubspaceError: The basis lives in memory only.
+            SubspaceError: The basis lives in memory only, or the LoRA is of several parts of a pipeline.
         """
+        if len(self.source.parts) > 1:
+            raise SubspaceError(
+                f"{self.source.location}: it adapts {' and '.join(self.source.parts)}, which are models of their own,"
+                " with a task each: take one from the projection's parts, such as"
+                f" projection.parts[{self.source.parts[0]!r}], or write all with save_pretrained (--out)."
+            )
         if self.basis.location is None:
             raise SubspaceError(
                 "The projection refers to its basis, which has to be stored: `basis.save_pretrained(folder)` first."
             )
-        names = {key: self.source.aliases.get(key, key) for key in self.source.keys}
-        keys = {name: str(self.basis.find(key)) for key, name in names.items()}
-        config = self._config(sorted(keys))
+        names = {key: self.source.split(key)[1] for key in self.source.keys}
+        keys = {name: self.places[key] for key, name in names.items()}
+        config = self._config(keys)
         cores = {name: self.cores[key] for name, key in keys.items()}
         return SavedTask(
             config,
@@ -112,7 +145,7 @@ class Projection:
             _extras(self.source),
         )
 
-    def _config(self, targets: list[str]) -> SubspaceConfig:
+    def _config(self, keys: dict[str, str]) -> SubspaceConfig:
         source = self.source.config
         kept = {
             key: source[key]
@@ -125,12 +158,13 @@ class Projection:
             basis=self.basis.location,
             basis_revision=self.basis.revision,
             basis_fingerprint=self.basis.fingerprint,
-            target_modules=targets,
+            target_modules=sorted(keys),
             base_model_name_or_path=self.source.base_model,
             inference_mode=True,
             **kept,
         )
-        shapes = {self.source.aliases.get(key, key): self.source.weight_shape(key) for key in self.source.keys}
+        config.basis_names = other_names(self.basis, keys)
+        shapes = {self.source.split(key)[1]: self.source.weight_shape(key) for key in self.source.keys}
         config.weight_shapes = {name: shape for name, shape in shapes.items() if shape is not None} or None
         return config
 
@@ -144,6 +178,7 @@ def project_lora(
     base_model_name: str | None = None,
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
+    part: str | None = None,
 ) -> Projection:
     """Project an existing LoRA onto a basis, in closed form: ``C = (UᵀB)(AVᵀ)`` per module.
 
@@ -156,6 +191,8 @@ def project_lora(
         allow_bin: Take pickled weights too, read with ``weights_only=True``.
         base_model: The model that the adapter adapts, to convert a DoRA, an adapter of another method and the like to
             a LoRA; it is left as it was.
+        part: Of a pipeline's basis the part that the LoRA is of, such as ``text_encoder_2``, where its modules' names
+            do not tell.
 
     Raises:
         SourceError: The LoRA cannot be read.
@@ -176,29 +213,50 @@ def project_lora(
             f"{source.location}: trained on {own!r}, but the basis was built for {other!r}: {difference(own, other)}."
             f" Use a basis of the same base model. {REMEDY} check_base_model=False (--no-base-check) accepts any."
         )
-    absent = [name for name in source.keys if basis.find(name) is None]
+    places = {name: key for name in source.keys if (key := basis.find(name, part)) is not None}
+    absent = [name for name in source.keys if name not in places]
     if absent:
         raise BasisMismatchError(
             f"{source.location}: {len(absent)} of its modules are not in the basis, such as {names_of(absent, 3)}; it"
             f" has {names_of(basis, 3)}. Build a basis from sources that adapt these modules."
         )
-    cores: dict[str, torch.Tensor] = {}
-    energy: dict[str, float] = {}
-    random: dict[str, float] = {}
-    norms: dict[str, float] = {}
-    for name in source.keys:
-        key = str(basis.find(name))
-        module, update = basis[key], source.factors(name)
+    uses = Counter(places.values())
+    twice = sorted(name for name, key in places.items() if uses[key] > 1)
+    if twice:
+        raise BasisMismatchError(
+            f"{source.location}: its modules {names_of(twice, 3)} are one module of the basis ({places[twice[0]]}),"
+            " leading parts of their names aside. Build a basis from sources that adapt both."
+        )
+    cores = {}
+    for name, key in places.items():
+        update = source.factors(name)
         try:
-            core = module.project((update.B, update.A))
+            cores[key] = basis[key].project((update.B, update.A))
         except BasisMismatchError as error:
             raise BasisMismatchError(f"{source.location}: module {name!r}: {error}") from None
-        norms[key] = update.norm()
-        cores[key], energy[key] = core, share_of(float(core.square().sum()), norms[key] ** 2)
-        random[key] = module.k_out * module.k_in / (module.out_features * module.in_features)
-    if not any(norms.values()):
+        source.norms.setdefault(name, update.norm())
+    projection = _projection(source, basis, places, cores)
+    if not any(source.norm(name) for name in places):
         raise SubspaceError(f"{source.location}: every lora_B is zero, so there is nothing to project.")
-    return Projection(source, basis, cores, energy, of_source(random, norms), of_source(energy, norms))
+    return projection
+
+
+def _projection(
+    source: Source,
+    basis: SubspaceBasis,
+    places: dict[str, str],
+    cores: Mapping[str, torch.Tensor],
+) -> Projection:
+    """Return the projection of a source's modules, by the cores of all modules of the basis."""
+    shapes = basis.shapes()
+    energy, random, norms = {}, {}, {}
+    for name, key in places.items():
+        shape = shapes[key]
+        norms[key] = source.norm(name)
+        energy[key] = share_of(float(cores[key].square().sum()), norms[key] ** 2)
+        random[key] = shape["k_out"] * shape["k_in"] / (shape["out"] * shape["in"])
+    own = {key: cores[key] for key in places.values()}
+    return Projection(source, basis, own, energy, of_source(random, norms), of_source(energy, norms), places)
 
 
 def _extras(source: Source) -> dict[str, torch.Tensor]:
@@ -206,7 +264,10 @@ def _extras(source: Source) -> dict[str, torch.Tensor]:
 
     PEFT saves those of a model that was given further tokens, and loads them into the base model.
     """
-    return {source.plain(key): source.read(key).detach().cpu().contiguous() for key in source.other_keys}
+    names = {key: source.plain(key) for key in source.other_keys}
+    if source.pipeline:
+        names = {key: split_part(name)[1] for key, name in names.items()}
+    return {name: source.read(key).detach().cpu().contiguous() for key, name in names.items()}
 
 
 def _check_extras(source: Source) -> None:

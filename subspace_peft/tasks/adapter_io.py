@@ -18,6 +18,7 @@ from ..tuner.card import base_facts, noted
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import weights_of
 from .arguments import check_hub
+from .pipeline_task import part_of_folder_for, parts_of_folder
 from .write import PREFIX, write_task
 
 
@@ -70,7 +71,7 @@ def load_adapter(
 
     Args:
         model: A diffusers model, or any other module. The coefficients can be trained; everything else is frozen.
-        task: Folder or Hub id of a saved task.
+        task: Folder or Hub id of a saved task. Of a pipeline's task the part that fits the model is taken.
         adapter_name: A name that no adapter of the model has.
         basis: The basis, its folder or its Hub id; by default the place that the task's config names.
         **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
@@ -87,6 +88,9 @@ def load_adapter(
         raise SubspaceError(
             f"The model has an adapter {adapter_name!r} already: choose another name, or delete it first."
         )
+    parts = [] if hub.get("subfolder") else parts_of_folder(task)
+    if parts:
+        hub = {**hub, "subfolder": part_of_folder_for(model, task, parts, basis)}
     try:
         config = SubspaceConfig.from_pretrained(str(task), **({} if basis is None else {"basis": basis}), **hub)
     except SubspaceError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..tuner.layer import basis_in
 from ..tuner.renaming import without_wrappers
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
 from .arguments import check_hub
+from .pipeline_task import parts_of_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,25 @@ class SavedTask:
     modules: Mapping[str, ModuleBasis]
     extras: dict[str, torch.Tensor]
     residual: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def renamed(self, names: Mapping[str, str]) -> SavedTask:
+        """Return the task with other names of its modules.
+
+        Args:
+            names: Module → its new name; all others stay.
+        """
+
+        def now(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {names.get(name, name): values[name] for name in values}
+
+        shapes, keys = self.config.weight_shapes, self.config.basis_names
+        config = replace(
+            self.config,
+            target_modules=set(now(self.cores)),
+            weight_shapes=None if shapes is None else now(shapes),
+            basis_names=None if keys is None else now(keys),
+        )
+        return SavedTask(config, now(self.cores), now(self.modules), self.extras, now(self.residual))
 
 
 def read_task(
@@ -92,6 +113,11 @@ def read_tensors(
             f"adapter_name={adapter_name!r} is of a live model, and {task} is a saved task: leave it out."
         )
     given = {} if basis is None else {"basis": basis}
+    if not hub.get("subfolder") and (parts := parts_of_folder(task)):
+        raise SubspaceError(
+            f"{task}: it is a pipeline's task, with a folder per part. Name one of them:"
+            f" {', '.join(str(Path(task, part)) for part in parts)}."
+        )
     try:
         config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
     except SubspaceError:

@@ -40,7 +40,7 @@ NAMED = ("target_modules", "basis_modules", "basis_names", "weight_shapes")  # f
 # true of one process only, like PEFT's own `runtime_config`
 NOT_SAVED = ("loaded_from", "taken_basis", "filled_targets")
 # saved only where they say something: earlier versions do not know them
-SAVED_IF_SET = ("strict", "basis_names")
+SAVED_IF_SET = ("strict", "basis_names", "basis_part")
 
 
 @dataclass
@@ -71,12 +71,22 @@ class SubspaceConfig(PeftConfig):
     basis_fingerprint: str | None = field(
         default=None, metadata={"help": "sha256 that the basis must have. Filled in when the adapter is made."}
     )
+    basis_part: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Which part of a pipeline the model is, such as 'text_encoder_2', where a pipeline's basis has modules"
+                " of the same names for several, and shapes do not tell."
+            )
+        },
+    )
     basis_names: dict[str, str] | None = field(
         default=None,
         metadata={
             "help": (
                 "Module of the model → its name in the basis, of modules that transformers has renamed since the basis"
-                " was built. Filled in when the adapter is made."
+                " was built, or that several parts of a pipeline have by that name. Filled in when the adapter is"
+                " made."
             )
         },
     )

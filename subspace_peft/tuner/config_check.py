@@ -205,6 +205,7 @@ _size = _be(is_whole, f"give a whole number of at least 1 and at most {MOST_DIRE
 CHECKS: dict[str, Check] = {
     "basis_revision": _none_or(_be(is_revision, "give a branch, tag or commit sha")),
     "basis_fingerprint": _maybe_text,
+    "basis_part": _none_or(_be(is_name, "give the name of a pipeline's part, such as 'text_encoder_2'")),
     "base_model_name_or_path": _maybe_path,
     "revision": _none_or(_be(is_revision, "give a branch, tag or commit sha")),
     "subspace_version": _maybe_text,

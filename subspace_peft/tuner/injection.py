@@ -18,6 +18,7 @@ from torch import nn
 from .._moved import moved_name
 from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
+from ..basis.pipeline_parts import parts_in
 from ..errors import BasisMismatchError, SubspaceError
 from .base_check import check_base_name, probe, probed_modules, same_weights
 from .config import SubspaceConfig
@@ -27,6 +28,7 @@ from .given_names import check_given_names, check_rank_pattern
 from .ignored_fields import warn_of_ignored_fields
 from .load_tracker import LoadTracker
 from .module_names import names_in_basis, other_names, rename_saved
+from .part_choice import choose_part
 from .plan import InjectionPlan, carried_entry
 from .renaming import follow_model
 from .targets import is_conv1d, is_never_called, kind_of, outer_modules, sizes, supported, weight_shape
@@ -59,7 +61,9 @@ def make_plan(
     """
     layers = _target_layers(model, targets, config.loaded)
     basis = _resolve(config, layers) if basis is None else basis
-    names, shapes = _match(model, config, basis, targets)
+    basis = _unnamed(config, basis)
+    part = None if basis is None else choose_part(config, model, basis)
+    names, shapes = _match(model, config, basis, targets, part)
     probed = _check(model, config, layers, basis, names, shapes, narrowed)
     if not config.loaded:
         check_rank_pattern(config, targets)
@@ -117,7 +121,7 @@ def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBas
     config.filled_targets = None
     if config.target_modules is not None:
         return None
-    basis = config.resolve()
+    basis = _unnamed(config, config.resolve())
     if basis is not None:
         config.target_modules = modules_of_basis(model, basis, config)
     elif config.basis_modules is not None:
@@ -134,8 +138,9 @@ def modules_of_basis(model: nn.Module, basis: SubspaceBasis, config: SubspaceCon
         BasisMismatchError: none.
         SubspaceError: none in those layers.
     """
+    part = choose_part(config, model, basis)
     candidates = [name for name, module in outer_modules(model) if supported(module)]
-    found = {name for name, key in names_in_basis(model, basis, candidates).items() if key is not None}
+    found = {name for name, key in names_in_basis(model, basis, candidates, part).items() if key is not None}
     if found and config.layers_to_transform is not None:
         inside = {name for name in found if _in_layers(config, name)}
         if not inside:
@@ -200,11 +205,16 @@ def _resolve(config: SubspaceConfig, layers: Layers) -> SubspaceBasis | None:
     return made_basis(config, layers)
 
 
+def _unnamed(config: SubspaceConfig, basis: SubspaceBasis | None) -> SubspaceBasis | None:
+    """Return a new adapter's basis without the names that were filled in for an earlier one, of another part."""
+    return basis if basis is None or config.loaded or len(parts_in(basis)) < 2 else basis.named({})
+
+
 # -- match ------------------------------------------------------------------------------------------------------------
 
 
 def _match(
-    model: nn.Module, config: SubspaceConfig, basis: SubspaceBasis | None, targets: Sequence[str]
+    model: nn.Module, config: SubspaceConfig, basis: SubspaceBasis | None, targets: Sequence[str], part: str | None
 ) -> tuple[dict[str, str], Shapes]:
     """Return target → module of the basis, and module of the basis → shape."""
     if basis is None:
@@ -212,7 +222,7 @@ def _match(
         matches = {name: name if name in shapes else None for name in targets}
     else:
         shapes = basis.shapes()
-        matches = names_in_basis(model, basis, targets)
+        matches = names_in_basis(model, basis, targets, part)
     absent = [name for name, key in matches.items() if key is None]
     if absent:
         raise BasisMismatchError(

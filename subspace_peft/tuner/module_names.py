@@ -15,6 +15,7 @@ from ..basis import SubspaceBasis
 from ..basis.module_names import plain_name
 from ..basis.module_store import same_module
 from ..basis.renames import converted, table_of
+from ..errors import BasisMismatchError
 from .config import SubspaceConfig
 from .targets import outer_modules
 from .task_file import BASIS_KEY, COEFFICIENT_KEY
@@ -22,13 +23,16 @@ from .task_file import BASIS_KEY, COEFFICIENT_KEY
 OUTER = "base_model.model."  # PEFT's, before the names of a PeftModel's modules
 
 
-def names_in_basis(model: nn.Module, basis: SubspaceBasis, names: Sequence[str]) -> dict[str, str | None]:
+def names_in_basis(
+    model: nn.Module, basis: SubspaceBasis, names: Sequence[str], part: str | None = None
+) -> dict[str, str | None]:
     """Return what the basis calls modules of a model.
 
     Args:
         model: the base model.
         basis: the basis.
         names: names of modules of the model.
+        part: of a pipeline's basis the part that the model is; None: names tell.
 
     Returns:
         Name in the model → name in the basis; None where the basis has no such module.
@@ -36,7 +40,7 @@ def names_in_basis(model: nn.Module, basis: SubspaceBasis, names: Sequence[str])
     Raises:
         BasisMismatchError: several of the basis's modules match one of the model's.
     """
-    found = {name: basis.find(name, converted=False) for name in names}
+    found = {name: basis.find(name, part, converted=False) for name in names}
     left = set(basis) - set(found.values())
     if not left or None not in found.values():
         return found
@@ -51,7 +55,15 @@ def names_in_basis(model: nn.Module, basis: SubspaceBasis, names: Sequence[str])
 def other_names(basis: SubspaceBasis, names: Mapping[str, str]) -> dict[str, str] | None:
     """Return those of `names`, a model's → the basis's, that the basis does not find by itself; None where it does."""
     plain = basis.named({})
-    return {name: key for name, key in names.items() if plain.find(name, converted=False) != key} or None
+
+    def told(name: str) -> str | None:
+        try:
+            return plain.find(name, converted=False)
+        except BasisMismatchError:
+            # modules of several parts of a pipeline have this name
+            return None
+
+    return {name: key for name, key in names.items() if told(name) != key} or None
 
 
 def renamed_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

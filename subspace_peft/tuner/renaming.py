@@ -99,7 +99,7 @@ def _rename(config: SubspaceConfig, renamed: Mapping[str, str]) -> None:
     assert origin is not None and origin.modules is not None
     sized = {name: config.sizes.k_of(name) for name in renamed}
     config.target_modules = set(renamed.values())
-    for key in ("basis_modules", "weight_shapes"):
+    for key in ("basis_modules", "basis_names", "weight_shapes"):
         if (value := getattr(config, key)) is not None:
             setattr(config, key, {renamed.get(name, name): entry for name, entry in value.items()})
     modules = {renamed[name]: shape for name, shape in origin.modules.items()}
