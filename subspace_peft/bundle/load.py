@@ -18,9 +18,11 @@ from .._adapted import unwrapped
 from .._io.occupied import LORA, TASK
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
+from ..basis.pipeline_parts import PARTS
 from ..convert.export import export_lora
 from ..errors import SubspaceError
 from ..tasks.arguments import check_known, keywords_of
+from ..tasks.pipeline_task import part_for
 from ..tasks.write import core_tensors, fill_folder, write_task
 from ..tuner.card import MEASURED, digest_of, noted
 from ..tuner.config import SubspaceConfig
@@ -53,7 +55,8 @@ def load_task(
     Args:
         model: A PeftModel, which is changed; or another model, around which one is made.
         bundle: Folder, file or Hub id of a bundle, or an open one.
-        task: The task's name in the bundle.
+        task: The task's name in the bundle. Of a pipeline's task, whose parts are tasks ``<task>.unet`` and so on, the
+            part that fits the model is taken.
         adapter_name: The adapter's name; by default the task's, with ``_`` for dots, which torch does not allow in the
             name of a module.
         as_lora: Load the task as a stock LoRA (projection and residual in one, exact) instead of a subspace adapter.
@@ -78,13 +81,15 @@ def load_task(
     check_known(loading, [*keywords_of(PeftModel.load_adapter, PeftModel.from_pretrained), *DISPATCH])
     found = _find(bundle, task, revision, token, cache_dir)
     name = adapter_name or task.replace(".", "_")
+    if task not in found:
+        task = _part_for(model, found, task, basis)
     wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
     _check_model(model, found, task, name, wants_lora)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "task")
         # the basis has to live until the model holds it: PEFT reads another configuration from the folder, which then
         # finds the basis in this process
-        held = _write(found, task, folder, wants_lora, basis, _fill)
+        held = _write(found, task, folder, wants_lora, basis, _fill, model=model)
         inner = unwrapped(model)
         if isinstance(inner, (PeftModel, PeftMixedModel)):
             inner.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
@@ -135,6 +140,10 @@ def extract_task(
     """
     found = _find(bundle, task, revision, token, cache_dir)
     folder = Path(folder)
+    if task not in found:
+        for part in _parts(found, task):
+            extract_task(found, f"{task}.{part}", folder / part, as_lora=as_lora, basis=basis, overwrite=overwrite)
+        return folder
     wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
     planned = Planned(LORA if wants_lora else TASK, found.fingerprint)
     check_target(folder, planned, overwrite=overwrite, needed=[found.location, basis])
@@ -187,8 +196,27 @@ def _find(bundle: Any, task: str, revision: Any, token: Any, cache_dir: Any) -> 
     if task not in found and not isinstance(bundle, Bundle):
         # added to the branch since it was opened
         found = reopen_bundle(found)
-    found.entry(task)
+    if not _parts(found, task):
+        found.entry(task)
     return found
+
+
+def _parts(bundle: Bundle, task: str) -> list[str]:
+    """Return the parts of a pipeline's task, which are tasks called ``<task>.<part>``; none where it is one task."""
+    return [] if task in bundle else [part for part in PARTS if f"{task}.{part}" in bundle]
+
+
+def _part_for(model: nn.Module, bundle: Bundle, task: str, basis: Any) -> str:
+    """Return the name of the part of a pipeline's task that fits the model."""
+    names = [f"{task}.{part}" for part in _parts(bundle, task)]
+    parts = {}
+    for name in names:
+        found = bundle.config(name, basis).resolve()
+        shapes = {} if found is None else found.shapes()
+        parts[name] = {module: shapes[str(found.find(module))] for module in bundle.sizes(name) if found is not None}
+    inner = unwrapped(model)
+    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    return part_for(inner, f"{bundle.location}: {task}", parts, f"Load one by its name, such as {names[0]!r}.")
 
 
 def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora: bool) -> None:
@@ -226,10 +254,14 @@ def _write(
     basis: Any,
     write: Callable[..., object],
     overwrite: bool = False,
+    model: nn.Module | None = None,
 ) -> tuple[SubspaceConfig, SubspaceBasis | None] | None:
-    """Write the adapter by `write`, `write_task` or `_fill`; return a subspace task's configuration and basis."""
+    """Write the adapter by `write`, `write_task` or `_fill`; return a subspace task's configuration and basis.
+
+    A LoRA is written under the names that `model` has.
+    """
     if as_lora:
-        export_lora(bundle.task(task, basis), folder, overwrite=overwrite)
+        export_lora(bundle.task(task, basis), folder, overwrite=overwrite, model=model)
         return None
     config, numbers = bundle.config(task, basis), bundle.read(task)
     found = config.resolve()

@@ -33,6 +33,7 @@ def add_project(add: Add) -> None:
     add_force(verb)
     verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
     add_base_model_name(verb)
+    verb.add_argument("--part", help="of a pipeline's basis the part that the LoRA is of, where names do not tell")
     add_reading(verb)
     add_json(verb)
     add_quiet(verb)
@@ -51,6 +52,10 @@ def add_export_lora(add: Add) -> None:
     add_force(verb)
     verb.add_argument("--basis", help="where the basis is, if not where the task says")
     verb.add_argument("--rank", type=int, help="truncate to this rank")
+    verb.add_argument(
+        "--format", default="peft", help="'peft', a folder (default), or 'diffusers', a file that pipelines load"
+    )
+    verb.add_argument("--part", help="with --format diffusers: the part of a pipeline, such as unet")
     verb.add_argument("--pad-to", help="fill up to this rank with zeros, or 'vllm'")
     verb.add_argument(
         "--modules-to-save",
@@ -82,10 +87,13 @@ def project(args: Namespace) -> int:
         base_model_name=args.base_model_name,
         allow_bin=args.allow_bin,
         base_model=base_model(args.base_model),
+        part=args.part,
     )
     facts = projection.to_dict()
     if args.out:
         facts["out"] = str(projection.save_pretrained(args.out, overwrite=args.force))
+        if len(projection.parts) > 1:
+            facts["parts"] = list(projection.parts)
     if args.json:
         return print_json(facts)
     for name, share in projection.energy.items():
@@ -111,6 +119,8 @@ def export_lora(args: Namespace) -> int:
         pad_to=pad,
         modules_to_save=args.modules_to_save,
         overwrite=args.force,
+        format=args.format,
+        part=args.part,
     )
     if args.json:
         return print_json(result.to_dict())

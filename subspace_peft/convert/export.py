@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from .._io.atomic import write_all_aside
 from .._io.occupied import LORA, MARK, sort_metadata
@@ -19,8 +21,12 @@ from ..basis.module_store import names_of
 from ..basis.overwriting import Planned, check_target, replacing
 from ..errors import BadFileError, SubspaceError
 from ..sources import Factors
+from ..tasks.pipeline_task import parts_of_folder
 from ..tasks.read import SavedTask, read_task
+from ..tuner.renaming import names_in
+from .pipeline_export import FILE, check_part, check_plain, in_diffusers_names, in_installed_names, part_of
 
+FORMATS = ("peft", "diffusers")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -60,17 +66,21 @@ def export_lora(
     modules_to_save: bool | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
+    format: str = "peft",
+    part: str | None = None,
+    model: nn.Module | None = None,
     **hub: Any,
 ) -> Export:
-    """Write a task as a stock PEFT LoRA folder.
+    """Write a task as a stock PEFT LoRA folder, or as a LoRA file of diffusers.
 
     With k_in ≤ k_out, ``lora_A = V`` and ``lora_B = s·U·C``; else ``lora_A = s·C·V`` and ``lora_B = U``: the same ΔW,
     without an SVD. A smaller `rank` takes the SVD of the core alone, which is optimal since U and V are orthonormal.
     Every module gets the same rank, filled up with zeros, and ``lora_alpha = r``, so that no patterns are needed.
 
     Args:
-        task: Folder or Hub id of a saved task; a live PeftModel, exported at its configured scale (`set_scale` aside);
-            or a `SavedTask`, such as a bundle's, whose residual is included.
+        task: Folder or Hub id of a saved task; the folder of a pipeline's task, whose parts are all exported; a live
+            PeftModel, exported at its configured scale (`set_scale` aside); or a `SavedTask`, such as a bundle's, whose
+            residual is included.
         out: The folder to write, made where it does not exist.
         adapter_name: The adapter of a live model; the active one by default.
         basis: The basis, its folder or its Hub id; by default the place that the task's config names.
@@ -81,6 +91,12 @@ def export_lora(
         dtype: The dtype of the written factors.
         overwrite: Replace what else lies in `out`, such as a LoRA that is no export from the same basis. An earlier
             export from it is replaced in any case.
+        format: ``"peft"``: a PEFT folder, of a pipeline's task one per part, ``out/unet`` and so on. ``"diffusers"``:
+            one file, ``pytorch_lora_weights.safetensors``, which ``pipe.load_lora_weights(out)`` and
+            ``unet.load_lora_adapter(out, prefix="unet")`` load.
+        part: With ``format="diffusers"``, the part of the pipeline that the task is of, such as ``unet``, where its
+            basis and its modules do not tell.
+        model: The model that the LoRA is for, whose modules' names are then written, where it calls them otherwise.
         **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Raises:
@@ -90,21 +106,34 @@ def export_lora(
     """
     if rank is not None and rank < 1:
         raise SubspaceError(f"rank={rank}: give at least 1.")
-    read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
-    basis_folder = None if read.config.basis_revision else read.config.to_dict()["basis"]
-    check_target(out, planned_lora(read), overwrite=overwrite, inputs=[task], needed=[basis_folder])
+    if format not in FORMATS:
+        raise SubspaceError(f"format={format!r}: choose one of {', '.join(FORMATS)}.")
+    how: dict[str, Any] = {"rank": rank, "pad_to": pad_to, "dtype": dtype, "overwrite": overwrite}
+    parts = [] if hub.get("subfolder") else parts_of_folder(task)
+    if parts and format == "peft":
+        how |= {"basis": basis, "modules_to_save": modules_to_save, "model": model}
+        return _together(out, [export_lora(Path(task, each), Path(out, each), **how, **hub) for each in parts])
+    if parts:
+        reads = {each: read_task(Path(task, each), basis=basis, **hub) for each in parts}
+    else:
+        read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
+        reads = {check_part(part or part_of(read), task) if format == "diffusers" else "": read}
+    needed = [None if read.config.basis_revision else read.config.to_dict()["basis"] for read in reads.values()]
+    first = next(iter(reads.values()))
+    check_target(out, planned_lora(first), overwrite=overwrite, inputs=[task], needed=needed)
     if modules_to_save is None:
         modules_to_save = pad_to != "vllm"
-        if read.extras and not modules_to_save:
+        if first.extras and not modules_to_save:
             warnings.warn(
-                f"{task}: the task has trained {names_of(read.extras, 3)} as well, which stays behind since vLLM"
+                f"{task}: the task has trained {names_of(first.extras, 3)} as well, which stays behind since vLLM"
                 " refuses it. Pass modules_to_save=True (--modules-to-save) to keep it, or modules_to_save=False"
                 " (--no-modules-to-save) to leave it out without this warning.",
                 stacklevel=2,
             )
-    return write_lora(
-        read, out, rank=rank, pad_to=pad_to, modules_to_save=modules_to_save, dtype=dtype, overwrite=overwrite
-    )
+    if format == "diffusers":
+        return write_diffusers(reads, out, modules_to_save=modules_to_save, **how)
+    names = in_installed_names(part or part_of(first), first) if model is None else names_in(model, first.cores)
+    return write_lora(first.renamed(names), out, modules_to_save=modules_to_save, **how)
 
 
 def planned_lora(read: SavedTask) -> Planned:
@@ -138,23 +167,12 @@ def write_lora(
         BadFileError: The task's config gives a weight another shape than the basis has.
         OSError: The disk refuses; an earlier folder stays as it was.
     """
-    factors, kept, total = {}, 0.0, 0.0
-    for name, core in read.cores.items():
-        S = torch.linalg.svdvals(core)
-        if name in read.residual:
-            factors[name], S = _with_residual(lora_factors(read.modules[name], core), read.residual[name], rank)
-        else:
-            factors[name] = lora_factors(read.modules[name], core, rank)
-        total += float(S.square().sum())
-        kept += float(S[:rank].square().sum())
-    r = _padded(max(B.shape[1] for B, _ in factors.values()), pad_to)
+    made = _factored(read, rank, pad_to, dtype)
     tensors: dict[str, torch.Tensor] = {}
-    for name, (B, A) in factors.items():
-        fill = r - B.shape[1]
-        padded = torch.nn.functional.pad(A, (0, 0, 0, fill)).to(dtype), torch.nn.functional.pad(B, (0, fill)).to(dtype)
-        tensors |= _as_peft_has_it(f"base_model.model.{name}", *padded, (read.config.weight_shapes or {}).get(name))
+    for name, (B, A) in made.factors.items():
+        tensors |= _as_peft_has_it(f"base_model.model.{name}", A, B, (read.config.weight_shapes or {}).get(name))
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    config = _lora_config(read, r, modules_to_save)
+    config = _lora_config(read, made.r, modules_to_save)
     if modules_to_save:
         tensors |= {key: value.contiguous() for key, value in read.extras.items()}
     folder = Path(out)
@@ -176,12 +194,107 @@ def write_lora(
         )
     return Export(
         str(folder),
-        r,
-        len(factors),
+        made.r,
+        len(made.factors),
         weights.stat().st_size,
-        kept / total if total else 1.0,
+        made.kept / made.total if made.total else 1.0,
         list(config["modules_to_save"] or []),
     )
+
+
+def write_diffusers(
+    reads: Mapping[str, SavedTask],
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    pad_to: int | str | None = None,
+    modules_to_save: bool = True,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
+) -> Export:
+    """Write the tasks of a pipeline's parts as one LoRA file of diffusers; see `export_lora`.
+
+    Args:
+        reads: Part → its task.
+        out: The folder to write, made where it does not exist.
+        rank: See `export_lora`.
+        pad_to: See `export_lora`.
+        modules_to_save: Whether trained modules, which such a file cannot hold, are refused, not left out.
+        dtype: The dtype of the written factors.
+        overwrite: See `export_lora`.
+
+    Raises:
+        SubspaceError: A rank is out of range, `out` is a file, or a task has tensors that such a file does not hold.
+        OSError: The disk refuses; an earlier file stays as it was.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    made = {part: _factored(read, rank, pad_to, dtype) for part, read in reads.items()}
+    for part, read in reads.items():
+        check_plain(read, part, modules_to_save)
+        for name, (B, A) in made[part].factors.items():
+            shape = (read.config.weight_shapes or {}).get(name)
+            tensors |= _as_peft_has_it(in_diffusers_names(part, name), A, B, shape)
+    first = next(iter(reads.values()))
+    file = Path(out, FILE)
+    mark = first.config.basis_fingerprint
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, metadata={"format": "pt", **({} if mark is None else {MARK: mark})})
+        sort_metadata(path)
+
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    with replacing(Path(out), planned_lora(first), overwrite=overwrite):
+        write_all_aside({file: write})
+    kept, total = sum(each.kept for each in made.values()), sum(each.total for each in made.values())
+    return Export(
+        str(out),
+        max(each.r for each in made.values()),
+        sum(len(each.factors) for each in made.values()),
+        file.stat().st_size,
+        kept / total if total else 1.0,
+        [],
+    )
+
+
+def _together(out: str | Path, exports: Sequence[Export]) -> Export:
+    """Return the account of several parts' exports; the energy kept is the least of theirs."""
+    return Export(
+        str(out),
+        max(each.rank for each in exports),
+        sum(each.modules for each in exports),
+        sum(each.bytes for each in exports),
+        min(each.energy_kept for each in exports),
+        sorted({name for each in exports for name in each.modules_to_save}),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Factored:
+    """A task's LoRA factors, all of rank r: module → (B, A); and the energy kept, of how much in total."""
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    r: int
+    kept: float
+    total: float
+
+
+def _factored(read: SavedTask, rank: int | None, pad_to: int | str | None, dtype: torch.dtype) -> _Factored:
+    factors, kept, total = {}, 0.0, 0.0
+    for name, core in read.cores.items():
+        S = torch.linalg.svdvals(core)
+        if name in read.residual:
+            factors[name], S = _with_residual(lora_factors(read.modules[name], core), read.residual[name], rank)
+        else:
+            factors[name] = lora_factors(read.modules[name], core, rank)
+        total += float(S.square().sum())
+        kept += float(S[:rank].square().sum())
+    r = _padded(max(B.shape[1] for B, _ in factors.values()), pad_to)
+    filled = {}
+    for name, (B, A) in factors.items():
+        fill = r - B.shape[1]
+        B, A = torch.nn.functional.pad(B, (0, fill)), torch.nn.functional.pad(A, (0, 0, 0, fill))
+        filled[name] = B.to(dtype), A.to(dtype)
+    return _Factored(filled, r, kept, total)
 
 
 def lora_factors(

@@ -64,6 +64,18 @@ def named_as(own: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {found[name]: value for name, value in values.items()} if certain else dict(values)
 
 
+def names_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return module → its name in `model`, without wrappers; empty where one cannot be told for certain.
+
+    Args:
+        model: The model, or a PeftModel of it.
+        names: Names of modules.
+    """
+    own = [plain_name(name) for name, module in outer_modules(model) if supported(module)]
+    found = {name: hits[0] for name, hits in new_names(dict.fromkeys(names), own).items() if len(hits) == 1}
+    return found if len(found) == len(set(found.values())) == len(list(names)) else {}
+
+
 def follow_model(config: SubspaceConfig, model: nn.Module) -> None:
     """Let a loaded task's configuration call its modules what `model` calls them.
 
