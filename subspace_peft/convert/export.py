@@ -79,8 +79,8 @@ def export_lora(
 
     Args:
         task: Folder or Hub id of a saved task; the folder of a pipeline's task, whose parts are all exported; a live
-            PeftModel, exported at its configured scale (`set_scale` aside); or a `SavedTask`, such as a bundle's, whose
-            residual is included.
+            PeftModel, exported at its configured scale (`set_scale` aside); or a `SavedTask`, such as a bundle's,
+            whose residual is included.
         out: The folder to write, made where it does not exist.
         adapter_name: The adapter of a live model; the active one by default.
         basis: The basis, its folder or its Hub id; by default the place that the task's config names.

@@ -167,6 +167,7 @@ def moves_of(old: SavedTask, new: SubspaceBasis, what: str) -> dict[str, Transfe
     Raises:
         BasisMismatchError: The new basis lacks a module, or has it in another shape.
     """
+    new = new.named(old.config.basis_names or {})
     absent = [name for name in old.cores if new.find(name) is None]
     if absent:
         raise BasisMismatchError(

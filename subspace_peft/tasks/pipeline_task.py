@@ -18,8 +18,10 @@ CONFIG_FILE = "adapter_config.json"
 Sizes = Mapping[str, Mapping[str, int]]
 
 
-def parts_of_folder(folder: str | Path) -> list[str]:
+def parts_of_folder(folder: Any) -> list[str]:
     """Return the parts of the pipeline's task that a folder is; none where it is one task, or no folder."""
+    if not isinstance(folder, (str, Path)):
+        return []
     path = Path(folder)
     try:
         if not path.is_dir() or (path / CONFIG_FILE).is_file():

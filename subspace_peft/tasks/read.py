@@ -151,6 +151,7 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], basis:
         parts_of: Mapping[str, ModuleBasis] = carried
         known = {name: module_shape(module) for name, module in carried.items()}
     else:
+        basis = basis.named(config.basis_names) if config.basis_names else basis
         keys = {name: str(basis.find(name)) for name in coefficients}
         shapes = basis.shapes()
         known = {name: shapes[key] for name, key in keys.items()}
