@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 import warnings
 
+# decorators of torch's are between the package's own lines
+INSIDE = ("subspace_peft", "torch", "contextlib", "functools")
+
 
 def warn_caller(message: str) -> None:
     """Warn with a `UserWarning` that names the first line outside this package on the way here."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "subspace_peft":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

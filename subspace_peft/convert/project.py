@@ -273,7 +273,8 @@ def _extras(source: Source) -> dict[str, torch.Tensor]:
 def _check_extras(source: Source) -> None:
     """Raise `SubspaceError` where a LoRA has trained tensors that a task cannot hold."""
     saved = saved_modules(source.config)
-    for key in source.other_keys:
+    # the trained tokens themselves before the rest of their layer
+    for key in sorted(source.other_keys, key=lambda key: not key.endswith("trainable_tokens_delta")):
         if not (is_saved_module(source.plain(key), source.config) or is_embedding(source.plain(key))):
             raise SubspaceError(
                 f"{source.location}: {key} was trained with the LoRA, and is neither a factor nor of its"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
-from .lora import is_embedding
+from .lora import is_embedding, method_of
 from .merged_updates import keep_weights, merged_factors, put_back
 from .plain_lora import NO_UPDATE, config_problems, method_problem, moves_weights
 
@@ -42,7 +42,7 @@ def convert(
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.tuners.lora.conversion import convert_to_lora
 
-    kind = str(config.get("peft_type"))
+    kind = method_of(config)
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise SourceError(f"{location}: the installed PEFT knows no method {kind}. Upgrade it, or leave this one out.")
     if kind in NO_UPDATE:

@@ -16,8 +16,8 @@ from torch import nn
 from ..basis.module import FLOAT_DTYPES
 from ..errors import SourceError
 
-ROUNDING = 1e-7  # singular values below this share of the largest are rounding
-WIDEST = 4  # an update of rank up to this many times the adapter's counts as exactly low-rank
+ROUNDING = 1e-11  # a share of an update's energy that counts as rounding, such as that of weights moved in float32
+WIDEST = 4  # an update that is whole, up to rounding, at this many times the adapter's rank is kept whole
 
 
 def keep_weights(base_model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,9 +65,9 @@ def merged_factors(
         flat = delta.T if embedding or _is_transposed(layer) else delta.flatten(1)
         U, S, Vh = torch.linalg.svd(flat, full_matrices=False)
         squares = S.square()
-        rank = max(1, int((ROUNDING * S[0] < S).sum()))
+        rank = _rank(squares, 1 - ROUNDING)
         if rank > WIDEST * int(layer.r["default"]):
-            rank = int(torch.searchsorted(squares.cumsum(0), energy * squares.sum())) + 1
+            rank = _rank(squares, energy)
         lost, total = lost + float(squares[rank:].sum()), total + float(squares.sum())
         B, A = (U[:, :rank] * S[:rank]).contiguous(), Vh[:rank].contiguous()
         if embedding:
@@ -77,6 +77,11 @@ def merged_factors(
             A, B = A.view(rank, *shape[1:]), B[:, :, None, None]
         factors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
     return factors, lost / total if total else 0.0
+
+
+def _rank(squares: torch.Tensor, energy: float) -> int:
+    """Return how many of the leading squares make up this share of all."""
+    return min(int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1, len(squares))
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:

@@ -40,9 +40,9 @@ def open_source(
             as ``(state_dict, LoraConfig or dict)``; or a live PeftModel (its active adapter).
         token: as in huggingface_hub.
         allow_bin: take pickled weights too, read with ``weights_only=True``.
-        base_model: the model that the adapter adapts: needed for adapters of PEFT's other methods, which
-            `convert_to_lora` then turns into LoRA factors, and for kohya files whose modules' names cannot be told
-            otherwise. It is left as it was.
+        base_model: the model that the adapter adapts: needed for DoRA, KaSA, BD-LoRA, PiSSA, OLoRA and adapters of
+            PEFT's other methods, which are then converted to LoRA factors, and for kohya files whose modules' names
+            cannot be told otherwise. It is left as it was.
 
     Raises:
         SourceError: it is none of these, or it cannot be read; names the fault and the remedy.
@@ -137,7 +137,7 @@ def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
     read = upcast(read)
     if files.config is not None and not has_foreign_keys(names):
         plain = plain_names(names)
-        keys = _keys(plain, files.config, files.location)
+        keys = _keys(plain, files.config, files.location, alone=True)
         in_file = _is_read_by_bytes(files.weights, keys)
         return _of_files(files, keys, read, in_file=in_file, other_keys=_others(names), plain_keys=plain)
     if form := format_of_keys(names):
@@ -145,7 +145,7 @@ def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
     bases = [] if base_model is None else [name for name, _ in base_model.named_modules()]
     found = read_foreign_keys(names, read, metadata, bases)
     for config in (files.config or {}, *metadata_configs(metadata)):
-        found.problems += config_problems(config)
+        found.problems += config_problems(config, offered=False)
     factors = [f"{module}.lora_A.weight" for module in found.keys]
     found.problems += tensor_problems({name: name for name in (*factors, *found.others)}, files.config or {})
     if found.problems:
@@ -230,7 +230,12 @@ def _license(folder: Path) -> str | None:
 
 
 def _keys(
-    plain: Mapping[str, str], config: dict[str, Any], location: str, further: Iterable[str] = ()
+    plain: Mapping[str, str],
+    config: dict[str, Any],
+    location: str,
+    further: Iterable[str] = (),
+    *,
+    alone: bool = False,
 ) -> dict[str, dict[str, str]]:
     """Return ``{module: {"A": key, "B": key}}`` of a PEFT LoRA.
 
@@ -239,6 +244,7 @@ def _keys(
         config: its configuration.
         location: named in errors.
         further: problems that are known already.
+        alone: whether the keys are a saved adapter's, with nothing of the base model among them.
 
     Raises:
         SourceError: the adapter is none, or its update is no low-rank one; lists up to five problems.
@@ -256,9 +262,8 @@ def _keys(
     keys, problems = sort_keys(plain, plain)
     if problem := config_problem(config):
         problems.append(problem)
-    problems += config_problems(config) or list(further)
-    # what the configuration says is not said again of the tensors that go with it
-    problems += tensor_problems(plain, config, converting=needs_conversion(config) is not None)
+    # what the configuration says is not said again of the layers and tensors that go with it
+    problems += config_problems(config) or list(further) or tensor_problems(plain, config, alone=alone)
     if problems:
         raise SourceError(f"{location}: " + "; ".join(problems[:5]) + ".")
     if not keys:

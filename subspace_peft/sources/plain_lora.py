@@ -7,10 +7,11 @@ PEFT's sources (0.3 to 0.21) to leave ΔW = s·B·A pass; any other one that is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from .lora import LORA_KEY, is_saved_module
+from .lora import LORA_KEY, is_embedding, is_saved_module
 
 KNOWN_UP_TO = "0.21"
 
@@ -78,6 +79,8 @@ FOREIGN = _words(
     tinylora_ unilora_ vblora_ vera_ waveft_ xlora_
     """
 )
+# modules of transformers that hold the weights of all experts as one parameter
+STACK = re.compile(r"(?:^|\.)(?:experts|experts\.mlp|(?:block_sparse_moe|moe)\.(?:input_linear|output_linear))$")
 # methods that are no fixed update of weight matrices
 NO_UPDATE = _words(
     """
@@ -87,19 +90,20 @@ NO_UPDATE = _words(
 )
 
 
-def config_problems(config: Mapping[str, Any], *, converting: bool = False) -> list[str]:
+def config_problems(config: Mapping[str, Any], *, converting: bool = False, offered: bool = True) -> list[str]:
     """Return why a LoRA with this configuration is not s·B·A; nothing where it is.
 
     Args:
         config: as in its adapter_config.json.
         converting: leave out what `needs_conversion` means, since the adapter is being converted.
+        offered: whether the remedy may be a conversion on the base model.
     """
     problems = []
     for name, value in config.items():
         if name in NEUTRAL or _is_off(name, value) or (converting and name in CONVERTIBLE):
             continue
         if name in REASONS:
-            problems.append(f"{name}: {REASONS[name]}{_offer(name in CONVERTIBLE)}")
+            problems.append(f"{name}: {REASONS[name]}{_offer(offered and name in CONVERTIBLE)}")
         else:
             written = config.get("peft_version")
             problems.append(
@@ -115,7 +119,7 @@ def config_problems(config: Mapping[str, Any], *, converting: bool = False) -> l
             problems.append(
                 f"it was trained with init_lora_weights={start!r}, which changes the base weights, so its update does"
                 " not belong to the base model: save it with PEFT's path_initial_model_for_weight_conversion, which"
-                f" makes a plain LoRA of it{_offer(is_repeated_start(start), ', or ')}"
+                f" makes a plain LoRA of it{_offer(offered and is_repeated_start(start), ', or ')}"
             )
     elif start not in KEEPING_STARTS:
         problems.append(
@@ -146,15 +150,18 @@ def moves_weights(config: Mapping[str, Any]) -> bool:
     return not _is_off("kasa_config", config.get("kasa_config")) or is_repeated_start(_start(config))
 
 
-def tensor_problems(plain: Mapping[str, str], config: Mapping[str, Any], *, converting: bool = False) -> list[str]:
+def tensor_problems(
+    plain: Mapping[str, str], config: Mapping[str, Any], *, converting: bool = False, alone: bool = False
+) -> list[str]:
     """Return which of an adapter's tensors are neither its factors nor of its `modules_to_save`, and why that matters.
 
-    Tensors of the base model, such as biases and embeddings, are no problem here.
+    Trained biases, whole embeddings and single trained tokens are no problem here.
 
     Args:
         plain: the keys of its state dict, each with the key without the names of wrappers.
         config: its configuration.
         converting: take the tensors of variants that can be converted, since the adapter is being converted.
+        alone: whether nothing of the base model is among them, as in a file that PEFT wrote.
     """
     passed = (*TRAINING_ONLY, *(("lora_magnitude_vector", "lora_diag") if converting else ()))
     problems: dict[str, str] = {}
@@ -170,6 +177,13 @@ def tensor_problems(plain: Mapping[str, str], config: Mapping[str, Any], *, conv
             problems.setdefault(odd, f"{name}: {_tensor_reason(odd, name)}")
         elif odd is None and (other := next((part for part in parts if part.startswith(tuple(FOREIGN))), None)):
             problems.setdefault(other, f"{name}: it is no tensor of a LoRA, and without it the adapter is another")
+        elif odd is None and alone and not _is_explained(short, config):
+            problems.setdefault(
+                "rest",
+                f"{name}: it is neither a factor nor of what the configuration says was trained (modules_to_save,"
+                " bias, trainable_token_indices), and without it the adapter may be another. If it is the base"
+                " model's own, save the adapter alone, with `model.save_pretrained(folder)`",
+            )
     problems |= _stacks(modules)
     return list(problems.values())
 
@@ -192,6 +206,13 @@ def is_repeated_start(start: str) -> bool:
     return start in REPEATED_STARTS
 
 
+def _is_explained(name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a tensor beside the factors is one that PEFT saves with such a configuration."""
+    if name.endswith(".bias"):
+        return (config.get("bias") or "none") != "none"
+    return is_embedding(name) or ("token_adapter" in name and bool(config.get("trainable_token_indices")))
+
+
 def _stacks(modules: Mapping[str, str]) -> dict[str, str]:
     """Return problems of factors that are no module's own: PEFT's layers around parameters and attention."""
     problems = {}
@@ -202,7 +223,7 @@ def _stacks(modules: Mapping[str, str]) -> dict[str, str]:
                 f"{key}: it adapts an nn.MultiheadAttention, whose three input projections are one parameter; a basis"
                 " is of modules that are matrices. Leave it out of the adapter's target_modules"
             )
-        elif "base_layer" in parts or parts[-1] == "experts":
+        elif "base_layer" in parts or STACK.search(module):
             problems["experts"] = (
                 f"{key}: it adapts a stack of experts (target_parameters), and each expert has factors of its own; a"
                 " basis is of modules that are matrices. Train it on target_modules alone"

@@ -197,11 +197,11 @@ class Source:
 
     def check_pair(self, module: str, B: tuple[int, ...], A: tuple[int, ...]) -> None:
         """Raise `SourceError` where factors of these shapes do not multiply."""
-        if B[1] and B[1] < A[0] and A[0] % B[1] == 0 and "embedding" not in self.keys[module]["A"]:
+        if B[1] and A[0] > B[1] and A[0] % B[1] == 0 and len(self._stored_shape(self.keys[module]["A"])) == 4:
             raise SourceError(
-                f"{self.location}: module {module!r} has lora_B {B} and lora_A {A}: a grouped convolution's, of"
-                f" {A[0] // B[1]} groups, or a stack of experts, which no basis holds. Leave the module out of the"
-                " adapter's target_modules; if it is neither, the file is damaged, and these two do not multiply."
+                f"{self.location}: module {module!r} is a convolution of {A[0] // B[1]} groups, whose lora_B {B} and"
+                f" lora_A {A} are those of its groups; no basis holds that. Leave it out of the adapter's"
+                " target_modules."
             )
         if B[1] != A[0]:
             raise SourceError(
@@ -222,8 +222,11 @@ class Source:
     def shape(self, module: str) -> tuple[int, int, int]:
         """Return out, in and rank of one module's update, from the file's header where the source was scanned."""
         keys = (self.keys[module][side] for side in ("B", "A"))
-        B, A = (self.read(key).shape if self.spans is None else self.spans[key].shape for key in keys)
+        B, A = map(self._stored_shape, keys)
         return B[0], math.prod(A[1:]), A[0]
+
+    def _stored_shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.read(key).shape) if self.spans is None else self.spans[key].shape
 
     def weight_shape(self, module: str) -> list[int] | None:
         """Return the base weight's shape where it is no linear layer's.
