@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 
 from ..basis import SubspaceBasis
+from ..basis.stored_size import ModuleSize, stored_bytes
 from ..errors import SubspaceError
 from .budget import even
-from .clusters import prepare_clusters
+from .clusters import MOST, prepare_clusters
 from .controls import control_module
 from .fleet import Fleet
 from .hosvd import exact, hosvd
 from .ignored import warn_of_ignored
 from .keywords import takes_options
-from .memory import MemoryPlan
+from .memory import CORES_KEPT_UP_TO, MemoryPlan
 from .module_plan import ModulePlan
 from .module_stack import ModuleStack
 from .options import BuildOptions, Resources
@@ -44,9 +45,10 @@ class BuildPlan:
             and ``k_in``.
         bytes_to_read: of the sources' files; a build reads them twice, of a module whose factors do not fit in
             `max_memory` more often.
-        bytes_of_basis: of U, V and the cores in the basis's file.
+        bytes_of_basis: of the basis's file, or of all clusters' files together; with ``auto`` clusters of one basis.
         memory: estimated peak in bytes, beside Python, its libraries and sources held in memory.
         seconds: estimated time of building, reading aside, on this machine.
+        bytes_at_most: with ``auto`` clusters, of the files of as many as there may be; else as `bytes_of_basis`.
     """
 
     base_model: str | None
@@ -57,6 +59,7 @@ class BuildPlan:
     bytes_of_basis: int
     memory: int
     seconds: float
+    bytes_at_most: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON-ready values."""
@@ -72,6 +75,7 @@ def plan_build(
     like: SubspaceBasis | None = None,
     base_model: nn.Module | None = None,
     clusters: int | str | None = None,
+    precision: str = "float32",
 ) -> BuildPlan:
     """Check everything that `build_basis` would, and say how much building the basis takes.
 
@@ -85,7 +89,8 @@ def plan_build(
         like: as in `build_basis`.
         base_model: as in `build_basis`.
         clusters: as in `build_clusters`, of which this is the plan then: of one basis of all sources,
-            which takes about as much as all clusters' bases do, their comparison aside.
+            which takes about as much as all clusters' bases do, their comparison aside; files are counted for each.
+        precision: what the basis is then stored as, see `SubspaceBasis.to_precision`.
 
     Raises:
         SourceError: no source is usable.
@@ -96,13 +101,24 @@ def plan_build(
     warn_of_ignored(options, sources=sources, like=like, base_model=base_model)
     options = replace(options, skip_bad=True)
     if clusters is not None:
-        return _plan(prepare_clusters(sources, clusters, options, resources, base_model=base_model))
-    return _plan(prepare(sources, options, resources, like=like, base_model=base_model))
+        build = prepare_clusters(sources, clusters, options, resources, base_model=base_model)
+        if clusters != "auto":
+            return _plan(build, precision, int(clusters))
+        most = min(MOST, len(build.fleet.sources))
+        plan = _plan(build, precision)
+        return replace(
+            plan, bytes_at_most=max(plan.bytes_of_basis, _bytes_of_fleet(build, plan.modules, precision, most))
+        )
+    return _plan(prepare(sources, options, resources, like=like, base_model=base_model), precision)
 
 
 @takes_options(resources=Resources)
 def plan_rebuild(
-    basis: SubspaceBasis | str | Path, *, resources: Resources, base_model: nn.Module | None = None
+    basis: SubspaceBasis | str | Path,
+    *,
+    resources: Resources,
+    base_model: nn.Module | None = None,
+    precision: str | None = None,
 ) -> BuildPlan:
     """Check everything that `rebuild_basis` would, and say how much building the basis takes.
 
@@ -110,6 +126,7 @@ def plan_rebuild(
         basis: as in `rebuild_basis`.
         resources: as in `build_basis`; its fields are keywords of their own, too.
         base_model: as in `rebuild_basis`.
+        precision: what the basis is then stored as; by default what it is stored as now.
 
     Raises:
         SourceError: sources on record that are not what they were; lists all of them.
@@ -117,15 +134,17 @@ def plan_rebuild(
     """
     record = read_record(basis, base_model=base_model, resources=resources)
     if isinstance(record.options, BuildOptions):
-        return _plan(prepare(**record.inputs(resources, base_model), options=record.options))
-    return _plan(prepare_update(**record.inputs(resources, base_model), options=record.options))
+        build = prepare(**record.inputs(resources, base_model), options=record.options)
+        return _plan(build, precision or record.basis.precision or "float32")
+    update = prepare_update(**record.inputs(resources, base_model), options=record.options)
+    return _plan(update, precision or "float32")
 
 
-def _plan(build: FleetBuild | ControlBuild | PreparedUpdate) -> BuildPlan:
+def _plan(build: FleetBuild | ControlBuild | PreparedUpdate, precision: str, clusters: int = 1) -> BuildPlan:
     if isinstance(build, ControlBuild):
-        return _plan_of_control(build)
+        return _plan_of_control(build, precision)
     if isinstance(build, PreparedUpdate):
-        return _plan_of_update(build)
+        return _plan_of_update(build, precision)
     options, plan, fleet = build.options, build.plan, build.fleet
     k, k_in = options.size
     if options.budget is not None:
@@ -138,13 +157,36 @@ def _plan(build: FleetBuild | ControlBuild | PreparedUpdate) -> BuildPlan:
         wanted = (ranks, ranks) if isinstance(k, float) else (k, k_in or k)
         most = max(ranks, *wanted) if options.complete else ranks
         modules[name] = _size(task, *(min(size, most) for size in wanted))
-    cores = (len(fleet.sources) if build.keep_cores else 0) + options.directions
     # a budget is spread by what the fleet and its null hold, each of which costs about as much as building
     seconds = _seconds(plan, k, k_in, options.alternations) * (1 if options.budget is None else 3)
-    return _of_fleet(fleet, plan, modules, cores, seconds, build.base_model)
+    size = _bytes_of_fleet(build, modules, precision, clusters)
+    return _of_fleet(fleet, plan, modules, size, seconds, build.base_model)
 
 
-def _plan_of_update(update: PreparedUpdate) -> BuildPlan:
+def _bytes_of_fleet(build: FleetBuild, modules: dict[str, dict[str, int]], precision: str, clusters: int) -> int:
+    """Return the bytes of the files of a fleet's bases, each of an equal part of it."""
+    options, count, total = build.options, len(build.fleet.sources), 0
+    for number in range(clusters):
+        part = count // clusters + (number < count % clusters)
+        keep = part <= CORES_KEPT_UP_TO if options.keep_cores is None else options.keep_cores
+        sizes = {}
+        for name, size in modules.items():
+            task = build.plan.module(name)
+            # what the part spans: of all sources exactly, else about as much as its share
+            ranks = size["ranks"] if clusters == 1 else max(1, round(size["ranks"] * part / count))
+            k_out, k_in = (k if options.complete else min(k, ranks) for k in (size["k_out"], size["k_in"]))
+            members = min(part, size["sources"])
+            cores: dict[str, int | None] = {"M": None, "core_rms": None}
+            cores |= {"cores": part} if keep else {}
+            cores |= {"G": min(options.directions, members)} if options.directions else {}
+            most = ranks if task.exact else min(ranks, task.width)
+            spectra = {"spectrum_out": min(most, size["out"]), "spectrum_in": min(most, size["in"])}
+            sizes[name] = ModuleSize(size["out"], size["in"], k_out, k_in, cores, spectra)
+        total += stored_bytes(sizes, precision)
+    return total
+
+
+def _plan_of_update(update: PreparedUpdate, precision: str) -> BuildPlan:
     options, plan, fleet = update.options, update.plan, update.fleet
     old, modules = update.old.shapes(), {}
     for key, name in update.changed.items():
@@ -156,14 +198,30 @@ def _plan_of_update(update: PreparedUpdate) -> BuildPlan:
         modules[name] = _size(task, *(options.refit or grown))
     k, k_in = options.refit or (plan.k, None)
     seconds = _seconds(plan, k, k_in, options.alternations)
-    return _of_fleet(fleet, plan, modules, len(fleet.sources), seconds, update.base_model)
+    size = stored_bytes(_sizes_of_update(update, modules), precision)
+    return _of_fleet(fleet, plan, modules, size, seconds, update.base_model)
+
+
+def _sizes_of_update(update: PreparedUpdate, changed: dict[str, dict[str, int]]) -> dict[str, ModuleSize]:
+    """Return the sizes of all modules of an updated basis; what is stored of each is as in the old one's first."""
+    old, found = update.old, {}
+    held = old.stored(next(iter(old)))
+    more = len(update.fleet.sources)
+    for key, shape in old.shapes().items():
+        grown = changed[update.changed[key]] if key in update.changed else shape
+        cores: dict[str, int | None] = {name: None for name in ("M", "core_rms") if name in held}
+        cores |= {"cores": len(held["cores"]) + more} if "cores" in held else {}
+        cores |= {"G": shape["directions"]} if shape.get("directions") else {}
+        spectra = {name: len(held[name]) for name in ("spectrum_out", "spectrum_in") if name in held}
+        found[key] = ModuleSize(shape["out"], shape["in"], grown["k_out"], grown["k_in"], cores, spectra)
+    return found
 
 
 def _of_fleet(
     fleet: Fleet,
     plan: MemoryPlan,
     modules: dict[str, dict[str, int]],
-    cores: int,
+    stored: int,
     seconds: float,
     base_model: str | None,
 ) -> BuildPlan:
@@ -175,13 +233,14 @@ def _of_fleet(
         skipped=fleet.skipped,
         modules=modules,
         bytes_to_read=size,
-        bytes_of_basis=_bytes(modules, cores),
+        bytes_of_basis=stored,
         memory=min(plan.memory, plan.needed + plan.keep + size),
         seconds=seconds,
+        bytes_at_most=stored,
     )
 
 
-def _plan_of_control(build: ControlBuild) -> BuildPlan:
+def _plan_of_control(build: ControlBuild, precision: str) -> BuildPlan:
     options, fleet = build.options, build.fleet
     modules = {}
     for name, (out, inner, k_out, k_in) in build.sizes.items():
@@ -195,7 +254,19 @@ def _plan_of_control(build: ControlBuild) -> BuildPlan:
     began = time.perf_counter()
     control_module(name, build.sizes[name], options, build.weights.get(name))
     seconds = (time.perf_counter() - began) * sum(numbers.values()) / numbers[name]
-    basis = _bytes(modules, options.directions)
+    sizes = {
+        name: ModuleSize(
+            size["out"],
+            size["in"],
+            size["k_out"],
+            size["k_in"],
+            {"G": min(options.directions, size["k_out"] * size["k_in"])} if options.directions else {},
+            {},
+        )
+        for name, size in modules.items()
+    }
+    basis = stored_bytes(sizes)
+    stored = stored_bytes(sizes, precision)
     largest = max(out * inner for out, inner, _, _ in build.sizes.values())
     return BuildPlan(
         base_model=build.base_model,
@@ -203,7 +274,8 @@ def _plan_of_control(build: ControlBuild) -> BuildPlan:
         skipped=[] if fleet is None else fleet.skipped,
         modules=modules,
         bytes_to_read=sum(entry["bytes"] for entry in entries),
-        bytes_of_basis=basis,
+        bytes_of_basis=stored,
+        bytes_at_most=stored,
         # the basis as built and as written, and one module's decomposition in float64
         memory=2 * basis + 3 * 8 * largest,
         seconds=seconds,
@@ -214,12 +286,6 @@ def _size(task: ModulePlan, k_out: int, k_in: int) -> dict[str, int]:
     out, inner = task.shape
     size = {"out": out, "in": inner, "sources": len(task.members), "ranks": sum(task.ranks)}
     return {**size, "k_out": min(k_out, out), "k_in": min(k_in, inner)}
-
-
-def _bytes(modules: dict[str, dict[str, int]], cores: int) -> int:
-    """Return the bytes of U, V and so many cores per module, in float32."""
-    numbers = sum(m["k_out"] * m["out"] + m["k_in"] * m["in"] for m in modules.values())
-    return 4 * (numbers + cores * sum(m["k_out"] * m["k_in"] for m in modules.values()))
 
 
 def _entries(fleet: Fleet) -> list[dict[str, Any]]:

@@ -317,9 +317,10 @@ def _planned(request: Request) -> BuildPlan:
     from ..builders import plan_build, plan_rebuild
 
     given = _opened(request)
+    precision = request.inputs.get("precision")
     if request.again is not None:
-        return plan_rebuild(**given)
-    return plan_build(clusters=request.inputs.get("clusters"), **given)
+        return plan_rebuild(precision=precision, **given)
+    return plan_build(clusters=request.inputs.get("clusters"), precision=precision or "float32", **given)
 
 
 def _say_clusters(clusters: Clusters, as_json: bool, out: Path) -> int:
@@ -363,9 +364,10 @@ def _say_plan(plan: BuildPlan, args: Namespace, skip_bad: bool) -> int:
             f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k"
             f" {size['k_out']}, {size['k_in']}"
         )
+    most = f" to {plan.bytes_at_most:,}" if plan.bytes_at_most > plan.bytes_of_basis else ""
     print(
         f"{len(plan.sources)} sources of {plan.base_model}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes"
-        f" to read, {plan.bytes_of_basis:,} bytes of basis, about {plan.memory:,} bytes of memory and"
+        f" to read, {plan.bytes_of_basis:,}{most} bytes of basis, about {plan.memory:,} bytes of memory and"
         f" {plan.seconds:.1f} seconds"
     )
     return int(refused)
