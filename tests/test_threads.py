@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, TextIteratorStreamer
 from transformers.pytorch_utils import Conv1D

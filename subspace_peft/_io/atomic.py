@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .disk import ELSEWHERE, writing
 
 # the target's own name may be as long as the disk allows, so it is no part of the temporary file's
 PREFIX, SUFFIX = ".subspace_peft-", ".partial"
+_umask = threading.Lock()
 
 
 def write_aside(target: Path, write: Callable[[Path], object]) -> None:
@@ -94,6 +96,8 @@ def _flush(file: Path) -> None:
     """Have a new file on the disk, with the mode that new files usually have: temporary ones are private."""
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
+    with _umask:
+        # it can be read by setting it only, and of two threads that do so the later one would leave it at 0
+        umask = os.umask(0)
+        os.umask(umask)
     os.chmod(file, 0o666 & ~umask)

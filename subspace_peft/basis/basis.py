@@ -431,7 +431,7 @@ def alive(fingerprint: str) -> SubspaceBasis | None:
     found = _alive.get(fingerprint)
     if found is None or not (wrong := altered(found._modules, found._marks, found.digests)):
         return found
-    del _alive[fingerprint]
+    _alive.pop(fingerprint, None)
     warnings.warn(
         f"A basis in this process was changed in place (module {wrong[0]!r}) and no longer is {fingerprint}: it is not"
         " used for tasks that ask for that one. What uses it already computes with the changed numbers.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -336,6 +337,7 @@ def _tensor(data: bytes, piece: TensorRange) -> torch.Tensor:
 
 
 _opened: OrderedDict[tuple[Any, ...], Bundle] = OrderedDict()
+_opening = threading.RLock()
 
 
 def open_bundle(
@@ -392,10 +394,11 @@ def reopen_bundle(bundle: Bundle) -> Bundle:
 
 
 def _known(key: tuple[Any, ...], make: Callable[[], Bundle]) -> Bundle:
-    found = _opened.get(key)
-    if found is None:
-        found = _opened[key] = make()
-    _opened.move_to_end(key)
-    while len(_opened) > MOST_OPEN:
-        _opened.popitem(last=False)
-    return found
+    with _opening:
+        found = _opened.get(key)
+        if found is None:
+            found = _opened[key] = make()
+        _opened.move_to_end(key)
+        while len(_opened) > MOST_OPEN:
+            _opened.popitem(last=False)
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from .plain_lora import NO_UPDATE, config_problems, method_problem, moves_weight
 
 ENERGY = 0.9999  # share of each update's energy that the conversion has to keep
 PREFIX = "base_model.model."
+_alone = threading.RLock()
 
 
 def convert(
@@ -38,6 +40,14 @@ def convert(
     Raises:
         SourceError: PEFT cannot load or convert it; gives the reason.
     """
+    # the base model is changed meanwhile, and what warnings are shown is the whole process's
+    with _alone:
+        return _convert(config, state, base_model, location)
+
+
+def _convert(
+    config: Mapping[str, Any], state: Mapping[str, torch.Tensor], base_model: nn.Module, location: str
+) -> tuple[dict[str, torch.Tensor], float]:
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.tuners.lora.conversion import convert_to_lora

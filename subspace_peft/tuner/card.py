@@ -7,6 +7,7 @@ beside ``of``, a hash of these numbers. Facts without ``of`` are of the numbers 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ MOST_LABELS = 64
 
 # folder → where its tasks will be loaded from: a task's configuration does not know where its folder goes
 _places: dict[Path, Place] = {}
+_published: contextvars.ContextVar[Mapping[Path, Place]] = contextvars.ContextVar("published", default={})  # noqa: B039
 
 
 def publish(folder: str | Path, place: Place) -> None:
@@ -50,22 +52,20 @@ def publish(folder: str | Path, place: Place) -> None:
 @contextlib.contextmanager
 def published(places: Mapping[Path, Place]) -> Iterator[None]:
     """While open, let cards name other places than their folders: folder → place. See `publish`."""
-    before = dict(_places)
-    for folder, place in places.items():
-        publish(folder, place)
+    before = _published.get()
+    # this thread's only: another one may be saving another task meanwhile
+    _published.set({**before, **{Path(folder).resolve(): place for folder, place in places.items()}})
     try:
         yield
     finally:
-        _places.clear()
-        _places.update(before)
+        _published.set(before)
 
 
 def place_of(folder: Path) -> Place:
     """Return where a task that is saved in `folder` will be loaded from."""
     whole = folder.resolve()
-    return next((_places[path] for path in (whole, *whole.parents) if path in _places), None) or Place.of_folder(
-        folder
-    )
+    places = {**_places, **_published.get()}
+    return next((places[path] for path in (whole, *whole.parents) if path in places), None) or Place.of_folder(folder)
 
 
 def write_section(folder: Path, config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from .renaming import under_model_names
 from .row_batch import task_names_passed
 from .targets import outer_modules, target_names
 
+_injecting = threading.RLock()
+
 
 class SubspaceModel(BaseTuner):
     """A model whose target layers train coefficients in a frozen shared basis.
@@ -50,6 +53,11 @@ class SubspaceModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers in, as PEFT's own does."""
+        # one at a time: the plan, and PEFT's own steps, are of one adapter
+        with _injecting:
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # `state_dict` decides which modules are adapted; the plan has to be for the same ones
         given = kwargs.get("state_dict")
         self._only = (
