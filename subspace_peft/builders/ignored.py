@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .._io.warn import warn_caller
 from ..basis import ModuleBasis
 from ..basis.module_store import names_of
 from .options import DEFAULT_K, BuildOptions, CompleteOptions, UpdateOptions
@@ -143,15 +143,14 @@ def warn_of_fewer(found: Mapping[str, Any] | None, count: int) -> None:
     has = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     k, k_in = found["asked"]
     asked = f"k={k}" if k == k_in else f"k={k}, k_in={k_in}"
-    warnings.warn(
+    warn_caller(
         f"{asked}: the fleet spans fewer directions in {len(found['modules'])} of {count} modules"
         f" ({names_of(found['modules'], 3)}), which get {has}. More sources span more; complete='random' (--complete)"
-        " fills the basis up.",
-        stacklevel=3,
+        " fills the basis up."
     )
 
 
 def _warn(function: str, said: Iterable[str]) -> None:
     text = ". ".join(said)
     if text:
-        warnings.warn(f"{function}: {text}.", stacklevel=4)
+        warn_caller(f"{function}: {text}.")
