@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .tasks import TaskBank, hotswap, load_adapter, save_adapter
     from .tasks.callbacks import SubspaceCardCallback, write_card
     from .tuner import SubspaceConfig, SubspaceModel
+    from .tuner.base_record import record_base_model
 
 _PLACES = {
     "ModuleBasis": "basis",
@@ -59,6 +60,7 @@ _PLACES = {
     "load_adapter": "tasks",
     "save_adapter": "tasks",
     "SubspaceModel": "tuner",
+    "record_base_model": "tuner.base_record",
     "TaskBank": "tasks",
     "write_card": "tasks.callbacks",
 }
@@ -89,6 +91,7 @@ __all__ = [
     "open_bundle",
     "project_lora",
     "push_bundle",
+    "record_base_model",
     "save_adapter",
     "update_basis",
     "write_card",

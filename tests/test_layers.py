@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "cards": GROUND | HUB,
     "basis": BASIS,
     "sources": BASIS,
-    "builders": BASIS | {"sources"},
+    "builders": BASIS | {"sources", "tuner"},
     "tuner": BASIS,
     "tasks": BASIS | {"tuner"},
     "convert": BASIS | {"sources", "tuner", "tasks"},

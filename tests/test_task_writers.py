@@ -112,7 +112,7 @@ WRITERS: dict[Callable[[Trained, Path], Write], set[str]] = {
     bank: {*CORES, "auto_mapping", "card"},
     bundle: {*CORES, "bundle"},
     bundle_all: {*CORES, "bundle"},
-    projection: {*CORES, "auto_mapping", "base_probe", "card", "k"},
+    projection: {*CORES, "auto_mapping", "base_probe", "base_weights", "card", "k"},
     migration: set(),
 }
 

@@ -185,3 +185,15 @@ def compare(known: WeightSample, found: WeightSample) -> Likeness | None:
     distance = (off / size) ** 0.5 if size else (1.0 if off else 0.0)
     ordered = dict(sorted(distances.items(), key=lambda each: -each[1]))
     return Likeness(distance, ordered, half, known.rounded or found.rounded)
+
+
+NOT_RECORDED = "not recorded yet"
+
+
+def recorded_weights(info: Mapping[str, Any]) -> str:
+    """Say in a few words which base weights a basis has on record in itself."""
+    sample = read_sample(info.get(KEY))
+    if sample is None:
+        return NOT_RECORDED
+    what = f"recorded of {len(sample.values)} modules, {sample.stored_as}"
+    return what + (f", of {sample.model}" if sample.model else "")

@@ -11,6 +11,7 @@ from .._version import __version__
 from ..cards import BaseFacts, BasisFacts, Place, SourceFacts, basis_card, put_card
 from ..cards.facts import AUTO_CLASSES
 from ..energy import EnergyRecord, lower_bound, sources_of
+from .base_weights import recorded_weights
 from .files import BasisRecord
 from .module_store import describe_k
 
@@ -55,6 +56,7 @@ def facts_of(record: BasisRecord, place: Place) -> BasisFacts:
         energy_left_out=energies.left_out,
         energy_over_modules=energies.over_modules,
         per_module=energies.per_module,
+        base_weights=recorded_weights(info),
         precision=record.modules.precision,
         energy_lost=(info.get("precision") or {}).get("energy_lost"),
         sources=(*(_source(entry, lower_bound(entry, info)) for entry in sources), *skipped),

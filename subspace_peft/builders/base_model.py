@@ -1,10 +1,11 @@
-"""The base model that is at hand while a basis is made: held against the names on record."""
+"""The base model that is at hand while a basis is made: held against what is on record, and recorded."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from ..base_names import DIFFERENT, read_name, relation
+from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 
 
@@ -32,3 +33,23 @@ def base_model_name(recorded: str | None, model: nn.Module | None) -> str | None
             " and this model's name."
         )
     return recorded or own
+
+
+def check_weights(basis: SubspaceBasis, model: nn.Module | None) -> None:
+    """Refuse a model whose weights are not those that a basis has on record.
+
+    Raises:
+        BasisMismatchError: they are others; names the modules that are farthest.
+    """
+    if model is not None:
+        from ..tuner.base_record import hold_against
+
+        hold_against(basis, model)
+
+
+def keep_weights(basis: SubspaceBasis, model: nn.Module | None) -> None:
+    """Record a model's weights in a basis that was just made, where it has no record yet."""
+    if model is not None:
+        from ..tuner.base_record import keep_weights as keep
+
+        keep(basis, model)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from .. import energy
 from ..basis import ModuleBasis, SubspaceBasis
+from .base_model import keep_weights
 from .budget import measure, spread, what_was_spent
 from .complete import complete_built
 from .controls import control_module
@@ -107,6 +108,7 @@ def _build_fleet(build: FleetBuild, processes: ProcessGroup) -> SubspaceBasis:
     elif build.options.complete is None and (short := fewer_directions(modules, build.options)):
         info["measured"]["fewer_directions"] = short
     basis = SubspaceBasis(modules, info)
+    keep_weights(basis, build.model)
     if build.options.complete is None:
         return basis
     progress = build.resources.progress and processes.main
@@ -126,7 +128,9 @@ def _build_control(build: ControlBuild, processes: ProcessGroup) -> SubspaceBasi
         "sources": [],
         "skipped": [],
     }
-    return SubspaceBasis(modules, info)
+    basis = SubspaceBasis(modules, info)
+    keep_weights(basis, build.model)
+    return basis
 
 
 def _build_modules(build: FleetBuild, processes: ProcessGroup) -> tuple[Found, dict[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ from ..basis.module_store import same_module
 from ..energy import DEFINITION, of_random
 from ..errors import SubspaceError
 from .base_model import base_model_name as named
+from .base_model import check_weights, keep_weights
 from .controls import linear_weights
 from .ignored import warn_of_ignored_in_completion
 from .options import BuildOptions, CompleteOptions, Resources, check_filling_model
@@ -78,12 +79,15 @@ def complete_basis(
     warn_float32(old)
     weights = linear_weights(base_model, "all-linear") if with_ == "base-weights" and base_model is not None else None
     name = named(said_of_basis(old.base_model, options.base_model_name), base_model)
+    check_weights(old, base_model)
     modules = _completed(old, options, weights, resources.progress)
     info = next_version(old, modules, origin=with_)
     done = {"with": with_, "k": k, "k_in": k_in, "seed": seed}
-    return SubspaceBasis(
+    new = SubspaceBasis(
         modules, {**info, **_measured(old, modules), "base_model_name_or_path": name, "completed": done}
     )
+    keep_weights(new, base_model)
+    return new
 
 
 def complete_built(

@@ -39,6 +39,7 @@ class FleetBuild:
         filling: the base weights by module that an incomplete basis is filled up from, where that is asked for.
         kept: the folder of finished modules, or None.
         base_model: the base model's name, where it is known.
+        model: the base model, where it is at hand.
     """
 
     options: BuildOptions
@@ -50,6 +51,7 @@ class FleetBuild:
     filling: dict[str, torch.Tensor] | None
     kept: WorkFolder | None
     base_model: str | None
+    model: nn.Module | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,7 @@ class ControlBuild:
         weights: per module its base weight (out, in); none for `random`.
         base_model: the base model's name, where it is known.
         fleet: the sources that the sizes are from, where they are.
+        model: the base model, where it is at hand.
     """
 
     options: BuildOptions
@@ -71,6 +74,7 @@ class ControlBuild:
     weights: dict[str, torch.Tensor]
     base_model: str | None
     fleet: Fleet | None
+    model: nn.Module | None
 
 
 def prepare(
@@ -143,7 +147,7 @@ def _prepare_fleet(
         record = {**options.record(), "keep_cores": keep_cores, "leave_one_out": leave_one_out}
         record.pop("complete", None)
         kept = WorkFolder(Path(resources.work_folder), fleet.sources, record)
-    return FleetBuild(options, resources, fleet, plan, keep_cores, leave_one_out, filling, kept, name)
+    return FleetBuild(options, resources, fleet, plan, keep_cores, leave_one_out, filling, kept, name, base_model)
 
 
 def _short(plan: MemoryPlan, k: int, k_in: int) -> dict[str, tuple[int, int]]:
@@ -201,4 +205,4 @@ def _prepare_control(
     if options.builder == "base-weights":
         found = {key: weight_for(key, weights, each[:2]) for key, each in sizes.items()}
     name = base_model_name(options.base_model_name or name, base_model)
-    return ControlBuild(options, resources, sizes, found, name, fleet)
+    return ControlBuild(options, resources, sizes, found, name, fleet, base_model)

@@ -17,7 +17,7 @@ from ..basis.lineage import warn_float32
 from ..basis.module import tensor_sha256
 from ..errors import SubspaceError
 from ..sources.source import Source
-from .base_model import base_model_name
+from .base_model import base_model_name, check_weights, keep_weights
 from .fleet import Fleet, gather
 from .ignored import fewer_directions, warn_of_fewer, warn_of_ignored_in_update
 from .keywords import takes_options
@@ -127,6 +127,7 @@ def update_basis(
     warn_of_ignored_in_update(options, cores=bool(update.tasks))
     new = _new_version(update, _update_modules(update))
     warn_of_fewer(new.info["update"].get("fewer_directions"), len(new))
+    keep_weights(new, base_model)
     return new
 
 
@@ -155,6 +156,7 @@ def prepare_update(
     """
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=resources.token)
     name = base_model_name(said_of_basis(old.base_model, options.base_model_name), base_model)
+    check_weights(old, base_model)
     fleet = gather(
         sources,
         skip_bad=options.skip_bad,

@@ -159,6 +159,7 @@ class BasisFacts:
         energy_over_modules: those of ``kept``, ``random``, ``left_out`` that an earlier version recorded as means over
             modules.
         per_module: module name → those of ``kept``, ``left_out`` and ``random`` that are known of it.
+        base_weights: in words, whether it is on record which weights the base model has.
         precision: what U and V are stored as, where it is not float32.
         energy_lost: share of the energy that this precision loses.
         sources: the sources, those left out at the end.
@@ -180,6 +181,7 @@ class BasisFacts:
     energy_left_out: float | None = None
     energy_over_modules: tuple[str, ...] = ()
     per_module: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    base_weights: str | None = None
     precision: str | None = None
     energy_lost: float | None = None
     sources: tuple[SourceFacts, ...] = ()

@@ -18,13 +18,14 @@ from .inspecting import add_analyze, add_inspect, add_report, add_validate
 from .language import Flags, flags_of_verb, in_flags, spoken_warnings, verbs_of
 from .recipes import add_copy, add_demo, add_run
 from .sharing import add_cache, add_push
-from .versions import add_complete, add_migrate, add_update
+from .versions import add_complete, add_migrate, add_record_base, add_update
 
 VERBS = (
     add_build,
     add_update,
     add_migrate,
     add_complete,
+    add_record_base,
     add_inspect,
     add_validate,
     add_analyze,

@@ -95,6 +95,23 @@ def add_complete(add: Add) -> None:
     verb.set_defaults(run=complete)
 
 
+def add_record_base(add: Add) -> None:
+    """Add the verb ``record-base``."""
+    verb = add(
+        "record-base",
+        help="record in a basis which weights its base model has",
+        description=(
+            "Record in a basis's folder which weights its base model has, so that another model is refused wherever"
+            " the basis is used. Neither its tensors nor its fingerprint change."
+        ),
+    )
+    verb.add_argument("basis", help="folder of the basis")
+    verb.add_argument("--base-model", required=True, help="model id or folder")
+    verb.add_argument("--overwrite", action="store_true", help="replace a record of other weights")
+    add_json(verb)
+    verb.set_defaults(run=record_base)
+
+
 def _add_drift(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--max-drift",
@@ -186,6 +203,14 @@ def complete(args: Namespace) -> int:
     )
     new.save_pretrained(args.out, overwrite=args.force)
     return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+
+
+def record_base(args: Namespace) -> int:
+    """Record a basis's base weights."""
+    from ..tuner.base_record import record_base_model
+
+    record_base_model(args.basis, base_model(args.base_model), overwrite=args.overwrite)
+    return inspect(Namespace(path=args.basis, no_verify=True, json=args.json))
 
 
 def migrate(args: Namespace) -> int:

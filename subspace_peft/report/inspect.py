@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basis import SubspaceBasis
+from ..basis.base_weights import recorded_weights
 from ..basis.files import CONFIG_FILE
 from ..energy import EnergyRecord, lower_bound, sources_of
 from ..errors import BasisNotFoundError, HubUnavailableError, SubspaceError
@@ -59,6 +60,7 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
         "fingerprint": basis.fingerprint,
         "verified": verify,
         "base_model": basis.base_model,
+        "base_weights": recorded_weights(basis.info),
         "base_model_names": basis.info.get("base_model_names"),
         "builder": basis.info.get("builder"),
         "build": basis.info.get("build"),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..basis import SubspaceBasis
+from ..basis.base_weights import recorded_weights
 from ..builders.fleet import Fleet
 from ..energy import EnergyRecord, mean, of_known
 from .facts import LEFT_OUT
@@ -44,6 +45,7 @@ def basis_facts(basis: SubspaceBasis) -> dict[str, Any]:
         "revision": basis.revision,
         "fingerprint": basis.fingerprint,
         "base_model": basis.base_model,
+        "base_weights": recorded_weights(basis.info),
         "builder": basis.info.get("builder"),
         "modules": len(basis),
         "k": basis.describe_k(),

@@ -21,6 +21,7 @@ from .._version import __version__
 from ..basis.module_names import unwrapped_name
 from ..basis.overwriting import Planned, replacing
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
+from ..tuner.base_check import require_same_base
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import as_named_in
@@ -158,6 +159,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
                 f"Task {name!r} is on the basis {read.config.basis_fingerprint}, this bank's tasks on "
                 f"{self.config.basis_fingerprint}. Make a bank of its own for it."
             )
+        require_same_base(read.config, self.config, f"Task {name!r}")
         if read.extras:
             raise SubspaceError(
                 f"Task {name!r} has trained {sorted(read.extras)[0]} as well, which a bank does not hold. Load it as"

@@ -14,6 +14,7 @@ from torch import nn
 from .._adapted import unwrapped
 from ..basis.module_names import plain_name
 from ..errors import BasisMismatchError, SubspaceError
+from ..tuner.base_check import require_same_base
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import rename_keys, rename_saved
@@ -59,6 +60,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
                 f"{task}: its {name} is {getattr(new, name)!r}, that of adapter {adapter!r} {getattr(old, name)!r}:"
                 " they cannot be swapped in place. Load it beside the other with `model.load_adapter`."
             )
+    require_same_base(new, old, f"The task {task}")
     targets = _targets(inner, adapter)
     found: dict[str, torch.Tensor] = {}
     for key, value in load_file(weights_of(task, new.loaded_from.folder)).items():

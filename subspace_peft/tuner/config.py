@@ -19,6 +19,7 @@ from .._io.untrusted import read_json
 from .._version import __version__
 from ..base_names import out_of_cache
 from ..basis import BasisReference, SubspaceBasis, resolve_reference
+from ..basis.base_notes import add_base_note
 from ..basis.basis import note_location
 from ..basis.dependents import add_dependent
 from ..basis.module_names import unwrapped_in
@@ -204,6 +205,15 @@ class SubspaceConfig(PeftConfig):
     base_probe: list[float] | None = field(
         default=None,
         metadata={"help": "A few numbers computed from the base weights, by which a wrong base is noticed."},
+    )
+    base_weights: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Some entries of the base weights, by which another base model is noticed. Filled in when the adapter"
+                " is made."
+            )
+        },
     )
     basis_modules: dict[str, Any] | None = field(
         default=None, metadata={"help": "Shapes and hashes of the basis carried in the task's own file."}
@@ -406,6 +416,9 @@ class SubspaceConfig(PeftConfig):
         finally:
             self.subspace_version, self.basis_modules = before, own
         if self.basis_fingerprint is not None:
+            if before is None and not self.generated and self.base_weights is not None:
+                # a task that was trained here: from now on its basis belongs to these weights on this machine
+                add_base_note(self.basis_fingerprint, self.base_weights)
             write_section(folder, {**written, "subspace_version": before})
         self._note(folder, self.basis_modules)
 
@@ -548,7 +561,7 @@ class SubspaceConfig(PeftConfig):
     def start_over(self) -> None:
         """Forget what was filled in when the adapter was made. Deprecated: make a configuration, or use `on_basis`."""
         _warn_of_method("start_over()", "a new SubspaceConfig, or config.on_basis(…),")
-        self.basis_fingerprint = self.basis_modules = self.base_probe = None
+        self.basis_fingerprint = self.basis_modules = self.base_probe = self.base_weights = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickled config carries where a stored basis is, not its tensors

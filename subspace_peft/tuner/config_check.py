@@ -8,6 +8,7 @@ from typing import Any
 
 from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
 from ..basis import SubspaceBasis
+from ..basis.base_weights import weights_problem
 from ..basis.schema import MOST_FEATURES, shape_problem
 from ..errors import SubspaceError
 from .coefficients import KINDS
@@ -243,6 +244,7 @@ CHECKS: dict[str, Check] = {
             f"give a list of at most {MOST_PROBED} finite numbers",
         )
     ),
+    "base_weights": _none_or(weights_problem),
     "basis_modules": _none_or(_carried),
     "loaded_from": _none_or(_be(lambda value: isinstance(value, LoadedFrom), "leave it out: loading fills it in")),
     "weight_shapes": _none_or(_be(_shapes, "give a dict, module → the two or four sizes of its weight")),

@@ -20,7 +20,7 @@ from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
 from ..basis.pipeline_parts import parts_in
 from ..errors import BasisMismatchError, SubspaceError
-from .base_check import check_base_name, probe, probed_modules, same_weights
+from .base_check import CheckedBase, check_base
 from .config import SubspaceConfig
 from .coverage import Unadapted, check_coverage, in_words, unadapted
 from .generated import made_basis
@@ -64,7 +64,7 @@ def make_plan(
     basis = _unnamed(config, basis)
     part = None if basis is None else choose_part(config, model, basis)
     names, shapes = _match(model, config, basis, targets, part)
-    probed = _check(model, config, layers, basis, names, shapes, narrowed)
+    checked = _check(model, config, layers, basis, names, shapes, narrowed)
     if not config.loaded:
         check_rank_pattern(config, targets)
         if basis is not None:
@@ -87,14 +87,17 @@ def make_plan(
         filled_in["basis_fingerprint"] = basis.fingerprint
         if basis.revision is not None:
             filled_in["basis_revision"] = basis.revision
-        # the record that a loaded task brings is of what it was trained on, and stays
+        # the records that a loaded task brings are of what it was trained on, and stay
         if not config.loaded or config.base_probe is None:
             of_others = config.basis_fingerprint not in (None, basis.fingerprint)
+            probed = checked.probe
             filled_in["base_probe"] = None if of_others and probed is None else probed or config.base_probe
+    if not config.loaded:
+        filled_in["base_weights"] = None if checked.sample is None else checked.sample.record()
     # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
     unchecked = config.loaded and (config.loaded_from is None or config.loaded_from.modules is None)
     tracker = LoadTracker() if basis is None or unchecked else None
-    return InjectionPlan(config, basis, names, shapes, carried, tracker, filled_in)
+    return InjectionPlan(config, basis, names, shapes, carried, tracker, filled_in, checked.first)
 
 
 def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBasis | None:
@@ -252,25 +255,12 @@ def _check(
     names: Mapping[str, str],
     shapes: Shapes,
     narrowed: bool,
-) -> list[float] | None:
-    """Raise where the basis, the task and the model do not belong together; return the probe of the base weights."""
-    if basis is not None and config.check_base_model:
-        check_base_name(model, basis.info)
+) -> CheckedBase:
+    """Raise where basis, task and model do not belong together; return what is kept of the base weights."""
     _check_shapes(layers, basis, names, shapes)
     _check_file(model, config, layers, basis, narrowed)
     _check_coefficients(config, basis, names, shapes)
-    if basis is None:
-        return None
-    found = probe(layers, basis, names, config.sizes)
-    known = config.base_probe if config.loaded and config.check_base_model else None
-    if found is not None and known is not None and not same_weights(known, found):
-        raise BasisMismatchError(
-            f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}):"
-            f" this {type(model).__name__} ({getattr(getattr(model, 'config', None), '_name_or_path', '')}) has other"
-            f" numbers in {names_of(probed_modules(list(layers)), 2)}. Load that base model, or pass"
-            " check_base_model=False in the config to try anyway."
-        )
-    return None if found is None else [float(f"{value:.4g}") for value in found]
+    return check_base(model, config, layers, basis, names)
 
 
 def _check_shapes(layers: Layers, basis: SubspaceBasis | None, names: Mapping[str, str], shapes: Shapes) -> None:

@@ -13,6 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_q
 from torch import nn
 
 from ..basis import SubspaceBasis
+from ..basis.base_notes import take_record
 from ..basis.module_names import unwrapped_name
 from ..errors import SubspaceError
 from .bnb import keep_unpacked
@@ -169,7 +170,12 @@ class SubspaceModel(BaseTuner):
 
 
 def fill_in(config: SubspaceConfig, plan: InjectionPlan) -> None:
-    """Fill in the fields of `config` that are declared to be filled in when the adapter is made."""
+    """Fill in the fields of `config` that are declared to be filled in when the adapter is made.
+
+    The first training in a basis leaves it with a record of the base weights, too.
+    """
+    if plan.first is not None and plan.basis is not None:
+        take_record(plan.basis, plan.first)
     for name, value in plan.filled_in.items():
         setattr(config, name, value)
 

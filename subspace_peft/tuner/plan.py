@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.base_weights import WeightSample
 from ..basis.module import module_shape, tensor_sha256
 from .config import SubspaceConfig
 from .load_tracker import LoadTracker
@@ -27,6 +28,7 @@ class InjectionPlan:
             is saved; None: it carries no basis.
         tracker: notes the tensors that are loaded from the task's own file; None where that was checked already.
         filled_in: field of the configuration → the value that the making of the adapter fills in.
+        first: the base weights, where this is the first training in a basis that has none on record; else None.
     """
 
     config: SubspaceConfig
@@ -36,6 +38,7 @@ class InjectionPlan:
     carried: Mapping[str, Any] | None
     tracker: LoadTracker | None
     filled_in: Mapping[str, Any]
+    first: WeightSample | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # of one injection, and no part of a copied or saved model

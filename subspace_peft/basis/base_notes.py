@@ -1,0 +1,72 @@
+"""This machine's notes of the base weights that a stored basis was first trained on, by the basis's fingerprint.
+
+They stand in for a record in the basis's own folder, which nothing writes unasked, and count only where it has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .._io.atomic import write_text_aside
+from .._io.untrusted import is_sha256, read_json
+from .base_weights import KEY, WeightSample, read_sample
+from .basis import SubspaceBasis, alive
+from .cache import cache_home
+
+
+def note_file(fingerprint: str) -> Path:
+    """Return the file of the note on a basis, whether there is one or not."""
+    return cache_home() / "base_weights" / f"{fingerprint}.json"
+
+
+def add_base_note(fingerprint: str, record: Mapping[str, Any]) -> None:
+    """Note the base weights that tasks in a basis are trained on; an earlier note stays.
+
+    A cache that cannot be written is no reason to fail.
+    """
+    if is_sha256(fingerprint) and read_base_note(fingerprint) is None:
+        with contextlib.suppress(OSError):
+            write_text_aside(note_file(fingerprint), json.dumps(record))
+
+
+def read_base_note(fingerprint: str) -> WeightSample | None:
+    """Return the note on a basis; None where there is none that can be read."""
+    if not is_sha256(fingerprint):
+        return None
+    try:
+        return read_sample(read_json(note_file(fingerprint)))
+    except (OSError, ValueError):
+        return None
+
+
+def known_weights(basis: SubspaceBasis) -> tuple[WeightSample, str] | None:
+    """Return the base weights that a basis belongs to, and where that is on record.
+
+    The basis's own record counts first; then what this process trained on it; then this machine's note.
+    """
+    if (own := read_sample(basis.info.get(KEY))) is not None:
+        return own, "in the basis's own record" + (" of the first training in it" if own.taken == "training" else "")
+    twin = alive(basis.fingerprint) or basis
+    for record in (basis.first_trained_on, twin.first_trained_on, twin.info.get(KEY)):
+        if (seen := read_sample(record)) is not None:
+            return seen, "of the first training in the basis, in this process"
+    noted = read_base_note(basis.fingerprint)
+    return (
+        None
+        if noted is None
+        else (noted, f"in this machine's note of the first training ({note_file(basis.fingerprint)})")
+    )
+
+
+def take_record(basis: SubspaceBasis, sample: WeightSample) -> None:
+    """Keep the base weights of the first training: in the record of a basis in memory, beside that of a stored one."""
+    if basis.location is None:
+        basis.info[KEY] = sample.record()
+    else:
+        # another object of the same basis may be asked later
+        for each in (basis, alive(basis.fingerprint) or basis):
+            each.first_trained_on = sample.record()
