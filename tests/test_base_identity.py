@@ -239,7 +239,7 @@ def test_a_task_of_an_earlier_version_is_judged_by_its_probe(plain, tmp_path):
 
 def test_a_task_of_another_base_does_not_take_a_tasks_place(plain, tmp_path):
     for seed in (0, 1):
-        adapt(wide(seed), plain).save_pretrained(tmp_path / f"task{seed}")
+        adapt(wide(seed), plain, task_type=None).save_pretrained(tmp_path / f"task{seed}")
         note_file(SubspaceBasis.from_pretrained(plain).fingerprint).unlink()
     model = PeftModel.from_pretrained(wide(), tmp_path / "task0")
     bank = TaskBank(model)
