@@ -13,7 +13,7 @@ from typing import Any
 
 from .._io.atomic import write_text_aside
 from .._io.untrusted import is_sha256, read_json
-from .base_weights import KEY, WeightSample, read_sample
+from .base_weights import KEY, WeightSample, joined, read_sample
 from .basis import SubspaceBasis, alive
 from .cache import cache_home
 
@@ -24,13 +24,19 @@ def note_file(fingerprint: str) -> Path:
 
 
 def add_base_note(fingerprint: str, record: Mapping[str, Any]) -> None:
-    """Note the base weights that tasks in a basis are trained on; an earlier note stays.
+    """Note the base weights that tasks in a basis are trained on; what an earlier note says stays.
 
     A cache that cannot be written is no reason to fail.
     """
-    if is_sha256(fingerprint) and read_base_note(fingerprint) is None:
-        with contextlib.suppress(OSError):
-            write_text_aside(note_file(fingerprint), json.dumps(record))
+    more, before = read_sample(record), read_base_note(fingerprint)
+    if (
+        not is_sha256(fingerprint)
+        or more is None
+        or (before is not None and more.values.keys() <= before.values.keys())
+    ):
+        return
+    with contextlib.suppress(OSError):
+        write_text_aside(note_file(fingerprint), json.dumps(joined(before, more).record()))
 
 
 def read_base_note(fingerprint: str) -> WeightSample | None:
@@ -65,8 +71,8 @@ def known_weights(basis: SubspaceBasis) -> tuple[WeightSample, str] | None:
 def take_record(basis: SubspaceBasis, sample: WeightSample) -> None:
     """Keep the base weights of the first training: in the record of a basis in memory, beside that of a stored one."""
     if basis.location is None:
-        basis.info[KEY] = sample.record()
+        basis.info[KEY] = joined(read_sample(basis.info.get(KEY)), sample).record()
     else:
         # another object of the same basis may be asked later
         for each in (basis, alive(basis.fingerprint) or basis):
-            each.first_trained_on = sample.record()
+            each.first_trained_on = joined(read_sample(each.first_trained_on), sample).record()

@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,18 @@ class WeightSample:
             "taken": self.taken,
             "values": {name: _packed(each) for name, each in self.values.items()},
         }
+
+
+def joined(before: WeightSample | None, more: WeightSample) -> WeightSample:
+    """Return a sample with the modules of two, as of a pipeline's parts; those of the first stay as they are."""
+    if before is None:
+        return more
+    values = {**more.values, **before.values}
+    return replace(
+        before,
+        values={name: values[name] for name in list(values)[:MOST_MODULES]},
+        rounded=before.rounded or more.rounded,
+    )
 
 
 def sizes_of_record(modules: int, most: int = MOST_MODULES) -> tuple[int, int]:

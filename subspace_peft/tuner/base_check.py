@@ -76,18 +76,19 @@ def check_base(
     known = known_weights(basis) if basis is not None and not config.generated else None
     also = {name for each in (own, known and known[0]) if each is not None for name in each.values}
     sample = weights.sample("training", IN_TASK, also)
-    told = False
-    for record, where in ((own, "that the task was trained on"), known or (None, "")):
-        if record is not None and sample is not None:
-            told = _judge(model, record, sample, where) or told
-    if basis is not None and not told:
+    told = [
+        record is not None and sample is not None and _judge(model, record, sample, where)
+        for record, where in ((own, "that the task was trained on"), known or (None, ""))
+    ]
+    if basis is not None and not any(told):
         check_base_name(model, basis.info)
         if config.loaded and own is None and found is not None and config.base_probe is not None:
             _judge_probe(model, config, found, list(layers), rounded=sample is None or sample.rounded)
     if config.loaded or basis is None:
         return CheckedBase(rounded)
-    nothing = known is not None or config.generated or config.inference_mode
-    first = None if nothing else BaseWeights(model, layers_of(model, basis), weights.found)
+    # of a pipeline's basis another part may be on record
+    nothing = told[1] or sample is None or config.generated or config.inference_mode
+    first = None if nothing else BaseWeights(model, layers_of(model, basis) or weights.layers, weights.found)
     return CheckedBase(
         rounded,
         weights.sample("training", IN_TASK),

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base_names import read_name
 from ..basis import SubspaceBasis
 from ..basis.base_weights import ENTRIES, WeightSample, places, sizes_of_record
+from ..errors import BasisMismatchError
 from .module_names import names_in_basis
 from .targets import backend_of, base_of, base_weight, outer_modules, readable, sizes, supported
 
@@ -178,10 +179,17 @@ def layers_of(model: nn.Module, basis: SubspaceBasis) -> dict[str, nn.Module]:
     Args:
         model: the base model, adapted or not.
         basis: the basis.
+
+    Returns:
+        Nothing where names do not tell which modules they are, as of a pipeline's two text encoders.
     """
     there = {name: module for name, module in outer_modules(model) if name and supported(module)}
     found: dict[str, nn.Module] = {}
-    for name, key in names_in_basis(model, basis, list(there)).items():
+    try:
+        names = names_in_basis(model, basis, list(there))
+    except BasisMismatchError:
+        return {}
+    for name, key in names.items():
         if key is not None:
             found.setdefault(key, there[name])
     return {key: found[key] for key in basis if key in found}
