@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ._io.disk import fetching
 from .base_names import same_model as same_model  # its place in earlier versions
 from .errors import SubspaceError
 from .hub_requests import Fault, ask, refusal
@@ -108,6 +109,7 @@ def download(
 
     Raises:
         OSError: a file is not there, or the Hub gives it to no one who asks like this; `refusal` says why.
+        DiskError: the cache cannot be written.
         ValueError: `repo_id` or a name is malformed (huggingface_hub's `HFValidationError`).
         HubUnavailableError: the Hub does not answer.
     """
@@ -130,12 +132,14 @@ def fetch(repo_id: str, file: str, **where: Any) -> Path:
 
     Raises:
         HubUnavailableError: the Hub does not answer.
+        DiskError: the cache cannot be written.
 
     Otherwise as `hf_hub_download` raises.
     """
     from huggingface_hub import hf_hub_download
 
-    return Path(ask(repo_id, lambda: hf_hub_download(repo_id, file, **where)))
+    with fetching():
+        return Path(ask(repo_id, lambda: hf_hub_download(repo_id, file, **where)))
 
 
 def upload(

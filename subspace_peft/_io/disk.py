@@ -17,6 +17,8 @@ from ..errors import DiskError
 
 ELSEWHERE = "give another place"
 CACHE = "point SUBSPACE_PEFT_CACHE to a folder that can be written"
+HUB_CACHE = "point HF_HOME to a folder that can be written"
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
 # libraries written in other languages give the number in their text only
 OS_NUMBER = re.compile(r"\(os error (\d+)\)")
 
@@ -34,14 +36,33 @@ def writing(target: Path, remedy: str = ELSEWHERE) -> Iterator[None]:
     """
     try:
         yield
-    except DiskError:
-        raise
+    except DiskError as error:
+        # what is known here of a remedy is better than what was known of the file alone
+        if remedy == ELSEWHERE:
+            raise
+        raise disk_error(error, error.errno or 0, target, "written", remedy) from error
     except Exception as error:
         number = number_of(error)
         named = getattr(error, "filename", None)
         if number is None or (isinstance(named, (str, bytes)) and not _about(os.fsdecode(named), target)):
             raise
         raise disk_error(error, number, target, "written", remedy) from error
+
+
+@contextmanager
+def fetching() -> Iterator[None]:
+    """Let what the disk refuses while a file is fetched into the Hub's cache be a `DiskError` that says so.
+
+    What the Hub or the network refuses has no number of the system's disk, and comes through as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        named = getattr(error, "filename", None)
+        place = Path(os.fsdecode(named)) if isinstance(named, (str, bytes)) else Path("the Hub's cache")
+        raise disk_error(error, error.errno, place, "written", HUB_CACHE) from error
 
 
 @contextmanager

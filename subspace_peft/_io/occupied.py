@@ -47,7 +47,8 @@ class Found:
         files: the names of its files, those that are there.
         basis: fingerprint of the basis that it is, is on, or was exported from, where it says so.
         tasks: names of the tasks in it, of a bundle or a bank.
-        by_folder: whether it needs a basis that no Hub has at a known commit, and that it does not carry.
+        needs: of a task or bundle, where it takes its basis from: "folder", or "hub" where a commit there is recorded;
+            empty where it carries the basis itself.
         more: words that tell it from others of its kind, such as the method of an adapter.
     """
 
@@ -55,7 +56,7 @@ class Found:
     files: tuple[str, ...]
     basis: str | None = None
     tasks: frozenset[str] = frozenset()
-    by_folder: bool = False
+    needs: str = ""
     more: str = ""
 
     def __str__(self) -> str:
@@ -95,7 +96,7 @@ def _in_folder(folder: Path) -> Iterator[Found]:
     if "bundle.safetensors" in names:
         found = _of_file(folder / "bundle.safetensors")
         more = "a file that is no bundle" if found.kind == FILES else ""
-        yield Found(BUNDLE, ("bundle.safetensors",), found.basis, found.tasks, found.by_folder, more)
+        yield Found(BUNDLE, ("bundle.safetensors",), found.basis, found.tasks, found.needs, more)
     if "report.json" in names or "report.html" in names:
         about = _read(folder / "report.json").get("basis")
         print_ = about.get("fingerprint") if isinstance(about, dict) else None
@@ -113,8 +114,8 @@ def _adapter(folder: Path, names: set[str]) -> Iterator[Found]:
     files = (*(("adapter_config.json",) if "adapter_config.json" in names else ()), *weights)
     if kind == "SUBSPACE":
         if weights:
-            own = config.get("basis_modules") is None and config.get("basis_revision") is None
-            yield Found(TASK, files, _text(config.get("basis_fingerprint")), by_folder=own)
+            needs = "" if config.get("basis_modules") is not None else _place_of(config)
+            yield Found(TASK, files, _text(config.get("basis_fingerprint")), needs=needs)
     elif kind == "LORA":
         yield Found(LORA, files, export_mark(folder / "adapter_model.safetensors"))
     elif isinstance(kind, str):
@@ -143,9 +144,13 @@ def _of_file(file: Path) -> Found:
         return Found(FILES, name, more="a file")
     tasks = [each for key in ("tasks", "apart") for each in known.get(key) or [] if isinstance(each, str)]
     config = known.get("config")
-    own = isinstance(config, dict) and config.get("basis_revision") is None
+    needs = _place_of(config) if isinstance(config, dict) else ""
     kind = BANK if config is None else BUNDLE
-    return Found(kind, name, _text(known.get("basis_fingerprint")), frozenset(tasks), own)
+    return Found(kind, name, _text(known.get("basis_fingerprint")), frozenset(tasks), needs)
+
+
+def _place_of(config: dict[str, Any]) -> str:
+    return "folder" if config.get("basis_revision") is None else "hub"
 
 
 def export_mark(file: Path) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._io.atomic import write_text_aside
+from .._io.disk import CACHE, reading, writing
 from .._io.untrusted import read_json
 from ..errors import SubspaceError
 from .files import CONFIG_FILE, TENSORS_FILE, BasisRecord, read_folder
@@ -28,7 +29,13 @@ def cache_home() -> Path:
     """
     if given := os.environ.get("SUBSPACE_PEFT_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "subspace_peft"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "subspace_peft"
+    try:
+        return Path.home() / ".cache" / "subspace_peft"
+    except RuntimeError:
+        # a user without a home, as containers run them
+        return Path(tempfile.gettempdir()) / f"subspace_peft-{getattr(os, 'getuid', lambda: 'user')()}"
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,9 @@ def keep(folder: Path, *, fingerprint: str, location: str | None, revision: str 
         revision: commit sha on the Hub.
     """
     target = cache_home() / "bases" / fingerprint
-    if target.is_dir():
-        return
     with contextlib.suppress(OSError):
+        if target.is_dir():
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".part-"))
         try:
@@ -92,7 +99,11 @@ def _link(source: Path, target: Path) -> None:
 def find(fingerprint: str) -> BasisRecord | None:
     """Return the cached basis with this fingerprint; None where there is none, or its files are damaged."""
     folder = cache_home() / "bases" / fingerprint
-    if not FINGERPRINT.fullmatch(fingerprint) or not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except OSError:
+        return None  # a cache that cannot be read is no reason to fail
+    if not FINGERPRINT.fullmatch(fingerprint) or not there:
         return None
     origin = _origin(folder)
     try:
@@ -104,7 +115,9 @@ def find(fingerprint: str) -> BasisRecord | None:
 
 def entries() -> Iterator[CachedBasis]:
     """Yield all entries, sorted by fingerprint."""
-    for folder in sorted((cache_home() / "bases").glob("*")):
+    with reading(cache_home() / "bases"):
+        folders = sorted((cache_home() / "bases").glob("*"))
+    for folder in folders:
         if not FINGERPRINT.fullmatch(folder.name):
             continue
         try:
@@ -136,7 +149,8 @@ def remove(entry: CachedBasis) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    shutil.rmtree(entry.folder)
+    with writing(entry.folder, CACHE):
+        shutil.rmtree(entry.folder)
 
 
 def verify(entry: CachedBasis) -> str | None:

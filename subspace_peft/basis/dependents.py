@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .._io.atomic import write_text_aside
@@ -34,16 +34,21 @@ def add_dependent(fingerprint: str | None, folder: Path) -> None:
             write_text_aside(_file(str(fingerprint)), json.dumps([place, *kept[: MOST_NOTES - 1]], indent=1))
 
 
-def dependents_of(fingerprint: str | None) -> list[str]:
-    """Return the folders of tasks and bundles that were noted, are still there, and still need that basis."""
+def dependents_of(fingerprint: str | None, needs: Collection[str] = ("folder", "hub")) -> list[str]:
+    """Return the folders of tasks and bundles that were noted, are still there, and still need that basis.
+
+    Args:
+        fingerprint: the basis's.
+        needs: where they take it from, as `Found.needs` says.
+    """
     if not is_sha256(fingerprint):
         return []
-    return list(_still(str(fingerprint)))
+    return list(_still(str(fingerprint), needs))
 
 
-def named_dependents(fingerprint: str | None) -> str:
+def named_dependents(fingerprint: str | None, needs: Collection[str] = ("folder",)) -> str:
     """Return words that name what is known to depend on a basis, with their number; empty where nothing is."""
-    found = dependents_of(fingerprint)
+    found = dependents_of(fingerprint, needs)
     if not found:
         return ""
     shown = ", ".join(found[:NAMED]) + (" …" if len(found) > NAMED else "")
@@ -51,11 +56,11 @@ def named_dependents(fingerprint: str | None) -> str:
     return f"{what} of this machine need{'s' * (len(found) == 1)} that basis: {shown}"
 
 
-def _still(fingerprint: str) -> Iterator[str]:
+def _still(fingerprint: str, needs: Collection[str]) -> Iterator[str]:
     for place in _notes(fingerprint):
         with contextlib.suppress(OSError):
             if any(
-                each.kind in (TASK, BUNDLE) and each.by_folder and each.basis == fingerprint
+                each.kind in (TASK, BUNDLE) and each.needs in needs and each.basis == fingerprint
                 for each in look(Path(place))
             ):
                 yield place

@@ -16,11 +16,12 @@ from .._io.atomic import write_all_aside
 from .._io.untrusted import is_sha256, read_json
 from .._moved import moved_name
 from .._version import __version__
-from ..errors import BadFileError, BasisNotFoundError, HubUnavailableError, SubspaceError
+from ..errors import BadFileError, BasisNotFoundError, DiskError, HubUnavailableError, SubspaceError
 from ..hub import download, only_local, split_revision
 from ..hub_requests import refusal
 from .module import TENSOR_NAMES, ModuleBasis, combine_digests
 from .module_store import ModuleStore
+from .newer import upgrade_hint
 from .precision import KINDS, PRECISIONS, SCALES, restored, stored_digest
 from .schema import info_problem, shape_problem
 
@@ -190,7 +191,7 @@ def open_basis(
     wanted = revision or at
     try:
         folder, sha = download(text, (CONFIG_FILE, TENSORS_FILE), revision=wanted, token=token, cache_dir=cache_dir)
-    except HubUnavailableError:
+    except (HubUnavailableError, DiskError):
         raise
     except (OSError, ValueError) as error:
         raise BasisNotFoundError(
@@ -219,16 +220,19 @@ def read_folder(folder: Path, *, location: str, revision: str | None) -> BasisRe
         raise BadFileError(
             f"{config_file}: not a basis's config ({type(error).__name__}: {error}). Fetch or build it again."
         ) from error
+    written_by = config.get("subspace_peft_version")
     # True counts as 1
     if isinstance(version, bool) or version not in FORMAT_VERSIONS:
         raise BadFileError(
             f"{config_file}: format version {str(version)[:40]}, and this subspace_peft {__version__} reads"
-            f" {FORMAT_VERSIONS[0]} and {FORMAT_VERSIONS[1]}. Upgrade with `pip install -U subspace-peft`."
+            f" {FORMAT_VERSIONS[0]} and {FORMAT_VERSIONS[1]}."
+            f"{upgrade_hint(written_by, isinstance(version, int) and version > FORMAT_VERSIONS[1])}"
         )
     info = {key: value for key, value in config.items() if key not in NOT_INFO}
+    hint = upgrade_hint(written_by) or " Fetch or build it again."
     problem = _modules_problem(modules) or info_problem(info)
     if problem is not None:
-        raise BadFileError(f"{config_file}: not a basis's config: {problem}. Fetch or build it again.")
+        raise BadFileError(f"{config_file}: not a basis's config: {problem}.{hint}")
     digests = {name: entry["sha256"] for name, entry in modules.items()}
     if combine_digests(digests) != config.get("fingerprint"):
         raise BadFileError(

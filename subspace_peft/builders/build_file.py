@@ -100,9 +100,10 @@ def read_build_file(place: str | Path) -> BuildFile:
     file = Path(place).expanduser()
     file = file / BASIS_CONFIG if file.is_dir() else file
     given = _read(file)
+    writer = given.get("subspace_peft_version")
     if "format_version" in given and "modules" in given:
         given = _from_basis(file, given)
-    _check_keys(file, given, ("sources", *SETTINGS))
+    _check_keys(file, given, ("sources", *SETTINGS), writer)
     listed = given.pop("sources", None)
     sources, weights = [], {}
     for entry in _listed(file, listed):
@@ -223,14 +224,17 @@ def _check_names(file: Path, sources: Sequence[Any]) -> None:
         raise SubspaceError(f"{file}: {', '.join(map(repr, twice))}: two sources have that name. Name them apart.")
 
 
-def _check_keys(file: Path, given: Mapping[Any, Any], known: Collection[str]) -> None:
+def _check_keys(file: Path, given: Mapping[Any, Any], known: Collection[str], writer: Any = None) -> None:
     unknown = []
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             unknown.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
     if unknown:
-        raise SubspaceError(f"{file}: unknown: {', '.join(unknown)}. Known are {', '.join(known)}.")
+        from ..basis.newer import upgrade_hint
+
+        hint = upgrade_hint(writer)
+        raise SubspaceError(f"{file}: unknown: {', '.join(unknown)}. Known are {', '.join(known)}.{hint}")
 
 
 def _source(file: Path, entry: Any) -> tuple[Any, float | None]:

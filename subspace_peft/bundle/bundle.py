@@ -374,7 +374,7 @@ def open_bundle(
         key: tuple[Any, ...] = (folder, file.name, local.state)
         if key not in _opened:
             made = Bundle(local, str(folder), folder, token)
-            if made.index["config"].get("basis_revision") is None and file.name == BUNDLE_FILE:
+            if file.name == BUNDLE_FILE:
                 add_dependent(made.fingerprint, folder)
             return _known(key, lambda: made)
         return _known(key, lambda: Bundle(local, str(folder), folder, token))

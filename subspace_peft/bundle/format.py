@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..basis.newer import upgrade_hint
 from ..errors import BadFileError, SubspaceError
 from ..tuner.row_batch import BASE
 
@@ -122,7 +123,10 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, TensorRa
         if "config" not in index:
             raise ValueError("it is a bank's file; `bundle_tasks(bank, folder)` makes a bundle of a bank")
         if index["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {index['format_version']}, this subspace_peft reads {FORMAT_VERSION}")
+            version = index["format_version"]
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            hint = upgrade_hint(index.get("subspace_peft_version"), newer)
+            raise ValueError(f"format version {version}, this subspace_peft reads {FORMAT_VERSION}.{hint}")
         _check_index(index, pieces)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadFileError(

@@ -207,8 +207,7 @@ def write_bundle(
     planned = Planned(BUNDLE, index["basis_fingerprint"], frozenset(by_name))
     with replacing(folder, planned, overwrite=overwrite, needed=[lies]):
         write_aside(folder / BUNDLE_FILE, write)
-    if config.get("basis_revision") is None:
-        add_dependent(planned.basis, folder)
+    add_dependent(planned.basis, folder)
     made = open_bundle(folder)
     write_card(folder, made, shown_as)
     return made

@@ -56,7 +56,8 @@ def put_card(folder: str | Path, card: Card, *, only_ours: bool = False) -> None
         OSError: the disk refuses; the earlier README stays.
     """
     readme = Path(folder) / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    # bytes that are no UTF-8 are others', and go back as they came
+    text = readme.read_text(encoding="utf-8", errors="surrogateescape") if readme.is_file() else ""
     if LEGACY in text and BEGIN not in text:
         text = ""
     if only_ours and text and BEGIN not in text:
@@ -94,7 +95,7 @@ def merge(text: str, card: Card) -> str:
 
 def add_tags(readme: Path, tags: Iterable[str]) -> None:
     """Add tags to the front matter of a README that has one."""
-    text = readme.read_text(encoding="utf-8", errors="replace")
+    text = readme.read_text(encoding="utf-8", errors="surrogateescape")
     given, rest = _split(text)
     if given is not None:
         write_text_aside(readme, _dump({**given, "tags": sorted({*_tags(given), *tags})}) + rest)

@@ -30,6 +30,7 @@ NAMES = {
 }
 PAIR = r"\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|…|[\w.+]*[\w+])?"
 HINT = re.compile(rf"{PAIR}\s\((?P<flag>--?[a-z][\w-]*)(?P<more>[^()]*)\)")
+ASIDE = re.compile(r"\s\((?P<flag>--?[a-z][\w-]*)\)")
 WRITTEN = re.compile(rf"(?<![\w/.-]){PAIR}")
 SWITCHED = ("True", "False", "…", None)
 
@@ -94,7 +95,10 @@ def in_flags(error: BaseException | str, flags: Flags) -> str:
 
 def hints_in_flags(text: str, flags: Flags) -> str:
     """Return a text with its hints alone in the words of a verb; the rest may hold any names."""
-    return HINT.sub(lambda found: _hint(found, flags), text)
+    known = {flag for each in flags.values() for flag in each.values()}
+    text = HINT.sub(lambda found: _hint(found, flags), text)
+    # a flag beside the name of a function, of another verb than this
+    return ASIDE.sub(lambda found: found[0] if found["flag"] in known else "", text)
 
 
 @contextmanager

@@ -80,6 +80,7 @@ def push(args: Namespace) -> int:
 def cache(args: Namespace) -> int:
     """List, verify or remove fetched bases."""
     from ..basis import cache as kept
+    from ..basis.dependents import dependents_of, named_dependents
 
     if args.what == "rm" and not args.fingerprint and not args.all:
         raise SubspaceError(
@@ -101,6 +102,7 @@ def cache(args: Namespace) -> int:
         if args.what == "verify":
             fact["problem"] = kept.verify(entry)
         if args.what == "rm":
+            fact["dependents"] = dependents_of(entry.fingerprint)
             kept.remove(entry)
         facts.append(fact)
     if args.json:
@@ -114,4 +116,6 @@ def cache(args: Namespace) -> int:
                 f"{done}{fact['fingerprint'][:12]}  {fact['bytes']:,} bytes, {fact['modules']} modules of"
                 f" {fact['base_model']}, from {fact['location']}@{(fact['revision'] or '')[:12]}"
             )
+            if args.what == "rm" and (words := named_dependents(fact["fingerprint"], ("folder", "hub"))):
+                print(f"  {words}; it is fetched again where they record its place on the Hub")
     return 1 if any(fact.get("problem") for fact in facts) else 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._io.disk import writing
 from .._io.untrusted import is_name
 from ..base_names import SAME, read_name, relation
 from ..basis import SubspaceBasis, resolve_basis
@@ -24,6 +25,7 @@ from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
 
 CONFIG_FILE = "adapter_config.json"
+REMEDY = "name another folder, by TaskExports(cache=…) or in the variable SUBSPACE_PEFT_EXPORTS"
 # increased with every change by which an export of the same task has other bytes
 EXPORT_VERSION = 1
 
@@ -86,6 +88,7 @@ class TaskExports:
         Raises:
             BasisMismatchError: The task belongs to another base model, both being Hub ids; or to another basis.
             SubspaceError: The task is damaged, its basis cannot be found, or its rank is higher than vLLM serves.
+            DiskError: The cache cannot be written; says why, and what helps.
         """
         if not is_name(name, most=255):
             return None
@@ -161,14 +164,20 @@ class TaskExports:
             digest.update(hashlib.sha256(part).digest())
         readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64]
         folder = self.cache / f"{readable}-{digest.hexdigest()[:32]}"
-        if folder.is_dir():
-            return folder
+        with writing(self.cache, REMEDY):
+            if folder.is_dir():
+                return folder
         task = make()
         if task.extras:
             raise SubspaceError(
                 f"Task {name!r} has trained {sorted(task.extras)[0]} as well, which vLLM cannot serve with a LoRA."
                 " Leave it out, or train it without modules_to_save."
             )
+        with writing(self.cache, REMEDY):
+            self._export(task, folder)
+        return folder
+
+    def _export(self, task: SavedTask, folder: Path) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=self.cache) as scratch:
             made = Path(scratch) / "lora"
@@ -179,4 +188,3 @@ class TaskExports:
                 # another process was faster, with the same content
                 if not folder.is_dir():
                     raise
-        return folder

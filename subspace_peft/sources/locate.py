@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .._io.untrusted import read_json
-from ..errors import HubUnavailableError, SourceError
+from ..errors import DiskError, HubUnavailableError, SourceError
 from ..hub import fetch as fetch_file
 from ..hub import looks_like_path, only_local, split_inside
 from ..hub_requests import refusal
@@ -215,7 +215,7 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Source
         # for its licence only: the adapter is here whether the Hub gives it or not
         with contextlib.suppress(OSError):
             fetch(f"{folder}README.md")
-    except (SourceError, HubUnavailableError):
+    except (SourceError, HubUnavailableError, DiskError):
         raise
     except (OSError, ValueError, HFValidationError) as error:
         raise SourceError(

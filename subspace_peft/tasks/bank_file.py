@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from .._io.untrusted import is_name, is_sha256, is_whole, parse_json
 from ..basis.module import FLOAT_DTYPES
+from ..basis.newer import upgrade_hint
 from ..errors import BadFileError, SubspaceError
 from ..tuner.config_check import CHECKS
 from ..tuner.row_batch import BASE
@@ -72,7 +73,9 @@ def read_rows(file: Path, name: str) -> dict[str, torch.Tensor]:
 def _problem(index: dict[str, Any], shape: list[int], dtype: str) -> str | None:
     names, modules = index.get("tasks"), index.get("modules")
     if index.get("format_version") != FORMAT_VERSION:
-        return f"format version {str(index.get('format_version'))[:40]}, and this reads {FORMAT_VERSION}"
+        version = index.get("format_version")
+        hint = upgrade_hint(index.get("subspace_peft_version"), isinstance(version, int) and version > FORMAT_VERSION)
+        return f"format version {str(version)[:40]}, and this reads {FORMAT_VERSION}.{hint}"
     if not isinstance(names, list) or not all(is_name(name) and name != BASE for name in names):
         return "its index lists no names of tasks"
     if len(set(names)) != len(names):

@@ -70,7 +70,7 @@ def write_task(
     needed = [] if own or config.basis_revision else [config.to_dict()["basis"]]
     with replacing(folder, planned_task(config), overwrite=overwrite, needed=needed):
         write_folder_aside(folder, write)
-    if needed:
+    if not own:
         add_dependent(config.basis_fingerprint, folder)
     return folder
 

@@ -23,6 +23,7 @@ from ..basis.base_notes import add_base_note
 from ..basis.basis import note_location
 from ..basis.dependents import add_dependent
 from ..basis.module_names import unwrapped_in
+from ..basis.newer import upgrade_hint, written_by
 from ..basis.recorded import recorded_place
 from ..basis.resolve import require_same
 from ..cards import Place
@@ -467,8 +468,8 @@ class SubspaceConfig(PeftConfig):
         kind = values.get("peft_type", SUBSPACE)
         if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise BadFileError(
-                f"{path_json_file}: its peft_type is {str(kind)[:80]!r}, which this PEFT does not know. Upgrade PEFT,"
-                " or fetch the adapter again."
+                f"{path_json_file}: its peft_type is {str(kind)[:80]!r}, which this PEFT does not know."
+                f"{upgrade_hint(values.get('subspace_version')) or ' Upgrade PEFT, or fetch the adapter again.'}"
             )
         known = [item.name for item in fields(cls) if item.name not in NOT_SAVED]
         unknown = unknown_keys(values, known) if kind == SUBSPACE else []
@@ -477,7 +478,13 @@ class SubspaceConfig(PeftConfig):
                 f"{path_json_file}: it has {', '.join(unknown[:5])}, which neither the version that saved it nor this"
                 " one knows. The file was altered: fetch it again, or take that out."
             )
-        return super().from_json_file(path_json_file, **kwargs)
+        found = super().from_json_file(path_json_file, **kwargs)
+        hint = upgrade_hint(values.get("subspace_version"))
+        more = sorted(set(found) - set(known)) if hint and kind == SUBSPACE else []
+        if told := [str(key)[:80] for key in more if found[key] not in (None, False, [], {})]:
+            warnings.warn(f"{path_json_file}: {', '.join(told)} not known here, and ignored.{hint}", stacklevel=2)
+        # PEFT would take what it does not know for its own
+        return {key: value for key, value in found.items() if key not in more}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -518,9 +525,10 @@ class SubspaceConfig(PeftConfig):
         except (SubspaceError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
             # PEFT's own methods raise a TypeError for JSON that is no configuration
             kind = NoConfigurationError if isinstance(error, TypeError) else BadFileError
+            file = Path(pretrained_model_name_or_path, subfolder or "", "adapter_config.json")
+            hint = upgrade_hint(written_by(file)) or " Fetch or save the task again."
             raise kind(
-                f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}). Fetch or"
-                " save the task again."
+                f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}).{hint}"
             ) from error
         if not isinstance(config, SubspaceConfig):
             return config
@@ -533,14 +541,19 @@ class SubspaceConfig(PeftConfig):
         if basis is not None:
             config = config.on_basis(basis)
         if weights is not None:
-            modules = check_task(weights, config.sizes, config.basis_reference, config.basis_modules, config.resolve)
+            try:
+                modules = check_task(
+                    weights, config.sizes, config.basis_reference, config.basis_modules, config.resolve
+                )
+            except BadFileError as error:
+                raise type(error)(f"{error}{upgrade_hint(config.subspace_version)}") from error
             config.loaded_from = replace(config.loaded_from, modules=modules)
         return config
 
     def _note(self, folder: Path, carried: Any) -> None:
-        """Note that the task in `folder`, of this machine, needs its basis, unless it carries it or a Hub has it."""
+        """Note that the task in `folder`, of this machine, needs its basis, unless it carries it."""
         scratch = folder.name.startswith(".") and folder.name.endswith(".partial")
-        if carried is None and self.basis_revision is None and not scratch and (folder / WEIGHTS_FILE).is_file():
+        if carried is None and not scratch and (folder / WEIGHTS_FILE).is_file():
             add_dependent(self.basis_fingerprint, folder)
 
     def on_basis(self, basis: SubspaceBasis | str | Path) -> SubspaceConfig:

@@ -9,6 +9,7 @@ from typing import Any
 from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_revision, is_sha256, is_whole, pattern_problem
 from ..basis import SubspaceBasis
 from ..basis.base_weights import weights_problem
+from ..basis.newer import is_newer
 from ..basis.schema import MOST_FEATURES, shape_problem
 from ..errors import SubspaceError
 from .coefficients import KINDS
@@ -85,20 +86,8 @@ def unknown_keys(values: Mapping[str, Any], known: Collection[str]) -> list[str]
         return []
     import peft
 
-    from .._version import __version__
-
-    newer = _newer(values["subspace_version"], __version__) or _newer(values.get("peft_version"), peft.__version__)
+    newer = is_newer(values["subspace_version"]) or is_newer(values.get("peft_version"), peft.__version__)
     return [] if newer else sorted(str(key)[:80] for key in set(values) - set(known))
-
-
-def _newer(given: Any, own: str) -> bool:
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        # without its local part: PEFT writes the commit of a development version behind an @
-        return Version(str(given)[:80].split("@")[0]) > Version(own)
-    except InvalidVersion:
-        return False
 
 
 def _short(value: Any) -> str:
