@@ -24,6 +24,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import register_peft_method
 
+from ._io.warn import warn_caller
 from .tasks.arguments import keywords_of
 from .tasks.hotswap import SAME
 from .tasks.push import push_task
@@ -118,7 +119,7 @@ def push_as_tasks() -> None:
         unused = [key for key in kwargs if key in keywords_of(original) or key in STOCK_PUSH if key not in known]
         for key in unused:
             if kwargs.pop(key) is not None:
-                warnings.warn(f"push_to_hub: {key}= has no effect on subspace tasks.", stacklevel=2)
+                warn_caller(f"push_to_hub: {key}= has no effect on subspace tasks.")
         return push_task(self, repo_id, *args, **kwargs)
 
     push_to_hub.subspace = True  # type: ignore[attr-defined]

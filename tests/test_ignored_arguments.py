@@ -261,6 +261,7 @@ def test_updates_and_completions(work: Path) -> None:
     assert "seed= (--seed) has no effect" in said(lambda: complete_basis(basis, seed=2, **filled))
     assert not said(lambda: complete_basis(basis, **filled))
     assert not said(lambda: complete_basis(basis, k=6, seed=2))
+    assert "k=3 has no effect: every module has as many" in said(lambda: complete_basis(basis, k=3))
 
 
 # -- keywords that a function would pass on to nowhere ----------------------------------------------------------------

@@ -22,7 +22,7 @@ from transformers import (
 from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, load_adapter, project_lora
 from subspace_peft.basis import ModuleBasis
 from subspace_peft.errors import BasisMismatchError, SubspaceError
-from tests.models import bert, needs_transformers_adapters, randomise, train_lora
+from tests.models import bert, gpt2, needs_transformers_adapters, randomise, train_lora
 
 QUERY = "bert.encoder.layer.1.attention.self.query"
 
@@ -235,6 +235,10 @@ def test_one_configuration_serves_several_models(basis: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert len(adapted(get_peft_model(bert(layers=layers), config))) == count
+    # a generated basis takes PEFT's targets for each kind of model
+    generated = SubspaceConfig(basis="random", k=2)
+    assert len(adapted(get_peft_model(bert(), generated))) == 4
+    assert len(adapted(get_peft_model(gpt2(), generated))) == 2
     # targets that were given are not filled in again
     config.target_modules = {"query"}
     assert len(adapted(get_peft_model(bert(), config))) == 2

@@ -5,12 +5,22 @@ from __future__ import annotations
 import sys
 import warnings
 
-# decorators of torch's are between the package's own lines
-INSIDE = ("subspace_peft", "torch", "contextlib", "functools")
+# what is between the package's own lines, or calls them for the user
+INSIDE = (
+    "subspace_peft",
+    "torch",
+    "contextlib",
+    "functools",
+    "peft",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "trl",
+)
 
 
 def warn_caller(message: str) -> None:
-    """Warn with a `UserWarning` that names the first line outside this package on the way here."""
+    """Warn with a `UserWarning` that names the user's own line on the way here."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         level, frame = level + 1, frame.f_back

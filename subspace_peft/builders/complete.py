@@ -74,9 +74,9 @@ def complete_basis(
     options = CompleteOptions(k=k, k_in=k_in, with_=with_, seed=seed, base_model_name=base_model_name)
     resources = Resources(token=token, progress=progress)
     check_filling_model(with_, base_model)
-    warn_of_ignored_in_completion(options, base_model)
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=resources.token)
     warn_float32(old)
+    warn_of_ignored_in_completion(options, base_model, old)
     weights = linear_weights(base_model, "all-linear") if with_ == "base-weights" and base_model is not None else None
     name = named(said_of_basis(old.base_model, options.base_model_name), base_model)
     check_weights(old, base_model)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._io.warn import warn_caller
-from ..basis import ModuleBasis
+from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module_store import names_of
 from .options import DEFAULT_K, BuildOptions, CompleteOptions, UpdateOptions
 
@@ -99,9 +99,15 @@ def warn_of_ignored_in_update(options: UpdateOptions, *, cores: bool) -> None:
     _warn("update_basis", said)
 
 
-def warn_of_ignored_in_completion(options: CompleteOptions, base_model: Any) -> None:
+def warn_of_ignored_in_completion(options: CompleteOptions, base_model: Any, basis: SubspaceBasis) -> None:
     """Warn of arguments of `complete_basis` that decide nothing."""
     said = []
+    k, k_in = options.size
+    if all(
+        shape["k_out"] >= min(k, shape["out"]) and shape["k_in"] >= min(k_in, shape["in"])
+        for shape in basis.shapes().values()
+    ):
+        said.append(f"k={k} has no effect: every module has as many directions, {basis.describe_k()}")
     if options.with_ == "random" and base_model is not None:
         said.append("base_model= (--base-model) has no effect with random directions")
     if options.with_ != "random" and "seed" in options.changed():

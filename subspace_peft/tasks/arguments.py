@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .._io.warn import warn_caller
 from ..errors import SubspaceError
 
 HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -29,9 +29,7 @@ def check_hub(task: Any, hub: Mapping[str, Any]) -> None:
     if given and not isinstance(task, (str, Path)):
         raise SubspaceError(f"{', '.join(given)} is of a task on the Hub, and this one is in memory: leave it out.")
     if hub.get("revision") is not None and Path(str(task)).expanduser().is_dir():
-        warnings.warn(
-            f"revision={hub['revision']!r} has no effect: {task} is a folder, and is taken as it is.", stacklevel=3
-        )
+        warn_caller(f"revision={hub['revision']!r} has no effect: {task} is a folder, and is taken as it is.")
 
 
 def check_known(given: Iterable[str], known: Iterable[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from torch import nn
 
 from .._adapted import unwrapped
+from .._io.warn import warn_caller
 from ..basis import SubspaceBasis
 from ..basis.module_names import plain_name
 from ..basis.module_store import names_of, same_module
@@ -63,7 +63,7 @@ def check_coverage(
     )
     if config.strict:
         raise BasisMismatchError(f"strict=True: only {text}")
-    warnings.warn(f"Only {text} strict=True makes this an error.", stacklevel=2)
+    warn_caller(f"Only {text} strict=True makes this an error.")
 
 
 def unadapted(

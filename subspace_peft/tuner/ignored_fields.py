@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft.utils.other import get_pattern_key
 
+from .._io.warn import warn_caller
 from ..basis import SubspaceBasis
 from ..basis.module_store import describe_k
 from .config import SubspaceConfig
@@ -30,7 +30,7 @@ def warn_of_ignored_fields(config: SubspaceConfig, basis: SubspaceBasis, names: 
             f"basis_revision={config.basis_revision!r} has no effect: it is no Hub repository, and taken as it is"
         )
     if said:
-        warnings.warn(f"SubspaceConfig: {'. '.join(said)}.", stacklevel=2)
+        warn_caller(f"SubspaceConfig: {'. '.join(said)}.")
 
 
 def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str]) -> list[str]:

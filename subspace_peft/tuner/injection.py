@@ -127,7 +127,7 @@ def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBas
     basis = _unnamed(config, config.resolve())
     if basis is not None:
         config.target_modules = modules_of_basis(model, basis, config)
-    elif config.basis_modules is not None:
+    elif config.basis_modules is not None and (config.loaded or not config.generated):
         config.target_modules = set(config.basis_modules)
     if not config.loaded:
         config.filled_targets = config.target_modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from peft.config import PeftConfig
@@ -75,7 +75,9 @@ class SubspaceModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: SubspaceConfig, model_config: dict[str, Any]) -> SubspaceConfig:
         self._basis = fill_target_modules(peft_config, self.model)
-        return super()._prepare_adapter_config(peft_config, model_config)
+        return with_default_targets(
+            peft_config, lambda: super(SubspaceModel, self)._prepare_adapter_config(peft_config, model_config)
+        )
 
     def _prepare_model(self, peft_config: SubspaceConfig, model: nn.Module) -> None:
         # the last hook before PEFT starts to replace modules: whatever is wrong has to come up here
@@ -178,6 +180,15 @@ def fill_in(config: SubspaceConfig, plan: InjectionPlan) -> None:
         take_record(plan.basis, plan.first)
     for name, value in plan.filled_in.items():
         setattr(config, name, value)
+
+
+def with_default_targets(config: SubspaceConfig, prepare: Callable[[], Any]) -> Any:
+    """Let PEFT prepare the configuration, and note the targets that it fills in for the model's kind."""
+    fills = config.target_modules is None and not config.loaded
+    prepared = prepare()
+    if fills:
+        config.filled_targets = config.target_modules
+    return prepared
 
 
 def put_in(

@@ -16,7 +16,7 @@ from torch import nn
 from .bnb import keep_unpacked
 from .config import SubspaceConfig
 from .injection import fill_target_modules, make_plan
-from .model import fill_in, put_in
+from .model import fill_in, put_in, with_default_targets
 from .targets import target_names
 
 OUTER = "base_model.model."  # where a `PeftMixedModel` has the base model
@@ -27,7 +27,7 @@ def prepare_adapter_config(
 ) -> Any:
     """Name the basis's own modules where the configuration names no targets."""
     fill_target_modules(config, tuner.model)
-    return theirs(config, model_config)
+    return with_default_targets(config, lambda: theirs(config, model_config))
 
 
 def prepare_model(tuner: MixedModel, theirs: Callable[..., Any], config: SubspaceConfig, model: nn.Module) -> None:
