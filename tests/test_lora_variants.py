@@ -39,7 +39,7 @@ def trained(folder: Path, seed: int, config: peft.PeftConfig, make=llama) -> Pat
     model = get_peft_model(make(), config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_" in name and "magnitude" not in name and "ranknum" not in name:
+        if ("lora_" in name or "miss_block" in name) and "magnitude" not in name and "ranknum" not in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
         elif "magnitude" in name:
             parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=generator)
@@ -99,6 +99,11 @@ CONVERTED = {
             target_modules=["q_proj", "v_proj"],
             task_type="CAUSAL_LM",
         ),
+    ),
+    "miss": ("MISS", lambda: peft.MissConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")),
+    "miss bat": (
+        "MISS",
+        lambda: peft.MissConfig(r=4, init_weights="bat", target_modules=["q_proj"], task_type="CAUSAL_LM"),
     ),
 }
 # those that no basis can hold, and the word of the reason
@@ -176,9 +181,10 @@ def test_another_variant_is_refused_and_on_its_base_model_converted(variant, ver
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     source = open_source(folder, base_model=base)
     assert source.converted == kind and source.lost < 1e-4
-    # DoRA's update alone is of full rank: what is cut off is stated
-    assert (source.lost > 1e-10) == (kind == "DORA")
-    tolerance = ATOL if kind != "DORA" else 0.1 * (wanted - logits(base)).abs().max()
+    # these two are of full rank: what is cut off is stated
+    whole = kind != "DORA" and variant != "miss bat"
+    assert (source.lost < 1e-10) == whole
+    tolerance = ATOL if whole else 0.1 * (wanted - logits(base)).abs().max()
     torch.testing.assert_close(got, wanted, atol=float(tolerance), rtol=0)
 
 

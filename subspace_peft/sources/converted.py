@@ -25,8 +25,8 @@ def convert(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return an adapter's update as LoRA factors, scale folded in.
 
-    The adapter is put on `base_model`, which is left as it was. Updates of variants of LoRA and of AdaLoRA are taken
-    from the weights that PEFT merges them into, those of other methods from PEFT's `convert_to_lora`.
+    The adapter is put on `base_model`, which is left as it was. Updates of variants of LoRA, of AdaLoRA and MiSS are
+    taken from the weights that PEFT merges them into, those of other methods from PEFT's `convert_to_lora`.
 
     Args:
         config: its adapter_config.json.
@@ -57,7 +57,7 @@ def _convert(
         raise SourceError(f"{location}: the installed PEFT knows no method {kind}. Upgrade it, or leave this one out.")
     if kind in NO_UPDATE:
         raise SourceError(f"{location}: {method_problem(kind)}")
-    by_weights = kind in ("LORA", "ADALORA")
+    by_weights = kind in ("LORA", "ADALORA", "MISS")
     problems = config_problems(config, converting=True) if kind == "LORA" else []
     if (config.get("bias") or "none") != "none":
         problems.append(f"it was trained with bias={config['bias']!r}, and a LoRA holds no biases; train it without")
@@ -98,10 +98,15 @@ def _convert(
     except SourceError:
         raise
     except Exception as error:  # PEFT's methods raise whatever they raise
+        possible = "not support LoRA conversion" not in str(error)
         raise SourceError(
             f"{location}: PEFT could not convert this {kind} adapter on {type(base_model).__name__}"
-            f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Convert it with PEFT's"
-            " `save_as_lora` where it was trained, or leave it out."
+            f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            + (
+                "Convert it with PEFT's `save_as_lora` where it was trained, or leave it out."
+                if possible
+                else "Leave it out."
+            )
         ) from error
     finally:
         if model is not None:

@@ -66,7 +66,7 @@ def merged_factors(
         U, S, Vh = torch.linalg.svd(flat, full_matrices=False)
         squares = S.square()
         rank = _rank(squares, 1 - ROUNDING)
-        if rank > WIDEST * int(layer.r["default"]):
+        if rank > WIDEST * _own_rank(layer):
             rank = _rank(squares, energy)
         lost, total = lost + float(squares[rank:].sum()), total + float(squares.sum())
         B, A = (U[:, :rank] * S[:rank]).contiguous(), Vh[:rank].contiguous()
@@ -85,9 +85,16 @@ def _rank(squares: torch.Tensor, energy: float) -> int:
 
 
 def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, layer in model.get_base_model().named_modules():
-        if hasattr(layer, "get_base_layer") and "default" in getattr(layer, "scaling", {}):
+        if isinstance(layer, BaseTunerLayer) and hasattr(layer, "merge"):
             yield name, layer
+
+
+def _own_rank(layer: Any) -> int:
+    """Return the adapter's rank in a layer of LoRA or MiSS."""
+    return int(getattr(layer, "r" if hasattr(layer, "r") else "miss_r")["default"])
 
 
 def _merged(layer: Any, before: torch.Tensor | None, where: str) -> torch.Tensor:
