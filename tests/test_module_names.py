@@ -355,3 +355,57 @@ def test_keys_that_are_one_key_without_wrappers_are_named(fleet, tmp_path):
     save_file(both, tmp_path / "both.safetensors")
     with pytest.raises(SourceError, match="are both"):
         open_source(tmp_path / "both.safetensors")
+
+
+@pytest.mark.parametrize("reader", ["kohya", "pipeline"])
+def test_state_dicts_of_kohya_and_compiled_kohya_files_are_read(reader):
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    A, B = torch.randn(2, 6), torch.randn(8, 2)
+    if reader == "kohya":
+        stem = "lora_unet__orig_mod_" + name.replace(".", "_")
+        state = {f"{stem}.lora_down.weight": A, f"{stem}.lora_up.weight": B, f"{stem}.alpha": torch.tensor(1.0)}
+    else:
+        state = {f"unet._orig_mod.{name}.lora_A.weight": A, f"unet._orig_mod.{name}.lora_B.weight": B}
+    source = open_source(state)
+    assert list(source.keys) == [f"unet.{name}"] and source.parts == ["unet"]
+    scale = 0.5 if reader == "kohya" else 1.0
+    update = source.factors(f"unet.{name}")
+    torch.testing.assert_close(update.B @ update.A, (scale * B @ A).double(), atol=1e-6, rtol=1e-6)
+
+
+def test_an_embedding_in_a_lone_file_is_read(tmp_path):
+    state = {
+        f"_orig_mod.{P}model.embed_tokens.lora_embedding_A": torch.randn(2, 12),
+        f"_orig_mod.{P}model.embed_tokens.lora_embedding_B": torch.randn(6, 2),
+    }
+    save_file(state, tmp_path / "one.safetensors")
+    source = open_source(tmp_path / "one.safetensors")
+    assert source.shape("model.embed_tokens") == (6, 12, 2) and not source.other_keys
+
+
+class Reward(nn.Module):
+    """A model whose own modules are called as PEFT's wrapper is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base_model = nn.ModuleDict({"model": nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)})})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.base_model["model"]
+        return inner["down"](inner["up"](x).tanh())
+
+
+def test_a_model_with_modules_called_base_model_keeps_working(tmp_path):
+    x = torch.randn(3, 8)
+    lora = get_peft_model(Reward(), LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    basis = build_basis([tmp_path / "lora"], k=2, progress=False)
+    basis.save_pretrained(tmp_path / "basis")
+    project_lora(tmp_path / "lora", basis).save_pretrained(tmp_path / "task")
+    model = PeftModel.from_pretrained(Reward(), tmp_path / "task")
+    torch.testing.assert_close(model(x), lora(x), atol=1e-5, rtol=1e-5)
+    trained = get_peft_model(Reward(), SubspaceConfig(basis=str(tmp_path / "basis")))
+    want = randomise(trained)(x)
+    trained.save_pretrained(tmp_path / "trained")
+    torch.testing.assert_close(PeftModel.from_pretrained(Reward(), tmp_path / "trained")(x), want)

@@ -11,6 +11,12 @@ from .pipeline_parts import parts_in
 from .renames import same_by_any_table
 
 
+def same_plain_module(module_name: str, names: Iterable[str]) -> list[str]:
+    """Return `same_module` with the names of wrappers, such as ``_orig_mod``, counting for nothing."""
+    plain = {plain_name(name): name for name in names}
+    return [plain[hit] for hit in same_module(plain_name(module_name), plain)]
+
+
 class ModuleNames:
     """The names of a basis's modules, found by what a model calls them.
 

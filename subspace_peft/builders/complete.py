@@ -15,8 +15,8 @@ from ..base_names import said_of_basis
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.controls import gaussian
 from ..basis.lineage import next_version, warn_float32
+from ..basis.matching import same_plain_module
 from ..basis.module import fix_signs
-from ..basis.module_store import same_module
 from ..energy import DEFINITION, of_random
 from ..errors import SubspaceError
 from .base_model import base_model_name as named
@@ -207,7 +207,7 @@ def filling_weights(
     """
     found = {}
     for name, shape in shapes.items():
-        hits = same_module(name, weights)
+        hits = same_plain_module(name, weights)
         if len(hits) != 1 or tuple(weights[hits[0]].shape) != shape:
             raise SubspaceError(
                 f"Module {name!r} of shape {shape} is no linear layer of the base model ({len(hits)} have its name)."

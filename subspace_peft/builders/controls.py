@@ -10,7 +10,7 @@ from torch import nn
 
 from ..basis import ModuleBasis
 from ..basis.controls import base_weight_module, random_module, with_random_directions
-from ..basis.module_store import same_module
+from ..basis.matching import same_plain_module
 from ..errors import SubspaceError
 from .options import BuildOptions
 
@@ -70,7 +70,7 @@ def weight_for(name: str, weights: Mapping[str, Any], shape: tuple[int, int]) ->
     Raises:
         SubspaceError: there is none of that name and shape, or several.
     """
-    hits = same_module(name, weights)
+    hits = same_plain_module(name, weights)
     if len(hits) != 1 or tuple(weights[hits[0]].shape) != shape:
         raise SubspaceError(
             f"Module {name!r} of shape {shape} is not among the base model's given target_modules. Pass the base model"

@@ -13,7 +13,7 @@ from torch import nn
 
 from .._adapted import unwrapped
 from ..basis.module import tensor_bytes
-from ..basis.module_names import PREFIX, has_peft_prefix, plain_names
+from ..basis.module_names import PREFIX, has_peft_prefix, plain_name, plain_names
 from ..cards.readme import front_matter
 from ..errors import SourceError
 from .converted import convert
@@ -110,8 +110,11 @@ def _from_state_dict(
     more: dict[str, Any] = {"other_keys": _others(tensors), "plain_keys": plain}
     if base_model is not None and (kind := _to_convert(config)):
         keys, tensors, more = _converted(config, kind, plain, tensors.__getitem__, base_model, location)
+    elif has_foreign_keys(plain) and not list(problems):
+        keys, more = _foreign(tensors, tensors.__getitem__, {}, config, location, base_model)
     else:
         keys = _keys(plain, config, location, problems)
+        more["pipeline"] = is_pipeline(keys)
     digest = hashlib.sha256()
     for key in sorted(key for sides in keys.values() for key in sides.values()):
         value = tensors[key]
@@ -124,7 +127,6 @@ def _from_state_dict(
         keys,
         upcast(tensors.__getitem__),
         digest.hexdigest(),
-        pipeline=is_pipeline(keys),
         **more,
     )
 
@@ -138,32 +140,40 @@ def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
     if files.config is not None and not has_foreign_keys(names):
         plain = plain_names(names)
         keys = _keys(plain, files.config, files.location, alone=True)
-        in_file = _is_read_by_bytes(files.weights, keys)
-        return _of_files(files, keys, read, in_file=in_file, other_keys=_others(names), plain_keys=plain)
+        more = {"other_keys": _others(names), "plain_keys": plain, "pipeline": is_pipeline(keys, metadata)}
+        return _of_files(files, keys, read, in_file=_is_read_by_bytes(files.weights, keys), **more)
+    keys, more = _foreign(names, read, metadata, files.config or {}, files.location, base_model)
+    return _of_files(files, keys, read, in_file=_is_read_by_bytes(files.weights, keys), **more)
+
+
+def _foreign(
+    names: Iterable[str],
+    read: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any],
+    location: str,
+    base_model: nn.Module | None,
+) -> tuple[dict[str, dict[str, str]], dict[str, Any]]:
+    """Return the keys of an adapter of diffusers or kohya, or of a PEFT file alone, and what else its `Source` has."""
+    names = list(names)
     if form := format_of_keys(names):
-        raise SourceError(f"{files.location}: it is {form}.")
-    bases = [] if base_model is None else [name for name, _ in base_model.named_modules()]
+        raise SourceError(f"{location}: it is {form}.")
+    bases = [] if base_model is None else [plain_name(name) for name, _ in base_model.named_modules()]
     found = read_foreign_keys(names, read, metadata, bases)
-    for config in (files.config or {}, *metadata_configs(metadata)):
-        found.problems += config_problems(config, offered=False)
+    for each in (config, *metadata_configs(metadata)):
+        found.problems += config_problems(each, offered=False)
     factors = [f"{module}.lora_A.weight" for module in found.keys]
-    found.problems += tensor_problems({name: name for name in (*factors, *found.others)}, files.config or {})
+    found.problems += tensor_problems({name: name for name in (*factors, *found.others)}, config)
     if found.problems:
-        raise SourceError(f"{files.location}: " + "; ".join(dict.fromkeys(found.problems[:5])) + ".")
+        raise SourceError(f"{location}: " + "; ".join(dict.fromkeys(found.problems[:5])) + ".")
     if not found.keys:
-        raise SourceError(
-            f"{files.location}: {files.weights.name} holds no LoRA tensors. It is no LoRA, or it was saved empty."
-        )
-    return _of_files(
-        files,
-        found.keys,
-        read,
-        in_file=_is_read_by_bytes(files.weights, found.keys),
-        other_keys=found.others,
-        scales=found.scales,
-        plain_keys=plain_names(names),
-        pipeline=is_pipeline(found.keys, metadata),
-    )
+        raise SourceError(f"{location}: it holds no LoRA tensors. It is no LoRA, or it was saved empty.")
+    return found.keys, {
+        "other_keys": found.others,
+        "scales": found.scales,
+        "plain_keys": plain_names(names),
+        "pipeline": is_pipeline(found.keys, metadata),
+    }
 
 
 def _is_read_by_bytes(file: Path, keys: Mapping[str, Mapping[str, str]]) -> bool:
