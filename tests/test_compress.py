@@ -190,7 +190,14 @@ def test_what_is_refused_and_what_is_left_out(fleet, fleets, tmp_path, capsys):
     twin = shutil.copytree(folders[0], tmp_path / "twin" / Path(folders[0]).name)
     stranger = train_lora(bert, tmp_path / "stranger", 99)
     given = [folders[0], stranger, broken, torn, fleets[gpt2][0], twin, tmp_path / "nowhere"]
-    reasons = ["keeps 0.0", "NaN", "truncated", "not in the basis", "is called 'lora0' as well", "no such folder"]
+    reasons = [
+        "the basis keeps 2.3 %",
+        "NaN",
+        "truncated",
+        "not in the basis",
+        "is called 'lora0' as well",
+        "no such folder",
+    ]
     with pytest.raises(SubspaceError) as caught:
         compress_fleet(given, basis, tmp_path / "out", progress=False)
     said = str(caught.value)

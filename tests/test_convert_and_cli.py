@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -212,7 +213,7 @@ def test_build_inspect_project_export(capsys, fleets, kind, tmp_path):
     with pytest.warns(UserWarning, match="replaced, and 1 task or bundle of this machine needs"):
         code, out, _ = cli(capsys, *again, "--force")
     assert code == 0
-    assert "energy kept 0.9" in out or "energy kept 1.0" in out
+    assert float(re.search(r"^energy kept ([\d.]+) %", out, re.M)[1]) >= 90
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def _info(build: FleetBuild, found: Found) -> dict[str, Any]:
     entries = [
         {
             **source_entry(source, of(i, "energies"), fleet.groups[i], of(i, "left_out")),
-            **({} if fleet.weights is None else {"weight": fleet.weights[i]}),
+            **({} if fleet.weights is None else {"counts": fleet.weights[i]}),
         }
         for i, source in enumerate(fleet.sources)
     ]

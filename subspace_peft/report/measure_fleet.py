@@ -124,7 +124,7 @@ def _kept(module: ModuleBasis, update: Factors) -> float:
 
 def _counting_as_built(basis: SubspaceBasis, fleet: Fleet) -> Fleet:
     """Return the fleet with the weights that the basis was built with, where it is of the basis's sources alone."""
-    recorded = {entry.get("sha256"): entry.get("weight") for entry in basis.info.get("sources") or []}
+    recorded = {entry.get("sha256"): entry.get("counts") for entry in basis.info.get("sources") or []}
     own: list[Any] = [recorded.get(source.sha256) for source in fleet.sources]
     if not all(isinstance(weight, (int, float)) for weight in own):
         return fleet
