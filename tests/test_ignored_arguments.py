@@ -321,6 +321,18 @@ def test_an_argument_of_another_kind_of_task_is_refused(work: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("field", ["k", "r", "alpha", "coefficients", "mean_gain", "target_modules", "strict"])
+def test_a_field_beside_a_saved_task_is_refused(work: Path, field: str) -> None:
+    task, value = str(work / "task1"), getattr(SubspaceConfig(), field) or 2
+    for call in (
+        lambda: SubspaceConfig.from_pretrained(task, **{field: value}),
+        lambda: PeftModel.from_pretrained(bert(), task, **{field: value}),
+    ):
+        with pytest.raises(SubspaceError, match=f"{field}= has no effect on a saved task"):
+            call()
+    assert PeftModel.from_pretrained(bert(), task, basis=str(work / "basis"), check_base_model=False)
+
+
 def test_a_revision_of_a_folder_is_said(work: Path) -> None:
     task = str(work / "task1")
     assert "revision='v2' has no effect" in said(lambda: read_task(task, revision="v2"))

@@ -506,8 +506,10 @@ class SubspaceConfig(PeftConfig):
             BasisNotFoundError: see `resolve`.
             BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.
             HubUnavailableError: the Hub does not answer.
+            SubspaceError: another field is given, which the saved one would overrule.
         """
         basis, check = kwargs.pop("basis", None), kwargs.pop("check_base_model", None)
+        _refuse_fields(cls, kwargs)
         place = str(pretrained_model_name_or_path)
         if only_local(place, kwargs.get("revision")) and not os.path.isdir(os.path.join(place, subfolder or "")):
             raise SubspaceError(
@@ -588,6 +590,17 @@ class SubspaceConfig(PeftConfig):
         self.__dict__.update(loaded_from=None, taken_basis=None, filled_targets=None, basis_names=None, strict=False)
         known = {item.name for item in fields(self)}
         self.__dict__.update({name: value for name, value in state.items() if name in known})
+
+
+def _refuse_fields(cls: type, given: Mapping[str, Any]) -> None:
+    """Raise `SubspaceError` where a field of ours is given for a saved task, whose own value PEFT takes instead."""
+    inherited = {item.name for item in fields(PeftConfig)}
+    idle = [item.name for item in fields(cls) if item.name in given and item.name not in inherited]
+    if idle:
+        raise SubspaceError(
+            f"{', '.join(f'{name}=' for name in idle)} has no effect on a saved task, which keeps what it was trained"
+            " with. Leave it out; basis= and check_base_model= are taken."
+        )
 
 
 def _warn_of_method(old: str, new: str) -> None:
