@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .._io.text import read_text
-from ..basis.source_places import found_sources
 from ..errors import SourceError, SubspaceError
 from ..hub import looks_like_path, split_inside
 from ..hub_requests import patient
@@ -306,6 +305,9 @@ def _from_basis(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SubspaceError: it has no such record, or that of more than a build.
     """
+    # it brings torch, which the command line's help does without
+    from ..basis.source_places import found_sources
+
     build, precision = config.get("build"), config.get("precision")
     if not isinstance(build, dict):
         raise SubspaceError(f"{file}: it has no record of how the basis was built.")
