@@ -6,7 +6,8 @@ A relative path goes on leading there when both are moved together, and says not
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePath, PureWindowsPath
+import re
+from pathlib import Path, PureWindowsPath
 
 # steps up and down that two folders that belong together are apart
 MOST_STEPS = 3
@@ -36,8 +37,7 @@ def relative_place(place: str | Path, folder: str | Path) -> str | None:
 
 def last_part(place: str) -> str:
     """Return the last part of a path of any system: all that a file to be shared says of a place elsewhere."""
-    kind = PureWindowsPath if "\\" in place or PureWindowsPath(place).drive else PurePath
-    return kind(place).name or place
+    return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or place
 
 
 def shown_place(place: str | None) -> str | None:

@@ -34,6 +34,11 @@ def shared_info(info: Mapping[str, Any], folder: Path | None, fingerprint: str) 
     for key in ("sources", "skipped", "lineage"):
         if isinstance(info.get(key), list):
             made[key] = [_shared(each, folder, noted, key) if isinstance(each, dict) else each for each in info[key]]
+    build = info.get("build")
+    if isinstance(build, Mapping) and isinstance(build.get("weights"), Mapping):
+        named = {str(each.get("location")): each.get("name") for each in info.get("sources") or () if each.get("name")}
+        weights = {_named(key, named): value for key, value in build["weights"].items()}
+        made["build"] = {**build, "weights": weights}
     if noted:
         with contextlib.suppress(OSError):
             write_text_aside(_file(fingerprint), json.dumps(noted, indent=1))
@@ -61,6 +66,18 @@ def _shared(entry: dict[str, Any], folder: Path | None, noted: dict[str, str], k
     more = {} if not isinstance(reason, str) else {"reason": reason.replace(location, written)}
     name = {"name": written} if entry.get("name") == location else {}
     return {**entry, "location": written, **more, **name}
+
+
+def _named(key: Any, named: Mapping[str, Any]) -> Any:
+    """Return the name of the source that a weight is of by its place on this machine; any other key as it is."""
+    if not isinstance(key, str) or not is_absolute(key):
+        return key
+    return named.get(key) or last_part(key)
+
+
+def shared_entries(entries: Iterable[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Return entries with a ``location``, and maybe a ``reason``, as they are written into `folder`."""
+    return [_shared(each, folder, {}, "sources") for each in entries]
 
 
 def local_info(info: Mapping[str, Any], folder: Path, fingerprint: str) -> dict[str, Any]:

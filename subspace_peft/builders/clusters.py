@@ -14,6 +14,7 @@ from .._io.atomic import write_text_aside
 from .._io.occupied import BASIS, CLUSTERS
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target, replacing
+from ..basis.source_places import shared_entries
 from ..energy import EnergyRecord, mean
 from ..errors import SubspaceError
 from .build import built
@@ -92,7 +93,8 @@ class Clusters:
         for number, basis in enumerate(self.bases):
             check_target(folder / f"cluster-{number}", Planned(BASIS, basis.fingerprint), overwrite=overwrite)
         planned = Planned(CLUSTERS, " ".join(basis.fingerprint for basis in self.bases))
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        facts = {**self.to_dict(), "sources": shared_entries(self.sources, folder)}
+        text = json.dumps(facts, indent=2, sort_keys=True, allow_nan=False) + "\n"
         with replacing(folder, planned, overwrite=overwrite):
             for number, basis in enumerate(self.bases):
                 basis.save_pretrained(folder / f"cluster-{number}", overwrite=overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._io.occupied import REPORT
 from ..base_names import check_said
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, replacing
+from ..basis.source_places import shared_entries
 from ..builders.fleet import gather
 from ..builders.rebuild import sources_on_record
 from ..energy import EnergyRecord
@@ -48,10 +50,16 @@ class FleetReport(ReportFacts):
         """
         folder = Path(folder).expanduser()
         with replacing(folder, Planned(REPORT, self.basis.get("fingerprint")), overwrite=overwrite):
-            figures = draw(self, folder)
-            write_text_aside(folder / "report.json", json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-            write_text_aside(folder / "report.html", page(self, figures))
+            figures, shared = draw(self, folder), self._shared(folder)
+            write_text_aside(folder / "report.json", json.dumps(shared.to_dict(), indent=1, allow_nan=False) + "\n")
+            write_text_aside(folder / "report.html", page(shared, figures))
         return folder / "report.html"
+
+    def _shared(self, folder: Path) -> FleetReport:
+        """Return the report without the places of this machine."""
+        (basis,) = shared_entries([self.basis], folder)
+        entries = {key: shared_entries(getattr(self, key), folder) for key in ("sources", "skipped")}
+        return replace(self, basis=basis, **entries)
 
 
 def report_basis(
