@@ -80,7 +80,7 @@ def load_task(
     """
     check_known(loading, [*keywords_of(PeftModel.load_adapter, PeftModel.from_pretrained), *DISPATCH])
     found = _find(bundle, task, revision, token, cache_dir)
-    name = adapter_name or task.replace(".", "_")
+    name = task.replace(".", "_") if adapter_name is None else adapter_name
     if task not in found:
         task = _part_for(model, found, task, basis)
     wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from .._adapted import active_adapter, unwrapped
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
+from ..tuner.adapter_names import check_adapter_name
 from ..tuner.card import base_facts, noted
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import weights_of
@@ -51,6 +53,14 @@ def save_adapter(
         raise SubspaceError(
             f"{type(model).__name__} has {kind} named {name!r}; its adapters are"
             f" {', '.join(sorted(known)) or '(none)'}. Add it by `model.add_adapter(SubspaceConfig(…), name)` first."
+        )
+    if not config.base_model_name_or_path:
+        config.base_model_name_or_path = _base_name(model)
+    if not config.base_model_name_or_path:
+        warnings.warn(
+            f"{folder}: the task does not say which base model it is for, as {type(model).__name__} has no name. Set"
+            f" model.peft_config[{name!r}].base_model_name_or_path to its Hub id or folder, and save it again.",
+            stacklevel=2,
         )
     config.card = noted(config.card, base={**base_facts(model, config), "injected": True})
     return write_task(folder, config, get_peft_model_state_dict(model, adapter_name=name), overwrite=overwrite)
@@ -102,6 +112,8 @@ def load_adapter(
             f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own"
             " load_lora_adapter, or projected into a basis by `project_lora` first."
         )
+    # transformers takes an empty name for "default"
+    check_adapter_name(adapter_name, {**(getattr(model, "peft_config", None) or {}), adapter_name: config})
     file = weights_of(task, config.loaded_from.folder)
     state = {key.removeprefix(PREFIX): value for key, value in load_file(file).items()}
     config.inference_mode = False
@@ -116,6 +128,16 @@ def load_adapter(
             f"{task}: {type(model).__name__} has no place for {', '.join(sorted(unused)[:3])}. Modules that are"
             " trained whole (modules_to_save) can only be loaded by `PeftModel.from_pretrained`."
         )
+
+
+def _base_name(model: nn.Module) -> str | None:
+    """Return the Hub id or folder that a transformers or diffusers model was loaded from; None where it has none."""
+    settings = getattr(model, "config", None)
+    known = (
+        settings.get("_name_or_path") if isinstance(settings, Mapping) else getattr(settings, "_name_or_path", None)
+    )
+    found = known or getattr(model, "name_or_path", None)
+    return found if isinstance(found, str) and found else None
 
 
 def _active(model: nn.Module, known: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from ..tuner.row_context import CHANGES
 from .arguments import check_known
 from .bank_file import FORMAT_VERSION, read_index
 from .read import SavedTask, read_task
-from .write import core_tensors, write_task
+from .write import PREFIX, core_tensors, write_task
 
 EMPTY = 0  # the slot of zeros, for rows of the base model
 
@@ -161,9 +161,11 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             )
         require_same_base(read.config, self.config, f"Task {name!r}")
         if read.extras:
+            whole = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in read.extras})
+            how = "" if task is None else f" Load it as an adapter, `model.load_adapter({str(task)!r}, {name!r})`:"
             raise SubspaceError(
-                f"Task {name!r} has trained {sorted(read.extras)[0]} as well, which a bank does not hold. Load it as"
-                " an adapter, with `model.load_adapter`; batches may mix both."
+                f"Task {name!r} has trained {', '.join(whole[:3])} whole as well, which a bank does not hold.{how} rows"
+                " of the same batches name it as they name the bank's tasks, and get its own modules."
             )
         return read.cores
 

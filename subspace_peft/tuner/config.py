@@ -386,6 +386,9 @@ class SubspaceConfig(PeftConfig):
         """Return the fields that are saved, as PEFT's does, with the basis as its location: a folder or a Hub id."""
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in NOT_SAVED}
         values["basis"] = self._location()
+        # PEFT's task types append their heads at each loading
+        if isinstance(self.modules_to_save, (list, tuple)):
+            values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         values["base_model_name_or_path"] = out_of_cache(self.base_model_name_or_path)
         # wrappers around the model, such as torch.compile's, are none of its own names
         for name in NAMED:

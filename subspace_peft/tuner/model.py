@@ -16,6 +16,7 @@ from ..basis import SubspaceBasis
 from ..basis.base_notes import take_record
 from ..basis.module_names import unwrapped_name
 from ..errors import SubspaceError
+from .adapter_names import check_adapter_name
 from .bnb import keep_unpacked
 from .carried import add_basis, carried_in
 from .config import SubspaceConfig
@@ -56,6 +57,11 @@ class SubspaceModel(BaseTuner):
         """Put the adapter's layers in, as PEFT's own does."""
         # one at a time: the plan, and PEFT's own steps, are of one adapter
         with _injecting:
+            check_adapter_name(adapter_name, self.peft_config)
+            heads = getattr(self.peft_config[adapter_name], "modules_to_save", None)
+            if isinstance(heads, list):
+                # PEFT's task types have just appended theirs, whether they were there or not
+                heads[:] = dict.fromkeys(heads)
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
