@@ -51,6 +51,17 @@ def states(n: int = 6, *, partial: bool = False, seed: int = 0) -> list[dict[str
     return made
 
 
+def others(i: int) -> dict[str, torch.Tensor]:
+    """A convolution's and an embedding's factors."""
+    draw = torch.Generator().manual_seed(100 + i)
+    return {
+        "conv.lora_A.weight": torch.randn(3, 4, 3, 3, generator=draw),
+        "conv.lora_B.weight": torch.randn(20, 3, 1, 1, generator=draw),
+        "emb.lora_embedding_A": torch.randn(3, 50, generator=draw),
+        "emb.lora_embedding_B": torch.randn(16, 3, generator=draw),
+    }
+
+
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "base_model_name_or_path": "org/base"}
 
 
@@ -62,7 +73,7 @@ def saved(folder: Path, made: list[dict[str, torch.Tensor]], **config: Any) -> l
         place.mkdir(parents=True)
         named = {f"base_model.model.{key}": value for key, value in state.items()}
         save_file(named, place / "adapter_model.safetensors", metadata={"format": "pt"})
-        targets = sorted({key.rpartition(".lora_")[0] for key in state})
+        targets = sorted({key.partition(".lora_")[0] for key in state})
         own = {**CONFIG, **config, "target_modules": targets}
         (place / "adapter_config.json").write_text(json.dumps(own))
     return [str(folder / f"lora-{i}") for i in range(len(made))]
@@ -76,11 +87,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "norm": ({}, {"weights": "norm"}, "float32"),
     "partial": ({"partial": True}, {"partial": True}, "float32"),
     "rslora": ({"use_rslora": True}, {}, "float32"),
+    "kinds": ({"kinds": True}, {}, "float32"),
     "no cores": ({}, {"keep_cores": False}, "float32"),
     "int8": ({}, {}, "int8"),
     "bfloat16": ({}, {}, "bfloat16"),
     "int8, no cores": ({}, {"keep_cores": False}, "int8"),
 }
+
+PRINTED = ("adapters", "weights", "int8")  # cases that the slower commands are called for
 
 
 class Built:
@@ -89,8 +103,11 @@ class Built:
     def __init__(self, root: Path, case: str) -> None:
         fleet, build, precision = CASES[case]
         fleet = dict(fleet)
-        self.root, self.precision = root, precision
-        self.loras = saved(root / "loras", states(partial=fleet.pop("partial", False)), **fleet)
+        self.root, self.precision, self.case = root, precision, case
+        made = states(partial=fleet.pop("partial", False))
+        if fleet.pop("kinds", False):
+            made = [{**state, **others(i)} for i, state in enumerate(made)]
+        self.loras = saved(root / "loras", made, **fleet)
         self.basis = build_basis(self.loras, k=4, progress=False, **build).to_precision(precision)
         self.basis.save_pretrained(root / "basis")
 
@@ -171,6 +188,8 @@ def test_every_door_says_the_same(built, tmp_path, capsys):
         assert re.search(rf"^\| {name} \|.*\| {percent(share)} \|", card, re.M)
     for name, shares in record.per_module.items():
         assert re.search(rf"^\| `{name}` \| {percent(shares['kept'])} \|", card, re.M)
+    if built.case not in PRINTED:
+        return
     said = run(capsys, "report", folder, "--fleet", *built.loras, "--out", tmp_path / "report", "--quiet")
     assert f"keeps {percent(whole)} of its adapters' energy" in said and f": {energy.word(whole)}." in said
     page = (tmp_path / "report" / "report.html").read_text()
@@ -193,6 +212,19 @@ def test_every_door_says_the_same(built, tmp_path, capsys):
         name: percent(found.energy_kept) for name, found in projected.items()
     }
     assert validate_basis(folder)["problems"] == []
+
+
+def test_of_a_control_the_same_is_said_too(tmp_path, capsys):
+    loras = saved(tmp_path / "loras", states(4))
+    like = build_basis(loras, k=4, progress=False)
+    build_basis(builder="random", like=like, progress=False).save_pretrained(tmp_path / "random")
+    kept = [project_lora(lora, tmp_path / "random") for lora in loras]
+    report = report_basis(tmp_path / "random", loras, progress=False)
+    assert report.numbers["kept"] is None
+    assert report.numbers["kept_of_new"] == pytest.approx(energy.mean(each.energy_kept for each in kept), abs=1e-6)
+    assert report.numbers["random"] == pytest.approx(energy.mean(each.energy_random for each in kept), abs=1e-9)
+    said = run(capsys, "project", loras[0], "--basis", tmp_path / "random")
+    assert f"energy kept {percent(kept[0].energy_kept)} (random directions {percent(kept[0].energy_random)})" in said
 
 
 def in_percent(shares: dict[str, float]) -> dict[str, str]:
