@@ -299,7 +299,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"has no effect where target_modules is one expression",
     ),
     ({"layers_to_transform": [0], "target_modules": [QUERY]}, r"no effect on modules named in full"),
-    ({"rank_pattern": {"qeury": 2}}, r"rank_pattern: 'qeury' matches none of the 4.*near it: query"),
 ]
 
 
@@ -316,6 +315,17 @@ def test_an_entry_that_does_nothing_is_refused(basis: str, source: str, given: d
     with pytest.raises(SubspaceError, match=said):
         get_peft_model(model, SubspaceConfig(**where, **given))
     assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize("builder", ["random", "base-weights"])
+def test_a_builder_refuses_them_as_well(builder: str) -> None:
+    with pytest.raises(SubspaceError, match=r"'qeury' \(query\) matches no linear layer"):
+        build_basis(builder=builder, base_model=bert(), target_modules=["qeury", "value"], k=2, progress=False)
+
+
+def test_peft_says_what_of_a_rank_pattern_matches_nothing(basis: str) -> None:
+    with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match.*qeury"):
+        get_peft_model(bert(), SubspaceConfig(basis=basis, rank_pattern={"qeury": 2, "value": 2}))
 
 
 RIGHT: list[dict[str, Any]] = [

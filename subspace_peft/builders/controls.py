@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from ..basis import ModuleBasis
 from ..basis.controls import base_weight_module, random_module, with_random_directions
 from ..basis.matching import same_plain_module
+from ..basis.module_store import near_names
 from ..errors import SubspaceError
 from .options import BuildOptions
 
@@ -61,7 +62,21 @@ def linear_weights(model: nn.Module, target_modules: str | Sequence[str] | None)
             found[name] = module.weight.T if isinstance(module, Conv1D) else module.weight
     if not found:
         raise SubspaceError(f"target_modules={target_modules!r} matches no linear layer of {type(model).__name__}.")
+    if not isinstance(given, str):
+        _check_entries(given, found, model)
     return found
+
+
+def _check_entries(given: Sequence[str], found: Collection[str], model: nn.Module) -> None:
+    """Raise `SubspaceError` where a name beside right ones matches no linear layer."""
+    wrong = [each for each in given if not any(name == each or name.endswith(f".{each}") for name in found)]
+    if wrong:
+        ends = sorted({name.rpartition(".")[2] for name, _ in model.named_modules()})
+        near = [f"{each!r} ({', '.join(near_names(each, ends)) or 'nothing is near it'})" for each in wrong]
+        raise SubspaceError(
+            f"target_modules=: {', '.join(near)} matches no linear layer of {type(model).__name__}; near names in"
+            " brackets. Correct it, or leave it out."
+        )
 
 
 def weight_for(name: str, weights: Mapping[str, Any], shape: tuple[int, int]) -> torch.Tensor:

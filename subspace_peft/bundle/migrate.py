@@ -116,7 +116,8 @@ def _carried(
         cores = {module: used[module].core(core) for module, core in task.cores.items()}
         stored = {module: core.to(dtype).double() for module, core in cores.items()}
         sizes = {module: tuple(core.shape) for module, core in cores.items()}
-        modules = Parts(sizes, new, {module: str(new.find(module)) for module in cores})
+        named = new.named(task.config.basis_names or {})
+        modules = Parts(sizes, new, {module: str(named.find(module)) for module in cores})
         moved = dataclasses.replace(task, config=config, cores=cores, modules=modules)
         drifts, _ = drifts_of(task, dataclasses.replace(moved, cores=stored), used, f"task {name!r}", max_drift)
         yield name, moved, drifts

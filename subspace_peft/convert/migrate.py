@@ -115,7 +115,8 @@ def migrate_task(
     """
     if not max_drift >= 0:
         raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")
-    hub = {**hub, **({} if token is None else {"token": token})}
+    if token is not None and isinstance(task, (str, Path)):
+        hub = {**hub, "token": token}
     config, tensors, own = read_tensors(task, adapter_name=adapter_name, basis=old_basis, **hub)
     tensors = {key: value.detach().cpu() for key, value in tensors.items()}
     old = assemble(config, tensors, own)

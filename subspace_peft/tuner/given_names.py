@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..basis.module_store import names_of, near_names
+from ..basis.module_store import near_names
 from ..errors import SubspaceError
 from .config import SubspaceConfig
 from .targets import outer_modules
@@ -41,24 +39,6 @@ def check_given_names(model: nn.Module, config: SubspaceConfig) -> None:
     problems += _layer_problems(config, names)
     if problems:
         raise SubspaceError(f"{'. '.join(problems)}.")
-
-
-def check_rank_pattern(config: SubspaceConfig, targets: Collection[str]) -> None:
-    """Check that every entry of `rank_pattern` is about one of the modules that are adapted.
-
-    Raises:
-        SubspaceError: entries that match none.
-    """
-    used = {get_pattern_key(config.rank_pattern, name) for name in targets}
-    unused = [key for key in config.rank_pattern if key not in used]
-    # of several entries for one module PEFT takes the first
-    unmatched = [key for key in unused if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets)]
-    if unmatched:
-        near = "".join(_meant(key, targets) for key in unmatched)
-        raise SubspaceError(
-            f"rank_pattern: {', '.join(map(repr, unmatched))} matches none of the {len(targets)} adapted modules, such"
-            f" as {names_of(targets, 3)}{near}. Take it out, or correct it."
-        )
 
 
 def _unmatched(field: str, given: Any, names: Collection[str], *, loosely: bool = False) -> list[str]:

@@ -24,7 +24,7 @@ from .base_check import CheckedBase, check_base
 from .config import SubspaceConfig
 from .coverage import Unadapted, check_coverage, in_words, unadapted
 from .generated import made_basis
-from .given_names import check_given_names, check_rank_pattern
+from .given_names import check_given_names
 from .ignored_fields import warn_of_ignored_fields
 from .load_tracker import LoadTracker
 from .module_names import names_in_basis, other_names, rename_saved
@@ -66,7 +66,6 @@ def make_plan(
     names, shapes = _match(model, config, basis, targets, part)
     checked = _check(model, config, layers, basis, names, shapes, narrowed)
     if not config.loaded:
-        check_rank_pattern(config, targets)
         if basis is not None:
             warn_of_ignored_fields(config, basis, names)
         if basis is not None and not config.generated and not narrowed:
