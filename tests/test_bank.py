@@ -178,3 +178,51 @@ def test_what_a_bank_cannot_hold_is_refused(bases, fleets, tmp_path):
     bank.model.eval()
     with pytest.raises(SubspaceError, match="non-existing"):
         logits(bank.model, adapter_names=["good"] * 3)
+
+
+def classifiers(bases, tmp_path):
+    """Three classifier tasks, each with a head of its own, and what each gives alone."""
+    folders, alone = {}, {}
+    for i in range(3):
+        model = randomise(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location, task_type="SEQ_CLS")), i)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.data.add_(1.0 + i)
+        folders[f"head{i}"] = tmp_path / f"head{i}"
+        model.save_pretrained(folders[f"head{i}"])
+        alone[f"head{i}"] = logits(model)
+    return folders, alone
+
+
+@pytest.mark.parametrize("first", ["with a head", "without"])
+def test_the_remedy_for_tasks_with_heads_is_one(bases, tmp_path, first):
+    """The message names a call; after it rows name such tasks beside the bank's, and get their own heads."""
+    folders, alone = classifiers(bases, tmp_path)
+    if first == "with a head":
+        model = PeftModel.from_pretrained(bert(), folders["head0"]).eval()
+        alone["default"] = alone["head0"]
+    else:
+        model = get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location)).eval()
+        alone["default"] = logits(bert())
+    bank = TaskBank(model)
+    for name, folder in folders.items():
+        with pytest.raises(SubspaceError, match="classifier whole") as heard:
+            bank.add(name, folder)
+        call = str(heard.value).split("`")[1]
+        eval(call, {"model": model})
+    model.eval()
+    bank.add("plain", zeros(bank))
+    alone["plain"] = alone["__base__"] = logits(bert())
+    for names in (["head1", "plain", "head2"], ["default", "head0", "__base__"], ["head2", "head2", "default"]):
+        for given in (logits(model, adapter_names=names), within(bank, names)):
+            for row, name in enumerate(names):
+                torch.testing.assert_close(given[row], alone[name][row], atol=1e-5, rtol=1e-4)
+
+
+def zeros(bank: TaskBank) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(layer.r[bank.adapter]) for name, layer in bank.layers.items()}
+
+
+def within(bank: TaskBank, names: list[str]) -> torch.Tensor:
+    with bank.tasks(names):
+        return logits(bank.model)

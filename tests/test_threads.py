@@ -312,6 +312,27 @@ def test_a_coroutine_that_outlives_its_block_is_refused(linear):
     by_argument(linear, 0)
 
 
+def test_generators_that_take_turns_are_refused(linear):
+    """They share their caller's context; a server that runs each step in a thread gives each another one."""
+
+    def stream(worker: int) -> Iterator[torch.Tensor]:
+        with linear.bank.tasks(linear.rows()[worker]):
+            yield linear.model(linear.x)
+            yield linear.model(linear.x)
+
+    first, second = stream(0), stream(1)
+    next(first), next(second), next(first)
+    with pytest.raises(SubspaceError, match="yield"):
+        next(first)
+    second.close()
+    stepwise = stream(0)
+    contextvars.copy_context().run(next, stepwise)
+    with pytest.raises(SubspaceError, match="coroutine"):
+        contextvars.copy_context().run(next, stepwise)
+    assert not linear.wrong(2, by_argument(linear, 2))
+    assert not any(layer.row_slot.open for layer in linear.bank.layers.values())
+
+
 @pytest.mark.parametrize("entered", ["inside", "outside", "argument"])
 @pytest.mark.parametrize("how", [{"do_sample": False}, {"do_sample": True, "top_k": 1}], ids=["greedy", "sampling"])
 def test_streaming_from_a_generating_thread(served_llama, entered, how):

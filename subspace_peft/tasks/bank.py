@@ -162,10 +162,11 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
         require_same_base(read.config, self.config, f"Task {name!r}")
         if read.extras:
             whole = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in read.extras})
-            how = "" if task is None else f" Load it as an adapter, `model.load_adapter({str(task)!r}, {name!r})`:"
+            how = f"Load it as an adapter, `model.load_adapter({str(task)!r}, {name!r})`"
             raise SubspaceError(
-                f"Task {name!r} has trained {', '.join(whole[:3])} whole as well, which a bank does not hold.{how} rows"
-                " of the same batches name it as they name the bank's tasks, and get its own modules."
+                f"Task {name!r} has trained {', '.join(whole[:3])} whole as well, which a bank does not hold."
+                f" {'It is an adapter of this model already' if task is None else how}: rows of the same batches name"
+                " it as they name the bank's tasks, and get its own modules."
             )
         return read.cores
 

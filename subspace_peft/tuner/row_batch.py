@@ -290,8 +290,15 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
     enter(batch)
     try:
         yield
-    finally:
+    except BaseException:
         leave(batch)
+        raise
+    if not leave(batch):
+        raise SubspaceError(
+            "Blocks of tasks in this thread were left in another order than they were entered in, as by generators"
+            " that take turns: these share one context, and what was computed meanwhile may have had the other's"
+            " tasks. Enter `with bank.tasks(…)` around each step of a generator, and not around a `yield`."
+        )
 
 
 def _reached(

@@ -98,15 +98,21 @@ def enter(batch: OpenBatch) -> None:
     _entered.set((*_entered.get(), batch))
 
 
-def leave(batch: OpenBatch) -> None:
-    """Undo `enter`, in the same context or another."""
-    _entered.set(tuple(other for other in _entered.get() if other is not batch))
+def leave(batch: OpenBatch) -> bool:
+    """Undo `enter`, in the same context or another.
+
+    Returns:
+        Whether it was the one that was entered last of those that are open in this context.
+    """
+    entered = _entered.get()
+    _entered.set(tuple(other for other in entered if other is not batch))
     batch.closed = True
     batch.home.remove(batch)
     with CHANGES:
         for slot in batch.slots:
             slot.open.remove(batch)
             slot.crowded = bool(slot.open)
+    return batch not in entered or entered[-1] is batch
 
 
 @contextlib.contextmanager
