@@ -97,10 +97,11 @@ def _in_folder(folder: Path) -> Iterator[Found]:
         found = _of_file(folder / "bundle.safetensors")
         more = "a file that is no bundle" if found.kind == FILES else ""
         yield Found(BUNDLE, ("bundle.safetensors",), found.basis, found.tasks, found.needs, more)
-    if "report.json" in names or "report.html" in names:
+    if "report.json" in names:
         about = _read(folder / "report.json").get("basis")
-        print_ = about.get("fingerprint") if isinstance(about, dict) else None
-        yield Found(REPORT, _there(names, REPORT), _text(print_))
+        # a file of that name may be of any program
+        if isinstance(about, dict) and isinstance(about.get("fingerprint"), str):
+            yield Found(REPORT, _there(names, REPORT), _text(about["fingerprint"]))
     if "model_index.json" in names or _is_model(folder, names):
         yield Found(MODEL, tuple(sorted(names & {"model_index.json", "config.json", *MODEL_WEIGHTS})))
     if ".git" in names:

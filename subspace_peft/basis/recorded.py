@@ -42,6 +42,21 @@ def candidates(reference: str, near: Path | None) -> dict[Path, bool]:
     return dict.fromkeys([path] if near is None else [near / path, near.parent / path, path], True)
 
 
+def own_places(location: str | None, revision: str | None, fingerprint: str | None, near: Path | None) -> list[Path]:
+    """Return the folder of this machine in which a task's or bundle's basis lies, by what is known; else none.
+
+    Args:
+        location: as it is recorded, or as it was given.
+        revision: on the Hub; nothing on this machine is needed then.
+        fingerprint: the basis's.
+        near: folder of the file that names it.
+    """
+    if revision is not None or fingerprint is None:
+        return []
+    found = _on_disk(location or ".", fingerprint, near)
+    return [] if found is None else [found]
+
+
 def recorded_place(
     location: str | None, revision: str | None, fingerprint: str | None, *, folder: Path | None, near: Path | None
 ) -> tuple[str | None, str | None]:

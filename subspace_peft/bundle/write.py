@@ -18,7 +18,7 @@ from ..basis import SubspaceBasis
 from ..basis.dependents import add_dependent
 from ..basis.module import FLOAT_DTYPES
 from ..basis.overwriting import Planned, check_target, replacing
-from ..basis.recorded import recorded_place
+from ..basis.recorded import own_places, recorded_place
 from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
 from ..hub import looks_like_path
@@ -168,6 +168,7 @@ def write_bundle(
     index = _index(packed, None if old is None else old.index)
     common = index["config"]
     place, revision = (common.get("basis"), common.get("basis_revision")) if basis is None else basis
+    needed = own_places(place, revision, index["basis_fingerprint"], None if old is None else old.near)
     recorded, _ = recorded_place(
         place,
         revision,
@@ -202,10 +203,8 @@ def write_bundle(
             for part in parts:
                 stream.write(part())
 
-    config = index["config"]
-    lies = None if config.get("basis_revision") else config.get("basis")
     planned = Planned(BUNDLE, index["basis_fingerprint"], frozenset(by_name))
-    with replacing(folder, planned, overwrite=overwrite, needed=[lies]):
+    with replacing(folder, planned, overwrite=overwrite, needed=needed):
         write_aside(folder / BUNDLE_FILE, write)
     add_dependent(planned.basis, folder)
     made = open_bundle(folder)

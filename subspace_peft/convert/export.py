@@ -23,6 +23,7 @@ from ..errors import BadFileError, SubspaceError
 from ..sources import Factors
 from ..tasks.pipeline_task import parts_of_folder
 from ..tasks.read import SavedTask, read_task
+from ..tasks.write import basis_places
 from ..tuner.renaming import names_in
 from .pipeline_export import FILE, check_part, check_plain, in_diffusers_names, in_installed_names, part_of
 
@@ -118,7 +119,7 @@ def export_lora(
     else:
         read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
         reads = {check_part(part or part_of(read), task) if format == "diffusers" else "": read}
-    needed = [None if read.config.basis_revision else read.config.to_dict()["basis"] for read in reads.values()]
+    needed = [place for read in reads.values() for place in basis_places(read.config)]
     first = next(iter(reads.values()))
     check_target(out, planned_lora(first), overwrite=overwrite, inputs=[task], needed=needed)
     if modules_to_save is None:

@@ -16,6 +16,7 @@ from .._version import __version__
 from ..basis.dependents import add_dependent
 from ..basis.module_names import unwrapped_name
 from ..basis.overwriting import Planned, replacing
+from ..basis.recorded import own_places
 from ..cards import Place
 from ..errors import SubspaceError
 from ..tuner.card import published
@@ -67,12 +68,18 @@ def write_task(
         fill_folder(scratch, config, tensors, place or Place.of_folder(folder))
 
     own = any(BASIS_KEY.match(key) for key in tensors)
-    needed = [] if own or config.basis_revision else [config.to_dict()["basis"]]
+    needed = [] if own else basis_places(config)
     with replacing(folder, planned_task(config), overwrite=overwrite, needed=needed):
         write_folder_aside(folder, write)
     if not own:
         add_dependent(config.basis_fingerprint, folder)
     return folder
+
+
+def basis_places(config: SubspaceConfig) -> list[Path]:
+    """Return the folders of this machine in which a task's basis lies, which nothing made of the task may replace."""
+    reference = config.basis_reference
+    return own_places(reference.location, reference.revision, reference.fingerprint, reference.near)
 
 
 def planned_task(config: SubspaceConfig) -> Planned:
