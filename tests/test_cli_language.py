@@ -19,6 +19,7 @@ VERBS = verbs_of(parser())
 FLAGS = {name: flags_of_verb(verb) for name, verb in VERBS.items()}
 KNOWN = {name: {flag for action in verb._actions for flag in action.option_strings} for name, verb in VERBS.items()}
 # arguments of others, in texts about what was done with them: no advice to whoever reads the error
+COMMAND = r"subspace-peft ([a-z][^`).]*)"
 OTHERS = {"weights_only", "use_dora", "lora_bias", "bias", "init_lora_weights"}
 
 
@@ -70,10 +71,10 @@ def test_the_messages_are_found():
 def test_every_message_names_flags_that_the_verb_has_and_no_argument_of_python(place, kind, text):
     for verb, flags in FLAGS.items():
         said = in_flags(kind(text), flags)
-        for quoted in re.findall(r"`subspace-peft ([^`]*)`", said):
+        for quoted in re.findall(COMMAND, said):
             command = next(name for name in sorted(VERBS, key=len, reverse=True) if quoted.startswith(name))
             assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", quoted)) <= KNOWN[command], said
-        bare = re.sub(r"`[^`]*`", "", said)
+        bare = re.sub(r"`[^`]*`", "", re.sub(COMMAND, "", said))
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", bare)) <= KNOWN[verb], said
         for name, value, after in re.findall(r"(?<![\w/.-])([a-z]\w*)=(True|False|…)?(?=([\s.,:;)]|$).*)", bare):
             if kind is SourceError or name not in OTHERS:
