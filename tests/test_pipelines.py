@@ -201,6 +201,7 @@ def test_each_part_is_a_task_of_its_own(made):
         made.projection.as_task()
     with pytest.raises(SubspaceError, match="folder per part"):
         migrate_task(made.task, made.basis)
+    assert main(["inspect", str(made.task)]) == main(["push", str(made.task), "org/task"]) == 1
 
 
 def test_a_prefix_is_a_part_only_where_the_file_is_a_pipelines(tmp_path):
@@ -369,6 +370,9 @@ def test_a_task_of_one_text_encoder_finds_its_own_part_of_the_basis(xl, tmp_path
     moved.save_pretrained(tmp_path / "moved")
     migrate_task(xl.task / part, moved).save_pretrained(tmp_path / "migrated")
     assert_computes(part, PeftModel.from_pretrained(MODELS[part](), tmp_path / "migrated"), SDXL)
+    stock = MODELS[part]()
+    stock.load_adapter(str(xl.task / part))  # transformers' own
+    assert_computes(part, stock, SDXL)
     export_lora(xl.task / part, tmp_path / "lora")
     assert_computes(part, PeftModel.from_pretrained(MODELS[part](), tmp_path / "lora"), SDXL)
 

@@ -55,6 +55,7 @@ def push(args: Namespace) -> int:
     from ..basis.files import CONFIG_FILE
     from ..bundle import push_bundle
     from ..bundle.format import BUNDLE_FILE
+    from ..tasks.pipeline_task import check_one_task
     from ..tasks.push import push_saved_task
 
     folder = Path(args.folder).expanduser()
@@ -70,6 +71,7 @@ def push(args: Namespace) -> int:
     elif (folder / "adapter_config.json").is_file():
         kind, commit = "task", push_saved_task(folder, args.repo_id, **dependent)
     else:
+        check_one_task(folder)
         raise SubspaceError(f"{folder}: neither a basis, a task nor a bundle is in there.")
     if args.json:
         return print_json({"kind": kind, "repo_id": args.repo_id, "revision": commit})

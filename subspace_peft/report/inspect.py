@@ -11,6 +11,7 @@ from ..basis.files import CONFIG_FILE
 from ..energy import EnergyRecord, lower_bound, sources_of
 from ..errors import BasisNotFoundError, HubUnavailableError, SubspaceError
 from ..hub import only_local, split_revision
+from ..tasks.pipeline_task import check_one_task
 from ..tuner.task_file import WEIGHTS_FILE
 
 SHARES = ("kept", "random", "left_out", "null")
@@ -33,6 +34,7 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
         if (folder / "adapter_config.json").is_file():
             return _task(folder)
+        check_one_task(folder)
         raise SubspaceError(f"{folder}: neither a basis ({CONFIG_FILE}) nor a task (adapter_config.json) is in there.")
     try:
         basis = SubspaceBasis.from_pretrained(folder if folder.exists() else path)

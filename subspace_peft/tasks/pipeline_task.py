@@ -32,6 +32,15 @@ def parts_of_folder(folder: Any) -> list[str]:
         return []
 
 
+def check_one_task(folder: Any) -> None:
+    """Raise `SubspaceError` where a folder is a pipeline's task, with the folders of its parts."""
+    if parts := parts_of_folder(folder):
+        raise SubspaceError(
+            f"{folder}: it is a pipeline's task, with a folder per part. Name one of them:"
+            f" {', '.join(str(Path(folder, part)) for part in parts)}."
+        )
+
+
 def part_for(model: nn.Module, task: Any, parts: Mapping[str, Sizes], remedy: str) -> str:
     """Return the one part that fits a model, by names and shapes of its modules.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from ..tuner.layer import basis_in
 from ..tuner.renaming import without_wrappers
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
 from .arguments import check_hub
-from .pipeline_task import parts_of_folder
+from .pipeline_task import check_one_task
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +112,8 @@ def read_tensors(
             f"adapter_name={adapter_name!r} is of a live model, and {task} is a saved task: leave it out."
         )
     given = {} if basis is None else {"basis": basis}
-    if not hub.get("subfolder") and (parts := parts_of_folder(task)):
-        raise SubspaceError(
-            f"{task}: it is a pipeline's task, with a folder per part. Name one of them:"
-            f" {', '.join(str(Path(task, part)) for part in parts)}."
-        )
+    if not hub.get("subfolder"):
+        check_one_task(task)
     try:
         config = SubspaceConfig.from_pretrained(str(task), **given, **hub)
     except SubspaceError:
