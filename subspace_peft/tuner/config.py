@@ -42,7 +42,7 @@ NAMED = ("target_modules", "basis_modules", "basis_names", "weight_shapes")  # f
 # true of one process only, like PEFT's own `runtime_config`
 NOT_SAVED = ("loaded_from", "taken_basis", "filled_targets")
 # saved only where they say something: earlier versions do not know them
-SAVED_IF_SET = ("strict", "basis_names", "basis_part")
+SAVED_IF_SET = ("strict", "base_weights", "basis_names", "basis_part")
 
 
 @dataclass

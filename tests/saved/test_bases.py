@@ -29,7 +29,7 @@ from .checks import (
 )
 
 # what `inspect --json` says and did not say then
-SAID_SINCE = {"energy_kept_at_least", "energy_over_modules", "base_model_names"}
+SAID_SINCE = {"energy_kept_at_least", "energy_over_modules", "base_model_names", "base_weights"}
 
 
 @pytest.mark.parametrize("folder", folders("bases"))
