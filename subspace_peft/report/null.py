@@ -27,8 +27,9 @@ def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> Subspa
     """
     generator = torch.Generator().manual_seed(seed)
     fleet = []
-    for reference in expand_or_raise(sources):
-        source = open_source(reference)
+    reading = {name: build[name] for name in ("token", "allow_bin", "base_model") if name in build}
+    for reference in expand_or_raise(sources, token=build.get("token")):
+        source = open_source(reference, **reading)
         state: dict[str, torch.Tensor] = {}
         for name in source.keys:
             update = source.factors(name)

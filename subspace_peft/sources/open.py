@@ -169,7 +169,7 @@ def _foreign(
     if not found.keys:
         raise SourceError(f"{location}: it holds no LoRA tensors. It is no LoRA, or it was saved empty.")
     return found.keys, {
-        "other_keys": found.others,
+        "other_keys": _others(found.others),
         "scales": found.scales,
         "plain_keys": plain_names(names),
         "pipeline": is_pipeline(found.keys, metadata),

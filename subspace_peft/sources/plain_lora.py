@@ -74,9 +74,9 @@ TENSORS = {
 # other methods' tensors, which no LoRA's file has
 FOREIGN = _words(
     """
-    adapter_down adapter_up adaption_ boft_ c3a_ delora_ dora_scale fourierft_ gralora_ hada_ hira_ hra_ ia3_
-    loha_ lokr_ miss_ oft_ prompt_embeddings prompt_encoder randlora_ road_ scale_weight scaled_fp8 shira_
-    tinylora_ unilora_ vblora_ vera_ waveft_ xlora_
+    adapter_down adapter_up adaption_ b_norm boft_ c3a_ delora_ dora_scale fourierft_ gralora_ hada_ hira_ hra_
+    ia3_ loha_ lokr_ miss_ oft_ prompt_embeddings prompt_encoder randlora_ reshape_weight road_ scale_weight
+    scaled_fp8 set_weight shira_ tinylora_ unilora_ vblora_ vera_ w_norm waveft_ xlora_
     """
 )
 # modules of transformers that hold the weights of all experts as one parameter
