@@ -151,7 +151,7 @@ def warn_of_fewer(found: Mapping[str, Any] | None, count: int) -> None:
     asked = f"k={k}" if k == k_in else f"k={k}, k_in={k_in}"
     warn_caller(
         f"{asked}: the fleet spans fewer directions in {len(found['modules'])} of {count} modules"
-        f" ({names_of(found['modules'], 3)}), which get {has}. More sources span more; complete='random' (--complete)"
+        f" ({names_of(found['modules'], 3)}), which get {has}. More sources span more; complete= (--complete)"
         " fills the basis up."
     )
 
