@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from subspace_peft.builders import plan_build, rebuild_basis
 from subspace_peft.cli.main import main
 from subspace_peft.errors import BasisMismatchError, SourceError, SubspaceError
 from subspace_peft.report import analyze_fleet, report_basis
+
+from .models import bert, train_lora
 
 M = "meta-llama/Meta-Llama-3-8B"
 CACHED = ".cache/huggingface/hub/models--meta-llama--Meta-Llama-3-8B"
@@ -229,3 +232,29 @@ def test_an_odd_record_of_names_is_refused(fleet, tmp_path, names):
     (folder / "basis_config.json").write_text(json.dumps({**config, "base_model_names": names}))
     with pytest.raises(SubspaceError, match="base_model_names"):
         SubspaceBasis.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("base", "warned"), [("/home/me/models/llama", True), (M, False), (None, False)])
+def test_pushing_a_basis_of_a_folders_model_says_that_others_do_not_have_it(fleet, monkeypatch, base, warned):
+    basis = build_basis(fleet(base), k=2, progress=False)
+    monkeypatch.setattr("subspace_peft.basis.basis.upload", lambda *args, **kwargs: ("org/basis", "0" * 40))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        basis.push_to_hub("org/basis")
+    assert any("base_model_name='org/model'" in str(each.message) for each in caught) == warned
+
+
+@pytest.mark.parametrize(("own", "taken"), [("org/model", "org/model"), ("", None), ("/home/me/models/x", None)])
+def test_the_model_at_hand_names_sources_that_name_none_where_it_has_a_hub_id(tmp_path, own, taken):
+    folders = [str(train_lora(bert, tmp_path / f"l{i}", seed=i)) for i in range(2)]
+    model = bert()
+    model.config._name_or_path = own
+    assert build_basis(folders, k=2, base_model=model, progress=False).base_model == taken
+    for folder in folders:
+        config = Path(folder, "adapter_config.json")
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/other"}))
+    if taken:
+        with pytest.raises(SubspaceError, match=r"another model on the Hub.*--base-model-name"):
+            build_basis(folders, k=2, base_model=model, progress=False)
+    else:
+        assert build_basis(folders, k=2, base_model=model, progress=False).base_model == "org/other"

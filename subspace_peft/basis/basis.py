@@ -12,6 +12,7 @@ import torch
 
 from .._io.occupied import BASIS
 from .._moved import moved_name
+from ..base_names import read_name
 from ..cards import Place
 from ..errors import BasisMismatchError, SubspaceError
 from ..hub import check_repo_id, upload
@@ -342,6 +343,14 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
         """
         check_repo_id(repo_id)
+        base = read_name(self.base_model)
+        if base is not None and not base.is_id:
+            warnings.warn(
+                f"The basis records its base model as a folder, {base.text!r}, which others do not have and which the"
+                " upload shows. Where that model has a Hub id, build the basis with base_model_name='org/model'"
+                " (--base-model-name), or give it to complete_basis or update_basis.",
+                stacklevel=2,
+            )
         self.location, self.revision = upload(
             repo_id,
             lambda folder, repo: self._write(folder, Place(repo, revision=branch)),

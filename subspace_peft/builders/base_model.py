@@ -16,7 +16,7 @@ def model_name(model: nn.Module | None) -> str | None:
 
 
 def base_model_name(recorded: str | None, model: nn.Module | None) -> str | None:
-    """Return the name of the base model that sources or a basis are of: theirs, or else that of the model at hand.
+    """Return the name of the base model that sources or a basis are of: theirs, or else the model's own Hub id.
 
     Args:
         recorded: the name that they give, or that the user says.
@@ -32,7 +32,13 @@ def base_model_name(recorded: str | None, model: nn.Module | None) -> str | None
             " the Hub. Give that one; or, where both are one model, say so with base_model_name= (--base-model-name)"
             " and this model's name."
         )
-    return recorded or own
+    # a folder of this machine says nothing to others
+    return recorded or (own if _is_hub_id(own) else None)
+
+
+def _is_hub_id(name: str | None) -> bool:
+    read = read_name(name)
+    return read is not None and read.is_id and read.real is None
 
 
 def check_weights(basis: SubspaceBasis, model: nn.Module | None) -> None:

@@ -204,5 +204,5 @@ def _prepare_control(
     found = {}
     if options.builder == "base-weights":
         found = {key: weight_for(key, weights, each[:2]) for key, each in sizes.items()}
-    name = base_model_name(options.base_model_name or name, base_model)
+    name = base_model_name(options.base_model_name, base_model) or name
     return ControlBuild(options, resources, sizes, found, name, fleet, base_model)
