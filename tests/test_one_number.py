@@ -188,6 +188,9 @@ def test_every_door_says_the_same(built, tmp_path, capsys):
         assert re.search(rf"^\| {name} \|.*\| {percent(share)} \|", card, re.M)
     for name, shares in record.per_module.items():
         assert re.search(rf"^\| `{name}` \| {percent(shares['kept'])} \|", card, re.M)
+    found = validate_basis(folder)
+    assert found["problems"] == [] and found["energy_kept"] == whole
+    assert run(capsys, "validate", folder).rstrip().endswith(f"energy kept {percent(whole)}")
     if built.case not in PRINTED:
         return
     said = run(capsys, "report", folder, "--fleet", *built.loras, "--out", tmp_path / "report", "--quiet")
@@ -211,7 +214,6 @@ def test_every_door_says_the_same(built, tmp_path, capsys):
     assert dict(re.findall(r"^  (lora-\d): .*energy kept ([\d.]+ %)", said, re.M)) == {
         name: percent(found.energy_kept) for name, found in projected.items()
     }
-    assert validate_basis(folder)["problems"] == []
 
 
 def test_of_a_control_the_same_is_said_too(tmp_path, capsys):
@@ -263,6 +265,16 @@ def test_unrelated_adapters_are_not_praised(tmp_path, capsys):
         "keeps 100.0 % of its adapters' energy (of noise of the same strength, one of its size keeps 100.0 %)" in said
     )
     assert "because they are few" in said and "for new tasks, train a LoRA" in said
+
+
+def test_a_record_that_its_cores_contradict_is_found(tmp_path, capsys):
+    build_basis(saved(tmp_path / "loras", states(3)), k=4, progress=False).save_pretrained(tmp_path / "basis")
+    file = tmp_path / "basis" / "basis_config.json"
+    config = json.loads(file.read_text())
+    config["sources"][1]["energy_kept"] = 0.99
+    file.write_text(json.dumps(config))
+    assert main(["validate", str(tmp_path / "basis")]) == 1
+    assert "source 'lora-1': energy kept 99.0 % is on record, and its stored cores hold" in capsys.readouterr().out
 
 
 # -- versions, cuts, earlier files

@@ -186,10 +186,11 @@ def validate(args: Namespace) -> int:
         return int(bool(facts["problems"]))
     for problem in facts["problems"]:
         print(f"  {problem}")
+    kept = "" if facts["energy_kept"] is None else f", energy kept {percent(facts['energy_kept'])}"
     verdict = f"{len(facts['problems'])} problems" if facts["problems"] else "valid"
     print(
         f"{facts['location']}: {verdict}; {facts['modules']} modules read and hashed, fingerprint"
-        f" {facts['fingerprint']}, directions orthonormal to {facts['orthonormality']:.1e}"
+        f" {facts['fingerprint']}, directions orthonormal to {facts['orthonormality']:.1e}{kept}"
     )
     return int(bool(facts["problems"]))
 

@@ -1,10 +1,29 @@
-"""Is this basis worth anything? Facts, spectra and nulls; what its fleet has in common; whether its file is whole."""
+"""Is this basis worth anything? Facts, spectra and nulls; what its fleet has in common; whether its file is whole.
 
-from .analyze import FleetAnalysis, analyze_fleet
-from .fleet_report import FleetReport, report_basis
-from .inspect import inspect_path
-from .null import null_basis
-from .validate import validate_basis
+Each name is loaded when it is first used: looking at a basis or checking it needs neither PEFT nor what trains.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .analyze import FleetAnalysis, analyze_fleet
+    from .fleet_report import FleetReport, report_basis
+    from .inspect import inspect_path
+    from .null import null_basis
+    from .validate import validate_basis
+
+_PLACES = {
+    "FleetAnalysis": "analyze",
+    "FleetReport": "fleet_report",
+    "analyze_fleet": "analyze",
+    "inspect_path": "inspect",
+    "null_basis": "null",
+    "report_basis": "fleet_report",
+    "validate_basis": "validate",
+}
 
 __all__ = [
     "FleetAnalysis",
@@ -15,3 +34,15 @@ __all__ = [
     "report_basis",
     "validate_basis",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

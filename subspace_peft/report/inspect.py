@@ -11,8 +11,6 @@ from ..basis.files import CONFIG_FILE
 from ..energy import EnergyRecord, lower_bound, sources_of
 from ..errors import BasisNotFoundError, HubUnavailableError, SubspaceError
 from ..hub import only_local, split_revision
-from ..tasks.pipeline_task import check_one_task
-from ..tuner.task_file import WEIGHTS_FILE
 
 SHARES = ("kept", "random", "left_out", "null")
 
@@ -34,6 +32,9 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
         if (folder / "adapter_config.json").is_file():
             return _task(folder)
+        # of tasks alone: it brings PEFT, which a basis needs nothing of
+        from ..tasks.pipeline_task import check_one_task
+
         check_one_task(folder)
         raise SubspaceError(f"{folder}: neither a basis ({CONFIG_FILE}) nor a task (adapter_config.json) is in there.")
     try:
@@ -87,6 +88,7 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
 
 def _task(path: str | Path) -> dict[str, Any]:
     from ..tasks import read_task
+    from ..tuner.task_file import WEIGHTS_FILE
 
     repo, revision = (str(path), None) if Path(path).is_dir() else split_revision(str(path))
     task = read_task(repo, **({"revision": revision} if revision else {}))
