@@ -74,6 +74,8 @@ def test_adapters_of_other_programs_are_named_with_the_way_to_convert_them(tenso
     save_file(tensors, place) if file.endswith(".safetensors") else torch.save({"model": tensors}, place)
     if "adapter" in file:
         (place.parent / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora"}))
+    if tensors is MLX:
+        (place.parent / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 4, "scale": 20.0}}))
     ways = [place, dict(tensors)]
     if file not in ("lora.safetensors", "flux.safetensors", "adapter.safetensors"):
         ways.append(place.parent)  # whose files' names say what it is
@@ -90,6 +92,21 @@ def test_files_that_only_their_names_tell(name, named, tmp_path):
     for reference in (tmp_path / name, tmp_path):
         with pytest.raises(SourceError, match=named):
             open_source(reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("__0_0.distcp", "", "distributed checkpoint"),
+        ("zero_to_fp32.py", "", "DeepSpeed"),
+        ("adapter_config.json", '{"lora_parameters": {"rank": 8}}', "MLX"),
+        ("adapter_config.json", '{"config": {"architecture": "lora"}, "model_class": "BertModel"}', "AdapterHub"),
+    ],
+)
+def test_folders_that_their_files_tell(name, text, named, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SourceError, match=named):
+        open_source(tmp_path)
 
 
 # -- parts of tensors, groups, and eight bits

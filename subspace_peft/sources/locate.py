@@ -17,7 +17,7 @@ from ..errors import DiskError, HubUnavailableError, SourceError
 from ..hub import fetch as fetch_file
 from ..hub import looks_like_path, only_local, split_inside
 from ..hub_requests import refusal
-from .other_formats import format_of_file, format_of_folder
+from .other_formats import format_of_config, format_of_file, format_of_folder
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -171,6 +171,7 @@ def _config(file: Path, location: str) -> dict[str, Any]:
         config = read_json(file)
     except (OSError, ValueError) as error:
         raise SourceError(f"{location}: {CONFIG_FILE} cannot be read ({error}). {NO_ADAPTER}.") from error
+    _refuse_form(format_of_config(config), location)
     return config
 
 
@@ -222,6 +223,8 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Source
             f"{reference}: there is no such folder, and the Hub gave no adapter of that id (revision "
             f"{revision or 'main'}): {refusal(error, repo, revision)}"
         ) from error
+    # another program's form is told before its missing file is
+    known = None if config is None else _config(config, location)
     if config is None and found is None:
         raise SourceError(
             f"{reference}: the repository has no {folder}{CONFIG_FILE}. {NO_ADAPTER}. Name a folder or file inside it"
@@ -232,4 +235,4 @@ def _on_hub(reference: str, token: str | bool | None, allow_bin: bool) -> Source
             f"{reference}: the repository has no {folder}{WEIGHTS_FILE}. Older adapters have {PICKLED_FILE}:"
             " allow_bin=True (--allow-bin) reads it with torch's weights_only=True."
         )
-    return SourceFiles(name, location, found, None if config is None else _config(config, location), sha())
+    return SourceFiles(name, location, found, known, sha())

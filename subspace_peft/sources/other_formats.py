@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 MLX = (
     "an adapter of MLX. Its factors are the transposes of PEFT's: write lora_a.T as"
@@ -34,6 +35,16 @@ ADAPTERS = (
 )
 GGUF = "a LoRA for llama.cpp. Name the PEFT folder that it was made from: GGUF renames and may quantise the tensors"
 
+SHARDED = (
+    "a distributed checkpoint of torch (FSDP, NeMo), in pieces. Gather it: save the adapter from all processes with"
+    " `model.save_pretrained` under FSDP's full state dict, by `llm.peft.export_lora` in NeMo 2, or with torch's"
+    " `torch.distributed.checkpoint.format_utils.dcp_to_torch_save`"
+)
+DEEPSPEED = (
+    "a checkpoint of DeepSpeed, in pieces. Gather it with its zero_to_fp32.py, or save the adapter again with"
+    " stage3_gather_16bit_weights_on_model_save"
+)
+
 KEYS = (
     (re.compile(r"\.loras\.[^.]+\.lora_[AB]$"), ADAPTERS),
     (re.compile(r"\.processor\.(?:proj|qkv)_lora\d*\.(?:down|up)\.weight$"), XLABS),
@@ -57,8 +68,9 @@ FILES = (
     ("adapter_[0-9]*.safetensors", TORCHTUNE),
     ("*.nemo", NEMO),
     ("*.gguf", GGUF),
-    ("*.distcp", NEMO),
-    ("weights/*.distcp", NEMO),
+    ("*.distcp", SHARDED),
+    ("weights/*.distcp", SHARDED),
+    ("zero_to_fp32.py", DEEPSPEED),
 )
 
 
@@ -66,6 +78,15 @@ def format_of_keys(names: Iterable[str]) -> str | None:
     """Return what an adapter with these tensors is, and how to convert it; None where it is none of these forms."""
     keys = list(names)
     return next((words for pattern, words in KEYS if any(pattern.search(key) for key in keys)), None)
+
+
+def format_of_config(config: Mapping[str, Any]) -> str | None:
+    """Return the same of an adapter_config.json, which MLX and the `adapters` library write in forms of their own."""
+    if "peft_type" in config:
+        return None
+    if "lora_parameters" in config:
+        return MLX
+    return ADAPTERS if isinstance(config.get("config"), Mapping) and "model_class" in config else None
 
 
 def format_of_file(path: Path) -> str | None:

@@ -184,8 +184,8 @@ class Source:
         if value.dim() < 2 or not value.numel():
             what = "a part of it" if value.numel() else "nothing"
             raise SourceError(
-                f"{self.location}: {key} has shape {tuple(value.shape)}, which holds {what}: DeepSpeed's ZeRO-3 and FSDP"
-                " leave that in one process where the parts are not gathered before saving. Save it again under"
+                f"{self.location}: {key} has shape {tuple(value.shape)}, which holds {what}: DeepSpeed's ZeRO-3 and"
+                " FSDP leave that in one process where the parts are not gathered before saving. Save it again under"
                 " deepspeed.zero.GatheredParameters or FSDP's summon_full_params, or with"
                 " stage3_gather_16bit_weights_on_model_save."
             )
