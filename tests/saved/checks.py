@@ -111,21 +111,29 @@ def same_bytes(new: Path, old: Path) -> None:
 
 
 def same_task(new: Path, old: Path, **changed: Any) -> None:
-    same_json(said(new / CONFIG), {**said(old / CONFIG), **changed})
+    config, wanted = said(new / CONFIG), {**said(old / CONFIG), **changed}
+    _same_places(config, wanted)
+    same_json(config, wanted)
     same_bytes(new / WEIGHTS, old / WEIGHTS)
 
 
 def same_but_places(new: Path, old: Path) -> None:
     """Hold a task's configuration, which names this machine's places, against the stored one."""
     config, wanted = said(new / CONFIG), said(old / CONFIG)
-    assert Path(config.pop("basis")).name == Path(wanted.pop("basis")).name
-    for each in (config, wanted):
-        if each["bundle"] is not None:
-            each["bundle"]["location"] = Path(each["bundle"]["location"]).name
+    _same_places(config, wanted)
     if config["card"] is not None and "of" not in (wanted["card"] or {}):
         # version 0.1.0 put the hash of the coefficients into some cards only
         config["card"].pop("of", None)
     same_json(config, wanted)
+
+
+def _same_places(config: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Take the places out of two tasks' configurations, where they are the same or not to be said in the new one."""
+    basis, was = config.pop("basis"), wanted.pop("basis")
+    assert basis is None or Path(basis).name == Path(was).name
+    for each in (config, wanted):
+        if each["bundle"] is not None:
+            each["bundle"]["location"] = Path(each["bundle"]["location"]).name
 
 
 def close_tensors(new: Path, old: Path) -> None:

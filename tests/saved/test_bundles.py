@@ -53,7 +53,8 @@ def index_of(file: Path) -> dict[str, Any]:
     for entry in index.get("entries", {}).values():
         entry["source"]["location"] = Path(entry["source"]["location"]).name
     if "config" in index:
-        index["config"]["basis"] = Path(index["config"]["basis"]).name
+        # far from the basis, its fingerprint alone leads there
+        index["config"].pop("basis")
     return index
 
 
