@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parent.parent / "subspace_peft"
 VERBS = verbs_of(parser())
 FLAGS = {name: flags_of_verb(verb) for name, verb in VERBS.items()}
 KNOWN = {name: {flag for action in verb._actions for flag in action.option_strings} for name, verb in VERBS.items()}
-# arguments of others, in texts about what was done with them: no advice to whoever reads the error
 COMMAND = r"subspace-peft ([a-z][^`).]*)"
+# arguments of others, in texts about what was done with them: no advice to the reader of the error
 OTHERS = {"weights_only", "use_dora", "lora_bias", "bias", "init_lora_weights"}
 
 

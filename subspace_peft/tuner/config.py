@@ -27,7 +27,14 @@ from ..basis.newer import upgrade_hint, written_by
 from ..basis.recorded import recorded_place
 from ..basis.resolve import require_same
 from ..cards import Place
-from ..errors import BadFileError, BasisNotFoundError, HubUnavailableError, NoConfigurationError, SubspaceError
+from ..errors import (
+    BadFileError,
+    BasisMismatchError,
+    BasisNotFoundError,
+    HubUnavailableError,
+    NoConfigurationError,
+    SubspaceError,
+)
 from ..hub import only_local
 from ..hub_requests import ask
 from .card import card_for, coefficients_digest, place_of, unmeasured, write_section
@@ -550,8 +557,11 @@ class SubspaceConfig(PeftConfig):
                 modules = check_task(
                     weights, config.sizes, config.basis_reference, config.basis_modules, config.resolve
                 )
-            except BadFileError as error:
-                raise type(error)(f"{error}{upgrade_hint(config.subspace_version)}") from error
+            except (BadFileError, BasisMismatchError) as error:
+                hint = upgrade_hint(config.subspace_version)
+                if not hint:
+                    raise
+                raise type(error)(f"{error}{hint}") from error
             config.loaded_from = replace(config.loaded_from, modules=modules)
         return config
 
