@@ -286,7 +286,7 @@ def test_folders_are_pushed_from_the_command_line(hub, push, basis_folder, tmp_p
     lines = client(hub, tmp_path / "one", push, run, HF_TOKEN=TOKEN).splitlines()
     total, refused, basis, first, second, nothing, here = lines
     sha = hub.repos["org/basis"].names["main"]
-    assert refused.startswith("1|") and "push_basis_to=" in refused
+    assert refused.startswith("1|") and "--push-basis-to" in refused
     assert basis == f"org/basis@{sha} (basis)"
     assert hub.repos["me/task"].names["tries"] and first.endswith("(task)") and second.endswith("(task)")
     assert "neither a basis, a task nor a bundle" in nothing and "not a repository id" in here
