@@ -46,6 +46,7 @@ def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | Non
             module.check(name)
         except SubspaceError as error:
             problems.append(str(error))
+            held = None
             continue
         for side, directions in (("U", module.U.T), ("V", module.V)):
             gram = directions.double() @ directions.double().T
