@@ -23,9 +23,9 @@ WHOLE = 1 - 1e-6  # what float32's rounding leaves of an update that lies wholly
 EXPLAINED = "the squared Frobenius norm of an adapter's update"
 OVER_MODULES = "mean over modules, as an earlier version recorded it"
 
-# Measured on 128 projections of LoRAs, see docs/evidence.md, "What a share of energy means": from FAITHFUL on 99 % of the
-# answers are the LoRA's and no accuracy is lost; from PARTIAL on 93 %, and two thirds of what the LoRA adds are left;
-# below that about a quarter
+# Measured on 128 projections of LoRAs, see docs/evidence.md, "What a share of energy means": from FAITHFUL on 99 % of
+# the answers are the LoRA's and no accuracy is lost; from PARTIAL on 93 %, and two thirds of what the LoRA adds are
+# left; below that about a quarter
 FAITHFUL, PARTIAL = 0.95, 0.8
 # Shares of an adapter that was left out. Of the twelve text tasks of docs/evidence.md, the five of which less than
 # LITTLE was kept ended 3.2 points behind LoRA r=8, the seven others 0.7 ahead
