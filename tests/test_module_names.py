@@ -57,6 +57,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "peft three times, wrapped": lambda key: f"{P}module.{P}_orig_mod." + key,
     "all at once": lambda key: "module._orig_mod." + per_layer("_checkpoint_wrapped_module._orig_mod")(P + key),
     "ddp of compiled, no peft": lambda key: "module._orig_mod." + key.removeprefix(P),
+    "lightning": lambda key: f"_forward_module.student.{key}",
     "no prefix": lambda key: key.removeprefix(P),
 }
 
@@ -64,7 +65,7 @@ KINDS: dict[str, Callable[[str], str]] = {
 def test_the_table_of_names():
     name = f"{P}bert.encoder.layer.0.attention.self.query.lora_A.weight"
     for kind, rename in KINDS.items():
-        if kind != "ddp inside" and "no peft" not in kind:
+        if kind not in ("ddp inside", "lightning") and "no peft" not in kind:
             assert plain_name(rename(name)) == name.removeprefix(P), kind
         assert plain_names([rename(name)]) == {rename(name): name.removeprefix(P)}, kind
     # names that models have
@@ -77,7 +78,9 @@ def test_the_table_of_names():
         assert plain_name(own) == own
     # one that does not begin with it tells a submodule from a wrapper
     assert set(plain_names(["module.a", "head.b"]).values()) == {"module.a", "head.b"}
-    # a PeftModel in another module
+    # two PeftModels in another module
+    both = [f"{each}.{P}layers.0.q_proj" for each in ("actor", "critic")]
+    assert list(plain_names(both).values()) == ["actor.layers.0.q_proj", "critic.layers.0.q_proj"]
     assert plain_name(f"llm.{P}model.layers.0.q_proj") == "llm.model.layers.0.q_proj"
     assert plain_names([f"unet.module.{P}down.q", "vae.q"])[f"unet.module.{P}down.q"] == "unet.down.q"
     assert r"^layer\.\d+\.query" in plain_patterns(r"^_orig_mod\.layer\.\d+\._orig_mod\.query")
@@ -102,7 +105,7 @@ def lora(folder: Path, seed: int, rename: Callable[[str], str] = lambda key: key
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     file = folder / "adapter_model.safetensors"
     save_file({rename(key): value for key, value in load_file(file).items()}, file)

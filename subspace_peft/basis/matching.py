@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..errors import BasisMismatchError
 from .module_names import plain_name
@@ -40,8 +40,10 @@ class ModuleNames:
         if part is None and module_name in self.own:
             return module_name
         inside = "" if part is None else f"{part}."
-        known = {name[len(inside) :]: name for name in self.plain if name.startswith(inside)}
-        hits = [key for name in same_module(plain_name(module_name), known) for key in self.plain[known[name]]]
+        known: Mapping[str, list[str]] = self.plain
+        if inside:
+            known = {name[len(inside) :]: keys for name, keys in self.plain.items() if name.startswith(inside)}
+        hits = [key for name in same_module(plain_name(module_name), known) for key in known[name]]
         return self._only(module_name, hits)
 
     def converted(self, module_name: str) -> str | None:

@@ -27,7 +27,7 @@ _FRONT = re.compile(rf"^{_PEFT}")
 _INSIDE = re.compile(rf"(?<=\.){_PEFT}")
 # the same in a regular expression, where dots may be escaped
 _IN_PATTERN = re.compile(rf"(?<![A-Za-z0-9_])(?:{'|'.join(WRAPPERS)})\\?\.")
-_PEFT_IN_PATTERN = re.compile(r"^(\^?)(?:(?:_?module\\?\.)*base_model\\?\.model\\?\.)+")
+_PEFT_IN_PATTERN = re.compile(r"^(\^?)(?:.*\.)?(?:(?:_?module\\?\.)*base_model\\?\.model\\?\.)+")
 _OUTER_IN_PATTERN = re.compile(r"^(\^?)(?:_?module\\?\.)+")
 
 
@@ -61,18 +61,22 @@ def has_peft_prefix(name: str) -> bool:
 def plain_names(names: Iterable[str], *, outermost: bool = True) -> dict[str, str]:
     """Return each of the names or keys of one adapter with its plain one, see `plain_name`.
 
-    Where all of them begin with ``module.``, as DDP has it, that is taken for a wrapper's too.
+    Where all of them begin with ``module.``, as DDP has it, that is taken for a wrapper's too. What stands before
+    PEFT's prefix is the model that holds a PeftModel, such as a LightningModule, and is left out where it is the same
+    in all that have the prefix: the adapter is of the model behind it. A pipeline's parts stay.
 
     Args:
         names: All of one adapter.
         outermost: Whether ``module.`` may be a wrapper's.
     """
-    found = {name: plain_name(name) for name in names}
-    if not found:
-        return found
+    names = list(names)
+    if not names:
+        return {}
+    outer = _outer_model(names)
+    found = {name: plain_name(unwrapped_name(name).removeprefix(outer)) for name in names}
     while outermost:
-        outer = next((each for each in OUTERMOST if all(plain.startswith(each) for plain in found.values())), None)
-        if outer is None:
+        outer = next((each for each in OUTERMOST if all(plain.startswith(each) for plain in found.values())), "")
+        if not outer:
             break
         found = {name: plain_name(plain.removeprefix(outer)) for name, plain in found.items()}
     # each part of a pipeline may be wrapped by itself
@@ -81,6 +85,16 @@ def plain_names(names: Iterable[str], *, outermost: bool = True) -> dict[str, st
         short = plain_names(own.values(), outermost=outermost)
         found |= {name: f"{part}.{short[rest]}" for name, rest in own.items()}
     return found
+
+
+def _outer_model(names: Iterable[str]) -> str:
+    """Return what stands before PEFT's prefix in all names that have it, "" where that differs or is a part's name."""
+    plain = [unwrapped_name(name) for name in names]
+    inside = [found for name in plain if not _FRONT.match(name) and (found := _INSIDE.search(name))]
+    outer = {found.string[: found.start()] for found in inside}
+    only = outer.pop() if len(outer) == 1 else ""
+    bare = only.removeprefix("_").removeprefix("module.")
+    return "" if split_part(f"{bare}x")[0] else only
 
 
 def clashes(plain: Mapping[str, str]) -> list[tuple[str, str]]:

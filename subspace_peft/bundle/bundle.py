@@ -19,7 +19,7 @@ from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..hub import only_local, split_revision
 from ..tasks.arguments import check_hub
 from ..tasks.read import Parts, SavedTask
-from ..tuner.config import SubspaceConfig
+from ..tuner.config import SAVED_IF_SET, SubspaceConfig
 from ..tuner.loaded_from import LoadedFrom
 from .format import BUNDLE_FILE, DTYPES, TensorRange, parse_header, parse_length, width
 from .store import FileBytes, HubBytes, on_hub
@@ -254,7 +254,9 @@ class Bundle(Mapping[str, BundledTask]):
         known = {each.name for each in dataclasses.fields(SubspaceConfig)}
         given = {**self.index["config"], **entry.get("config", {}), "basis_fingerprint": self.fingerprint}
         try:
-            config = SubspaceConfig(**{key: value for key, value in given.items() if key in known})
+            # the common configuration may have fields that are saved only where they are set
+            unset = {key for key in SAVED_IF_SET if given.get(key) is None}
+            config = SubspaceConfig(**{key: value for key, value in given.items() if key in known - unset})
         except (TypeError, AttributeError, ValueError) as error:
             raise BadFileError(f"{self.location}: the configuration of task {name!r} is damaged: {error}") from error
         config.bundle = {
