@@ -53,7 +53,7 @@ def own_places(location: str | None, revision: str | None, fingerprint: str | No
     """
     if revision is not None or fingerprint is None:
         return []
-    found = _on_disk(location or ".", fingerprint, near)
+    found = on_disk(location or ".", fingerprint, near)
     return [] if found is None else [found]
 
 
@@ -75,7 +75,7 @@ def recorded_place(
     """
     if location is None or (not is_absolute(location) and revision is not None):
         return location, fingerprint
-    found = _on_disk(location, fingerprint, near)
+    found = on_disk(location, fingerprint, near)
     if found is None:
         beside = () if near is None else (near, near.parent)
         if not only_local(location, revision, *beside):
@@ -99,8 +99,14 @@ def recorded_place(
     return written, mark if written is None else fingerprint
 
 
-def _on_disk(location: str, fingerprint: str | None, near: Path | None) -> Path | None:
-    """Return the folder of this machine that a place means; None where there is none with that fingerprint."""
+def on_disk(location: str, fingerprint: str | None, near: Path | None) -> Path | None:
+    """Return the folder of this machine that a place means; None where there is none with that fingerprint.
+
+    Args:
+        location: a folder, or a Hub id.
+        fingerprint: the basis's; None for any.
+        near: folder from which a relative `location` is looked for first.
+    """
     places = list(candidates(location, near))
     if fingerprint is not None:
         held = alive(fingerprint)

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..basis import SubspaceBasis
 from ..basis.module import tensor_bytes
+from ..basis.recorded import on_disk
 from ..errors import BadFileError, SubspaceError
 from ..tasks.read import SavedTask
+from ..tuner.config import SubspaceConfig
 from .bundle import Bundle
 from .format import NAMES, check_name
 from .named import Named
@@ -139,6 +142,15 @@ def kept(bundle: Bundle, name: str) -> Packed:
     )
 
 
+def _place(config: SubspaceConfig, basis: SubspaceBasis) -> str | None:
+    """Return where the basis is by the task's own word: another copy of it may be in use in this process."""
+    reference = config.basis_reference
+    if basis.revision or reference.location is None:
+        return basis.location
+    found = on_disk(reference.location, basis.fingerprint, reference.near)
+    return basis.location if found is None else str(found)
+
+
 def _config(task: SavedTask, name: str, id2label: Mapping[int, str] | None) -> dict[str, Any]:
     basis = task.config.resolve()
     if basis is None:
@@ -156,7 +168,7 @@ def _config(task: SavedTask, name: str, id2label: Mapping[int, str] | None) -> d
         **PLAIN,
         "target_modules": sorted(task.cores),
         "subspace_version": __version__,
-        "basis": basis.location,
+        "basis": _place(task.config, basis),
         "basis_revision": basis.revision,
         "basis_fingerprint": basis.fingerprint,
     }
