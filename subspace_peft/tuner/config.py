@@ -600,7 +600,7 @@ class SubspaceConfig(PeftConfig):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a config that an earlier version pickled may lack a field, and has attributes that are none
-        self.__dict__.update(loaded_from=None, taken_basis=None, filled_targets=None, basis_names=None, strict=False)
+        self.__dict__.update(dict.fromkeys((*NOT_SAVED, *SAVED_IF_SET)), strict=False)
         known = {item.name for item in fields(self)}
         self.__dict__.update({name: value for name, value in state.items() if name in known})
 
