@@ -43,6 +43,7 @@ from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 
 from subspace_peft import SubspaceBasis, build_basis, modeling
 from subspace_peft.convert import export_lora
+from subspace_peft.energy import percent
 from subspace_peft.errors import SubspaceError
 from subspace_peft.report import null_basis
 
@@ -380,7 +381,7 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Basis: {basis['bytes']:,} bytes for {basis['modules']} modules, k={basis['k']}, from"
         f" {len(basis['sources'])} adapters ({basis['seed_groups']} random starts); it keeps"
-        f" {basis['energy_kept']:.3f} of their energy, a random one {basis['energy_random']:.4f}."
+        f" {percent(basis['energy_kept'])} of their energy, a random one {percent(basis['energy_random'])}."
     ]
     for task, checked in zip(results["held_out"], results["checks"], strict=True):
         scores = {row["row"]: row for row in task["rows"]}
