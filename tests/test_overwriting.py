@@ -383,3 +383,12 @@ def test_a_readme_of_others_keeps_its_bytes(world, tmp_path):
 def test_a_completed_basis_of_the_same_call_is_the_same(world, tmp_path):
     for _ in range(2):
         complete_basis(world.basis, 9, progress=False).save_pretrained(tmp_path / "more")
+
+
+def test_one_form_of_a_lora_is_not_left_beside_the_other(world, tmp_path):
+    folder = Path(shutil.copytree(world.places["lora"], tmp_path / "there"))
+    how = {"format": "diffusers", "part": "unet"}
+    with pytest.raises(OccupiedError, match="may be the result of a training"):
+        export_lora(world.root / "task", folder, **how)
+    export_lora(world.root / "task", folder, **how, overwrite=True)
+    assert {file.name for file in folder.iterdir()} - {"README.md"} == {"pytorch_lora_weights.safetensors"}

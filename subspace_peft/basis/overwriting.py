@@ -132,12 +132,13 @@ def replacing(
     """
     others = check_target(target, planned, overwrite=overwrite, needed=needed)
     said = [words for each in others if each.kind == BASIS and (words := named_dependents(each.basis))]
-    yield
     target = Path(target).expanduser()
+    before = {name: _mark(target / name) for each in others for name in each.files}
+    yield
     kept = []
     for each in others:
-        mine = FILES_OF.get(planned.kind, (target.name,))
-        left = [name for name in each.files if name not in mine]
+        # those that were not written anew
+        left = [name for name in each.files if before[name] is not None and _mark(target / name) == before[name]]
         if planned.kind != REPORT and each.kind in CLEARED:
             for name in left:
                 (target / name).unlink(missing_ok=True)
@@ -151,6 +152,14 @@ def replacing(
             " for that. Move one of them.",
             stacklevel=4,
         )
+
+
+def _mark(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _foreign(target: Path, planned: Planned) -> Iterator[Found]:

@@ -24,6 +24,7 @@ from ..sources import Factors
 from ..tasks.pipeline_task import parts_of_folder
 from ..tasks.read import SavedTask, read_task
 from ..tasks.write import basis_places
+from ..tuner import SubspaceConfig
 from ..tuner.renaming import names_in
 from .pipeline_export import FILE, check_part, check_plain, in_diffusers_names, in_installed_names, part_of
 
@@ -113,6 +114,9 @@ def export_lora(
     parts = [] if hub.get("subfolder") else parts_of_folder(task)
     if parts and format == "peft":
         how |= {"basis": basis, "modules_to_save": modules_to_save, "model": model}
+        for each in parts:
+            planned = Planned(LORA, SubspaceConfig.from_pretrained(str(Path(task, each))).basis_fingerprint)
+            check_target(Path(out, each), planned, overwrite=overwrite, inputs=[task])
         return _together(out, [export_lora(Path(task, each), Path(out, each), **how, **hub) for each in parts])
     if parts:
         reads = {each: read_task(Path(task, each), basis=basis, **hub) for each in parts}

@@ -15,6 +15,7 @@ from torch import nn
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.module_store import names_of
+from ..basis.overwriting import check_target
 from ..basis.pipeline_parts import split_part
 from ..energy import of_source, share_of, word
 from ..errors import BasisMismatchError, SubspaceError
@@ -22,7 +23,7 @@ from ..sources import Source, open_source
 from ..sources.guesses import warn_of_guesses
 from ..sources.lora import is_embedding, is_saved_module, saved_modules
 from ..tasks.read import Parts, SavedTask
-from ..tasks.write import core_tensors, write_task
+from ..tasks.write import core_tensors, planned_task, write_task
 from ..tuner import SubspaceConfig
 from ..tuner.module_names import other_names
 
@@ -109,6 +110,8 @@ class Projection:
         """
         if len(parts := self.parts) > 1:
             tasks = {part: projection.as_task() for part, projection in parts.items()}
+            for part, task in tasks.items():
+                check_target(Path(folder, part), planned_task(task.config), overwrite=overwrite)
             for part, task in tasks.items():
                 tensors = {**core_tensors(task.config, task.cores), **task.extras}
                 write_task(Path(folder, part), task.config, tensors, overwrite=overwrite)
