@@ -226,3 +226,11 @@ def zeros(bank: TaskBank) -> dict[str, torch.Tensor]:
 def within(bank: TaskBank, names: list[str]) -> torch.Tensor:
     with bank.tasks(names):
         return logits(bank.model)
+
+
+def test_a_bank_says_what_it_holds(bases):
+    bank = TaskBank(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location)))
+    assert repr(bank) == f"TaskBank(0 tasks (none) in 4 modules, on the basis {bases[bert].fingerprint[:12]})"
+    for i in range(5):
+        bank.add(f"t{i}", zeros(bank))
+    assert "5 tasks ('t0', 't1', 't2', …)" in repr(bank)

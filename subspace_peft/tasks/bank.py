@@ -102,6 +102,11 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
     def __contains__(self, name: object) -> bool:
         return name in self.slots
 
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, list(self)[:3])) + (", …" if len(self) > 3 else "")
+        basis = str(self.config.basis_fingerprint)[:12]
+        return f"TaskBank({len(self)} tasks ({shown or 'none'}) in {len(self.layers)} modules, on the basis {basis})"
+
     def add(self, name: str, task: Any = None, **hub: Any) -> None:
         """Add a task, or replace the one of that name.
 
