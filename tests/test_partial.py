@@ -213,7 +213,7 @@ class Part(nn.Module):
 def test_a_pipelines_other_parts_are_not_missed() -> None:
     pipe = {"unet.blocks.a": (8, 8), "unet.blocks.b": (8, 8), "text_encoder.blocks.c": (8, 8)}
     made = basis_of(pipe)
-    strict = SubspaceConfig(basis=made, save_basis=True, strict=True)
+    strict = SubspaceConfig(basis=made, save_basis=True, strict=True, check_base_model=False)
     assert not warned(lambda: inject_adapter_in_model(copy.deepcopy(strict), Part("a", "b")))
     assert not warned(lambda: inject_adapter_in_model(copy.deepcopy(strict), Part("c")))
     with pytest.raises(BasisMismatchError, match=r"only 1 of the basis's 2 modules.*unet\.blocks\.b"):
