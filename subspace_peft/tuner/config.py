@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -12,10 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .._io.places import last_part
-from .._io.untrusted import read_json
 from .._version import __version__
 from ..base_names import out_of_cache
 from ..basis import BasisReference, SubspaceBasis, resolve_reference
@@ -23,22 +20,13 @@ from ..basis.base_notes import add_base_note
 from ..basis.basis import note_location
 from ..basis.dependents import add_dependent
 from ..basis.module_names import unwrapped_in
-from ..basis.newer import upgrade_hint, written_by
 from ..basis.recorded import recorded_place
 from ..basis.resolve import require_same
 from ..cards import Place
-from ..errors import (
-    BadFileError,
-    BasisMismatchError,
-    BasisNotFoundError,
-    HubUnavailableError,
-    NoConfigurationError,
-    SubspaceError,
-)
-from ..hub import only_local
-from ..hub_requests import ask
+from ..errors import BasisNotFoundError, SubspaceError
 from .card import card_for, coefficients_digest, place_of, unmeasured, write_section
-from .config_check import check_choices, check_values, unknown_keys
+from .config_check import check_choices, check_values
+from .config_file import naming_newer_version, read_config, read_fields, refuse_fields
 from .loaded_from import LoadedFrom
 from .peft_type import SUBSPACE
 from .task_file import PICKLED_FILE, WEIGHTS_FILE, check_task, locate_task
@@ -469,32 +457,9 @@ class SubspaceConfig(PeftConfig):
             BadFileError: no JSON object, a method that PEFT does not know, or keys that no version writes into a
                 saved task.
         """
-        try:
-            values = read_json(Path(path_json_file))
-        except (OSError, ValueError) as error:
-            raise BadFileError(
-                f"{path_json_file}: no adapter's config ({error}). Fetch or save the adapter again."
-            ) from error
-        kind = values.get("peft_type", SUBSPACE)
-        if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            raise BadFileError(
-                f"{path_json_file}: its peft_type is {str(kind)[:80]!r}, which this PEFT does not know."
-                f"{upgrade_hint(values.get('subspace_version')) or ' Upgrade PEFT, or fetch the adapter again.'}"
-            )
         known = [item.name for item in fields(cls) if item.name not in NOT_SAVED]
-        unknown = unknown_keys(values, known) if kind == SUBSPACE else []
-        if unknown:
-            raise BadFileError(
-                f"{path_json_file}: it has {', '.join(unknown[:5])}, which neither the version that saved it nor this"
-                " one knows. The file was altered: fetch it again, or take that out."
-            )
-        found = super().from_json_file(path_json_file, **kwargs)
-        hint = upgrade_hint(values.get("subspace_version"))
-        more = sorted(set(found) - set(known)) if hint and kind == SUBSPACE else []
-        if told := [str(key)[:80] for key in more if found[key] not in (None, False, [], {})]:
-            warnings.warn(f"{path_json_file}: {', '.join(told)} not known here, and ignored.{hint}", stacklevel=2)
-        # PEFT would take what it does not know for its own
-        return {key: value for key, value in found.items() if key not in more}
+        read = super().from_json_file
+        return read_fields(path_json_file, known, lambda: read(path_json_file, **kwargs))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -519,29 +484,15 @@ class SubspaceConfig(PeftConfig):
             SubspaceError: another field is given, which the saved one would overrule.
         """
         basis, check = kwargs.pop("basis", None), kwargs.pop("check_base_model", None)
-        _refuse_fields(cls, kwargs)
-        place = str(pretrained_model_name_or_path)
-        if only_local(place, kwargs.get("revision")) and not os.path.isdir(os.path.join(place, subfolder or "")):
-            raise SubspaceError(
-                f"{place}: there is no such folder{f' {subfolder!r} in it' if subfolder else ''}. Pass the folder of a"
-                " saved task or a Hub id, org/name (with revision= where a folder here is called like its first part)."
-            )
-        try:
-            read = super().from_pretrained
-            config = ask(
-                str(pretrained_model_name_or_path),
-                lambda: read(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
-            )
-        except (BadFileError, HubUnavailableError):
-            raise
-        except (SubspaceError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
-            # PEFT's own methods raise a TypeError for JSON that is no configuration
-            kind = NoConfigurationError if isinstance(error, TypeError) else BadFileError
-            file = Path(pretrained_model_name_or_path, subfolder or "", "adapter_config.json")
-            hint = upgrade_hint(written_by(file)) or " Fetch or save the task again."
-            raise kind(
-                f"{pretrained_model_name_or_path}: its adapter_config.json makes no configuration ({error}).{hint}"
-            ) from error
+        inherited = {item.name for item in fields(PeftConfig)}
+        refuse_fields([item.name for item in fields(cls) if item.name not in inherited], kwargs)
+        read = super().from_pretrained
+        config = read_config(
+            str(pretrained_model_name_or_path),
+            subfolder,
+            kwargs.get("revision"),
+            lambda: read(pretrained_model_name_or_path, subfolder=subfolder, **kwargs),
+        )
         if not isinstance(config, SubspaceConfig):
             return config
         if check is not None:
@@ -553,15 +504,10 @@ class SubspaceConfig(PeftConfig):
         if basis is not None:
             config = config.on_basis(basis)
         if weights is not None:
-            try:
+            with naming_newer_version(config.subspace_version):
                 modules = check_task(
                     weights, config.sizes, config.basis_reference, config.basis_modules, config.resolve
                 )
-            except (BadFileError, BasisMismatchError) as error:
-                hint = upgrade_hint(config.subspace_version)
-                if not hint:
-                    raise
-                raise type(error)(f"{error}{hint}") from error
             config.loaded_from = replace(config.loaded_from, modules=modules)
         return config
 
@@ -603,17 +549,6 @@ class SubspaceConfig(PeftConfig):
         self.__dict__.update(dict.fromkeys((*NOT_SAVED, *SAVED_IF_SET)), strict=False)
         known = {item.name for item in fields(self)}
         self.__dict__.update({name: value for name, value in state.items() if name in known})
-
-
-def _refuse_fields(cls: type, given: Mapping[str, Any]) -> None:
-    """Raise `SubspaceError` where a field of ours is given for a saved task, whose own value PEFT takes instead."""
-    inherited = {item.name for item in fields(PeftConfig)}
-    idle = [item.name for item in fields(cls) if item.name in given and item.name not in inherited]
-    if idle:
-        raise SubspaceError(
-            f"{', '.join(f'{name}=' for name in idle)} has no effect on a saved task, which keeps what it was trained"
-            " with. Leave it out; basis= and check_base_model= are taken."
-        )
 
 
 def _warn_of_method(old: str, new: str) -> None:
