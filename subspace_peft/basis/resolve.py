@@ -64,7 +64,7 @@ def resolve_basis(
             # damaged files where a basis was seen once are no reason to fail
             if isinstance(error, BadFileError) and recorded:
                 raise
-            if isinstance(error, BasisMismatchError) and recorded:
+            if isinstance(error, BasisMismatchError):
                 failed = failed or error
             if isinstance(error, HubUnavailableError) and not isinstance(error, BasisNotFoundError):
                 failed = failed or error

@@ -44,6 +44,9 @@ def sort_keys(
     problems: dict[str, str] = {each: each for each in clash_problems(plain)}
     for key in keys:
         if found := LORA_KEY.match(plain[key]):
+            # the name as the file has it: what is left out of it may hold anything as well
+            if not is_name(key):
+                problems[found["module"]] = f"{key[:80]!r} is no module's name"
             sides = modules.setdefault(found["module"], {})
             side = found["side"] or found["lookup"]
             if side in sides and plain[sides[side]] != plain[key]:
@@ -53,8 +56,6 @@ def sort_keys(
                 )
             sides[side] = key
     for module, sides in modules.items():
-        if not is_name(module):
-            problems[module] = f"{module[:80]!r} is no module's name"
         if len(sides) < 2:
             problems[module] = f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"
     return modules, list(problems.values())
