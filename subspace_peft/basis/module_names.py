@@ -20,6 +20,8 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 # PEFT's prefix only, and likely so where everything begins with it
 OUTERMOST = ("module.", "_module.")
 
+# those that torch and fairscale leave out of state dicts, and put in as one is loaded
+_HOOKED = re.compile(r"(?:(?<=\.)|^)(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)(?:\.|$)")
 _WRAPPER = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})(?:\.|$)")
 _PEFT = r"(?:(?:_?module\.)*base_model\.(?:_?module\.)*model\.)+"
 _FRONT = re.compile(rf"^{_PEFT}")
@@ -34,6 +36,11 @@ _OUTER_IN_PATTERN = re.compile(r"^(\^?)(?:_?module\\?\.)+")
 def unwrapped_name(name: str) -> str:
     """Return a module's name, or the key of one of its tensors, without the names of wrappers, but with PEFT's."""
     return _WRAPPER.sub("", name).removesuffix(".")
+
+
+def stored_name(name: str) -> str:
+    """Return a module's name as the keys of its model's state dict have it: FSDP and checkpointing hide their own."""
+    return _HOOKED.sub("", name).removesuffix(".")
 
 
 def unwrapped_in(value: Any) -> Any:

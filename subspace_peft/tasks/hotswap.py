@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.base_check import require_same_base
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
-from ..tuner.module_names import rename_keys, rename_saved
+from ..tuner.module_names import base_model_of, rename_keys, rename_saved
+from ..tuner.renaming import follow_model, named_as
 from ..tuner.row_context import CHANGES
 from ..tuner.task_file import BASIS_KEY, weights_of
 from .arguments import check_hub
 
+MARK = ".subspace_coef."  # between a module's name and that of a coefficient
 # the fields of the configuration that two tasks share where one can take the other's place
 SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", "mean_gain", "dropout")
 
@@ -67,7 +69,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
         # a basis that the task carries is the one that is loaded: both have its fingerprint
         if not BASIS_KEY.match(key):
             found[_plain(key)] = value
-    found = rename_keys(inner, found)
+    found = _as_named_in(targets, rename_keys(inner, found))
     absent, extra = sorted(targets.keys() - found.keys()), sorted(found.keys() - targets.keys())
     if absent or extra:
         what = f"lacks {absent[0]}" if absent else f"also has {extra[0]}"
@@ -88,8 +90,22 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
             if "row_slot" in module.__dict__:
                 module.row_slot.swaps += 1
     rename_saved(new, inner)
+    follow_model(new, base_model_of(inner))
     new.basis_names = old.basis_names
     configs[adapter] = new  # type: ignore[index]
+
+
+def _as_named_in(targets: Iterable[str], found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a task's tensors by the adapter's keys, where another head puts another prefix before the backbone."""
+    layers = dict.fromkeys(stem for key in targets if (stem := key.rpartition(MARK)[0]))
+    stems = dict.fromkeys(stem for key in found if (stem := key.rpartition(MARK)[0]))
+    now = {old: new for new, old in named_as(layers, {stem: stem for stem in stems}).items()}
+    return {_moved(key, now): value for key, value in found.items()}
+
+
+def _moved(key: str, now: Mapping[str, str]) -> str:
+    stem, mark, rest = key.rpartition(MARK)
+    return f"{now.get(stem, stem)}{mark}{rest}"
 
 
 def _plain(key: str) -> str:

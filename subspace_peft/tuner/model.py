@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
@@ -27,7 +28,7 @@ from .merging import add_weighted
 from .module_names import rename_keys
 from .peft_type import PREFIX
 from .plan import InjectionPlan
-from .renaming import under_model_names
+from .renaming import by_layer_names, under_model_names
 from .row_batch import task_names_passed
 from .targets import outer_modules, target_names
 
@@ -107,10 +108,18 @@ class SubspaceModel(BaseTuner):
         put_in(self, self._plan, adapter_name, target, target_name, parent, current_key)
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, config: SubspaceConfig, *args: Any, **kwargs: Any) -> Any:
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SubspaceConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         # PEFT takes the tensors before it saves the configuration, in all ways in which it saves
-        adapter = kwargs["adapter_name"] if "adapter_name" in kwargs else args[0]
-        tensors = super()._get_adapter_state_dict(model, config, *args, **kwargs)
+        adapter, state = adapter_name, by_layer_names(model, state_dict)
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state, *args, **kwargs)
         if config.save_basis or config.basis_modules is not None:
             # perhaps asked for after the adapter was made, or by another configuration than it was made from
             add_basis(model, adapter, tensors)

@@ -44,7 +44,7 @@ def names_in_basis(
     left = set(basis) - set(found.values())
     if not left or None not in found.values():
         return found
-    now = {new: old for old, new in converted(left, table_of(_base(model)))[0].items()}
+    now = {new: old for old, new in converted(left, table_of(base_model_of(model)))[0].items()}
     for name in [name for name, key in found.items() if key is None] if now else ():
         hits = same_module(plain_name(name), now)
         if len(hits) == 1:
@@ -75,7 +75,7 @@ def renamed_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     left = [name for name in names if plain_name(name) not in there]
     if not left:
         return {}
-    renamed = converted(left, table_of(_base(model)))[0]
+    renamed = converted(left, table_of(base_model_of(model)))[0]
     found = {}
     for old in left:
         hits = same_module(renamed[old], there) if old in renamed else []
@@ -84,7 +84,8 @@ def renamed_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return found if len(set(found.values())) == len(found) else {}
 
 
-def _base(model: nn.Module) -> nn.Module:
+def base_model_of(model: nn.Module) -> nn.Module:
+    """Return the model that a PeftModel adapts, or the model itself, without wrappers around it."""
     model = unwrapped(model)
     return unwrapped(model.base_model.model) if isinstance(model, (PeftModel, PeftMixedModel)) else model
 

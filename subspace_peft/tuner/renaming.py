@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..basis.module_names import plain_name, unwrapped_in
+from ..basis.module_names import plain_name, stored_name, unwrapped_in
 from ..basis.module_store import same_module
 from .config import NAMED, SubspaceConfig
 from .peft_type import PREFIX
@@ -122,10 +122,31 @@ def _rename(config: SubspaceConfig, renamed: Mapping[str, str]) -> None:
         config.rank_pattern = {**moved, **config.rank_pattern}
 
 
+def by_layer_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a model's tensors by the names that its layers have, by which PEFT looks for them.
+
+    FSDP and activation checkpointing leave their names out of a state dict.
+    """
+    layers = {
+        # PEFT itself leaves this one out
+        stored_name(name): name.removeprefix("_fsdp_wrapped_module.")
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and stored_name(name) != name
+    }
+    made = {}
+    for key, value in state.items():
+        stem, mark, rest = key.rpartition(f".{PREFIX}")
+        made[f"{layers.get(stem, stem)}{mark}{rest}"] = value
+    return made
+
+
 def under_model_names(
     model: nn.Module, config: SubspaceConfig, adapter_name: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Return a task's tensors under the names that their layers have in the model.
+
+    Where the model's state dict has other names than its layers, as FSDP and activation checkpointing have it, the
+    key is the state dict's, the adapter's name in it.
 
     Args:
         model: a PeftModel, or another model that has the adapter's layers.
@@ -151,5 +172,11 @@ def under_model_names(
     for key, value in state.items():
         stem = stems.get(key)
         places = hits[stem] if stem is not None else []
-        found[places[0] + key[len(str(stem)) :] if len(places) == 1 else key] = value
+        if stem is None or len(places) != 1:
+            found[key] = value
+        elif (stored := stored_name(places[0])) != places[0]:
+            kind, dot, rest = key[len(stem) + 1 :].partition(".")
+            found[f"{stored}.{kind}.{adapter_name}{dot}{rest}"] = value
+        else:
+            found[places[0] + key[len(stem) :]] = value
     return found
