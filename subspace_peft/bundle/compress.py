@@ -23,6 +23,7 @@ from ..energy import percent
 from ..errors import BadFileError, HubUnavailableError, SourceError, SubspaceError
 from ..hub_requests import patient
 from ..sources import Source, is_one_source, open_source
+from ..tuner.base_record import hold_against
 from .format import BUNDLE_FILE
 from .named import named_tasks
 from .pack import Packed, pack
@@ -176,6 +177,7 @@ def compress_fleet(
     Raises:
         SubspaceError: Some adapters are refused and `skip_bad` is off, or all are refused; the basis lives in memory
             only; or a threshold or rank is out of range.
+        BasisMismatchError: `base_model` has other weights than the basis has on record.
         OSError: The disk refuses; an earlier bundle stays.
     """
     if not 0 <= min_energy <= 1:
@@ -189,6 +191,8 @@ def compress_fleet(
             "The basis lives in memory only: `basis.save_pretrained(folder)` before a bundle refers to it."
         )
     said_of_basis(basis.base_model, base_model_name)
+    if base_model is not None and check_base_model:
+        hold_against(basis, base_model)
     packed: dict[str, Packed] = {}
     report: list[CompressedAdapter] = []
     given = [loras] if is_one_source(loras) else list(loras)

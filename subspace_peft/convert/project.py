@@ -25,6 +25,7 @@ from ..sources.lora import is_embedding, is_saved_module, saved_modules
 from ..tasks.read import Parts, SavedTask
 from ..tasks.write import core_tensors, planned_task, write_task
 from ..tuner import SubspaceConfig
+from ..tuner.base_record import hold_against
 from ..tuner.module_names import other_names
 
 
@@ -199,7 +200,8 @@ def project_lora(
 
     Raises:
         SourceError: The LoRA cannot be read.
-        BasisMismatchError: The basis lacks a module or has it in another shape, or the base models differ.
+        BasisMismatchError: The basis lacks a module or has it in another shape, or the base models differ, by their
+            names or by the weights on record.
         SubspaceError: Every ``lora_B`` is zero; the LoRA has trained tensors that a task cannot hold (single token
             embeddings, biases of the base model); or `base_model_name` is another model on the Hub than the basis's.
     """
@@ -208,6 +210,8 @@ def project_lora(
     warn_of_guesses([source])
     if not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis, token=token)
+    if base_model is not None and check_base_model:
+        hold_against(basis, base_model)
     if base_model_name is not None:
         source.said_base = said_of_basis(basis.base_model, base_model_name)
     elif check_base_model and not is_of(source.base_model, basis.info):
@@ -280,7 +284,9 @@ def _check_extras(source: Source) -> None:
     for key in sorted(source.other_keys, key=lambda key: not key.endswith("trainable_tokens_delta")):
         if not (is_saved_module(source.plain(key), source.config) or is_embedding(source.plain(key))):
             raise SubspaceError(
-                f"{source.location}: {key} was trained with the LoRA, and is neither a factor nor of its"
-                f" modules_to_save ({', '.join(saved) or 'none'}). A projected task cannot hold it, and without it the"
-                " adapter is another: train without trainable_token_indices and with bias='none'."
+                f"{source.location}: {key} is neither a factor nor of its modules_to_save"
+                f" ({', '.join(saved) or 'none'}). Where it was trained with the LoRA, a projected task cannot hold"
+                " it, and without it the adapter is another: train without trainable_token_indices, with bias='none'."
+                " Where it is the base model's own, as in a whole model's state dict, pass the adapter alone, as"
+                " `get_peft_model_state_dict(model)` gives it."
             )

@@ -57,6 +57,7 @@ def _convert(
         raise SourceError(f"{location}: the installed PEFT knows no method {kind}. Upgrade it, or leave this one out.")
     if kind in NO_UPDATE:
         raise SourceError(f"{location}: {method_problem(kind)}")
+    _require_bare(base_model, location)
     by_weights = kind in ("LORA", "ADALORA", "MISS")
     problems = config_problems(config, converting=True) if kind == "LORA" else []
     if (config.get("bias") or "none") != "none":
@@ -114,6 +115,19 @@ def _convert(
             put_back(base_model, kept)
             for name, parameter in base_model.named_parameters():
                 parameter.requires_grad_(trained.get(name, parameter.requires_grad))
+
+
+def _require_bare(base_model: nn.Module, location: str) -> None:
+    # what is put on the model is taken off again, and adapters that were on it before would go as well
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = next((name for name, module in base_model.named_modules() if isinstance(module, BaseTunerLayer)), None)
+    if adapted is not None or hasattr(base_model, "peft_config"):
+        raise SourceError(
+            f"{location}: base_model= is a {type(base_model).__name__} with adapters of its own"
+            f"{'' if adapted is None else f' (on {adapted})'}, so that what this one adds to the base model cannot be"
+            " told. Pass the base model without adapters, loaded by itself."
+        )
 
 
 def _under_names_of(model: Any, base_model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..basis.module_names import WRAPPERS, plain_names
-from .lora import LORA_KEY, clash_problems, scaling
+from .lora import LORA_KEY, clash_problems, scaling, several_problem
 from .pipeline import METADATA
 
 FACTOR = re.compile(
     r"^(?P<stem>.+?)"
-    r"(?P<style>\.lora_(?:down|up)|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up)|\.lora_[AB](?:\.[^.]+)?)"
+    r"(?P<style>\.lora_(?:down|up)|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up)|\.lora_[AB](?:\.(?P<name>[^.]+))?)"
     r"\.weight$"
 )
 ALPHA = re.compile(r"^(?P<stem>.+?)(?:[._]lora|\.lora_linear_layer)?\.alpha$")
@@ -114,6 +114,7 @@ def read_foreign_keys(
     names = list(names)
     plain = plain_names(names)
     found.problems += clash_problems(plain)
+    found.problems += several_problem(_adapters(plain)).values()
     for key in names:
         refusal = next((mark for mark in REFUSED if mark in key), None)
         if refusal is not None:
@@ -149,8 +150,28 @@ def read_foreign_keys(
         for module, sides in found.keys.items()
         if len(sides) < 2
     ]
+    found.problems += [
+        f"{key}: no factors are of the module that this alpha is of: the file is incomplete, or of another form"
+        for stem, key in alphas.items()
+        if stem not in modules
+    ]
     if not found.problems:
-        _scales(found, {str(modules.get(stem)): key for stem, key in alphas.items()}, read, metadata)
+        _scales(found, {str(modules[stem]): key for stem, key in alphas.items()}, read, metadata)
+    return found
+
+
+def has_alphas(names: Iterable[str]) -> bool:
+    """Return whether any key is an alpha, which PEFT has in its configuration only."""
+    return any(ALPHA.match(name) for name in names)
+
+
+def _adapters(plain: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of adapters in keys that have them in PEFT's way, each with a key of it; "" for none."""
+    found: dict[str, str] = {}
+    for key, short in plain.items():
+        factor = FACTOR.match(short)
+        if factor is not None and factor["style"].startswith((".lora_A", ".lora_B")):
+            found.setdefault(factor["name"] or "", key)
     return found
 
 
@@ -168,11 +189,18 @@ def _scales(
 ) -> None:
     config = _metadata(metadata)
     for module, sides in found.keys.items():
-        rank = read(sides["A"]).shape[0]
+        A = read(sides["A"])
+        if A.dim() < 2 or not A.numel():
+            continue  # refused with its shape when it is read for its numbers
+        rank = A.shape[0]
         part, _, rest = module.partition(".")
         own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}
         if module in alphas:
-            found.scales[module] = float(read(alphas[module])) / rank
+            alpha = read(alphas[module])
+            if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
+                found.problems.append(f"{alphas[module]}: it is no finite number, as an alpha has to be")
+                continue
+            found.scales[module] = float(alpha) / rank
         elif own or config.get("r"):
             try:
                 found.scales[module] = scaling(own or config, rest if own else module, rank)

@@ -42,8 +42,10 @@ def sort_keys(
     keys = list(keys)
     plain = plain_names(keys) if plain is None else plain
     problems: dict[str, str] = {each: each for each in clash_problems(plain)}
+    adapters: dict[str, str] = {}
     for key in keys:
         if found := LORA_KEY.match(plain[key]):
+            adapters.setdefault(found["adapter"] or found["other"] or "", key)
             # the name as the file has it: what is left out of it may hold anything as well
             if not is_name(key):
                 problems[found["module"]] = f"{key[:80]!r} is no module's name"
@@ -55,10 +57,27 @@ def sort_keys(
                     f"{key}: the state dict holds several adapters; pass one, as `get_peft_model_state_dict` gives it",
                 )
             sides[side] = key
+    problems |= {} if problems else several_problem(adapters)
     for module, sides in modules.items():
         if len(sides) < 2:
             problems[module] = f"module {module!r} has only lora_{next(iter(sides))}: the file is incomplete"
     return modules, list(problems.values())
+
+
+def several_problem(adapters: Mapping[str, str]) -> dict[str, str]:
+    """Return the problem of keys that are of several adapters, under one name.
+
+    Args:
+        adapters: name of an adapter ("" where the key has none) → a key of it.
+    """
+    if len(adapters) < 2:
+        return {}
+    first, second = list(adapters.values())[:2]
+    named = ", ".join(repr(name) if name else "one without a name" for name in adapters)
+    return {
+        "adapters": f"{first}, {second}: the state dict holds several adapters ({named}); pass one, as"
+        " `get_peft_model_state_dict` gives it"
+    }
 
 
 def clash_problems(plain: Mapping[str, str]) -> list[str]:
@@ -110,13 +129,16 @@ def config_problem(config: Mapping[str, Any]) -> str | None:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """Return PEFT's name of an adapter's method; LORA where its configuration does not say."""
-    kind = config.get("peft_type", "LORA")
+    kind = config.get("peft_type") or "LORA"
     return str(getattr(kind, "value", kind))
 
 
 def is_saved_module(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a key belongs to one of the configuration's `modules_to_save`."""
-    return any(f".{name}." in f".{plain_name(key)}" for name in saved_modules(config))
+    """Return whether a key belongs to one of the configuration's `modules_to_save`.
+
+    By PEFT's rule an entry means every module whose name ends with it: `norm` means `post_attention_layernorm` too.
+    """
+    return any(f"{name}." in plain_name(key) for name in saved_modules(config))
 
 
 def saved_modules(config: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from ..basis.module_names import PREFIX, has_peft_prefix, plain_name, plain_name
 from ..cards.readme import front_matter
 from ..errors import SourceError
 from .converted import convert
-from .diffusers_kohya import has_foreign_keys, metadata_configs, read_foreign_keys
+from .diffusers_kohya import has_alphas, has_foreign_keys, metadata_configs, read_foreign_keys
 from .floats import upcast
 from .live_model import read_live
 from .locate import PICKLED, SourceFiles, locate, open_tensors
@@ -110,7 +110,7 @@ def _from_state_dict(
     more: dict[str, Any] = {"other_keys": _others(tensors), "plain_keys": plain}
     if base_model is not None and (kind := _to_convert(config)):
         keys, tensors, more = _converted(config, kind, plain, tensors.__getitem__, base_model, location)
-    elif has_foreign_keys(plain) and not list(problems):
+    elif (has_foreign_keys(plain) or (not config and has_alphas(plain.values()))) and not list(problems):
         keys, more = _foreign(tensors, tensors.__getitem__, {}, config, location, base_model)
     else:
         keys = _keys(plain, config, location, problems)
@@ -163,7 +163,10 @@ def _foreign(
     for each in (config, *metadata_configs(metadata)):
         found.problems += config_problems(each, offered=False)
     factors = [f"{module}.lora_A.weight" for module in found.keys]
-    found.problems += tensor_problems({name: name for name in (*factors, *found.others)}, config)
+    plain = plain_names(names)
+    found.problems += tensor_problems(
+        {each: each for each in factors} | {each: plain[each] for each in found.others}, config
+    )
     if found.problems:
         raise SourceError(f"{location}: " + "; ".join(dict.fromkeys(found.problems[:5])) + ".")
     if not found.keys:
@@ -171,7 +174,7 @@ def _foreign(
     return found.keys, {
         "other_keys": _others(found.others),
         "scales": found.scales,
-        "plain_keys": plain_names(names),
+        "plain_keys": plain,
         "pipeline": is_pipeline(found.keys, metadata),
     }
 

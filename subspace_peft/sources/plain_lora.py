@@ -31,6 +31,13 @@ NEUTRAL = _words(
     runtime_config target_modules task_type trainable_token_indices use_rslora velora_config
     """
 )
+# of other programs, which PEFT passes over: learning rates, dtypes of training, and which program wrote the file
+FROM_OTHERS = _words(
+    """
+    _class_name _diffusers_version _name_or_path lora_dtype lorap_emb_lr lorap_lr_ratio loraplus_lr_embedding
+    loraplus_lr_ratio peft_layers_to_transform transformers_version unsloth_fixed
+    """
+)
 # fields under which it is not, and why
 REASONS = {
     "use_dora": "DoRA rescales the base model's weights, so that its update is no product of lora_B and lora_A",
@@ -79,6 +86,8 @@ FOREIGN = _words(
     scaled_fp8 set_weight shira_ tinylora_ unilora_ vblora_ vera_ w_norm waveft_ xlora_
     """
 )
+# a layer's own parameters, beside its factors where an adapter's keys lack PEFT's `base_layer`
+OF_LAYERS = ("weight", "bias")
 # modules of transformers that hold the weights of all experts as one parameter
 STACK = re.compile(r"(?:^|\.)(?:experts|experts\.mlp|(?:block_sparse_moe|moe)\.(?:input_linear|output_linear))$")
 # methods that are no fixed update of weight matrices
@@ -86,6 +95,17 @@ NO_UPDATE = _words(
     """
     ADAPTION_PROMPT BEFT CARTRIDGE CPT LN_TUNING MULTITASK_PROMPT_TUNING P_TUNING POLY PREFIX_TUNING
     PROMPT_TUNING TRAINABLE_TOKENS XLORA
+    """
+)
+# methods of which `converted` makes a LoRA, and those of which PEFT makes none
+CONVERTED = _words(
+    """
+    ADALORA C3A DELORA FOURIERFT GRALORA LOHA LOKR MISS PSOFT RANDLORA TINYLORA UNILORA VBLORA VERA WAVEFT
+    """
+)
+NOT_CONVERTED = _words(
+    """
+    ADAMSS BOFT DEFT FROD GLORA HIRA HRA IA3 LILY OFT OSF PEANUT PVERA ROAD SHADOW SHIRA SUPERTUNING
     """
 )
 
@@ -100,7 +120,7 @@ def config_problems(config: Mapping[str, Any], *, converting: bool = False, offe
     """
     problems = []
     for name, value in config.items():
-        if name in NEUTRAL or _is_off(name, value) or (converting and name in CONVERTIBLE):
+        if name in NEUTRAL or name in FROM_OTHERS or _is_off(name, value) or (converting and name in CONVERTIBLE):
             continue
         if name in REASONS:
             problems.append(f"{name}: {REASONS[name]}{_offer(offered and name in CONVERTIBLE)}")
@@ -167,12 +187,12 @@ def tensor_problems(
     problems: dict[str, str] = {}
     modules: dict[str, str] = {}
     for name, short in plain.items():
-        if is_saved_module(short, config):
-            continue
         parts = short.split(".")
         odd = next((part for part in parts if part.startswith("lora_")), None)
         if found := LORA_KEY.match(short):
             modules.setdefault(found["module"], name)
+        elif odd is None and is_saved_module(short, config):
+            continue
         elif odd is not None and not odd.startswith(passed):
             problems.setdefault(odd, f"{name}: {_tensor_reason(odd, name)}")
         elif odd is None and (other := next((part for part in parts if part.startswith(tuple(FOREIGN))), None)):
@@ -185,6 +205,19 @@ def tensor_problems(
                 " model's own, save the adapter alone, with `model.save_pretrained(folder)`",
             )
     problems |= _stacks(modules)
+    for name, short in plain.items():
+        module, _, last = short.rpartition(".")
+        if (
+            module in modules
+            and last not in OF_LAYERS
+            and ".lora_" not in short
+            and not is_saved_module(short, config)
+        ):
+            problems.setdefault(
+                last,
+                f"{name}: it stands beside the factors of {module!r}, this package does not know it, and without it"
+                " the adapter may be another",
+            )
     return list(problems.values())
 
 
@@ -194,6 +227,17 @@ def method_problem(kind: str) -> str:
         return (
             f"the adapter's peft_type is {kind}, not LORA: it is no fixed update of weight matrices, so no LoRA equals"
             " it. Leave it out."
+        )
+    if kind in NOT_CONVERTED:
+        return (
+            f"the adapter's peft_type is {kind}, not LORA, and PEFT (up to {KNOWN_UP_TO}) makes no LoRA of it. Leave"
+            " it out."
+        )
+    if kind not in CONVERTED:
+        return (
+            f"the adapter's peft_type is {kind}, which PEFT up to {KNOWN_UP_TO} does not have. That of a LoRA is LORA."
+            " Where the installed PEFT knows the method, pass the base model, base_model= (--base-model), and it is"
+            " converted if PEFT can."
         )
     return (
         f"the adapter's peft_type is {kind}, not LORA. Pass its base model, base_model= (--base-model), and it is"

@@ -224,7 +224,8 @@ class Source:
         """Return out, in and rank of one module's update, from the file's header where the source was scanned."""
         keys = (self.keys[module][side] for side in ("B", "A"))
         B, A = map(self._stored_shape, keys)
-        return B[0], math.prod(A[1:]), A[0]
+        # a number alone has no shape; `check` refuses it where it is read
+        return (B or (1,))[0], math.prod(A[1:]), (A or (1,))[0]
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.read(key).shape) if self.spans is None else self.spans[key].shape
