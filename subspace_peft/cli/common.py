@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HubUnavailableError, SubspaceError
+from ..hub import looks_like_path, only_local
 from ..hub_requests import ask
 
 Add = Callable[..., ArgumentParser]  # argparse's `add_parser`
@@ -55,6 +56,11 @@ def base_model(name: str | None) -> Any:
     """
     if not name:
         return None
+    # a single name, such as gpt2, may be the Hub's
+    if not Path(name).expanduser().exists() and (looks_like_path(name) or ("/" in name and only_local(name))):
+        raise SubspaceError(
+            f"--base-model {name}: there is no such folder. Give a model's folder, or its id on the Hub."
+        )
     from transformers import AutoModel
 
     try:
