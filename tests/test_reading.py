@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,10 @@ def counted(monkeypatch):
 def test_a_scan_reads_every_byte_once_and_finds_hash_and_norms(fleets, tmp_path, counted, dtype):
     folder = Path(fleets[bert][0])
     tensors = {key: value.to(dtype) for key, value in load_file(folder / "adapter_model.safetensors").items()}
-    (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["unrelated"]}))
     file = tmp_path / "adapter_model.safetensors"
-    save_file({**tensors, "unrelated": torch.arange(1000)}, file)
+    save_file({**tensors, "base_model.model.unrelated.weight": torch.arange(1000)}, file)
     source = open_source(tmp_path)
     scan(source)
     assert counted.total == file.stat().st_size

@@ -69,11 +69,16 @@ def test_the_tasks_card_tells_its_training_and_its_controls(done):
         assert line in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "MeanPooledClassifier" in code
-    fresh.run("-c", code, check=True)
+    # the card says no place of this machine: its code runs beside the task
+    fresh.run("-c", code, check=True, cwd=done / "tasks")
 
 
 def test_controls_of_other_settings_are_not_put_into_a_card(done, tmp_path):
-    task, comparison = shutil.copytree(done / "tasks" / "kept-core", tmp_path / "task"), done / "compare" / "kept"
+    task, comparison = (
+        shutil.copytree(done / "tasks" / "kept-core", tmp_path / "tasks" / "task"),
+        done / "compare" / "kept",
+    )
+    shutil.copytree(done / "basis", tmp_path / "basis")
     settings = json.loads((comparison / "results.json").read_text())["settings"]
     model = PeftModel.from_pretrained(MeanPooledClassifier(AutoModel.from_pretrained(settings["model"])), task)
     for config in model.peft_config.values():

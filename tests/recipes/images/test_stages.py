@@ -19,7 +19,7 @@ from ..conftest import goes_on_from_its_checkpoint
 from .conftest import tiny
 
 
-def test_all_stages_leave_adapters_bases_task_and_table(done):
+def test_all_stages_leave_adapters_bases_task_and_table(done, monkeypatch):
     basis = SubspaceBasis.from_pretrained(done / "basis")
     assert sorted(source["name"] for source in basis.info["sources"]) == ["one", "two"]
     assert SubspaceBasis.from_pretrained(done / "random-basis").shapes() == basis.shapes()
@@ -35,6 +35,7 @@ def test_all_stages_leave_adapters_bases_task_and_table(done):
     # its code makes this encoder under this head
     (code,) = re.findall(r"```python\n(.*?)```", (task / "README.md").read_text(), re.DOTALL)
     names: dict = {}
+    monkeypatch.chdir(done / "tasks")
     exec(code, names)
     assert names["model"].get_base_model().classifier.modules_to_save["default"].out_features == 2
     # Light and dark are easily told apart with an adapter; for the head alone, these few steps suffice on some random
