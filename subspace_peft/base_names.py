@@ -183,6 +183,17 @@ def _may_be_copies(one: BaseName, other: BaseName) -> bool:
     return words[0] == words[1]
 
 
+def is_doubtful(one: str | None, other: str | None) -> bool:
+    """Return whether two names, of which no spelling tells whether they are of one model, speak rather against it.
+
+    They do where their last parts are other models' names, and where they are two folders that both exist.
+    """
+    first, second = read_name(one), read_name(other)
+    if first is None or second is None or relation(one, other) != UNKNOWN:
+        return False
+    return (first.real is not None and second.real is not None) or not _may_be_copies(first, second)
+
+
 def same_model(base: str | None, model: str | None) -> bool:
     """Return whether two names are certainly of one base model; an unknown name (None or empty) may be any model's."""
     return read_name(base) is None or read_name(model) is None or relation(base, model) == SAME

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 
-from subspace_peft import build_basis, compress_fleet, project_lora
+from subspace_peft import SubspaceConfig, build_basis, compress_fleet, project_lora
+from subspace_peft.base_names import is_doubtful
 from subspace_peft.errors import BasisMismatchError, SourceError, SubspaceError
 from subspace_peft.sources import open_source
 from subspace_peft.sources.plain_lora import CONVERTED, FROM_OTHERS, NO_UPDATE, NOT_CONVERTED, method_problem
@@ -160,3 +162,42 @@ def test_conversion_is_offered_for_methods_that_have_one_only():
     assert "does not have" in method_problem("ALORA")
     known = {str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"SUBSPACE", "LORA"}
     assert known <= CONVERTED | NOT_CONVERTED | NO_UPDATE
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "doubtful"),
+    [
+        ("/gone/base-a", "/gone/base-b", True),
+        ("/gone/llama", "/elsewhere/llama", False),  # moved, or another machine's
+        ("org/llama", "/gone/llama", False),
+        ("org/llama", "/gone/mistral", True),
+        ("org/llama", "unsloth/llama-bnb-4bit", False),
+        ("org/llama", "org/mistral", False),  # refused
+        ("org/llama", "org/llama@main", False),
+        ("org/llama", None, False),
+    ],
+)
+def test_names_that_speak_for_two_models(one, other, doubtful):
+    assert is_doubtful(one, other) is is_doubtful(other, one) is doubtful
+
+
+def test_what_no_record_tells_of_two_folders_is_said_and_of_one_is_not(tmp_path):
+    for name in ("a/base", "b/base"):
+        llama().save_pretrained(tmp_path / name)
+
+    def model(name: str) -> torch.nn.Module:
+        return type(llama()).from_pretrained(tmp_path / name)
+
+    folder = trained(tmp_path / "lora", 1, lora(), lambda: model("a/base"))
+    build_basis([folder], k=3, progress=False).save_pretrained(tmp_path / "basis")
+    project_lora(folder, tmp_path / "basis").save_pretrained(tmp_path / "task")
+    ways = (
+        lambda base: PeftModel.from_pretrained(base, tmp_path / "task"),
+        lambda base: get_peft_model(base, SubspaceConfig(basis=str(tmp_path / "basis"))),
+    )
+    for way in ways:
+        with pytest.warns(UserWarning, match="two folders both called 'base'.*No weights.*record_base_model"):
+            way(model("b/base"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            way(model("a/base"))

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, ElectraConfig, ElectraForMaskedLM, PhiConfig, PhiForCausalLM
 
 from subspace_peft import build_basis, compress_fleet, export_lora, load_task, project_lora
 from subspace_peft.builders.build_file import read_build_file
@@ -236,3 +237,32 @@ def test_what_a_task_cannot_hold_is_refused_before_anything_is_said_of_it(config
     assert "faithful" not in capsys.readouterr().out
     with pytest.raises(SubspaceError, match=reason):
         compress_fleet([folder], tmp_path / "basis", tmp_path / "bundle", progress=False)
+
+
+WITH_BIAS = {
+    "bert": (BertForMaskedLM, BertConfig, {"num_attention_heads": 2}, "query"),
+    "electra": (ElectraForMaskedLM, ElectraConfig, {"embedding_size": 16, "num_attention_heads": 2}, "query"),
+    "phi": (PhiForCausalLM, PhiConfig, {"num_attention_heads": 4}, "q_proj"),
+}
+
+
+@pytest.mark.parametrize("family", WITH_BIAS)
+def test_a_whole_output_layer_goes_with_its_bias(family, tmp_path):
+    model, config, more, target = WITH_BIAS[family]
+
+    def base() -> nn.Module:
+        torch.manual_seed(3)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 70}
+        return model(config(**sizes, **more)).eval()
+
+    made = get_peft_model(base(), LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    for name, value in made.state_dict().items():
+        if name.endswith("bias") and value.shape == (70,):
+            value.normal_()
+    made.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    wanted = outputs(PeftModel.from_pretrained(base(), tmp_path / "lora"))
+    build_basis([tmp_path / "lora"], k=2, progress=False).save_pretrained(tmp_path / "basis")
+    project_lora(tmp_path / "lora", tmp_path / "basis").save_pretrained(tmp_path / "task")
+    compress_fleet([tmp_path / "lora"], tmp_path / "basis", tmp_path / "bundle", progress=False)
+    for got in (PeftModel.from_pretrained(base(), tmp_path / "task"), load_task(base(), tmp_path / "bundle", "lora")):
+        torch.testing.assert_close(outputs(got), wanted, atol=2e-5, rtol=0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import SourceError
-from .lora import is_embedding, method_of
+from .lora import is_embedding, is_saved_module, method_of
 from .merged_updates import keep_weights, merged_factors, put_back
 from .plain_lora import NO_UPDATE, config_problems, method_problem, moves_weights
 
@@ -67,12 +67,7 @@ def _convert(
     given = {key: value for key, value in config.items() if key not in ("auto_mapping", "peft_version")}
     # a head is none of the update, and its class may be another one here
     given |= {"modules_to_save": None, "inference_mode": True, "task_type": None}
-    saved = config.get("modules_to_save") or []
-    wanted = {
-        key: value
-        for key, value in state.items()
-        if not any(f".{name}." in f".{key}" for name in saved) and not is_embedding(key)
-    }
+    wanted = {key: value for key, value in state.items() if not is_saved_module(key, config) and not is_embedding(key)}
     _require_own_embeddings(state, base_model, location)
     trained = {name: parameter.requires_grad for name, parameter in base_model.named_parameters()}
     # before anything is put on the model, since a start may change its weights
@@ -150,7 +145,7 @@ def _require_own_embeddings(state: Mapping[str, torch.Tensor], base_model: nn.Mo
     # PEFT saves an adapted embedding whole beside its factors, and a variant's update is of that weight
     own = base_model.state_dict()
     for key, value in state.items():
-        if is_embedding(key) and ".base_layer." in key:
+        if is_embedding(key) and key.endswith(".base_layer.weight"):
             name = key.replace(".base_layer.", ".").rpartition(".")[0].rpartition(".")[2]
             same = [each for each in own if f".{each}".endswith(f".{name}.weight")]
             if not any(own[each].shape == value.shape and torch.equal(own[each].to(value), value) for each in same):

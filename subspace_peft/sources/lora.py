@@ -16,8 +16,9 @@ LORA_KEY = re.compile(
     r"(?:(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight|embedding_(?P<lookup>[AB])(?:\.(?P<other>[^.]+))?)$"
 )
 EMBEDDING_KEY = re.compile(
-    r"(?:^|\.)(?:embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out|tok_embeddings|token_embedding"
-    r"|embeddings|decoder)(?:\.base_layer)?\.weight$"
+    r"(?:^|\.)(?:embed_tokens|lm_head|wte|word_embeddings?|shared|embed_in|embed_out|tok_embeddings|tokens_embed"
+    r"|token_embedding|embeddings|decoder|generator_lm_head|lm_head\.out_proj|lm_heads\.\d+|lm_loss|output_layer"
+    r"|output_projection|pred_layer\.proj|proj_out|vocab_projector)(?:\.base_layer)?\.(?:weight|bias)$"
 )
 PATTERNS = ("rank_pattern", "alpha_pattern")
 # of LoraConfig in every version of PEFT: what a configuration that lacks the field means
@@ -147,7 +148,10 @@ def saved_modules(config: Mapping[str, Any]) -> list[str]:
 
 
 def is_embedding(key: str) -> bool:
-    """Return whether a key is a base model's whole token embedding or output layer, as PEFT saves them with a LoRA."""
+    """Return whether a key is of a base model's whole token embedding or output layer, as PEFT saves them with a LoRA.
+
+    An output layer may have a bias, as those of BERT's and Phi's language models.
+    """
     return EMBEDDING_KEY.search(key) is not None
 
 

@@ -252,9 +252,11 @@ def is_repeated_start(start: str) -> bool:
 
 def _is_explained(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether a tensor beside the factors is one that PEFT saves with such a configuration."""
+    if is_embedding(name):
+        return True
     if name.endswith(".bias"):
         return (config.get("bias") or "none") != "none"
-    return is_embedding(name) or ("token_adapter" in name and bool(config.get("trainable_token_indices")))
+    return "token_adapter" in name and bool(config.get("trainable_token_indices"))
 
 
 def _stacks(modules: Mapping[str, str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..base_names import SAME, BaseName, difference, known_names, read_name, relation
+from ..base_names import SAME, BaseName, difference, is_doubtful, known_names, read_name, relation
 from ..basis import SubspaceBasis
 from ..basis.base_notes import known_weights
 from ..basis.base_weights import MOST_MODULES, STRICT, Likeness, WeightSample, compare, read_sample
@@ -184,10 +184,10 @@ def _judge_probe(
 
 
 def check_base_name(model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Refuse a model with another Hub id than the one that the basis was built for.
+    """Refuse a model with another Hub id than the one that the basis was built for, where no weights are on record.
 
     Two different Hub ids cannot be one model unless the basis's record says so; folders may hold any copy, which only
-    the weights can tell.
+    the weights can tell. A folder that is called otherwise is therefore said, not refused.
 
     Args:
         model: the base model.
@@ -197,10 +197,20 @@ def check_base_name(model: nn.Module, info: Mapping[str, Any]) -> None:
         BasisMismatchError: both are Hub ids with their owners, and differ.
     """
     own = read_name(model_name(model))
-    if own is None or not _whole_id(own) or own.real is not None:
-        return
     known = [read for name in known_names(info) if (read := read_name(name)) is not None]
-    if known and all(_whole_id(each) and relation(own.text, each.text) != SAME for each in known):
+    if own is None or not known:
+        return
+    if all(is_doubtful(own.text, each.text) for each in known):
+        warnings.warn(
+            f"The basis was built for {known[0].shown}, and the model is {own.shown}:"
+            f" {difference(known[0].text, own.text)}. No weights of the base model are on record yet that would tell."
+            " If they are one model, record it in the basis, record_base_model(basis, model) (subspace-peft"
+            " record-base BASIS --base-model MODEL); if not, load the right one.",
+            stacklevel=2,
+        )
+    if not _whole_id(own) or own.real is not None:
+        return
+    if all(_whole_id(each) and relation(own.text, each.text) != SAME for each in known):
         raise BasisMismatchError(
             f"The basis was built for {known[0].text!r}, but the model is {own.text!r}:"
             f" {difference(known[0].text, own.text)}. Load that one, build a basis for this one, or pass"
