@@ -270,6 +270,24 @@ def test_what_is_written_computes_what_the_clean_adapter_does(fleet, tmp_path, w
     assert (found - fleet.want).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("outer", ["student.", "model.", "lit.model."])
+@pytest.mark.parametrize("writer", [each for each in WRITERS if each is not built])
+def test_the_name_of_a_model_around_the_adapted_one_is_left_out(fleet, tmp_path, writer, outer):
+    # injected, so without PEFT's prefix, as the state dict of a LightningModule has it
+    odd = lora(tmp_path / "odd", 0, lambda key: outer + key.removeprefix(P))
+    assert (logits(writer(odd, fleet, tmp_path)) - fleet.want).abs().max() < 1e-5
+
+
+def test_the_name_of_a_head_s_model_stays_where_peft_says_that_it_is_the_models(fleet, tmp_path):
+    clean = SubspaceBasis.from_pretrained(fleet.basis)
+    backbone = SubspaceBasis({name.removeprefix("bert."): module for name, module in clean.items()}, clean.info)
+    backbone.save_pretrained(tmp_path / "backbone")
+    project_lora(fleet.clean, backbone).save_pretrained(tmp_path / "task")
+    assert (logits(PeftModel.from_pretrained(bert(), tmp_path / "task")) - fleet.want).abs().max() < 1e-5
+    export_lora(tmp_path / "task", tmp_path / "lora")
+    assert (logits(PeftModel.from_pretrained(bert(), tmp_path / "lora")) - fleet.want).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["compiled", "peft twice"])
 def test_load_adapter_and_started_from_a_source(fleet, tmp_path, kind):
     odd = [fleet.odd[kind], lora(tmp_path / "odd1", 1, KINDS[kind])]

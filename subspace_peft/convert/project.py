@@ -14,6 +14,7 @@ from torch import nn
 
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
+from ..basis.module_names import has_peft_prefix
 from ..basis.module_store import names_of
 from ..basis.overwriting import check_target
 from ..basis.pipeline_parts import split_part
@@ -234,6 +235,7 @@ def project_lora(
             f"{source.location}: its modules {names_of(twice, 3)} are one module of the basis ({places[twice[0]]}),"
             " leading parts of their names aside. Build a basis from sources that adapt both."
         )
+    source.outer = _outer(source, places)
     cores = {}
     for name, key in places.items():
         update = source.factors(name)
@@ -264,6 +266,18 @@ def _projection(
         random[key] = shape["k_out"] * shape["k_in"] / (shape["out"] * shape["in"])
     own = {key: cores[key] for key in places.values()}
     return Projection(source, basis, own, energy, of_source(random, norms), of_source(energy, norms), places)
+
+
+def _outer(source: Source, places: Mapping[str, str]) -> str:
+    """Return what stands before the basis's names in all of a source's, "" where it is the adapted model's.
+
+    The state dict of a model that holds the adapted one, such as a LightningModule, has its attribute's name in front.
+    PEFT's own prefix marks where the adapted model begins; then what follows is that model's.
+    """
+    if source.parts or any(has_peft_prefix(key) for sides in source.keys.values() for key in sides.values()):
+        return ""
+    found = {name.removesuffix(key) if name.endswith(f".{key}") else "" for name, key in places.items()}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _extras(source: Source) -> dict[str, torch.Tensor]:

@@ -53,6 +53,7 @@ class Source:
         pipeline: whether it is of a diffusion pipeline, so that its modules' names begin with the part that has them.
         stamp: such a file's size in bytes and time of change in ns, from when it was scanned.
         said_base: the base model that the user says it is of, whatever its configuration says; or None.
+        outer: what stands in front of its modules' names that the adapted model does not have; left out of its tasks.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Source:
     pipeline: bool = False
     stamp: tuple[int, int] | None = None
     said_base: str | None = None
+    outer: str = ""
 
     @property
     def sha256(self) -> str:
@@ -105,12 +107,12 @@ class Source:
 
     def split(self, module: str) -> tuple[str, str]:
         """Return the part of a pipeline that has a module, "" where it is of one model, and its name there."""
-        own = self.aliases.get(module, module)
+        own = self.aliases.get(module, module).removeprefix(self.outer)
         return split_part(own) if self.pipeline else ("", own)
 
     def plain(self, key: str) -> str:
         """Return the key of one of its tensors without the names of wrappers."""
-        return self.plain_keys.get(key) or plain_name(key)
+        return (self.plain_keys.get(key) or plain_name(key)).removeprefix(self.outer)
 
     @property
     def task_type(self) -> str | None:
