@@ -256,7 +256,7 @@ def test_recording_keeps_the_fingerprint_and_refuses_another_model(plain):
     again = SubspaceBasis.from_pretrained(plain)
     assert again == basis and again.info["base_weights"] == basis.info["base_weights"]
     record_base_model(again, wide().bfloat16())
-    with pytest.raises(BasisMismatchError, match=r"--overwrite\) replaces"):
+    with pytest.raises(BasisMismatchError, match=r"--force\) replaces"):
         record_base_model(again, wide(1))
     assert record_base_model(again, wide(1), overwrite=True).info["base_weights"] != basis.info["base_weights"]
     adapt(wide(1), plain)
@@ -336,7 +336,7 @@ def test_the_command_line_records_and_says_so(plain, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(SubspaceBasis.from_pretrained(plain).info["base_weights"])
     assert main(["record-base", str(plain), "--base-model", str(tmp_path / "model1")]) == 1
     assert "another model's weights" in capsys.readouterr().err
-    assert main(["record-base", str(plain), "--base-model", str(tmp_path / "model1"), "--overwrite"]) == 0
+    assert main(["record-base", str(plain), "--base-model", str(tmp_path / "model1"), "--force"]) == 0
     adapt(wide(1), plain)
 
 

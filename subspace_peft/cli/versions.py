@@ -107,7 +107,7 @@ def add_record_base(add: Add) -> None:
     )
     verb.add_argument("basis", help="folder of the basis")
     verb.add_argument("--base-model", required=True, help="model id or folder")
-    verb.add_argument("--overwrite", action="store_true", help="replace a record of other weights")
+    verb.add_argument("--force", action="store_true", help="replace a record of other weights")
     add_json(verb)
     verb.set_defaults(run=record_base)
 
@@ -209,7 +209,7 @@ def record_base(args: Namespace) -> int:
     """Record a basis's base weights."""
     from ..tuner.base_record import record_base_model
 
-    record_base_model(args.basis, base_model(args.base_model), overwrite=args.overwrite)
+    record_base_model(args.basis, base_model(args.base_model), overwrite=args.force)
     return inspect(Namespace(path=args.basis, no_verify=True, json=args.json))
 
 

@@ -89,7 +89,7 @@ def record_base_model(
         try:
             hold_against(found, model)
         except BasisMismatchError as error:
-            raise BasisMismatchError(f"{error} overwrite=True (--overwrite) replaces the record.") from None
+            raise BasisMismatchError(f"{error} overwrite=True (--force) replaces the record.") from None
     sample = weights_of(found, model, "record_base_model")
     if sample is None:
         raise SubspaceError(
