@@ -119,7 +119,7 @@ def _require_bare(base_model: nn.Module, location: str) -> None:
     adapted = next((name for name, module in base_model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None or hasattr(base_model, "peft_config"):
         raise SourceError(
-            f"{location}: base_model= is a {type(base_model).__name__} with adapters of its own"
+            f"{location}: the base model given is a {type(base_model).__name__} with adapters of its own"
             f"{'' if adapted is None else f' (on {adapted})'}, so that what this one adds to the base model cannot be"
             " told. Pass the base model without adapters, loaded by itself."
         )
