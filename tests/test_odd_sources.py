@@ -164,6 +164,54 @@ def test_conversion_is_offered_for_methods_that_have_one_only():
     assert known <= CONVERTED | NOT_CONVERTED | NO_UPDATE
 
 
+@pytest.mark.parametrize("front", ["diffusion_model.", "model.diffusion_model."])
+@pytest.mark.parametrize("form", ["file", "state"])
+def test_names_of_an_original_checkpoint_are_told_in_every_form(form, front, tmp_path):
+    state = {f"{front}blocks.0.self_attn.q.lora_{side}.weight": torch.randn(4, 4) for side in "AB"}
+    with pytest.raises(SourceError, match="cannot be told for certain"):
+        open_source(given(form, state, tmp_path))
+
+
+def test_a_state_dict_of_something_else_than_tensors_is_told():
+    state, litgpt = factors(MODULE), {"transformer.h.0.attn.qkv.lora_A": torch.ones(4, 4)}
+    for odd, reason in (
+        ({key: value.numpy() for key, value in state.items()}, "is a ndarray.*from_numpy"),
+        (state | {"epoch": 3}, "'epoch' is a int"),
+        ({"model": state}, "'model'. Pass that one alone"),
+        ({"model": litgpt}, "LitGPT"),
+    ):
+        with pytest.raises(SourceError, match=reason):
+            open_source(odd)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("iter-1000-ckpt.pth.lora", "LitGPT"),
+        ("ggml-adapter-model.bin", "llama.cpp"),
+        ("global_step10/mp_rank_00_model_states.pt", "DeepSpeed"),
+        ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", "distributed checkpoint"),
+    ],
+)
+def test_more_folders_that_their_files_tell(file, named, tmp_path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"whatever")
+    with pytest.raises(SourceError, match=named):
+        open_source(tmp_path)
+
+
+def test_a_pickle_of_another_program_is_named_by_what_is_inside(tmp_path):
+    torch.save({"model": {"transformer.h.0.attn.qkv.lora_A": torch.ones(4, 4)}}, tmp_path / "lora_finetuned.pth")
+    with pytest.raises(SourceError, match="LitGPT"):
+        open_source(tmp_path / "lora_finetuned.pth", allow_bin=True)
+
+
+def test_llama_cpps_names_are_not_taken_for_mlxs():
+    with pytest.raises(SourceError, match=r"llama\.cpp"):
+        open_source({"blk.0.attn_q.weight.lora_a": torch.ones(4, 4), "blk.0.attn_q.weight.lora_b": torch.ones(4, 4)})
+
+
 @pytest.mark.parametrize(
     ("one", "other", "doubtful"),
     [

@@ -52,6 +52,8 @@ CLIP = """
     token_embedding position_embedding
 """
 WORDS = {"unet": UNET, "text_encoder": CLIP, "text_encoder_2": CLIP}
+# what stands in front of an original checkpoint's names
+ORIGINAL = ("diffusion_model.", "model.diffusion_model.")
 # the names of wrappers with "_" for "."
 _FLAT_WRAPPER = re.compile(rf"(?:(?<=_)|^)(?:{'|'.join(WRAPPERS)})_")
 
@@ -116,7 +118,8 @@ def read_foreign_keys(
     found.problems += clash_problems(plain)
     found.problems += several_problem(_adapters(plain)).values()
     for key in names:
-        refusal = next((mark for mark in REFUSED if mark in key), None)
+        # a module may be called `diffusion_model`, so only what stands last counts
+        refusal = next((mark for mark in REFUSED if mark in "." + ".".join(key.split(".")[-2:])), None)
         if refusal is not None:
             found.problems.append(f"{key}: {REFUSED[refusal]}; train or convert the adapter without")
         elif factor := FACTOR.match(plain[key]) or LORA_KEY.match(plain[key]):
@@ -163,6 +166,11 @@ def read_foreign_keys(
 def has_alphas(names: Iterable[str]) -> bool:
     """Return whether any key is an alpha, which PEFT has in its configuration only."""
     return any(ALPHA.match(name) for name in names)
+
+
+def has_original_layout(names: Iterable[str]) -> bool:
+    """Return whether any key is of an original checkpoint's layout, which no model of diffusers has."""
+    return any(name.startswith(ORIGINAL) for name in names)
 
 
 def _adapters(plain: Mapping[str, str]) -> dict[str, str]:
@@ -226,7 +234,7 @@ def _module(stem: str, old: bool, flat: Mapping[str, list[str]]) -> str | None:
             read_back = _read_back(tuple(rest.split("_")), WORDS.get(part, ""))
             return f"{part}.{read_back[0]}" if len(read_back) == 1 else None
     # names of the original checkpoints' own layout are no module names of diffusers' models
-    if "." not in stem or stem.startswith(("lora_", "diffusion_model.", "model.diffusion_model.")):
+    if "." not in stem or stem.startswith(("lora_", *ORIGINAL)):
         return None
     name = stem.replace(".processor.", ".")
     if old and "text_model." in name:

@@ -17,7 +17,7 @@ from ..errors import DiskError, HubUnavailableError, SourceError
 from ..hub import fetch as fetch_file
 from ..hub import looks_like_path, only_local, split_inside
 from ..hub_requests import refusal
-from .other_formats import format_of_config, format_of_file, format_of_folder
+from .other_formats import format_of_config, format_of_file, format_of_folder, format_of_keys
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -100,6 +100,8 @@ def open_tensors(file: Path, location: str) -> tuple[list[str], Callable[[str], 
                 " damaged, or it holds code: ask for a safetensors file."
             ) from error
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            inner = [each for each in state.values() if isinstance(each, dict)] if isinstance(state, dict) else []
+            _refuse_form(next(filter(None, (format_of_keys(map(str, each)) for each in inner)), None), location)
             raise SourceError(f"{location}: {file.name} is no plain dict of tensors. Ask for a safetensors file.")
         return list(state), state.__getitem__, {}
 

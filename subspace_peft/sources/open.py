@@ -17,7 +17,7 @@ from ..basis.module_names import PREFIX, has_peft_prefix, plain_name, plain_name
 from ..cards.readme import front_matter
 from ..errors import SourceError
 from .converted import convert
-from .diffusers_kohya import has_alphas, has_foreign_keys, metadata_configs, read_foreign_keys
+from .diffusers_kohya import has_alphas, has_foreign_keys, has_original_layout, metadata_configs, read_foreign_keys
 from .floats import upcast
 from .live_model import read_live
 from .locate import PICKLED, SourceFiles, locate, open_tensors
@@ -106,11 +106,12 @@ def _from_state_dict(
     outermost: bool = True,
     problems: Iterable[str] = (),
 ) -> Source:
+    _check_tensors(tensors, location)
     plain = plain_names(tensors, outermost=outermost)
     more: dict[str, Any] = {"other_keys": _others(tensors), "plain_keys": plain}
     if base_model is not None and (kind := _to_convert(config)):
         keys, tensors, more = _converted(config, kind, plain, tensors.__getitem__, base_model, location)
-    elif (has_foreign_keys(plain) or (not config and has_alphas(plain.values()))) and not list(problems):
+    elif _is_foreign(plain, config) and not list(problems):
         keys, more = _foreign(tensors, tensors.__getitem__, {}, config, location, base_model)
     else:
         keys = _keys(plain, config, location, problems)
@@ -129,6 +130,29 @@ def _from_state_dict(
         digest.hexdigest(),
         **more,
     )
+
+
+def _is_foreign(plain: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """Return whether a state dict is to be read as a file of diffusers or kohya."""
+    short = plain.values()
+    return has_foreign_keys(plain) or (not config and (has_alphas(short) or has_original_layout(short)))
+
+
+def _check_tensors(tensors: Mapping[Any, Any], location: str) -> None:
+    """Raise `SourceError` where a state dict holds something else than tensors under their names."""
+    for key, value in tensors.items():
+        if isinstance(key, str) and isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, Mapping) and all(isinstance(each, torch.Tensor) for each in value.values()):
+            form = format_of_keys(map(str, value))
+            raise SourceError(
+                f"{location}: its tensors are in a dict of their own, {key!r}"
+                + (f"; it is {form}." if form else ". Pass that one alone.")
+            )
+        raise SourceError(
+            f"{location}: {key!r} is a {type(value).__name__}, and a state dict holds torch tensors under their names."
+            " Turn arrays into tensors with torch.from_numpy, and leave out what is none."
+        )
 
 
 def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:

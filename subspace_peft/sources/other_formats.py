@@ -55,6 +55,7 @@ KEYS = (
         NEMO,
     ),
     (re.compile(r"(?:^|\.)layers\.\d+\..*\.(?:lora_[ab]\.weight|magnitude)$"), TORCHTUNE),
+    (re.compile(r"^(?:blk\.\d+|token_embd|output)\..*\.lora_[ab]$"), GGUF),
     (re.compile(r"\.lora_[ab]$"), MLX),
     (re.compile(r"^(?:transformer\.h\.|lm_head\.).*\.lora_[AB]$"), LITGPT),
 )
@@ -63,13 +64,18 @@ FILES = (
     ("adapters.npz", MLX),
     ("lit_model.pth.lora", LITGPT),
     ("lit_model.pth", LITGPT),
+    ("*.pth.lora", LITGPT),
     ("pytorch_adapter.bin", ADAPTERS),
     ("adapter_*.pt", TORCHTUNE),
     ("adapter_[0-9]*.safetensors", TORCHTUNE),
     ("*.nemo", NEMO),
     ("*.gguf", GGUF),
+    ("ggml-adapter-model.bin", GGUF),
     ("*.distcp", SHARDED),
     ("weights/*.distcp", SHARDED),
+    ("pytorch_model_fsdp*/*.distcp", SHARDED),
+    ("*zero_pp_rank*.pt", DEEPSPEED),
+    ("global_step*/*.pt", DEEPSPEED),
     ("zero_to_fp32.py", DEEPSPEED),
 )
 
