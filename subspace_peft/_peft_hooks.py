@@ -69,6 +69,7 @@ def register() -> None:
     push_as_tasks()
     write_own_cards()
     tell_folders()
+    pass_names_when_disabled()
 
 
 def allow_hotswap() -> None:
@@ -184,6 +185,30 @@ def tell_folders() -> None:
 
     from_pretrained.subspace = True  # type: ignore[attr-defined]
     PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
+def pass_names_when_disabled() -> None:
+    """Let forward passes of this method's models know of `adapter_names` while the adapters are disabled, too.
+
+    PEFT leaves them out then, whichever thread has disabled the adapters, and another thread's rows would have the
+    base model's results. The layers refuse those, and give the base model's to the thread that asked for it. Seen with
+    PEFT 0.21.0 to 0.21.2. Idempotent. Where the method is not there, a warning says so.
+    """
+    original: Callable[..., Any] | None = getattr(PeftModel, "_enable_peft_forward_hooks", None)
+    if original is None:
+        _lacks("PeftModel._enable_peft_forward_hooks", "do not disable adapters in one thread while others compute")
+        return
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def hooks(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.base_model, SubspaceModel):
+            return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    hooks.subspace = True  # type: ignore[attr-defined]
+    PeftModel._enable_peft_forward_hooks = hooks  # type: ignore[method-assign]
 
 
 def join_mixed_models() -> bool:

@@ -109,6 +109,16 @@ def test_every_message_names_flags_that_the_verb_has_and_no_argument_of_python(p
         ("bundle extract", "as_lora=False leaves the residual out", "--no-residual leaves the residual out"),
         ("project", "the basis has k=16 in /data/k=3/x", "the basis has k=16 in /data/k=3/x"),
         ("build", "Build it with `build_basis(k=3)`.", "Build it with `build_basis(k=3)`."),
+        (
+            "bundle ls",
+            "Make one with `bundle_tasks` (`subspace-peft bundle create`), or pass",
+            "Make one with `subspace-peft bundle create`, or pass",
+        ),
+        (
+            "migrate",
+            "with `update_basis(…, add=…)` (`subspace-peft update --add`).",
+            "with `subspace-peft update --add`.",
+        ),
         ("cp", "or overwrite it with force=True (--force).", "or overwrite it with --force."),
     ],
 )

@@ -36,7 +36,7 @@ from subspace_peft.tasks import read_task
 from subspace_peft.tasks.push import push_task
 from tests.models import bert, randomise, train_lora
 
-SAID = re.compile(r"has no effect|have no effect|which is used|fewer directions")
+SAID = re.compile(r"has no effect|have no effect|which is used|fewer directions|no more than|more than")
 
 
 def said(call: Callable[[], Any]) -> str:
@@ -407,3 +407,46 @@ def test_truncation_is_what_k_means(work: Path) -> None:
     for (name, layer), (_, other) in zip(whole.named_modules(), cut.named_modules(), strict=True):
         if hasattr(layer, "subspace_U"):
             assert torch.equal(layer.subspace_U["default"][:, :2], other.subspace_U["default"]), name
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda work: build_basis(loras(work), k=200, complete="random", progress=False), "k=200: no module has more"),
+        (lambda work: complete_basis(work / "basis", 200, progress=False), "k=200: no module has more than 32"),
+        (lambda work: update_basis(work / "basis", [work / "more"], add=50, progress=False), "span no more than 4"),
+        (
+            lambda work: export_lora(work / "task1", work / "out", part="unet"),
+            "part='unet' \\(--part unet\\) has no effect",
+        ),
+    ],
+    ids=["build", "complete", "update", "export"],
+)
+def test_more_than_there_can_be_is_said(work: Path, call: Callable[[Path], Any], text: str) -> None:
+    if not (work / "more").exists():
+        train_lora(bert, work / "more", seed=9)
+    assert re.search(text, said(lambda: call(work)))
+
+
+def test_the_default_rank_is_said_where_it_is_given(work: Path) -> None:
+    config = SubspaceConfig(basis=work / "basis", r=8)
+    assert "r=8 has no effect" in said(lambda: get_peft_model(bert(), config))
+    assert not said(lambda: get_peft_model(bert(), SubspaceConfig(basis=work / "basis")))
+
+
+def test_a_part_that_the_basis_lacks_is_named(work: Path) -> None:
+    with pytest.raises(SubspaceError, match=r"part='unet' \(--part\): the basis has no such part"):
+        project_lora(work / "lora1", work / "basis", part="unet")
+
+
+def test_an_export_for_a_model_without_the_modules_is_refused(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(SubspaceError, match="2 of its 4 modules are not in the given model"):
+        export_lora(work / "task1", tmp_path / "out", model=bert(layers=1))
+    assert not (tmp_path / "out").exists()
+    export_lora(work / "task1", tmp_path / "out", model=bert())
+
+
+@pytest.mark.parametrize("name", ["bassis", "check_base_modle"])
+def test_a_misspelt_keyword_of_loading_is_a_type_error(work: Path, name: str) -> None:
+    with pytest.raises(TypeError, match="did you mean"):
+        PeftModel.from_pretrained(bert(), work / "task1", **{name: False})

@@ -566,6 +566,33 @@ def test_what_changes_the_whole_model_is_refused_under_way(tmp_path):
             model.base_model.enable_adapter_layers()
 
 
+def test_names_are_refused_while_another_thread_has_disabled_the_adapters(linear):
+    disabled, done, found = threading.Event(), threading.Event(), []
+
+    def disable() -> None:
+        with torch.no_grad(), linear.model.disable_adapter():
+            disabled.set()
+            done.wait(20)
+            found.append(linear.model(linear.x))
+            found.append(linear.model(linear.x, adapter_names=["t0", "t1"]))
+
+    other = threading.Thread(target=disable)
+    other.start()
+    try:
+        assert disabled.wait(20)
+        for call in (by_argument, by_block):
+            with pytest.raises(SubspaceError, match="Another thread has disabled"):
+                call(linear, 0)
+    finally:
+        done.set()
+        other.join()
+    with torch.no_grad():
+        base = linear.model(linear.x, adapter_names=["__base__"] * 2)
+    # as with PEFT's own methods, where adapters are disabled in the thread itself their names do nothing
+    assert all(torch.allclose(each, base, atol=1e-5) for each in found)
+    assert not linear.wrong(0, by_argument(linear, 0))
+
+
 def block(served: Served, names: list[str]) -> torch.Tensor:
     with torch.no_grad(), served.bank.tasks(names):
         return served.model(served.x)

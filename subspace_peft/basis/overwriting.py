@@ -109,8 +109,11 @@ def check_target(
         return others
     for place in (*needed, *_local(inputs)):
         if _inside(target, place):
+            words = [each for thing in found if thing.kind == BASIS and (each := named_dependents(thing.basis))]
             raise OccupiedError(
-                f"{target} is {_relation(target, place)}, from which {planned.kind} would be made. {REMEDY}"
+                f"{target} is {_relation(target, place)}, from which {planned.kind} would be made."
+                f"{''.join(f' {each}.' for each in words)} Give another place; overwrite=True (--force) would destroy"
+                " what is there."
             )
     if others:
         raise OccupiedError(_refusal(target, planned, others))

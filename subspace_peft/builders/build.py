@@ -19,7 +19,7 @@ from .distributed import ProcessGroup, process_group
 from .distributed_modules import collect, divide, work
 from .fleet import Fleet
 from .hosvd import Pair, exact, factor_pca, hosvd, size_of
-from .ignored import fewer_directions, warn_of_fewer, warn_of_ignored
+from .ignored import fewer_directions, warn_of_fewer, warn_of_ignored, warn_of_width
 from .keywords import takes_options
 from .left_out import left_out_energy
 from .null import null_energy
@@ -82,6 +82,8 @@ def build_basis(
         basis = built(sources, options, resources, like=like, base_model=base_model)
         if processes.main:
             warn_of_fewer(basis.info.get("measured", {}).get("fewer_directions"), len(basis))
+            if like is None:
+                warn_of_width(options, basis.shapes().values())
         return basis
 
 

@@ -107,12 +107,28 @@ def warn_of_ignored_in_completion(options: CompleteOptions, base_model: Any, bas
         shape["k_out"] >= min(k, shape["out"]) and shape["k_in"] >= min(k_in, shape["in"])
         for shape in basis.shapes().values()
     ):
-        said.append(f"k={k} has no effect: every module has as many directions, {basis.describe_k()}")
+        said.append(f"k={k} has no effect: every module has as many directions already ({basis.describe_k()})")
+    elif most := _beyond(k, k_in, basis.shapes().values()):
+        said.append(f"k={k}: no module has more than {most} directions, its width")
     if options.with_ == "random" and base_model is not None:
         said.append("base_model= (--base-model) has no effect with random directions")
     if options.with_ != "random" and "seed" in options.changed():
         said.append("seed= (--seed) has no effect with the base weights' directions, which are not drawn")
     _warn("complete_basis", said)
+
+
+def _beyond(k: int, k_in: int, shapes: Iterable[Mapping[str, int]]) -> int | None:
+    """Return the width of the widest module where it has fewer directions than are asked for on both sides."""
+    shapes = list(shapes)
+    most = max(max(shape["out"], shape["in"]) for shape in shapes)
+    return most if min(k, k_in) > most else None
+
+
+def warn_of_width(options: BuildOptions, shapes: Iterable[Mapping[str, int]]) -> None:
+    """Warn where every module of a basis that is built is narrower than what was asked for."""
+    k = options.k if options.k_in is None or options.k is not None else DEFAULT_K
+    if isinstance(k, int) and (most := _beyond(k, options.k_in or k, shapes)):
+        warn_caller(f"k={k}: no module has more than {most} directions, its width.")
 
 
 def fewer_directions(
@@ -134,6 +150,16 @@ def fewer_directions(
         if module.k_out < min(sides[0], module.out_features) or module.k_in < min(sides[1], module.in_features)
     }
     return {"asked": list(sides), "modules": short} if short else None
+
+
+def warn_of_few_added(options: UpdateOptions, old: SubspaceBasis, new: SubspaceBasis) -> None:
+    """Warn where no module of a basis that grew got as many directions as were asked for."""
+    if options.refit is not None or "add" not in options.changed() or not isinstance(options.add, int):
+        return
+    before, after = old.shapes(), new.shapes()
+    most = max(after[name][side] - before[name][side] for name in before for side in ("k_out", "k_in"))
+    if most < options.add:
+        warn_caller(f"add={options.add}: the new adapters span no more than {most} directions beside the basis's.")
 
 
 def warn_of_fewer(found: Mapping[str, Any] | None, count: int) -> None:

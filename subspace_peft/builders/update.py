@@ -19,7 +19,7 @@ from ..errors import SubspaceError
 from ..sources.source import Source
 from .base_model import base_model_name, check_weights, keep_weights
 from .fleet import Fleet, gather
-from .ignored import fewer_directions, warn_of_fewer, warn_of_ignored_in_update
+from .ignored import fewer_directions, warn_of_few_added, warn_of_fewer, warn_of_ignored_in_update
 from .keywords import takes_options
 from .memory import GUESSED_K, MemoryPlan
 from .options import Resources, UpdateOptions
@@ -127,6 +127,7 @@ def update_basis(
     warn_of_ignored_in_update(options, cores=bool(update.tasks))
     new = _new_version(update, _update_modules(update))
     warn_of_fewer(new.info["update"].get("fewer_directions"), len(new))
+    warn_of_few_added(update.options, update.old, new)
     keep_weights(new, base_model)
     return new
 

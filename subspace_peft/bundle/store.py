@@ -36,8 +36,8 @@ class FileBytes:
             self.state = state_of(file)
         except OSError as error:
             raise SubspaceError(
-                f"{self.where}: there is no bundle ({error}). Make one with `bundle_tasks`, or pass its folder or"
-                " Hub id."
+                f"{self.where}: there is no bundle ({error}). Make one with `bundle_tasks`"
+                " (`subspace-peft bundle create`), or pass its folder or Hub id."
             ) from error
         self.size = self.state[1]
 

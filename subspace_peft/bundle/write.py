@@ -117,8 +117,8 @@ def add_tasks(
     folder = Path(bundle.location if isinstance(bundle, Bundle) else bundle).expanduser()
     if not (folder / BUNDLE_FILE).is_file():
         raise SubspaceError(
-            f"{folder}: there is no {BUNDLE_FILE} to add to. Make a bundle with `bundle_tasks`; one on the Hub is"
-            " fetched, added to, and pushed again."
+            f"{folder}: there is no {BUNDLE_FILE} to add to. Make a bundle with"
+            " `bundle_tasks` (`subspace-peft bundle create`); one on the Hub is fetched, added to, and pushed again."
         )
     with _locked(folder):
         old = open_bundle(folder)
@@ -128,8 +128,8 @@ def add_tasks(
         taken = sorted(name for name in new if name in old)
         if taken and not replace:
             raise SubspaceError(
-                f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Name it"
-                " otherwise, with a mapping of names to tasks, or replace it with replace=True (--replace)."
+                f"{folder} has a task {taken[0]!r} already ({len(taken)} of the given names are taken). Rename"
+                " its folder, give a mapping of names to tasks in Python, or replace it with replace=True (--replace)."
             )
         kept_tasks = [kept(old, name) for name in old if name not in new]
         return write_bundle([*kept_tasks, *packed], folder, dtype, old)
@@ -281,7 +281,7 @@ def _pack_all(
         if named.name in packed:
             raise SubspaceError(
                 f"Two tasks are called {named.name!r} ({packed[named.name].entry['source'].get('location')} and "
-                f"{named.source.get('location')}). Give a mapping, name → task."
+                f"{named.source.get('location')}). Rename a folder, or give a mapping, name → task, in Python."
             )
         given = {"metrics": (metrics or {}).get(named.name), "id2label": (id2label or {}).get(named.name)}
         packed[named.name] = pack(named, dtype, **given)

@@ -186,7 +186,8 @@ def validate(args: Namespace) -> int:
         return int(bool(facts["problems"]))
     for problem in facts["problems"]:
         print(f"  {problem}")
-    kept = "" if facts["energy_kept"] is None else f", energy kept {percent(facts['energy_kept'])}"
+    least = "at least " if facts["energy_kept_at_least"] else ""
+    kept = "" if facts["energy_kept"] is None else f", energy kept {least}{percent(facts['energy_kept'])}"
     verdict = f"{len(facts['problems'])} problems" if facts["problems"] else "valid"
     print(
         f"{facts['location']}: {verdict}; {facts['modules']} modules read and hashed, fingerprint"

@@ -30,6 +30,8 @@ NAMES = {
 }
 PAIR = r"\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|…|[\w.+]*[\w+])?"
 HINT = re.compile(rf"{PAIR}\s\((?P<flag>--?[a-z][\w-]*)(?P<more>[^()]*)\)")
+# a function of Python with the command that does the same
+TWICE = re.compile(r"`[a-z]\w*(?:\([^`]*\))?` \((`subspace-peft [^`]*`)\)")
 ASIDE = re.compile(r"\s\((?P<flag>--?[a-z][\w-]*)\)")
 WRITTEN = re.compile(rf"(?<![\w/.-]){PAIR}")
 SWITCHED = ("True", "False", "…", None)
@@ -96,7 +98,7 @@ def in_flags(error: BaseException | str, flags: Flags) -> str:
 def hints_in_flags(text: str, flags: Flags) -> str:
     """Return a text with its hints alone in the words of a verb; the rest may hold any names."""
     known = {flag for each in flags.values() for flag in each.values()}
-    text = HINT.sub(lambda found: _hint(found, flags), text)
+    text = HINT.sub(lambda found: _hint(found, flags), TWICE.sub(r"\1", text))
     # a flag beside the name of a function, of another verb than this
     return ASIDE.sub(lambda found: found[0] if found["flag"] in known else "", text)
 

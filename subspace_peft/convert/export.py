@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from torch import nn
 
 from .._io.atomic import write_all_aside
 from .._io.occupied import LORA, MARK, sort_metadata
+from .._io.warn import warn_caller
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.module_names import plain_name
 from ..basis.module_store import names_of
 from ..basis.overwriting import Planned, check_target, replacing
 from ..errors import BadFileError, SubspaceError
@@ -25,7 +27,9 @@ from ..tasks.pipeline_task import parts_of_folder
 from ..tasks.read import SavedTask, read_task
 from ..tasks.write import basis_places
 from ..tuner import SubspaceConfig
+from ..tuner.loaded_from import LoadedFrom
 from ..tuner.renaming import names_in
+from ..tuner.targets import outer_modules
 from .pipeline_export import FILE, check_part, check_plain, in_diffusers_names, in_installed_names, part_of
 
 FORMATS = ("peft", "diffusers")
@@ -112,12 +116,18 @@ def export_lora(
         raise SubspaceError(f"format={format!r}: choose one of {', '.join(FORMATS)}.")
     how: dict[str, Any] = {"rank": rank, "pad_to": pad_to, "dtype": dtype, "overwrite": overwrite}
     parts = [] if hub.get("subfolder") else parts_of_folder(task)
+    _warn_of_ignored(part, model, format, parts)
     if parts and format == "peft":
-        how |= {"basis": basis, "modules_to_save": modules_to_save, "model": model}
+        how |= {"basis": basis, "modules_to_save": modules_to_save}
+        models = {}
         for each in parts:
-            planned = Planned(LORA, SubspaceConfig.from_pretrained(str(Path(task, each))).basis_fingerprint)
+            config = SubspaceConfig.from_pretrained(str(Path(task, each)))
+            planned = Planned(LORA, config.basis_fingerprint)
             check_target(Path(out, each), planned, overwrite=overwrite, inputs=[task])
-        return _together(out, [export_lora(Path(task, each), Path(out, each), **how, **hub) for each in parts])
+            own = (config.loaded_from or LoadedFrom()).modules or {}
+            models[each] = model if model is not None and not _absent(model, own) else None
+        made = [export_lora(Path(task, each), Path(out, each), model=models[each], **how, **hub) for each in parts]
+        return _together(out, made)
     if parts:
         reads = {each: read_task(Path(task, each), basis=basis, **hub) for each in parts}
     else:
@@ -137,8 +147,29 @@ def export_lora(
             )
     if format == "diffusers":
         return write_diffusers(reads, out, modules_to_save=modules_to_save, **how)
+    if model is not None and (absent := _absent(model, first.cores)):
+        raise SubspaceError(
+            f"{task}: {len(absent)} of its {len(first.cores)} modules are not in the given model, such as"
+            f" {names_of(absent, 3)}. model= is the model that the LoRA is for; leave it out to keep the task's names."
+        )
     names = in_installed_names(part or part_of(first), first) if model is None else names_in(model, first.cores)
     return write_lora(first.renamed(names), out, modules_to_save=modules_to_save, **how)
+
+
+def _absent(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the modules that `model` has under no name."""
+    own = {plain_name(name) for name, _ in outer_modules(model)}
+    renamed = names_in(model, names)
+    return [name for name in names if renamed.get(name, name) not in own]
+
+
+def _warn_of_ignored(part: str | None, model: nn.Module | None, format: str, parts: list[str]) -> None:
+    """Warn of arguments of `export_lora` that decide nothing."""
+    if part is not None and (parts or (format == "peft" and part != "text_encoder")):
+        why = f"all parts are exported, {', '.join(parts)}" if parts else "the task keeps its names in a PEFT folder"
+        warn_caller(f"export_lora: part={part!r} (--part {part}) has no effect: {why}.")
+    if model is not None and format == "diffusers":
+        warn_caller("export_lora: model= has no effect with format='diffusers', whose files have names of their own.")
 
 
 def planned_lora(read: SavedTask) -> Planned:

@@ -223,8 +223,9 @@ def drifts_of(
     if drift[worst] > max_drift:
         raise SubspaceError(
             f"{what}: on the new basis module {worst!r} would change by {drift[worst]:.3g} of its update's norm, more"
-            f" than max_drift={max_drift:g}. Grow the basis with `update_basis(…, add=…)`, which loses nothing, give"
-            " it a larger k, or allow more with max_drift= (--max-drift)."
+            f" than max_drift={max_drift:g}. Grow the basis with `update_basis(…, add=…)`"
+            " (`subspace-peft update --add`), which loses nothing, give it a larger k, or allow more with"
+            " max_drift= (--max-drift)."
         )
     return drift, (lost / total) ** 0.5 if total else 0.0
 

@@ -17,7 +17,7 @@ from ..basis import SubspaceBasis
 from ..basis.module_names import has_peft_prefix
 from ..basis.module_store import names_of
 from ..basis.overwriting import check_target
-from ..basis.pipeline_parts import split_part
+from ..basis.pipeline_parts import parts_in, split_part
 from ..energy import of_source, share_of, word
 from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
@@ -220,6 +220,10 @@ def project_lora(
         raise BasisMismatchError(
             f"{source.location}: trained on {own!r}, but the basis was built for {other!r}: {difference(own, other)}."
             f" Use a basis of the same base model. {REMEDY} check_base_model=False (--no-base-check) accepts any."
+        )
+    if part is not None and part not in (parts := parts_in(basis)):
+        raise BasisMismatchError(
+            f"part={part!r} (--part): the basis has no such part of a pipeline; it has {', '.join(parts) or 'none'}."
         )
     places = {name: key for name in source.keys if (key := basis.find(name, part)) is not None}
     absent = [name for name in source.keys if name not in places]

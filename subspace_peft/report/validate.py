@@ -71,12 +71,14 @@ def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | Non
             problems.append(f"module {name!r}: core_rms has negative values. Build the basis again.")
     if held is not None:
         problems += _contradicted(basis.info, held)
+    record = EnergyRecord.of(basis.info)
     return {
         "location": basis.location,
         "fingerprint": basis.fingerprint,
         "modules": len(basis),
         "orthonormality": worst,
-        "energy_kept": EnergyRecord.of(basis.info).kept,
+        "energy_kept": record.kept,
+        "energy_kept_at_least": record.at_least,
         "problems": problems,
     }
 

@@ -34,10 +34,11 @@ def check_hub(task: Any, hub: Mapping[str, Any]) -> None:
 
 def check_known(given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a `TypeError`, as Python does, where an argument is none of the known ones."""
-    names = list(known)
+    names = list(dict.fromkeys(known))
     for name in given:
         if name not in names:
-            raise TypeError(f"got an unexpected keyword argument {name!r}; there are {', '.join(names)}")
+            there = f"there are {', '.join(names)}" if names else "there is none beside the named ones"
+            raise TypeError(f"got an unexpected keyword argument {name!r}; {there}")
 
 
 def keywords_of(function: Callable[..., Any], *others: Callable[..., Any]) -> list[str]:

@@ -40,6 +40,13 @@ NOT_SAVED = ("loaded_from", "taken_basis", "filled_targets")
 SAVED_IF_SET = ("strict", "base_weights", "basis_names", "basis_part")
 
 
+class Default(int):
+    """A number that was not asked for, unlike the same number given."""
+
+
+DEFAULT_R = Default(8)
+
+
 @dataclass
 class SubspaceConfig(PeftConfig):
     """Configuration of a task in a shared basis: ``ΔW = s · U (g·M/s + C(θ)) V``, of which only θ (and g) is trained.
@@ -127,7 +134,7 @@ class SubspaceConfig(PeftConfig):
             "help": "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA."
         },
     )
-    r: int = field(default=8, metadata={"help": "Rank of the `factor` coefficients."})
+    r: int = field(default=DEFAULT_R, metadata={"help": "Rank of the `factor` coefficients."})
     alpha: float = field(
         default=256.0,
         metadata={

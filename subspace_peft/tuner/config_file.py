@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from ..hub import only_local
 from ..hub_requests import ask
 from .config_check import unknown_keys
 from .peft_type import SUBSPACE
+
+# what may be said of a saved task when it is loaded
+TAKEN = ("basis", "check_base_model")
 
 
 def read_fields(file: str, known: Sequence[str], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -116,3 +120,7 @@ def refuse_fields(own: Sequence[str], given: Mapping[str, Any]) -> None:
             f"{', '.join(f'{name}=' for name in idle)} has no effect on a saved task, which keeps what it was trained"
             " with. Leave it out; basis= and check_base_model= are taken."
         )
+    # PEFT lets others through: they may be meant for the base model or the Hub
+    for name in given:
+        if near := get_close_matches(name, TAKEN, 1, 0.75):
+            raise TypeError(f"got an unexpected keyword argument {name!r}; did you mean {near[0]}=?")

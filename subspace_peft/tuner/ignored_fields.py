@@ -11,9 +11,9 @@ from peft.utils.other import get_pattern_key
 from .._io.warn import warn_caller
 from ..basis import SubspaceBasis
 from ..basis.module_store import describe_k
-from .config import SubspaceConfig
+from .config import Default, SubspaceConfig
 
-R, SEED = SubspaceConfig.r, SubspaceConfig.seed
+SEED = SubspaceConfig.seed
 
 
 def warn_of_ignored_fields(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str]) -> None:
@@ -55,7 +55,7 @@ def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str
             min(config.sizes.used(name, shapes[key]["k_out"], shapes[key]["k_in"])) for name, key in names.items()
         }
         # the default is nothing that was asked for
-        if config.r > max(ranks) and config.r != R:
+        if config.r > max(ranks) and not isinstance(config.r, Default):
             size = f"{max(ranks)}" if len(ranks) == 1 else f"{min(ranks)}…{max(ranks)}"
             said.append(f"r={config.r}: the cores are of rank {size} at most, which is used")
     return said
@@ -63,7 +63,7 @@ def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str
 
 def _numbers(config: SubspaceConfig) -> list[str]:
     said = []
-    if config.r != R and config.coefficients != "factor":
+    if not isinstance(config.r, Default) and config.coefficients != "factor":
         said.append(
             f"r={config.r} has no effect with coefficients={config.coefficients!r}, whose size follows from k: give k,"
             " or coefficients='factor'"
