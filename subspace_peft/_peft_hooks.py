@@ -25,6 +25,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import register_peft_method
 
 from ._io.warn import warn_caller
+from .hub_requests import ask
 from .tasks.arguments import keywords_of
 from .tasks.hotswap import SAME
 from .tasks.push import push_task
@@ -69,6 +70,7 @@ def register() -> None:
     push_as_tasks()
     write_own_cards()
     tell_folders()
+    name_outages()
     pass_names_when_disabled()
 
 
@@ -209,6 +211,29 @@ def pass_names_when_disabled() -> None:
 
     hooks.subspace = True  # type: ignore[attr-defined]
     PeftModel._enable_peft_forward_hooks = hooks  # type: ignore[method-assign]
+
+
+def name_outages() -> None:
+    """Let `PeftConfig._get_peft_type`, PEFT's first question about an adapter, wait for a Hub that does not answer.
+
+    PEFT takes every error for "can't find adapter_config.json", so that an outage would look like an adapter that is
+    not there. Its method is not known yet; what else is wrong is said in PEFT's own words. Seen with PEFT 0.21.0 to
+    0.21.2. Idempotent. Where the method is not there, a warning says so.
+    """
+    stored = inspect.getattr_static(PeftConfig, "_get_peft_type", None)
+    if not isinstance(stored, classmethod):
+        _lacks("PeftConfig._get_peft_type", "`PeftModel.from_pretrained` takes a Hub's outage for a missing adapter")
+        return
+    original: Callable[..., Any] = stored.__func__
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def _get_peft_type(cls: type, model_id: Any, **kwargs: Any) -> Any:
+        return ask(str(model_id), lambda: original(cls, model_id, **kwargs))
+
+    _get_peft_type.subspace = True  # type: ignore[attr-defined]
+    PeftConfig._get_peft_type = classmethod(_get_peft_type)  # type: ignore[method-assign,assignment]
 
 
 def join_mixed_models() -> bool:

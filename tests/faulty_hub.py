@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 
 from subspace_peft import hub_requests
@@ -91,6 +91,7 @@ class FaultyHandler(Handler):
 def point_here(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
     """Have this process's huggingface_hub ask `url`, with an empty cache."""
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

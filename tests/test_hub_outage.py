@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from subspace_peft import (
     SubspaceBasis,
@@ -77,6 +77,12 @@ def loaded(bases: Any) -> float:
         return model.eval()(inputs()).logits.double().sum().item()
 
 
+def stock(bases: Any) -> float:
+    model = PeftModel.from_pretrained(bert(), "org/task", basis=bases[bert])
+    with torch.no_grad():
+        return model.eval()(inputs()).logits.double().sum().item()
+
+
 def read_bundle(bases: Any) -> float:
     opened._opened.clear()
     return sum(float(core.sum()) for core in open_bundle("org/bundle").read("task").cores.values())
@@ -95,6 +101,7 @@ CALLERS: dict[str, Callable[[Any], Any]] = {
     "collection": lambda bases: built("collection:org/c-1", skip_bad=True),
     "project": lambda bases: project_lora("org/l0", bases[bert]).energy_kept,
     "load a task": loaded,
+    "PeftModel": stock,
     "read a task": lambda bases: sorted(read_task("org/task", basis=bases[bert]).cores),
     "basis": lambda bases: SubspaceBasis.from_pretrained("org/basis").fingerprint,
     "bundle": read_bundle,
