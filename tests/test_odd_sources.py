@@ -82,6 +82,13 @@ def test_alphas_count_where_no_configuration_says_otherwise(form, tmp_path):
     assert source.scale(MODULE, 4) == 0.5 and not source.scale_is_guessed
 
 
+@pytest.mark.parametrize("front", ["base_model.model.", ""])
+@pytest.mark.parametrize("name", ["", ".default"])
+def test_a_module_at_the_top_of_the_model_is_read_from_a_file_alone(front, name, tmp_path):
+    state = {f"{front}lm_head.lora_{side}{name}.weight": torch.randn(4, 4) for side in "AB"}
+    assert list(open_source(given("file", state, tmp_path)).keys) == ["lm_head"]
+
+
 def test_the_weights_of_a_layer_beside_its_factors_are_its_own():
     own = {f"{MODULE}.weight": torch.ones(16, 16), f"{MODULE}.bias": torch.ones(16)}
     assert list(open_source((factors(MODULE) | own, CONFIG)).keys) == [MODULE]

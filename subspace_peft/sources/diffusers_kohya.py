@@ -128,7 +128,7 @@ def read_foreign_keys(
             style = "" if of_peft else factor["style"]
             old = style.startswith("_lora")
             if stem not in modules:
-                modules[stem] = _module(stem, old, flat)
+                modules[stem] = _module(stem, old, flat, of_peft or style.startswith((".lora_A", ".lora_B")))
                 if modules[stem] is None:
                     unknown.append(key)
             if modules[stem] is None:
@@ -224,8 +224,15 @@ def _metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _module(stem: str, old: bool, flat: Mapping[str, list[str]]) -> str | None:
-    """Return the module that a key's beginning means, or None where that is not certain."""
+def _module(stem: str, old: bool, flat: Mapping[str, list[str]], of_peft: bool) -> str | None:
+    """Return the module that a key's beginning means, or None where that is not certain.
+
+    Args:
+        stem: the beginning, without the names of wrappers.
+        old: whether it is of diffusers' old kind.
+        flat: names of the base model with "_" for "." → those names.
+        of_peft: whether the key ends as PEFT's do, which writes no name flat: `lm_head` is a module by itself.
+    """
     for prefix, part in PARTS.items():
         if stem.startswith(prefix):
             rest = _FLAT_WRAPPER.sub("", stem.removeprefix(prefix))
@@ -234,7 +241,7 @@ def _module(stem: str, old: bool, flat: Mapping[str, list[str]]) -> str | None:
             read_back = _read_back(tuple(rest.split("_")), WORDS.get(part, ""))
             return f"{part}.{read_back[0]}" if len(read_back) == 1 else None
     # names of the original checkpoints' own layout are no module names of diffusers' models
-    if "." not in stem or stem.startswith(("lora_", *ORIGINAL)):
+    if ("." not in stem and not of_peft) or stem.startswith(("lora_", *ORIGINAL)):
         return None
     name = stem.replace(".processor.", ".")
     if old and "text_model." in name:
