@@ -186,6 +186,7 @@ def test_a_state_dict_of_something_else_than_tensors_is_told():
         (state | {"epoch": 3}, "'epoch' is a int"),
         ({"model": state}, "'model'. Pass that one alone"),
         ({"model": litgpt}, "LitGPT"),
+        ({key: value.to("meta") for key, value in state.items()}, "meta device"),
     ):
         with pytest.raises(SourceError, match=reason):
             open_source(odd)

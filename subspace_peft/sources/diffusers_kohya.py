@@ -224,7 +224,7 @@ def _metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _module(stem: str, old: bool, flat: Mapping[str, list[str]], of_peft: bool) -> str | None:
+def _module(stem: str, old: bool, flat: Mapping[str, list[str]], of_peft: bool = False) -> str | None:
     """Return the module that a key's beginning means, or None where that is not certain.
 
     Args:

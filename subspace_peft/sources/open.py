@@ -142,6 +142,11 @@ def _check_tensors(tensors: Mapping[Any, Any], location: str) -> None:
     """Raise `SourceError` where a state dict holds something else than tensors under their names."""
     for key, value in tensors.items():
         if isinstance(key, str) and isinstance(value, torch.Tensor):
+            if value.is_meta and ".lora_" in key:
+                raise SourceError(
+                    f"{location}: {key} is on the meta device and has no numbers: the model is not loaded yet, or"
+                    " accelerate keeps them elsewhere. Load the adapter whole, or name its folder."
+                )
             continue
         if isinstance(value, Mapping) and all(isinstance(each, torch.Tensor) for each in value.values()):
             form = format_of_keys(map(str, value))
