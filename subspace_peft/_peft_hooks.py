@@ -25,6 +25,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import register_peft_method
 
 from ._io.warn import warn_caller
+from .basis.newer import written_by
 from .hub_requests import ask
 from .tasks.arguments import keywords_of
 from .tasks.hotswap import SAME
@@ -32,6 +33,7 @@ from .tasks.push import push_task
 from .tuner import peft_mixed
 from .tuner.card import base_facts, noted, write_section
 from .tuner.config import SubspaceConfig
+from .tuner.config_file import naming_newer_version
 from .tuner.layer import SubspaceLayer
 from .tuner.loaded_from import LoadedFrom
 from .tuner.model import SubspaceModel
@@ -71,6 +73,7 @@ def register() -> None:
     write_own_cards()
     tell_folders()
     name_outages()
+    read_files_as_ours()
     pass_names_when_disabled()
 
 
@@ -178,7 +181,9 @@ def tell_folders() -> None:
 
     @functools.wraps(original)
     def from_pretrained(cls: type, place: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        config = original(cls, place, subfolder=subfolder, **kwargs)
+        file = Path(place, subfolder or "", "adapter_config.json")
+        with naming_newer_version(written_by(file) if file.is_file() else None):
+            config = original(cls, place, subfolder=subfolder, **kwargs)
         if isinstance(config, SubspaceConfig) and config.loaded_from is None:
             folder = Path(place, subfolder or "")
             if folder.is_dir():
@@ -187,6 +192,30 @@ def tell_folders() -> None:
 
     from_pretrained.subspace = True  # type: ignore[attr-defined]
     PeftConfig.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign,assignment]
+
+
+def read_files_as_ours() -> None:
+    """Let `PeftConfig.from_json_file`, whatever class it is called on, read a subspace task's file as our own class.
+
+    What a newer version of this package wrote is then said of this package, not of PEFT. Seen with PEFT 0.21.0 to
+    0.21.2. Idempotent. Where the method is not there, a warning says so.
+    """
+    stored = inspect.getattr_static(PeftConfig, "from_json_file", None)
+    if not isinstance(stored, classmethod):
+        _lacks("PeftConfig.from_json_file", "files of newer versions are spoken of as PEFT's")
+        return
+    original: Callable[..., Any] = stored.__func__
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def from_json_file(cls: type, path_json_file: str, **kwargs: Any) -> Any:
+        found = original(cls, path_json_file, **kwargs)
+        ours = isinstance(found, dict) and found.get("peft_type") == NAME and not issubclass(cls, SubspaceConfig)
+        return SubspaceConfig.from_json_file(path_json_file, **kwargs) if ours else found
+
+    from_json_file.subspace = True  # type: ignore[attr-defined]
+    PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[method-assign,assignment]
 
 
 def pass_names_when_disabled() -> None:

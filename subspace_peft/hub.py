@@ -31,8 +31,8 @@ def looks_like_path(text: str) -> bool:
 def only_local(text: str, revision: str | None = None, *folders: Path) -> bool:
     """Return whether the Hub is not to be asked for `text`, which is no folder or file of this machine.
 
-    It is a path by its look; a single name, as no adapter or basis on the Hub has; or its first part is a folder here,
-    so that it rather names something in there. A reference with a revision is of the Hub.
+    It is a path by its look; a single name, as no adapter or basis on the Hub has; or its first part is a folder or
+    file here, so that it rather names something in there. A reference with a revision is of the Hub.
 
     Args:
         text: a reference.
@@ -45,7 +45,7 @@ def only_local(text: str, revision: str | None = None, *folders: Path) -> bool:
     if revision or at:
         return False
     first, slash, _ = name.partition("/")
-    return not slash or any((folder / first).is_dir() for folder in (Path(), *folders))
+    return not slash or any((folder / first).exists() for folder in (Path(), *folders))
 
 
 def is_hub_id(reference: str) -> bool:

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from subspace_peft import SubspaceBasis, SubspaceConfig, TaskBank, bundle_tasks, project_lora
@@ -51,6 +51,17 @@ def test_unknown_fields_of_a_newer_task_are_named_and_ignored(task):
     with pytest.warns(UserWarning, match=f"new_gate, new_names not known here, and ignored.*{HINT}") as warned:
         PeftModel.from_pretrained(bert(), task)
     assert not [each for each in warned if "install -U peft" in str(each.message)]
+
+
+@pytest.mark.parametrize("read", [PeftConfig.from_pretrained, lambda folder: bert().load_adapter(str(folder))])
+def test_other_loaders_name_this_package_too(task, read):
+    edit(task / "adapter_config.json", **NEWER, new_gate=0.5)
+    with pytest.warns(UserWarning, match=f"new_gate not known here, and ignored.*{HINT}") as warned:
+        read(task)
+    assert not [each for each in warned if "install -U peft" in str(each.message)]
+    edit(task / "adapter_config.json", new_gate=None, coefficients="braided")
+    with pytest.raises(SubspaceError, match=f"braided.*{HINT}"):
+        read(task)
 
 
 def test_a_newer_task_without_unknown_fields_says_nothing(task):

@@ -100,9 +100,10 @@ def naming_newer_version(version: str | None) -> Iterator[None]:
     """Add to errors of a task's file that a newer version of this package wrote it, where one did."""
     try:
         yield
-    except (BadFileError, BasisMismatchError) as error:
+    except SubspaceError as error:
         hint = upgrade_hint(version)
-        if not hint:
+        # what a place or the Hub refuses has nothing to do with versions
+        if type(error) not in (SubspaceError, BadFileError, BasisMismatchError) or not hint or hint in str(error):
             raise
         raise type(error)(f"{error}{hint}") from error
 
