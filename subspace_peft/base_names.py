@@ -108,7 +108,7 @@ def _of_address(text: str, endpoint: str) -> BaseName | None:
         return _read(unquote(urlsplit(text).path), os.getcwd(), endpoint)
     if text.startswith("hf://"):
         return _id_of(text.removeprefix("hf://").removeprefix("models/").split("/"))
-    if text.partition("/")[0] in HUB_HOSTS and "/" in text:
+    if text.partition("/")[0].casefold() in HUB_HOSTS and "/" in text:
         text = f"https://{text}"
     if not re.match("https?://", text):
         return None
@@ -207,6 +207,8 @@ def difference(one: str, other: str) -> str:
     if not first.is_id and not second.is_id:
         alike = f" both called {first.last!r}" if first.last.casefold() == second.last.casefold() else ""
         return f"two folders{alike}, and folders may hold anything"
+    if any("://" in each.text for each in (first, second)):
+        return "one is an address that is not known to be the Hub's"
     if first.is_id != second.is_id:
         alike = " of the same name" if first.last.casefold() == second.last.casefold() else ""
         return f"a folder{alike} and a Hub id, and a folder may hold anything"

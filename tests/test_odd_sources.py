@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import save_file
 
 from subspace_peft import SubspaceConfig, build_basis, compress_fleet, project_lora
-from subspace_peft.base_names import is_doubtful
+from subspace_peft.base_names import difference, is_doubtful, relation
 from subspace_peft.errors import BasisMismatchError, SourceError, SubspaceError
 from subspace_peft.sources import open_source
 from subspace_peft.sources.plain_lora import CONVERTED, FROM_OTHERS, NO_UPDATE, NOT_CONVERTED, method_problem
@@ -220,6 +220,13 @@ def test_llama_cpps_names_are_not_taken_for_mlxs():
         open_source({"blk.0.attn_q.weight.lora_a": torch.ones(4, 4), "blk.0.attn_q.weight.lora_b": torch.ones(4, 4)})
 
 
+def test_a_host_is_the_same_in_any_letter_case_and_a_mirror_is_no_folder():
+    assert (
+        relation("HF.co/org/llama", "org/llama") == relation("https://HuggingFace.co/org/llama", "org/llama") == "same"
+    )
+    assert "address" in difference("https://mirror.example/org/llama", "org/llama")
+
+
 @pytest.mark.parametrize(
     ("one", "other", "doubtful"),
     [
@@ -257,3 +264,21 @@ def test_what_no_record_tells_of_two_folders_is_said_and_of_one_is_not(tmp_path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             way(model("a/base"))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "mlp.experts",
+        "mlp.shared_experts",
+        "ffn.experts.mlp",
+        "self_attention.experts.input_linear",
+        "moe.output_linear",
+    ],
+)
+def test_a_stack_of_experts_is_told_by_its_name_alone(module):
+    state = {f"layers.0.{module}.lora_{side}.weight": torch.randn(8, 8) for side in "AB"}
+    with pytest.raises(SourceError, match="stack of experts"):
+        open_source(state)
+    one = {f"layers.0.{module}.0.w1.lora_{side}.weight": torch.randn(8, 8) for side in "AB"}
+    assert len(open_source(one).keys) == 1

@@ -89,7 +89,9 @@ FOREIGN = _words(
 # a layer's own parameters, beside its factors where an adapter's keys lack PEFT's `base_layer`
 OF_LAYERS = ("weight", "bias")
 # modules of transformers that hold the weights of all experts as one parameter
-STACK = re.compile(r"(?:^|\.)(?:experts|experts\.mlp|(?:block_sparse_moe|moe)\.(?:input_linear|output_linear))$")
+STACK = re.compile(
+    r"(?:^|\.)(?:(?:shared_)?experts|experts\.mlp|(?:experts|block_sparse_moe|moe)\.(?:input_linear|output_linear))$"
+)
 # methods that are no fixed update of weight matrices
 NO_UPDATE = _words(
     """
