@@ -450,3 +450,8 @@ def test_an_export_for_a_model_without_the_modules_is_refused(work: Path, tmp_pa
 def test_a_misspelt_keyword_of_loading_is_a_type_error(work: Path, name: str) -> None:
     with pytest.raises(TypeError, match="did you mean"):
         PeftModel.from_pretrained(bert(), work / "task1", **{name: False})
+
+
+def test_a_control_takes_the_place_of_a_basis(work: Path) -> None:
+    made = build_basis(builder="random", like=work / "basis", progress=False)
+    assert made.shapes().keys() == SubspaceBasis.from_pretrained(work / "basis").shapes().keys()

@@ -234,6 +234,7 @@ def test_a_typed_hub_id_is_asked_for(hub, here, call, capsys):
         ("org/name:file.safetensors", None, False),
         ("org/name.v1", None, False),
         ("folder/name", None, True),
+        ("bank/name", None, True),
         ("folder/name@main", None, False),
         ("folder/name", "main", False),
         ("name", None, True),
@@ -245,6 +246,7 @@ def test_a_typed_hub_id_is_asked_for(hub, here, call, capsys):
 )
 def test_what_may_be_asked_of_the_hub(tmp_path, monkeypatch, text, revision, local):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "bank").write_text("a file")
     monkeypatch.chdir(tmp_path)
     assert only_local(text, revision) == local
     assert local or not looks_like_path(text)

@@ -296,6 +296,9 @@ def test_lower_bounds_are_said_to_be_such(tmp_path, capsys):
         text = run(capsys, "inspect", tmp_path / name)
         assert f"energy kept at least {percent(record.kept)} " in text
         assert f"  lora-0: ranks [3], energy kept at least {percent(record.sources[0].kept)}," in text
+        assert (
+            run(capsys, "validate", tmp_path / name).rstrip().endswith(f"energy kept at least {percent(record.kept)}")
+        )
         assert f"| this basis | at least {percent(record.kept)} |" in (tmp_path / name / "README.md").read_text()
         # measured anew, it is exact
         report = report_basis(tmp_path / name, loras[: len(record.sources)], progress=False)

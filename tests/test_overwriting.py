@@ -234,6 +234,16 @@ def test_the_command_line_refuses_before_the_work(command, said, places, tmp_pat
     assert contents(tmp_path) == before
 
 
+def test_what_a_basis_is_needed_for_is_named_where_it_is_its_own_input(places, capsys):
+    config = SubspaceConfig.from_pretrained(str(places["mine"]))
+    assert config.basis_fingerprint is not None
+    assert main(["complete", str(places["basis"]), "-k", "9", "--out", str(places["basis"])]) == 1
+    err = capsys.readouterr().err
+    assert (
+        "of this machine need" in err and str(places["mine"]) in err and "--force would destroy what is there" in err
+    )
+
+
 def test_relative_names_and_links_are_the_same_place(places, monkeypatch):
     monkeypatch.chdir(places["mine"].parent)
     for out in ("mine", "./mine/../mine"):

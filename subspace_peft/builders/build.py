@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def build_basis(
     *,
     options: BuildOptions,
     resources: Resources,
-    like: SubspaceBasis | None = None,
+    like: SubspaceBasis | str | Path | None = None,
     base_model: nn.Module | None = None,
 ) -> SubspaceBasis:
     """Build a shared basis: per target module an orthonormal output basis U (out, k_out) and input basis V (k_in, in).
@@ -62,7 +63,7 @@ def build_basis(
             `base-weights` need none.
         options: which basis to build; its fields are keywords of their own, too.
         resources: how much building may take; its fields are keywords of their own, too.
-        like: a basis whose modules and sizes the `random` builder takes over.
+        like: a basis, or its place, whose modules and sizes the `random` builder takes over.
         base_model: the model whose modules and weights `random` and `base-weights` take, with `target_modules`. The
             other builders need it for sources of PEFT's other methods, which `convert_to_lora` turns into LoRA. It is
             left as it was.
@@ -92,7 +93,7 @@ def built(
     options: BuildOptions,
     resources: Resources,
     *,
-    like: SubspaceBasis | None = None,
+    like: SubspaceBasis | str | Path | None = None,
     base_model: nn.Module | None = None,
 ) -> SubspaceBasis:
     """Build a basis as `build_basis` does, and say nothing of its arguments: they may be those of a record."""

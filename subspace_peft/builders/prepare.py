@@ -82,7 +82,7 @@ def prepare(
     options: BuildOptions,
     resources: Resources,
     *,
-    like: SubspaceBasis | None = None,
+    like: SubspaceBasis | str | Path | None = None,
     base_model: nn.Module | None = None,
     processes: ProcessGroup = ALONE,
 ) -> FleetBuild | ControlBuild:
@@ -92,7 +92,7 @@ def prepare(
         sources: the fleet, as `build_basis` takes it.
         options: what decides the basis; checked by themselves already.
         resources: what building may take.
-        like: a basis whose modules and sizes `random` takes over.
+        like: a basis, or its place, whose modules and sizes `random` takes over.
         base_model: the base model, where it is needed.
         processes: those that build together.
 
@@ -104,6 +104,8 @@ def prepare(
     kind, by_source = read_weights(options.weights)
     options = replace(options, weights=by_source or kind)
     if options.controls:
+        if isinstance(like, (str, Path)):
+            like = SubspaceBasis.from_pretrained(like, token=resources.token)
         return _prepare_control(sources, options, resources, like, base_model)
     fleet = gather(
         sources,
