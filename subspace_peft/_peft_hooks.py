@@ -19,6 +19,7 @@ from typing import Any, Union
 
 import peft
 import peft.helpers
+import peft.peft_model
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -38,6 +39,7 @@ from .tuner.layer import SubspaceLayer
 from .tuner.loaded_from import LoadedFrom
 from .tuner.model import SubspaceModel
 from .tuner.peft_type import NAME, PREFIX, SUBSPACE
+from .tuner.renaming import by_head_names
 
 STOCK_PUSH = ("use_temp_dir", "max_shard_size", "commit_description", "use_auth_token", "organization", "repo_url")
 MIXED_LISTS = ("COMPATIBLE_TUNER_TYPES", "PREFIXES", "Configs", "Layers")
@@ -73,6 +75,7 @@ def register() -> None:
     write_own_cards()
     tell_folders()
     name_outages()
+    find_heads()
     read_files_as_ours()
     pass_names_when_disabled()
 
@@ -263,6 +266,29 @@ def name_outages() -> None:
 
     _get_peft_type.subspace = True  # type: ignore[attr-defined]
     PeftConfig._get_peft_type = classmethod(_get_peft_type)  # type: ignore[method-assign,assignment]
+
+
+def find_heads() -> None:
+    """Let `PeftModel.load_adapter` find the modules that a task trained whole in a model in wrappers.
+
+    A task is saved without the names of wrappers, and PEFT asks for a compiled model's ``_orig_mod.classifier``. Seen
+    with PEFT 0.21.0 to 0.21.2. Idempotent. Where the function is not there, a warning says so.
+    """
+    original: Callable[..., Any] | None = vars(peft.peft_model).get("set_peft_model_state_dict")
+    if original is None:
+        _lacks("peft.peft_model.set_peft_model_state_dict", "tasks with modules_to_save are not loaded into wrappers")
+        return
+    if getattr(original, "subspace", False):
+        return
+
+    @functools.wraps(original)
+    def set_peft_model_state_dict(model: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(config, SubspaceConfig) for config in model.peft_config.values()):
+            state = by_head_names(model, state)
+        return original(model, state, *args, **kwargs)
+
+    set_peft_model_state_dict.subspace = True  # type: ignore[attr-defined]
+    peft.peft_model.set_peft_model_state_dict = set_peft_model_state_dict
 
 
 def join_mixed_models() -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import BertModel, GPT2Model
@@ -61,6 +61,34 @@ def test_what_is_trained_under_checkpointing_is_saved(place, tmp_path, save_basi
     assert sum("subspace_coef" in key for key in load_file(tmp_path / "task" / "adapter_model.safetensors")) == 4
     for base in (bert(), checkpointed()):
         torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "task")), want)
+
+
+def compiled() -> nn.Module:
+    return torch.compile(bert(), backend="eager")
+
+
+@pytest.mark.parametrize("make", [bert, compiled])
+def test_a_head_that_is_trained_whole_goes_in_and_out_of_wrappers(place, tmp_path, make):
+    config = SubspaceConfig(basis=str(place / "basis"), task_type="SEQ_CLS")
+    model = randomise(get_peft_model(make(), config))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.normal_()
+    want = logits(model)
+    model.save_pretrained(tmp_path / "task")
+    assert not any("_orig_mod" in key for key in load_file(tmp_path / "task" / "adapter_model.safetensors"))
+    for base in (bert(), compiled()):
+        loaded = PeftModel.from_pretrained(base, tmp_path / "task")
+        torch.testing.assert_close(logits(loaded), want)
+        loaded.load_adapter(tmp_path / "task", "again")
+        loaded.set_adapter("again")
+        torch.testing.assert_close(logits(loaded), want)
+    # as an earlier version saved it
+    file = tmp_path / "task" / "adapter_model.safetensors"
+    save_file(
+        {key.replace(".classifier", "._orig_mod.classifier"): value for key, value in load_file(file).items()}, file
+    )
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(bert(), tmp_path / "task")), want)
 
 
 def loaded(place: Path) -> nn.Module:

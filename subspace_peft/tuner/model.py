@@ -124,8 +124,12 @@ class SubspaceModel(BaseTuner):
             # perhaps asked for after the adapter was made, or by another configuration than it was made from
             add_basis(model, adapter, tensors)
         config.taken_basis = carried_in(model, adapter, tensors, config)
-        # a task is saved under the names that the model has by itself
-        return {unwrapped_name(key): value for key, value in tensors.items()}
+        return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # a task is saved under the names that the model has by itself, modules that are trained whole among them
+        return unwrapped_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

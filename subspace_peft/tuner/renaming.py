@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..basis.module_names import plain_name, stored_name, unwrapped_in
+from ..basis.module_names import plain_name, stored_name, unwrapped_in, unwrapped_name
 from ..basis.module_store import same_module
 from .config import NAMED, SubspaceConfig
 from .peft_type import PREFIX
@@ -140,10 +141,28 @@ def by_layer_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[
     return made
 
 
+def by_head_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a task's tensors with those of modules that are trained whole by the names that these have in the model.
+
+    PEFT looks for them there, and a task is saved without the names of wrappers.
+    """
+    heads = {
+        unwrapped_name(name): name
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    }
+    made = {}
+    for key, value in state.items():
+        plain = unwrapped_name(key)
+        head = next((head for head in heads if plain.startswith(f"{head}.")), None)
+        made[key if head is None else heads[head] + plain[len(head) :]] = value
+    return made
+
+
 def under_model_names(
     model: nn.Module, config: SubspaceConfig, adapter_name: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return a task's tensors under the names that their layers have in the model.
+    """Return a task's tensors under the names that their layers have in the model, those of wrappers left out.
 
     Where the model's state dict has other names than its layers, as FSDP and activation checkpointing have it, the
     key is the state dict's, the adapter's name in it.
@@ -178,5 +197,5 @@ def under_model_names(
             kind, dot, rest = key[len(stem) + 1 :].partition(".")
             found[f"{stored}.{kind}.{adapter_name}{dot}{rest}"] = value
         else:
-            found[places[0] + key[len(stem) :]] = value
+            found[unwrapped_name(places[0]) + key[len(stem) :]] = value
     return found
