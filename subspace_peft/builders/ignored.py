@@ -107,7 +107,9 @@ def warn_of_ignored_in_completion(options: CompleteOptions, base_model: Any, bas
         shape["k_out"] >= min(k, shape["out"]) and shape["k_in"] >= min(k_in, shape["in"])
         for shape in basis.shapes().values()
     ):
-        said.append(f"k={k} has no effect: every module has as many directions already ({basis.describe_k()})")
+        # a fact, and no setting
+        has = basis.describe_k().removeprefix("k=")
+        said.append(f"k={k} has no effect: every module has as many directions already, {has}")
     elif most := _beyond(k, k_in, basis.shapes().values()):
         said.append(f"k={k}: no module has more than {most} directions, its width")
     if options.with_ == "random" and base_model is not None:
