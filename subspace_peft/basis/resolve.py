@@ -64,7 +64,8 @@ def resolve_basis(
             # damaged files where a basis was seen once are no reason to fail
             if isinstance(error, BadFileError) and recorded:
                 raise
-            if isinstance(error, BasisMismatchError):
+            # a folder that happens to have the name says nothing of the basis
+            if isinstance(error, BasisMismatchError) and recorded is not None:
                 failed = failed or error
             if isinstance(error, HubUnavailableError) and not isinstance(error, BasisNotFoundError):
                 failed = failed or error
@@ -82,9 +83,12 @@ def resolve_basis(
 
 def _places(
     reference: str | None, revision: str | None, fingerprint: str | None, near: Path | None
-) -> Iterator[tuple[str, str | None, bool]]:
-    """Yield the places to try, this machine's first, each with a revision and whether it is what is recorded."""
-    on_hub: list[tuple[str, str | None, bool]] = []
+) -> Iterator[tuple[str, str | None, bool | None]]:
+    """Yield the places to try, this machine's first, each with a revision and whether it is what is recorded.
+
+    Of folders that only have the recorded one's name that is None.
+    """
+    on_hub: list[tuple[str, str | None, bool | None]] = []
     if reference is not None:
         beside = () if near is None else (near, near.parent)
         local = only_local(reference, revision, *beside)
@@ -92,7 +96,7 @@ def _places(
             # what is not there is worth a line where nothing else is asked for
             if (local and recorded) or _is_dir(place):
                 # whole, so that it cannot be taken for an id of the Hub
-                yield os.path.abspath(place), None, recorded
+                yield os.path.abspath(place), None, recorded or None
         if not local:
             on_hub.append((reference, revision, True))
     for note in read_notes(fingerprint) if fingerprint is not None else ():
