@@ -402,3 +402,24 @@ def test_the_small_fleets_base_is_told_too(tmp_path):
     get_peft_model(bert(), SubspaceConfig(basis=basis, save_basis=True))
     with pytest.raises(BasisMismatchError, match="another model's weights"):
         get_peft_model(bert(seed=1), SubspaceConfig(basis=basis, save_basis=True))
+
+
+def test_a_random_basis_belongs_to_every_model_of_its_shapes(tmp_path):
+    # its bytes, and so its fingerprint, are those of another model's
+    for seed in (0, 1):
+        random = build_basis(k=2, builder="random", base_model=wide(seed), target_modules=["query"], progress=False)
+        random.info.pop("base_weights")
+        random.save_pretrained(tmp_path / f"basis{seed}")
+        adapt(wide(seed), tmp_path / f"basis{seed}").save_pretrained(tmp_path / f"task{seed}")
+        PeftModel.from_pretrained(wide(seed), tmp_path / f"task{seed}")
+    assert random.fingerprint == SubspaceBasis.from_pretrained(tmp_path / "basis0").fingerprint
+    # a task in it belongs to the weights that it was trained on
+    with pytest.raises(BasisMismatchError, match="that the task was trained on"):
+        PeftModel.from_pretrained(wide(1), tmp_path / "task0")
+
+
+@pytest.mark.parametrize("absent", ["model", "taken", "rounded", "stored_as", "values"])
+def test_a_record_that_lacks_a_part_is_no_reason_to_crash(recorded, absent):
+    stored = SubspaceBasis.from_pretrained(recorded).info["base_weights"]
+    record = {name: value for name, value in stored.items() if name != absent}
+    assert (read_sample(record) is None) == (absent != "model")

@@ -270,7 +270,7 @@ def test_a_process_that_is_killed_does_not_hang_the_other(fleets, tmp_path, whol
 def test_on_the_command_line_the_one_that_fails_speaks(fleets, tmp_path):
     out = tmp_path / "out"
     (out / "basis.safetensors").mkdir(parents=True)
-    done = launched(["build", *fleets[bert], "--out", str(out), "--quiet"])
+    done = launched(["build", *fleets[bert], "--out", str(out), "--quiet", "--force"])
     assert done.returncode != 0
     # only the first writes
     assert "subspace-peft build, process 0 of 2 on " in done.stderr

@@ -52,10 +52,13 @@ def read_base_note(fingerprint: str) -> WeightSample | None:
 def known_weights(basis: SubspaceBasis) -> tuple[WeightSample, str] | None:
     """Return the base weights that a basis belongs to, and where that is on record.
 
-    The basis's own record counts first; then what this process trained on it; then this machine's note.
+    The basis's own record counts first; then what this process trained on it; then this machine's note. A random basis
+    is the same, fingerprint and all, for every base model of its shapes, so only its own record counts.
     """
     if (own := read_sample(basis.info.get(KEY))) is not None:
         return own, "in the basis's own record" + (" of the first training in it" if own.taken == "training" else "")
+    if belongs_to_none(basis):
+        return None
     twin = alive(basis.fingerprint) or basis
     for record in (basis.first_trained_on, twin.first_trained_on, twin.info.get(KEY)):
         if (seen := read_sample(record)) is not None:
@@ -66,6 +69,11 @@ def known_weights(basis: SubspaceBasis) -> tuple[WeightSample, str] | None:
         if noted is None
         else (noted, f"in this machine's note of the first training ({note_file(basis.fingerprint)})")
     )
+
+
+def belongs_to_none(basis: SubspaceBasis) -> bool:
+    """Return whether nothing in a basis comes from a base model or from adapters of one."""
+    return basis.info.get("builder") == "random"
 
 
 def take_record(basis: SubspaceBasis, sample: WeightSample) -> None:

@@ -98,7 +98,7 @@ def read_sample(record: Any) -> WeightSample | None:
     if record is None or weights_problem(record) is not None or record["format"] != FORMAT:
         return None
     values = {name: _unpacked(text) for name, text in record["values"].items()}
-    return WeightSample(values, record["stored_as"], record["rounded"], record["model"], record["taken"])
+    return WeightSample(values, record["stored_as"], record["rounded"], record.get("model"), record["taken"])
 
 
 def weights_problem(record: Any) -> str | None:

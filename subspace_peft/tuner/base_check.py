@@ -15,7 +15,7 @@ from torch import nn
 
 from ..base_names import SAME, BaseName, difference, is_doubtful, known_names, read_name, relation
 from ..basis import SubspaceBasis
-from ..basis.base_notes import known_weights
+from ..basis.base_notes import belongs_to_none, known_weights
 from ..basis.base_weights import MOST_MODULES, STRICT, Likeness, WeightSample, compare, read_sample
 from ..basis.module_store import names_of
 from ..errors import BasisMismatchError
@@ -87,7 +87,7 @@ def check_base(
     if config.loaded or basis is None:
         return CheckedBase(rounded)
     # of a pipeline's basis another part may be on record
-    nothing = told[1] or sample is None or config.generated or config.inference_mode
+    nothing = told[1] or sample is None or belongs_to_none(basis) or config.inference_mode
     first = None if nothing else BaseWeights(model, layers_of(model, basis) or weights.layers, weights.found)
     return CheckedBase(
         rounded,
