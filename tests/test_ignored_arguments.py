@@ -19,6 +19,7 @@ from subspace_peft import (
     build_basis,
     bundle_tasks,
     complete_basis,
+    compress_fleet,
     export_lora,
     extract_tasks,
     hotswap,
@@ -455,3 +456,33 @@ def test_a_misspelt_keyword_of_loading_is_a_type_error(work: Path, name: str) ->
 def test_a_control_takes_the_place_of_a_basis(work: Path) -> None:
     made = build_basis(builder="random", like=work / "basis", progress=False)
     assert made.shapes().keys() == SubspaceBasis.from_pretrained(work / "basis").shapes().keys()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda work, out: SubspaceBasis.from_pretrained(work / "basis", revision="v2"),
+            r"revision='v2' has no effect",
+        ),
+        (lambda work, out: export_lora(work / "task1", out, rank=64), r"rank=64 \(--rank 64\) has no effect"),
+        (
+            lambda work, out: compress_fleet(
+                loras(work), work / "basis", out, min_energy=0.0, residual=2, progress=False
+            ),
+            r"residual=2 \(--residual\) has no effect with min_energy=0",
+        ),
+    ],
+    ids=["revision of a folder", "rank above the task's", "residual that nothing needs"],
+)
+def test_an_argument_without_an_effect_is_said(
+    work: Path, tmp_path: Path, call: Callable[[Path, Path], Any], text: str
+) -> None:
+    assert re.search(text, said(lambda: call(work, tmp_path / "out")))
+
+
+def test_the_same_arguments_where_they_do_something_are_not_spoken_of(work: Path, tmp_path: Path) -> None:
+    basis = SubspaceBasis.from_pretrained(work / "basis")
+    assert not said(lambda: SubspaceBasis.from_pretrained(work / "basis"))
+    assert not said(lambda: export_lora(work / "task1", tmp_path / "lora", rank=2))
+    assert not said(lambda: compress_fleet(loras(work), basis, tmp_path / "bundle", residual=2, progress=False))

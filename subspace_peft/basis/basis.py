@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._io.occupied import BASIS
+from .._io.warn import warn_caller
 from .._moved import moved_name
 from ..base_names import read_name
 from ..cards import Place
@@ -405,6 +406,9 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             BasisMismatchError: another fingerprint than the one asked for.
         """
         record = open_basis(path_or_id, revision=revision, token=token, cache_dir=cache_dir)
+        # a task's record may name a repository that is a folder here, and the fingerprint tells whether it is the same
+        if revision is not None and record.revision is None and fingerprint is None:
+            warn_caller(f"revision={revision!r} has no effect: {path_or_id} is a folder, and is taken as it is.")
         if record.fetched:
             file = record.modules.file
             cache.keep(file.parent, fingerprint=record.fingerprint, location=record.location, revision=record.revision)

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._io.occupied import BUNDLE
+from .._io.warn import warn_caller
 from .._moved import moved_name
 from ..base_names import said_of_basis
 from ..basis import SubspaceBasis
@@ -184,6 +185,11 @@ def compress_fleet(
         raise SubspaceError(f"min_energy={min_energy!r}: give a share from 0 to 1.")
     if not isinstance(residual, int) or isinstance(residual, bool) or residual < 0:
         raise SubspaceError(f"residual={residual!r}: give a rank, 0 for none; 1 to 4 are usual.")
+    if residual and not min_energy:
+        warn_caller(
+            f"residual={residual} (--residual) has no effect with min_energy=0 (--min-energy 0), of which no adapter"
+            " falls short."
+        )
     if not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis, token=token)
     if basis.location is None:

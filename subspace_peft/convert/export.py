@@ -324,7 +324,13 @@ def _factored(read: SavedTask, rank: int | None, pad_to: int | str | None, dtype
             factors[name] = lora_factors(read.modules[name], core, rank)
         total += float(S.square().sum())
         kept += float(S[:rank].square().sum())
-    r = _padded(max(B.shape[1] for B, _ in factors.values()), pad_to)
+    most = max(B.shape[1] for B, _ in factors.values())
+    if rank is not None and rank > most:
+        warn_caller(
+            f"export_lora: rank={rank} (--rank {rank}) has no effect: the task's rank is {most}. pad_to="
+            " (--pad-to) fills up to a higher one."
+        )
+    r = _padded(most, pad_to)
     filled = {}
     for name, (B, A) in factors.items():
         fill = r - B.shape[1]
