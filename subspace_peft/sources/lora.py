@@ -130,7 +130,7 @@ def config_problem(config: Mapping[str, Any]) -> str | None:
 
 def method_of(config: Mapping[str, Any]) -> str:
     """Return PEFT's name of an adapter's method; LORA where its configuration does not say."""
-    kind = config.get("peft_type") or "LORA"
+    kind = config.get("peft_type", "LORA")
     return str(getattr(kind, "value", kind))
 
 
