@@ -30,6 +30,7 @@ from .basis.newer import written_by
 from .hub_requests import ask
 from .tasks.arguments import keywords_of
 from .tasks.hotswap import SAME
+from .tasks.pipeline_task import check_one_task
 from .tasks.push import push_task
 from .tuner import peft_mixed
 from .tuner.card import base_facts, noted, write_section
@@ -249,8 +250,9 @@ def name_outages() -> None:
     """Let `PeftConfig._get_peft_type`, PEFT's first question about an adapter, wait for a Hub that does not answer.
 
     PEFT takes every error for "can't find adapter_config.json", so that an outage would look like an adapter that is
-    not there. Its method is not known yet; what else is wrong is said in PEFT's own words. Seen with PEFT 0.21.0 to
-    0.21.2. Idempotent. Where the method is not there, a warning says so.
+    not there. So would a pipeline's task, whose parts have a folder each, and which is refused with their names. The
+    adapter's method is not known yet; what else is wrong is said in PEFT's own words. Seen with PEFT 0.21.0 to 0.21.2.
+    Idempotent. Where the method is not there, a warning says so.
     """
     stored = inspect.getattr_static(PeftConfig, "_get_peft_type", None)
     if not isinstance(stored, classmethod):
@@ -262,6 +264,8 @@ def name_outages() -> None:
 
     @functools.wraps(original)
     def _get_peft_type(cls: type, model_id: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("subfolder"):
+            check_one_task(model_id)
         return ask(str(model_id), lambda: original(cls, model_id, **kwargs))
 
     _get_peft_type.subspace = True  # type: ignore[attr-defined]

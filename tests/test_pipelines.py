@@ -201,6 +201,9 @@ def test_each_part_is_a_task_of_its_own(made):
         made.projection.as_task()
     with pytest.raises(SubspaceError, match="folder per part"):
         migrate_task(made.task, made.basis)
+    # PEFT asks for an adapter's method first
+    with pytest.raises(SubspaceError, match=r"Name one of them: \S*unet"):
+        PeftModel.from_pretrained(MODELS["unet"](), made.task)
     assert main(["inspect", str(made.task)]) == main(["push", str(made.task), "org/task"]) == 1
 
 
