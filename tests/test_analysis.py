@@ -56,7 +56,10 @@ def test_dry_runs_build_nothing_and_say_what_would_be_refused(fleets, tmp_path, 
     out = ["--out", str(tmp_path / "basis"), "-k", "3", "--quiet", "--dry-run"]
     assert main(["build", *fleets[bert], *out]) == 0
     said = capsys.readouterr().out
-    assert "5 sources of None, 4 modules" in said and "32 x 32, ranks 20 of 5 sources, k 3, 3" in said
+    assert (
+        "5 sources of a base model that is not named, 4 modules" in said
+        and "32 x 32, ranks 20 of 5 sources, k 3, 3" in said
+    )
     bad = str(broken(fleets[bert][0], tmp_path, "nan"))
     assert main(["build", *fleets[bert], bad, *out]) == 1
     assert f"would be refused: {bad}" in capsys.readouterr().out

@@ -365,8 +365,9 @@ def _say_plan(plan: BuildPlan, args: Namespace, skip_bad: bool) -> int:
             f" {size['k_out']}, {size['k_in']}"
         )
     most = f" to {plan.bytes_at_most:,}" if plan.bytes_at_most > plan.bytes_of_basis else ""
+    base = plan.base_model or "a base model that is not named"
     print(
-        f"{len(plan.sources)} sources of {plan.base_model}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes"
+        f"{len(plan.sources)} sources of {base}, {len(plan.modules)} modules; {plan.bytes_to_read:,} bytes"
         f" to read, {plan.bytes_of_basis:,}{most} bytes of basis, about {plan.memory:,} bytes of memory and"
         f" {plan.seconds:.1f} seconds"
     )

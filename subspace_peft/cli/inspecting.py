@@ -115,7 +115,8 @@ def inspect(args: Namespace) -> int:
         hidden = {"update_norms"}
         print_table({key: value for key, value in facts.items() if key not in hidden})
         return 0
-    print(f"{facts['location']}: a basis for {facts['modules']} modules of {facts['base_model']}, {facts['k']}")
+    base = facts["base_model"] or "a base model that is not named"
+    print(f"{facts['location']}: a basis for {facts['modules']} modules of {base}, {facts['k']}")
     print(f"base weights: {facts['base_weights']}")
     _say_names(facts["base_model"], facts["base_model_names"])
     print(f"fingerprint {facts['fingerprint']}" + (" (every tensor verified)" if facts["verified"] else ""))
