@@ -300,7 +300,7 @@ def test_lower_bounds_are_said_to_be_such(tmp_path, capsys):
             run(capsys, "validate", tmp_path / name).rstrip().endswith(f"energy kept at least {percent(record.kept)}")
         )
         assert f"| this basis | at least {percent(record.kept)} |" in (tmp_path / name / "README.md").read_text()
-        # measured anew, it is exact
+        # measured again, it is exact
         report = report_basis(tmp_path / name, loras[: len(record.sources)], progress=False)
         now = [project_lora(lora, new).energy_kept for lora in loras[: len(record.sources)]]
         assert report.numbers["kept"] == pytest.approx(sum(now) / len(now), abs=1e-6)

@@ -1,6 +1,6 @@
 """Which tasks and bundles of this machine are on a basis: notes by fingerprint in the cache, as in `locations`.
 
-They are hints, by which whoever replaces a basis is told what depends on it. Each is held against the disk when it is
+They are hints, which tell the one who replaces a basis what depends on it. Each is held against the disk when it is
 read, so that stale ones are left out.
 """
 

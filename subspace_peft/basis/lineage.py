@@ -41,7 +41,7 @@ def origins(basis: SubspaceBasis) -> dict[str, Sides]:
 def warn_float32(old: SubspaceBasis) -> None:
     """Warn where a version made from `old` is stored in more bits than `old` is.
 
-    Rounding anew would move the old directions, and with them every task.
+    Rounding again would move the old directions, and with them every task.
     """
     if old.precision is not None:
         warnings.warn(

@@ -140,7 +140,7 @@ def replacing(
     yield
     kept = []
     for each in others:
-        # those that were not written anew
+        # those that were not written again
         left = [name for name in each.files if before[name] is not None and _mark(target / name) == before[name]]
         if planned.kind != REPORT and each.kind in CLEARED:
             for name in left:

@@ -142,7 +142,7 @@ def _plain(base: nn.Module) -> torch.Tensor | None:
         weight = None if stored is None else stored["weight"]
     if not isinstance(weight, torch.Tensor) or weight.is_meta or hasattr(weight, "device_mesh"):
         return None
-    # numbers of one byte mean something only with scales that nobody gives here
+    # numbers of one byte mean something only with scales that are not given here
     return weight.detach() if weight.is_floating_point() and weight.element_size() > 1 and weight.numel() else None
 
 

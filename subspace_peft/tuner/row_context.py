@@ -208,7 +208,7 @@ def note_gradients(slot: RowSlot, result: torch.Tensor, graded: bool) -> None:
 
 
 def weight_changes(slot: RowSlot) -> int:
-    """Return `slot.changes`; 0 for a compiler, which would compile anew for each number."""
+    """Return `slot.changes`; 0 for a compiler, which would compile again for each number."""
     return 0 if torch.compiler.is_compiling() else slot.changes
 
 
