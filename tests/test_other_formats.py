@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,17 @@ def test_what_a_task_cannot_hold_is_refused_before_anything_is_said_of_it(config
     assert "faithful" not in capsys.readouterr().out
     with pytest.raises(SubspaceError, match=reason):
         compress_fleet([folder], tmp_path / "basis", tmp_path / "bundle", progress=False)
+
+
+def test_tokens_that_no_basis_holds_are_said_where_it_is_built(tmp_path):
+    with_tokens = trained(tmp_path / "tokens", 1, lora(trainable_token_indices={"embed_tokens": [1, 2]}))
+    plain = trained(tmp_path / "plain", 2, lora())
+    with pytest.warns(UserWarning, match=r"tokens: tokens were trained with the LoRA .*no basis holds"):
+        basis = build_basis([with_tokens, plain], k=3, progress=False)
+    assert any(key.endswith("trainable_tokens_delta") for key in basis.info["sources"][0]["left_out_tensors"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_basis([plain], k=3, progress=False)
 
 
 WITH_BIAS = {

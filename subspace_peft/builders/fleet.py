@@ -15,6 +15,7 @@ from ..hub_requests import patient
 from ..sources.guesses import warn_of_guesses
 from ..sources.references import expand
 from ..sources.source import Source
+from ..sources.trained_tokens import warn_of_tokens
 from .distributed import ALONE, ProcessGroup
 from .fleet_checks import Misfit, misfits, repeats
 from .fleet_names import unify_modules, unify_names
@@ -126,6 +127,7 @@ def gather(
     _raise_bad(bad, count, empty=not sources, skip_bad=skip_bad, offline=len(scanned.offline))
     if processes.main:
         warn_of_guesses(sources)
+        warn_of_tokens(sources)
     unify_names(sources, taken)
     modules = list(dict.fromkeys(module for source in sources for module in source.keys))
     return Fleet(sources, modules, seed_groups(sources, modules), bad)
