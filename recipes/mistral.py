@@ -25,7 +25,7 @@ The prompt, by the tokenizer's chat template if it has one, is not trained on, t
 longer than `--tokens` loses the end of its input, never of its answer. `--packing` puts a batch into one row without
 padding; examples do not see each other.
 
-TRL takes the same configuration (docs/ecosystem.md): SFTTrainer(model, train_dataset=prompts_and_completions,
+TRL takes the same configuration (docs/how-to/trl.md): SFTTrainer(model, train_dataset=prompts_and_completions,
 peft_config=SubspaceConfig(basis="mistral-output/basis", task_type="CAUSAL_LM"),
 args=SFTConfig(completion_only_loss=True)).
 

@@ -1,4 +1,4 @@
-"""A basis on disk: `basis_config.json` and `basis.safetensors`, see docs/file-format.md."""
+"""A basis on disk: `basis_config.json` and `basis.safetensors`, see docs/reference/file-format.md."""
 
 from __future__ import annotations
 

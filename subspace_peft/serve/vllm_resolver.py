@@ -1,4 +1,4 @@
-"""vLLM's plugin, which exports a task as a LoRA when a request first names it. See docs/serving.md."""
+"""vLLM's plugin, which exports a task as a LoRA when a request first names it. See docs/how-to/serve-with-vllm.md."""
 
 from __future__ import annotations
 
