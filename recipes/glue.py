@@ -27,7 +27,7 @@ Cost and result:
     --preset offline, task editorials: 15 minutes beside another job, one thread of a 2-core machine, 1 GB of memory.
     Accuracy on 689 sentences, mean ± standard deviation over three seeds:
 
-        head only 0.774 ± 0.014    LoRA r=8 0.821 ± 0.009    random basis 0.790 ± 0.007   (1,536 trained numbers)
+        head only 0.774 ± 0.014    LoRA r=8 0.821 ± 0.009    random basis 0.790 ± 0.007   (1,536 trained parameters)
         mean only 0.799 ± 0.008    VeRA     0.809 ± 0.009    this basis   0.834 ± 0.010   (1,536; LoRA has 36,864)
 
     The defaults and --preset eigenlora were not run by us yet. --dry-run prints their downloads, steps and sizes.

@@ -24,7 +24,7 @@ Cost and result:
     --preset offline, task tops (t-shirt, pullover, coat or shirt): 29 minutes beside another job, one thread of a
     2-core machine, 0.8 GB of memory. Accuracy on 500 images, mean ± standard deviation over three seeds:
 
-        head only 0.546 ± 0.047    LoRA r=8 0.675 ± 0.017    random basis 0.683 ± 0.005   (2,048 trained numbers)
+        head only 0.546 ± 0.047    LoRA r=8 0.675 ± 0.017    random basis 0.683 ± 0.005   (2,048 trained parameters)
         mean only 0.618 ± 0.009    VeRA     0.699 ± 0.020    this basis   0.635 ± 0.017   (2,048; LoRA has 49,152)
 
     This basis does worse than a random one of its size: footwear, bags and digits do not prepare for telling shirts
@@ -64,7 +64,7 @@ class Arguments(shared.CommonArguments):
     target_modules: list[str] = argument((), "adapted modules; by default the attention's query and value")  # noqa: RUF009
     data: str = argument(CIFAR100["data"], "Hub id of the data set")
     image_column: str = argument("img", "its column of images")
-    label_column: str = argument("fine_label", "its column of class numbers")
+    label_column: str = argument("fine_label", "its column of class indices")
     class_groups: int = argument(
         10, "split its classes into so many disjoint tasks, group0, group1, …; 1: one task, all"
     )

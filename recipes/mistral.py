@@ -34,7 +34,7 @@ Cost and result:
     free core; 56 minutes beside six other jobs on two cores), 1.7 GB of memory. Exact match on 100 answers, mean ±
     standard deviation over three seeds, 96 training examples:
 
-        base model 0.000            LoRA r=8 0.597 ± 0.031    random basis 0.573 ± 0.025   (3,072 trained numbers)
+        base model 0.000            LoRA r=8 0.597 ± 0.031    random basis 0.573 ± 0.025   (3,072 trained parameters)
         mean only  0.660 ± 0.070    VeRA     0.597 ± 0.031    this basis   0.580 ± 0.030   (3,072; LoRA has 92,160)
 
     The untrained model never answers by one word. With so few examples the trained ones learn the two words and little

@@ -24,7 +24,7 @@ class UnknownModuleError(BasisMismatchError, KeyError):
 
 
 class BadFileError(SubspaceError):
-    """A file is truncated, malformed, of a wrong dtype or holds non-finite numbers."""
+    """A file is truncated, malformed, of a wrong dtype or holds non-finite values."""
 
 
 class NoConfigurationError(BadFileError, TypeError):

@@ -78,7 +78,7 @@ class MeanPooledClassifier(PreTrainedModel):
             input_ids: (batch, length) int64, or None where `inputs_embeds` (batch, length, hidden) is given.
             attention_mask: (batch, length), 1 at real tokens; all are real by default.
             token_type_ids: (batch, length), for encoders that know them.
-            labels: (batch,), int64 classes or float numbers.
+            labels: (batch,), int64 classes or floats.
             inputs: passed on to the encoder.
         """
         if token_type_ids is not None:

@@ -19,8 +19,8 @@ tags:
 <!-- front matter: base_model=\w{{8}} library_name=\w{{8}} -->
 # basis
 
-A frozen basis for 12 modules \(k=16\) of `org/base`, for subspace_peft\. 24,576 frozen numbers, stored once; a task in it is \
-3,072 numbers with the default `core` coefficients\.
+A frozen basis for 12 modules \(k=16\) of `org/base`, for subspace_peft\. 24,576 frozen parameters, stored once; a task in it trains \
+3,072 parameters with the default `core` coefficients\.
 
 - fingerprint: `f{{64}}`
 - builder: `adapters`
@@ -118,7 +118,7 @@ model-index:
 pipeline_tag=\w{{8}} -->
 # task
 
-A task of `org/base` in a shared, frozen basis, for PEFT with subspace_peft: 3,072 trained numbers \(`factor` coefficients\), 771 more \
+A task of `org/base` in a shared, frozen basis, for PEFT with subspace_peft: 3,072 trained parameters \(`factor` coefficients\), 771 more \
 of modules trained whole, 16,384 bytes\.
 
 ## Loading
@@ -169,7 +169,7 @@ data: accuracy on 600 test examples
 \| random basis \| 0\.785 ± 0\.017 \| 3 \| 1,536 \| 770 \| 7,216 \| 0\.004 \|
 \| this basis \| diverged in 1 of 3 \| 3 \| 1,536 \| 770 \| 7,216 \| 0\.012 \|
 
-Every row was trained from scratch .* not from the numbers in this file\.
+Every row was trained from scratch .* not from the parameters in this file\.
 {END}
 """
 
@@ -248,7 +248,7 @@ model = load\(base_model, "me/bundle"\)
 
 ## Tasks
 
-\| task \| coefficients \| numbers \| metrics \| datasets \|
+\| task \| coefficients \| parameters \| metrics \| datasets \|
 \| --- \| --- \| --- \| --- \| --- \|
 \| `first` \| `core` \| 1,024 \| accuracy 0\.9, loss 0\.3333 \| org/data \|
 \| `second` \| `diagonal` \|  \|  \|  \|

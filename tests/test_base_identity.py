@@ -230,7 +230,7 @@ def test_a_task_of_an_earlier_version_is_judged_by_its_probe(plain, tmp_path):
     note_file(config["basis_fingerprint"]).unlink()
     with pytest.raises(BasisMismatchError, match="weights are not those that the task was trained on"):
         PeftModel.from_pretrained(wide(1), tmp_path / "task")
-    with pytest.warns(UserWarning, match="in the few numbers on record"):
+    with pytest.warns(UserWarning, match="in the few values on record"):
         PeftModel.from_pretrained(changed(OTHER["relative noise of .1"]), tmp_path / "task")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*weights")

@@ -1,4 +1,4 @@
-"""A total of trained numbers, spread to where the fleet holds more than chance."""
+"""A total of trained parameters, spread to where the fleet holds more than chance."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_cli_dry_run_and_rebuilding(fleets, tmp_path, capsys):
         ({"budget": 0}, "budget=0"),
         ({"budget": True}, "budget=True"),
         ({"budget": 2.5}, "budget=2.5"),
-        ({"budget": 1}, "2 modules take at least a number each"),
+        ({"budget": 1}, "2 modules take at least a parameter each"),
         ({"budget": 100, "k": 4}, "leave k"),
         ({"budget": 100, "k_in": 4}, "leave k"),
         ({"budget": 100, "complete": "random"}, "leave k"),

@@ -198,7 +198,7 @@ def test_the_command_line_writes_folders_and_says_who_sits_where(fleets, tmp_pat
         == 0
     )
     printed = capsys.readouterr().out
-    assert "2 bases, k=4" in printed and "lora0: cluster" in printed and "one basis of as many numbers" in printed
+    assert "2 bases, k=4" in printed and "lora0: cluster" in printed and "one basis of as many parameters" in printed
     assert sorted(file.name for file in out.iterdir()) == ["cluster-0", "cluster-1", "clusters.json"]
     assert not (tmp_path / "out.partial").exists()
     basis = SubspaceBasis.from_pretrained(out / "cluster-0")

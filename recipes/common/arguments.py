@@ -27,7 +27,7 @@ class CommonArguments:
 
     stage: Literal["sources", "basis", "train", "evaluate", "compare", "all"] = argument("all", "what to do")
     preset: str = argument("none", "values for other arguments; those given by hand win")
-    dry_run: bool = argument(False, "print downloads, steps, trained numbers and bytes; fetch and train nothing")
+    dry_run: bool = argument(False, "print downloads, steps, trained parameters and bytes; fetch and train nothing")
     out: str = argument("output", "folder of everything that is made")
     task: str = argument("", "the held-out task")
     sources: list[str] = argument((), "source tasks, or adapters (folder or Hub id); all others by default")  # noqa: RUF009

@@ -45,7 +45,7 @@ def planned_numbers(
 
     Returns:
         ``modules`` (how many are adapted), ``parameters`` (of the whole model), ``head``, ``basis_bytes`` (U, V and M
-        in float32), and ``rows``: method → numbers of its adapter.
+        in float32), and ``rows``: method → parameters of its adapter.
 
     Raises:
         SubspaceError: `target_modules` matches no linear layer.
@@ -186,7 +186,7 @@ def print_plan(
     for stage, count in steps.items():
         print(f"  {stage}: {count:,}")
     if model is None:
-        print("Trained numbers: not known yet, since the base model's configuration is not on this machine.")
+        print("Trained parameters: not known yet, since the base model's configuration is not on this machine.")
         return
     plan = planned_numbers(
         model,
@@ -200,7 +200,7 @@ def print_plan(
     )
     basis = planned_numbers(model, k=args.basis_k, head=head, **where)["basis_bytes"]
     print(
-        f"Trained numbers and float32 bytes, on {plan['modules']} modules of a model of {plan['parameters']:,}"
+        f"Trained parameters and float32 bytes, on {plan['modules']} modules of a model of {plan['parameters']:,}"
         " parameters:"
     )
     for name, count in plan["rows"].items():

@@ -101,7 +101,7 @@ def _library(name: str) -> Any:
 
 
 def _check_counts(metric: str, predictions: Sequence[Any], references: Sequence[Any]) -> None:
-    """Raise `SubspaceError` where there are no examples, or other numbers of predictions and references."""
+    """Raise `SubspaceError` where there are no examples, or unequal counts of predictions and references."""
     if len(predictions) != len(references) or len(predictions) == 0:
         raise SubspaceError(
             f"{metric}: {len(predictions)} predictions for {len(references)} references; give as many of each, at"

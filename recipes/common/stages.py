@@ -225,7 +225,7 @@ def publish(
     """Write `results.json`, `table.md` and `curves.png` into `folder`, and print the table."""
     text = write_results(results, folder, title=title, settings=settings)
     draw_curves(results, Path(folder) / "curves.png", title=title, score=f"validation {score}")
-    print(f"\n{text}\nThe same, every run's numbers and the learning curves are in {folder}.")
+    print(f"\n{text}\nThe same, every run's results and the learning curves are in {folder}.")
 
 
 def put_beside_controls(task: str | Path, comparison: str | Path, settings: Mapping[str, Any]) -> None:

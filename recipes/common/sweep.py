@@ -43,7 +43,7 @@ def compare(
     Args:
         methods: the rows. One without rates is not trained: it is run once, with rate None.
         run: ``run(method, rate, seed)`` trains and returns at least ``validation`` and ``test`` (scores, larger is
-            better), ``trained_adapter`` and ``trained_head`` (numbers), ``bytes`` (the adapter's file without the
+            better), ``trained_adapter`` and ``trained_head`` (parameters), ``bytes`` (the adapter's file without the
             head), ``seconds`` (of training), ``curve`` (pairs of step and validation score); ``metrics``, a dict, and
             anything else that JSON holds is kept beside them. ``test`` and ``metrics`` may be None where `seed` is not
             reported.

@@ -99,7 +99,7 @@ class LabelledTask(Task):
     def measure(self, prediction: Any) -> dict[str, float]:
         """Return the metric of a `transformers.EvalPrediction`: ``score`` and every number by its own name.
 
-        ``score`` is NaN, and alone, where the model's numbers are not finite: an argmax over them would hide it.
+        ``score`` is NaN, and alone, where the model's outputs are not finite: an argmax over them would hide it.
         """
         logits = prediction.predictions
         if not np.isfinite(logits).all():

@@ -1,4 +1,4 @@
-"""Find bases whose numbers were changed in place after their fingerprint was computed, at next to no cost."""
+"""Find bases whose values were changed in place after their fingerprint was computed, at next to no cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that identify a base model's weights: how they are recorded, and what two sets of them say of two models.
+"""Entries that identify a base model's weights: how they are recorded, and what two sets of them say of two models.
 
 The record holds entries of the weight matrices, at places that follow from the module's name: a random sample, whose
 relative distance estimates ‖W − W'‖_F / ‖W‖_F. docs/architecture.md has the distances that the limits come from.
@@ -116,13 +116,13 @@ def weights_problem(record: Any) -> str | None:
         return f"base_weights holds no values, or those of more than {MOST_MODULES} modules"
     for name, text in values.items():
         if not is_name(name) or not isinstance(text, str) or not 0 < len(text) <= 8 * ENTRIES:
-            return f"base_weights has no numbers for {str(name)[:80]!r}"
+            return f"base_weights has no entries for {str(name)[:80]!r}"
         try:
             found = _unpacked(text)
         except (ValueError, binascii.Error):
-            return f"base_weights has malformed numbers for {name!r}"
+            return f"base_weights has malformed entries for {name!r}"
         if not found.isfinite().all():
-            return f"base_weights has numbers for {name!r} that are not finite"
+            return f"base_weights has entries for {name!r} that are not finite"
     return None
 
 

@@ -253,7 +253,7 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
     def to_precision(self, precision: str) -> SubspaceBasis:
         """Return this basis as `save_pretrained` then stores it: U and V in half or a quarter of the bytes.
 
-        Modules are still given in float32. They are made from the stored numbers when they are asked for, with U and V
+        Modules are still given in float32. They are made from the stored values when they are asked for, with U and V
         turned into the nearest orthonormal matrices, see `precision.restored`. The fingerprint is of the stored bytes,
         so a task belongs to either this basis or the float32 one. ``info["precision"]`` holds the loss:
 
@@ -447,7 +447,7 @@ def alive(fingerprint: str) -> SubspaceBasis | None:
     _alive.pop(fingerprint, None)
     warnings.warn(
         f"A basis in this process was changed in place (module {wrong[0]!r}) and no longer is {fingerprint}: it is not"
-        " used for tasks that ask for that one. What uses it already computes with the changed numbers.",
+        " used for tasks that ask for that one. What uses it already computes with the changed values.",
         stacklevel=2,
     )
     return None

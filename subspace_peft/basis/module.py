@@ -169,7 +169,7 @@ class ModuleBasis:
         if self.G is not None:
             cut = self.G[:, :a, :b]
             # directions whose weight lay outside the kept block shrink and are made unit-norm again; those of which
-            # nothing is left stay, as zeros, so that the number of coefficients does not depend on the numbers in G
+            # nothing is left stay, as zeros, so that the number of coefficients does not depend on the values in G
             norms = cut.flatten(1).norm(dim=1)[:, None, None]
             G = torch.where(norms > 1e-6, cut / norms.clamp_min(1e-6), torch.zeros_like(cut)).contiguous()
         return replace(
@@ -200,7 +200,7 @@ def tensor_sha256(value: torch.Tensor) -> str:
 
 
 def tensor_bytes(value: torch.Tensor) -> bytes:
-    """Return a tensor's numbers in row-major order, as safetensors stores them."""
+    """Return a tensor's values in row-major order, as safetensors stores them."""
     # flat first: a matrix of one column counts as contiguous whatever its stride, and then cannot be viewed as bytes
     return value.detach().cpu().contiguous().flatten().clone().view(torch.uint8).numpy().tobytes()
 

@@ -31,7 +31,7 @@ def shape_problem(name: Any, shape: Any) -> str | None:
             )
     most = shape["k_out"] * shape["k_in"]
     if not is_whole(shape.get("directions", 0), least=0, most=most):
-        return f"module {name!r} has directions={_short(shape.get('directions'))}, and its core {most} numbers"
+        return f"module {name!r} has directions={_short(shape.get('directions'))}, and its core {most} parameters"
     return None
 
 

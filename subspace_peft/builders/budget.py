@@ -44,8 +44,8 @@ def check_budget(budget: int, modules: int) -> None:
     """Raise `SubspaceError` where the budget is less than one parameter per module."""
     if budget < modules:
         raise SubspaceError(
-            f"budget={budget}: {modules} modules take at least a number each. Give {modules} or more; {modules * 256}"
-            " are k=16 everywhere."
+            f"budget={budget}: {modules} modules take at least a parameter each. Give {modules} or more;"
+            f" {modules * 256} are k=16 everywhere."
         )
 
 

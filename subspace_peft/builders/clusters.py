@@ -120,15 +120,15 @@ def build_clusters(
     happens on up to 8 modules, evenly spread, as many as a third of `max_memory` holds.
 
     ``auto`` takes a finer partition only where it keeps more of sources that were left out (with their shared-seed
-    group, in up to 5 folds, each held against the best basis) than the coarser one does with as many stored numbers,
-    bases and one core per source together, by more than two standard errors of the paired differences. A single basis
-    of n·k directions holds all that n of k do, but its cores are n² times as large: clusters save cores, so they pay
-    with many sources that have little in common.
+    group, in up to 5 folds, each held against the best basis) than the coarser one does with as many stored
+    parameters, bases and one core per source together, by more than two standard errors of the paired differences. A
+    single basis of n·k directions holds all that n of k do, but its cores are n² times as large: clusters save cores,
+    so they pay with many sources that have little in common.
 
     Args:
         sources: as in `build_basis`.
         clusters: how many at most (some may turn out empty), or ``auto``: 1 to 6, as long as one of the next two
-            numbers is worth it.
+            parameters is worth it.
         options: as in `build_basis`, with a number of directions for `k`; its fields are keywords of their own, too.
         resources: as in `build_basis`; its fields are keywords of their own, too.
         base_model: as in `build_basis`.
@@ -142,7 +142,7 @@ def build_clusters(
             warn_of_ignored(options, sources=sources, like=None, base_model=base_model)
         whole = prepare_clusters(sources, clusters, options, resources, base_model=base_model, processes=processes)
         fleet, k = whole.fleet, int(options.size[0])
-        # one process decides: numbers that are equal but for rounding may compare otherwise on another machine
+        # one process decides: values that are equal but for rounding may compare otherwise on another machine
         shown = resources.progress and processes.main
         with tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not shown) as bar:
             found = None

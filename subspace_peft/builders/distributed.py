@@ -59,7 +59,7 @@ class ProcessGroup:
 
     @property
     def neighbours(self) -> list[int]:
-        """The numbers of the processes on this machine, this one's among them."""
+        """The ranks of the processes on this machine, this one's among them."""
         return [index for index, machine in enumerate(self.machines) if machine == self.machines[self.index]]
 
     def join(self, group: Any, index: int, count: int) -> None:

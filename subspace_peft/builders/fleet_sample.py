@@ -155,11 +155,11 @@ class Sample:
         return [of_known(each, own) or 0.0 for each, own in zip(shares, norms, strict=True)]
 
     def numbers(self, clusters: int, k: int) -> int:
-        """Return how many numbers are stored in so many bases of k directions, and in a core for every source."""
+        """Return how many parameters are stored in so many bases of k directions, and in a core for every source."""
         return sum(clusters * k * sum(m.shape) + len(m.updates) * k * k for m in self.modules)
 
     def equal_k(self, clusters: int, numbers: int) -> int:
-        """Return the largest k with which so many bases and all cores store at most `numbers`."""
+        """Return the largest k with which so many bases and all cores store at most `numbers` parameters."""
         k = 1
         while self.numbers(clusters, k + 1) <= numbers:
             k += 1

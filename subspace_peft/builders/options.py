@@ -50,7 +50,7 @@ class BuildOptions(Options):
     Attributes:
         k: directions per side, or a share of energy in (0, 1) that every module has to keep; default 32.
         k_in: directions on the input side where they differ from `k`.
-        budget: instead of `k`, how many numbers a task may train in all, Σ k_out·k_in over modules: spread over
+        budget: instead of `k`, how many parameters a task may train in all, Σ k_out·k_in over modules: spread over
             modules and sides to where the fleet holds most above its strength-matched null, see `budget.spread`.
             Directions that hold no more than the null are not bought, so less may be spent. Takes three to five times
             as long (`adapters` only).
@@ -90,7 +90,7 @@ class BuildOptions(Options):
         "instead of -k, what a task may train in all: spread to where the fleet holds most above chance",
         anything,
         convert=int,
-        metavar="NUMBERS",
+        metavar="PARAMETERS",
     )
     k_in: int | None = option(None, *INPUT_SIDE, convert=int)
     builder: str = option(
@@ -146,7 +146,7 @@ class BuildOptions(Options):
     def _check_budget(self) -> None:
         budget = whole_number(self.budget)
         if budget is None or budget < 1:
-            raise SubspaceError(f"budget={self.budget!r}: give how many numbers a task may train in all, as 24576.")
+            raise SubspaceError(f"budget={self.budget!r}: give how many parameters a task may train in all, as 24576.")
         self._store("budget", budget)
         if self.k is not None or self.k_in is not None or self.complete is not None:
             raise SubspaceError(

@@ -104,7 +104,7 @@ def left_out_shares(sample: Sample, parts: Sequence[Sequence[int]], k: int) -> t
 
 @dataclass(frozen=True)
 class Step:
-    """A finer partition held against a coarser one of equal size: bases and a core per source in as many numbers.
+    """A finer partition held against a coarser one of equal size: bases and a core per source in as many parameters.
 
     Attributes:
         clusters: of the finer one.
@@ -130,7 +130,7 @@ class Step:
 
 
 def compared(sample: Sample, finer: list[list[int]], coarser: list[list[int]], k: int) -> Step:
-    """Compare two partitions at equal numbers stored; `k` is the finer one's directions per side.
+    """Compare two partitions with as many parameters stored; `k` is the finer one's directions per side.
 
     A single basis of n·k directions holds whatever n bases of k do, but its cores are n² times as large: so energy at
     n·k says nothing, and the coarser one gets as many directions as both store the same with.

@@ -30,7 +30,7 @@ def scan(source: Source) -> torch.Tensor:
         The `sketch` of every module, (modules, probes) in the order of ``source.keys``, float32.
 
     Raises:
-        SourceError: a tensor's dtype, shape or numbers are unfit, or its rank is not the config's; names it.
+        SourceError: a tensor's dtype, shape or values are unfit, or its rank is not the config's; names it.
     """
     owners = {key: side for sides in source.keys.values() for side, key in sides.items()}
     grams: dict[str, torch.Tensor] = {}

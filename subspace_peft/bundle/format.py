@@ -168,7 +168,7 @@ def _check_index(index: Mapping[str, Any], pieces: Mapping[str, TensorRange]) ->
     cores = pieces["cores"]
     if cores.shape != (len(index["tasks"]), width(index["modules"])):
         raise ValueError(
-            f"cores has shape {cores.shape}, for {len(index['tasks'])} tasks of {width(index['modules'])} numbers"
+            f"cores has shape {cores.shape}, for {len(index['tasks'])} tasks of {width(index['modules'])} parameters"
         )
     for number, name in enumerate(index["apart"]):
         wanted = (width(index["entries"][name].get("modules", index["modules"])),)
@@ -177,7 +177,7 @@ def _check_index(index: Mapping[str, Any], pieces: Mapping[str, TensorRange]) ->
 
 
 def width(modules: Mapping[str, Iterable[int]]) -> int:
-    """Count the numbers of a task with cores of these sizes, module → (k_out, k_in)."""
+    """Count the parameters of a task with cores of these sizes, module → (k_out, k_in)."""
     return sum(math.prod(size) for size in modules.values())
 
 

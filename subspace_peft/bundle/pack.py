@@ -47,7 +47,7 @@ class Packed:
     Attributes:
         name: Its name in the bundle.
         config: Its whole configuration, as JSON values.
-        modules: Module → [k_out, k_in], in the order of its numbers.
+        modules: Module → [k_out, k_in], in the order of its parameters.
         tensors: (key, dtype, shape) in the order of their bytes. A task that has a core only can be a row.
         data: Returns the bytes.
         entry: Further values of its entry in the index.
@@ -97,7 +97,7 @@ def pack(
                 f"Task {name!r}: {key} holds NaN or infinite values (in {value.dtype}). Leave it out, or train it"
                 " again."
             )
-    # wide numbers first, so that every tensor within a task's bytes is aligned to its dtype
+    # wide dtypes first, so that every tensor within a task's bytes is aligned to its dtype
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     data = b"".join(tensor_bytes(tensors[key]) for key in order)
     more = {"source": named.source, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **entry}

@@ -147,8 +147,8 @@ class BasisFacts:
         fingerprint: sha256 (hex).
         modules: number of modules.
         k: its sizes in words, ``k=16``.
-        frozen: how many numbers U and V have, over all modules.
-        core: how many numbers a task with dense cores has.
+        frozen: how many parameters U and V have, over all modules.
+        core: how many parameters a task with dense cores trains.
         builder: name of the builder.
         base: the base model.
         task_type: PEFT's, where all sources have the same.
@@ -216,8 +216,8 @@ class TaskFacts:
         start: how the coefficients were initialised.
         base: the base model.
         task_type: PEFT's.
-        numbers: how many coefficients it has.
-        head: how many other numbers were trained.
+        numbers: how many coefficients it trains.
+        head: how many other parameters were trained.
         bytes: size of the file.
         training: settings by name, see `tasks.callbacks`.
         metrics: split (``evaluation``, ``test``, …) → metric → number.
@@ -250,7 +250,7 @@ class BundledTaskFacts:
     Attributes:
         name: its name in the bundle.
         coefficients: kind of coefficients.
-        numbers: how many coefficients it has.
+        numbers: how many coefficients it trains.
         energy_kept: of a task that was an adapter, the share of its energy that the basis keeps.
         metrics: metric → number.
         datasets: Hub ids.

@@ -340,7 +340,7 @@ def _say_clusters(clusters: Clusters, as_json: bool, out: Path) -> int:
         )
     print(
         f"{out}: {len(facts['clusters'])} bases, k={facts['k']}, energy kept"
-        f" {percent(facts['energy_kept'])}; one basis of as many numbers, k={facts['single_k']},"
+        f" {percent(facts['energy_kept'])}; one basis of as many parameters, k={facts['single_k']},"
         f" {percent(facts['energy_kept_single'])}"
     )
     return 0

@@ -101,7 +101,7 @@ def add_compress(add: Add) -> None:
     verb.add_argument("--skip-bad", action="store_true", help="leave refused adapters out, each with its reason")
     verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
     add_base_model_name(verb)
-    verb.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored numbers")
+    verb.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored parameters")
     add_force(verb)
     add_reading(verb)
     add_json(verb)

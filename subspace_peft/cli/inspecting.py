@@ -121,8 +121,8 @@ def inspect(args: Namespace) -> int:
     _say_names(facts["base_model"], facts["base_model_names"])
     print(f"fingerprint {facts['fingerprint']}" + (" (every tensor verified)" if facts["verified"] else ""))
     print(
-        f"{facts['frozen_numbers']:,} frozen numbers, {facts['bytes'] or 0:,} bytes; a task:"
-        f" {facts['core_numbers_per_task']:,} numbers"
+        f"{facts['frozen_numbers']:,} frozen parameters, {facts['bytes'] or 0:,} bytes; a task:"
+        f" {facts['core_numbers_per_task']:,} parameters"
     )
     for line in energy_lines(facts):
         print(line)

@@ -1,6 +1,6 @@
 """Migrate a task from one basis to another, such as the basis's next version, in closed form.
 
-The loss is measured on the numbers that are written.
+The loss is measured on the parameters that are written.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Migration:
     Attributes:
         config: Its configuration there.
         tensors: The tensors of its file, by key.
-        drift: Module → ``‖ΔW_old − ΔW_new‖_F / ‖ΔW_old‖_F`` of the numbers as they are stored, the fleet's mean update
-            included.
+        drift: Module → ``‖ΔW_old − ΔW_new‖_F / ‖ΔW_old‖_F`` of the parameters as they are stored, the fleet's mean
+            update included.
         total_drift: The same over all modules together.
         converted: The kind of coefficients that the task had, if the new basis could not hold it; else None.
     """
@@ -89,11 +89,11 @@ def migrate_task(
 ) -> Migration:
     """Migrate a task to another basis, in closed form.
 
-    The new core is ``C' = (U'ᵀ U) C (V V'ᵀ)``, and the trained numbers θ' are those with ``s'·C(θ') + g·M' = C'``.
+    The new core is ``C' = (U'ᵀ U) C (V V'ᵀ)``, and the trained parameters θ' are those with ``s'·C(θ') + g·M' = C'``.
 
     To a basis grown by `update_basis` or filled up by `complete_basis`, this is exact for all kinds of coefficients:
-    the new basis begins with the old directions, so the numbers are padded with zeros, and multiplied by s/s' where
-    the number of directions changes the scale. A task with a `k` of its own keeps it, and its numbers stay the same.
+    the new basis begins with the old directions, so the parameters are padded with zeros, and multiplied by s/s' where
+    the number of directions changes the scale. A task with a `k` of its own keeps it and its parameters.
 
     To another basis, `core`, `factor` and `none` are projected, and so are `directions` if the basis has the
     projections of the old direction tensors. Otherwise, and always with `diagonal`, the task gets `core` coefficients;
@@ -243,18 +243,18 @@ def _same_kind(
     move: Transfer,
     shape: Mapping[str, int],
 ) -> Coefficients | None:
-    """Compute trained numbers of the same kind in the new basis.
+    """Compute trained parameters of the same kind in the new basis.
 
     Args:
         config: The task's configuration.
         moved: Its configuration on the new basis.
         name: The module.
-        numbers: The module's trained numbers, by name.
+        numbers: The module's trained parameters, by name.
         move: Transfer to the part of the new basis that the task uses.
         shape: Sizes of the new basis's module.
 
     Returns:
-        The numbers by name, float64; None if the new basis cannot hold this kind exactly.
+        The parameters by name, float64; None if the new basis cannot hold this kind exactly.
     """
     ratio = config.sizes.scale(name, module_shape(move.old)) / moved.sizes.scale(name, shape)
     old, new = move.old, move.new

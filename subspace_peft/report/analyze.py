@@ -137,7 +137,7 @@ def cosine_matrix(sources: list[Source]) -> torch.Tensor:
 def _outliers(sources: list[Source], norms: list[float]) -> list[dict[str, str]]:
     logs = torch.tensor(norms, dtype=torch.float64).log().tolist()
     middle = statistics.median(logs)
-    # 1.4826 makes the median absolute deviation a standard deviation where numbers are normal
+    # 1.4826 makes the median absolute deviation a standard deviation where values are normal
     spread = 1.4826 * statistics.median(abs(value - middle) for value in logs)
     limit = max(LOUD * spread, float(torch.tensor(LOUD_AT_LEAST).log()))
     usual = torch.tensor(middle).exp().item()

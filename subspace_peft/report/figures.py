@@ -18,7 +18,7 @@ def draw(report: ReportFacts, folder: Path) -> dict[str, Path]:
     """Draw what was measured into PNGs, written aside and renamed.
 
     Args:
-        report: the numbers.
+        report: what was measured.
         folder: where the files go.
 
     Returns:

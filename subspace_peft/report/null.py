@@ -15,7 +15,7 @@ from ..sources import expand_or_raise, open_source
 
 
 def null_basis(sources: Iterable[Any], *, seed: int = 0, **build: Any) -> SubspaceBasis:
-    """Build the basis of a fleet of noise: for each source, one of equal singular values in random directions.
+    """Build the basis of noise: for each source, an update of equal singular values in random directions.
 
     It is built by the same code with the same arguments, so spectra and energies compare like with like (a
     strength-matched null). Sources of one shared-seed group become independent here.

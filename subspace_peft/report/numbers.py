@@ -1,4 +1,4 @@
-"""The numbers of a report: means of what was measured, sizes in bytes, and what a basis's config has on record."""
+"""What a report says: means of what was measured, sizes in bytes, and what a basis's config has on record."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def basis_facts(basis: SubspaceBasis) -> dict[str, Any]:
 
 
 def measured_numbers(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurement) -> dict[str, Any]:
-    """Return a report's numbers from what was measured, see `ReportFacts`."""
+    """Return a report's figures from what was measured, see `ReportFacts`."""
     modules, entries = list(measured.modules.values()), measured.sources
     above = tuple(round(statistics.median(getattr(m, f"above_{side}") for m in modules)) for side in ("out", "in"))
     facts = basis_facts(basis)
@@ -112,7 +112,7 @@ def _random(basis: SubspaceBasis, fleet: Fleet, i: int) -> float | None:
 
 
 def recorded_numbers(basis: SubspaceBasis) -> dict[str, Any]:
-    """Return a report's numbers as far as the basis's config has them on record; the others are None."""
+    """Return a report's figures as far as the basis's config has them on record; the others are None."""
     found = EnergyRecord.of(basis.info)
     groups = Counter(entry.get("seed_group") for entry in basis.info.get("sources") or [])
     facts = basis_facts(basis)

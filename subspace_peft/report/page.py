@@ -64,7 +64,7 @@ def _code(text: str) -> Markup:
 
 
 def _rows(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows of the table of numbers: what each is, and its value."""
+    """Return the rows of the table of figures: what each is, and its value."""
     rows = [(words, percent(numbers[key])) for key, words in SHARES.items()]
     if numbers["above"] is not None:
         out, inner = numbers["above"]

@@ -1,4 +1,4 @@
-"""Say in plain words what the numbers of a report mean."""
+"""Say in plain words what the figures of a report mean."""
 
 from __future__ import annotations
 

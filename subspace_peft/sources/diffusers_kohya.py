@@ -199,7 +199,7 @@ def _scales(
     for module, sides in found.keys.items():
         A = read(sides["A"])
         if A.dim() < 2 or not A.numel():
-            continue  # refused with its shape when it is read for its numbers
+            continue  # refused with its shape when it is read for its values
         rank = A.shape[0]
         part, _, rest = module.partition(".")
         own = {key.removeprefix(f"{part}."): value for key, value in config.items() if key.startswith(f"{part}.")}

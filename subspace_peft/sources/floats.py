@@ -1,4 +1,4 @@
-"""Read numbers of eight bits as float32, which holds them exactly."""
+"""Read floats of eight bits as float32, which holds them exactly."""
 
 from __future__ import annotations
 

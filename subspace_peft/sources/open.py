@@ -144,7 +144,7 @@ def _check_tensors(tensors: Mapping[Any, Any], location: str) -> None:
         if isinstance(key, str) and isinstance(value, torch.Tensor):
             if value.is_meta and ".lora_" in key:
                 raise SourceError(
-                    f"{location}: {key} is on the meta device and has no numbers: the model is not loaded yet, or"
+                    f"{location}: {key} is on the meta device and has no values: the model is not loaded yet, or"
                     " accelerate keeps them elsewhere. Load the adapter whole, or name its folder."
                 )
             continue

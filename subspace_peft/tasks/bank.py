@@ -229,7 +229,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
             yield
 
     def gather(self, names: Sequence[str]) -> torch.Tensor:
-        """Return the rows of these names (n, numbers) as they are now; of names that are not the bank's, zeros."""
+        """Return the rows of these names (n, parameters) as they are now; of names that are not the bank's, zeros."""
         if torch.compiler.is_compiling():
             return self._rows_of(names)
         with CHANGES:
@@ -270,7 +270,7 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
     # -- files and adapters -------------------------------------------------------------------------------------------
 
     def save(self, file: str | Path, dtype: torch.dtype = torch.float32, *, overwrite: bool = False) -> Path:
-        """Write all tasks into one safetensors file: ``cores`` (tasks, numbers), and an index in its metadata.
+        """Write all tasks into one safetensors file: ``cores`` (tasks, parameters), and an index in its metadata.
 
         Args:
             file: The file to write.

@@ -94,5 +94,5 @@ def _problem(index: dict[str, Any], shape: list[int], dtype: str) -> str | None:
     if shape != [len(names), width]:
         return f"its tensor is {shape}, its index says {[len(names), width]}"
     if dtype not in FLOAT_DTYPES.values():
-        return f"its numbers are {dtype}, which are not floats"
+        return f"its parameters are {dtype}, which are not floats"
     return None

@@ -59,16 +59,16 @@ class SubspaceCardCallback(TrainerCallback):
         self._progress(state, given["model"])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Note the numbers of the last evaluation."""
+        """Note the metrics of the last evaluation."""
         self._progress(state, given["model"])
         note_metrics(given["model"], "evaluation", _without("eval_", given.get("metrics") or {}))
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **given: Any) -> None:
-        """Note the numbers that `trainer.predict` measured on a test set."""
+        """Note the metrics that `trainer.predict` measured on a test set."""
         note_metrics(given["model"], "test", _without("test_", metrics))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Note the numbers of the best model, where `load_best_model_at_end` loaded it in the place of the last."""
+        """Note the metrics of the best model, where `load_best_model_at_end` loaded it in the place of the last."""
         self._progress(state, given["model"])
         best = getattr(state, "best_global_step", None) if args.load_best_model_at_end else None
         if best and (found := _evaluation(state.log_history, best)):

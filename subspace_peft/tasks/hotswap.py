@@ -31,8 +31,8 @@ SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", 
 def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub: Any) -> None:
     """Replace the loaded `adapter` by the saved `task`, under the adapter's name.
 
-    The task's numbers are copied into the adapter's tensors. No tensor is replaced, nor anything else that a compiler
-    guards on, so a compiled model is not compiled again.
+    The task's parameters are copied into the adapter's tensors. No tensor is replaced, nor anything else that a
+    compiler guards on, so a compiled model is not compiled again.
 
     Args:
         model: A PeftModel, or a model adapted by `inject_adapter_in_model` or by transformers; also the result of
@@ -44,7 +44,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
 
     Raises:
         SubspaceError: There is no such adapter, or it is merged. The model is as it was.
-        BasisMismatchError: The tasks differ in more than their numbers. The model is as it was.
+        BasisMismatchError: The tasks differ in more than their parameters' values. The model is as it was.
         BadFileError: See `SubspaceConfig.from_pretrained`.
     """
     inner = unwrapped(model)

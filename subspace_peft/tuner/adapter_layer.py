@@ -108,7 +108,7 @@ class AdapterLayer(nn.Module, SubspaceLayer):
 
         Raises:
             SubspaceError: the weight is of a quantised kind that cannot be changed.
-            ValueError: NaN or infinite numbers, with `safe_merge`.
+            ValueError: NaN or infinite values, with `safe_merge`.
         """
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:

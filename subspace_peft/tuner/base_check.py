@@ -167,7 +167,7 @@ def _judge_probe(
     if not same_weights(known, found):
         raise BasisMismatchError(
             f"The base model's weights are not those that the task was trained on ({config.base_model_name_or_path}):"
-            f" this {type(model).__name__} ({model_name(model)}) has other numbers in"
+            f" this {type(model).__name__} ({model_name(model)}) has other weights in"
             f" {names_of(probed_modules(names), 2)}. Load that base model, or pass check_base_model=False in the"
             " config to try anyway."
         )
@@ -176,7 +176,7 @@ def _judge_probe(
     if gap > STRICT and not rounded:
         warnings.warn(
             f"The base model's weights differ from those that the task was trained on"
-            f" ({config.base_model_name_or_path}), by {gap:.2g} in the few numbers on record. Where the task was"
+            f" ({config.base_model_name_or_path}), by {gap:.2g} in the few values on record. Where the task was"
             " trained on a quantised copy, that is its rounding; else this is a changed model: load the right one, or"
             " pass check_base_model=False in the config.",
             stacklevel=2,
@@ -230,7 +230,7 @@ def probed_modules(names: Sequence[str]) -> list[str]:
 def probe(
     layers: Mapping[str, nn.Module], basis: SubspaceBasis, names: Mapping[str, str], sizes: TaskSizes
 ) -> list[float] | None:
-    """Return a few numbers ``UᵀW₀Vᵀ`` of the base weights, by which a wrong base model is noticed.
+    """Return a few values ``UᵀW₀Vᵀ`` of the base weights, by which a wrong base model is noticed.
 
     Args:
         layers: target module → layer, in the model's order.
@@ -239,7 +239,7 @@ def probe(
         sizes: which part of the basis the adapter uses.
 
     Returns:
-        The numbers; None where the weights are not there, cannot be read, or hold merged updates.
+        The values; None where the weights are not there, cannot be read, or hold merged updates.
     """
     probed = probed_modules(list(layers))
     if any(map(is_merged, layers.values())):

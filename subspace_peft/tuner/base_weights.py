@@ -1,4 +1,4 @@
-"""Take the numbers that identify a base model's weights out of a live model, without reading whole matrices."""
+"""Take the entries that identify a base model's weights out of a live model, without reading whole matrices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .targets import backend_of, base_of, base_weight, outer_modules, readable, 
 QUANTISED_READ = 4  # a quantised weight is dequantised as a whole for a few of its entries
 IN_TASK = 8  # modules in a task's own record
 RUN = 256  # neighbouring entries, by whose different values rounding is noticed
-FEW = 0.7  # share of different values: 0.88 of 256 numbers in bfloat16, 0.5 of 8 bits per row, 0.25 of nf4
+FEW = 0.7  # share of different values: 0.88 of 256 entries in bfloat16, 0.5 of 8 bits per row, 0.25 of nf4
 
 
 def model_name(model: nn.Module) -> str:
@@ -142,7 +142,7 @@ def _plain(base: nn.Module) -> torch.Tensor | None:
         weight = None if stored is None else stored["weight"]
     if not isinstance(weight, torch.Tensor) or weight.is_meta or hasattr(weight, "device_mesh"):
         return None
-    # numbers of one byte mean something only with scales that are not given here
+    # values of one byte mean something only with scales that are not given here
     return weight.detach() if weight.is_floating_point() and weight.element_size() > 1 and weight.numel() else None
 
 

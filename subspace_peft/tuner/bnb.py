@@ -16,7 +16,7 @@ def keep_unpacked(model: nn.Module) -> None:
     """Keep bitsandbytes from rearranging 4-bit weights on a CPU, and undo it where it was done.
 
     On CPUs with AVX512-BF16 bitsandbytes puts a 4-bit layer's weight in another layout when the layer is evaluated.
-    From then on no gradient passes through it, in training mode neither, and PEFT dequantises it to other numbers.
+    From then on no gradient passes through it, in training mode neither, and PEFT dequantises it to other values.
     That goes for all 4-bit layers of a model: gradients pass through those between the adapted ones too.
     """
     bitsandbytes = sys.modules.get("bitsandbytes")

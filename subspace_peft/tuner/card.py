@@ -1,7 +1,7 @@
 """The facts of a task for its card, and the card in the task's README.
 
-Everything takes and returns plain values. What was measured of a task's numbers is kept in its configuration's `card`
-beside ``of``, a hash of these numbers. Facts without ``of`` are of the numbers that are in memory.
+Everything takes and returns plain values. What was measured of a task's parameters is kept in its configuration's
+`card` beside ``of``, a hash of them. Facts without ``of`` are of the parameters that are in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..cards.facts import AUTO_CLASSES
 from .task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE
 
 Card = dict[str, Any]
-# what was measured of certain numbers, and is not true of others
+# what was measured of certain parameters, and is not true of others
 MEASURED = ("training", "metrics", "controls", "datasets")
 HEADED = ("SEQ_CLS", "TOKEN_CLS")
 HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
@@ -148,7 +148,7 @@ def noted(card: Mapping[str, Any] | None, **facts: Any) -> Card:
 
 
 def measured(card: Mapping[str, Any] | None, **facts: Any) -> Card:
-    """Return `card` with facts that were measured just now, of the numbers in memory. Arguments as in `noted`."""
+    """Return `card` with facts that were measured just now, of the parameters in memory. Arguments as in `noted`."""
     return {key: value for key, value in noted(card, **facts).items() if key != "of"}
 
 
@@ -169,7 +169,7 @@ def card_for(card: Mapping[str, Any] | None, digest: str | None) -> Card | None:
 
 
 def unmeasured(card: Any) -> Card | None:
-    """Return a card that was read from a file, without facts that may be of other numbers than those beside it.
+    """Return a card that was read from a file, without facts that may be of other parameters than those beside it.
 
     A card of another kind than a dict, which a stranger's file may have, counts as none.
     """

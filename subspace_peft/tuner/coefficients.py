@@ -16,13 +16,13 @@ KINDS = ("core", "factor", "diagonal", "directions", "none")
 
 
 class Coefficients(nn.Module):
-    """The trained numbers of one task in one module.
+    """The trained parameters of one task in one module.
 
     A call gives the core ``C(θ) + g·M`` (k_out, k_in). Every trained tensor lies on this module and is used inside its
     call, so that hooks which gather or onload parameters (ZeRO, FSDP, CPU offload) see it.
 
     Attributes:
-        steps: how many numbers one Adam step moves the core by; the scale makes that step's size the same for all.
+        steps: how many parameters one Adam step moves the core by; the scale makes that step's size the same for all.
         gain: (1,) trained gain g of the mean core, or None.
     """
 
@@ -144,7 +144,7 @@ class Factor(Coefficients):
 
 
 class Diagonal(Coefficients):
-    """``C = diag(θ)``, k numbers: SVFT, JD-Diag."""
+    """``C = diag(θ)``, k parameters: SVFT, JD-Diag."""
 
     def __init__(self, k_out: int, k_in: int, mean_gain: str) -> None:
         k = min(k_out, k_in)

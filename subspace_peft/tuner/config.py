@@ -41,7 +41,7 @@ SAVED_IF_SET = ("strict", "base_weights", "basis_names", "basis_part")
 
 
 class Default(int):
-    """A number that was not asked for, unlike the same number given."""
+    """A default that was not asked for, unlike the same value given."""
 
 
 DEFAULT_R = Default(8)
@@ -116,9 +116,9 @@ class SubspaceConfig(PeftConfig):
         default="core",
         metadata={
             "help": (
-                "'core': C itself, k_out × k_in numbers per module. 'factor': C = up · down of rank `r`. 'diagonal': k"
-                " numbers. 'directions': one number per direction tensor of the basis. 'none': only the mean core's"
-                " gain."
+                "'core': C itself, k_out × k_in parameters per module. 'factor': C = up · down of rank `r`."
+                " 'diagonal': k parameters. 'directions': one per direction tensor of the basis. 'none': only the mean"
+                " core's gain."
             )
         },
     )
@@ -139,7 +139,7 @@ class SubspaceConfig(PeftConfig):
         default=256.0,
         metadata={
             "help": (
-                "Scale: s = alpha / √(how many numbers an Adam step moves C by), so that a step of learning rate η "
+                "Scale: s = alpha / √(how many parameters an Adam step moves C by), so that a step of learning rate η "
                 "changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind."
             )
         },
@@ -207,7 +207,7 @@ class SubspaceConfig(PeftConfig):
     )
     base_probe: list[float] | None = field(
         default=None,
-        metadata={"help": "A few numbers computed from the base weights, by which a wrong base is noticed."},
+        metadata={"help": "A few values computed from the base weights, by which a wrong base is noticed."},
     )
     base_weights: dict[str, Any] | None = field(
         default=None,
@@ -483,7 +483,7 @@ class SubspaceConfig(PeftConfig):
                 model anyway.
 
         Raises:
-            BadFileError: a truncated or malformed file, wrong dtypes, non-finite numbers. Of JSON that is no
+            BadFileError: a truncated or malformed file, wrong dtypes, non-finite values. Of JSON that is no
                 configuration it is a TypeError as well, as with PEFT's other methods.
             BasisNotFoundError: see `resolve`.
             BasisMismatchError: see `resolve`; also where coefficients do not fit the basis.

@@ -214,8 +214,8 @@ CHECKS: dict[str, Check] = {
     "modules_to_save": _none_or(
         _be(lambda value: isinstance(value, (list, tuple, set)) and all(map(is_name, value)), "give names")
     ),
-    "trainable_token_indices": _none_or(_be(_tokens, "give token numbers, or a dict, module → token numbers")),
-    "layers_to_transform": _none_or(_be(_layers, "give layer numbers")),
+    "trainable_token_indices": _none_or(_be(_tokens, "give token indices, or a dict, module → token indices")),
+    "layers_to_transform": _none_or(_be(_layers, "give layer indices")),
     "layers_pattern": _none_or(_patterns),
     "basis_names": _none_or(_be(_names_by_name, "give a dict, module → its name in the basis")),
     "strict": _flag,

@@ -73,7 +73,9 @@ def _numbers(config: SubspaceConfig) -> list[str]:
         what = "is read, not drawn" if not config.generated else "is made of the base model's weights"
         said.append(f"seed={config.seed} has no effect: the basis {what}")
     if not config.init_weights and config.start != "zero":
-        said.append(f"start={config.start!r} has no effect with init_weights=False, which draws small random numbers")
+        said.append(
+            f"start={config.start!r} has no effect with init_weights=False, which draws small random coefficients"
+        )
     return said
 
 

@@ -131,7 +131,7 @@ class Embedding(AdapterLayer):
         return delta.T
 
     def _dropped(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        return x  # numbers of tokens
+        return x  # indices of tokens
 
 
 KINDS = {"linear": Linear, "conv2d": Conv2d, "embedding": Embedding}

@@ -166,7 +166,7 @@ class SubspaceModel(BaseTuner):
             adapter_name: a new name.
             combination_type: as above.
             svd_rank: by default the largest k of the adapters.
-            density: share of numbers that the pruning kinds keep.
+            density: share of parameters that the pruning kinds keep.
             majority_sign_method: ``total`` or ``frequency``, for ties.
 
         Raises:

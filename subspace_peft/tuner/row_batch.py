@@ -52,7 +52,7 @@ class RowBank(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
     def gather(self, names: Sequence[str]) -> torch.Tensor:
-        """Return the bank's rows of these names (n, numbers); of names that it does not have, zeros."""
+        """Return the bank's rows of these names (n, parameters); of names that it does not have, zeros."""
         ...
 
     def group(self, layer: RowLayer, names: TaskNames, whole: bool) -> Group:
@@ -133,7 +133,7 @@ class TaskNames(list[str]):
                     self.gathered[key] = bank, bank.gather([BASE if name in live else name for name in self])
                 self.present[key] = live, banked
             if not self.present[key][0]:
-                # the rows of a bank are views of what was taken; adapters' own numbers may yet be on their way
+                # the rows of a bank are views of what was taken; adapters' own parameters may yet be on their way
                 prepare(layer, self)
 
     def check_swaps(self, layer: Any) -> None:
@@ -285,7 +285,7 @@ def task_names_passed(model: nn.Module, layers: type, training: bool, kwargs: di
             yield
         return
     with CHANGES:
-        # no task may go between its name's check and its numbers' copy
+        # no task may go between its name's check and its parameters' copy
         batch = OpenBatch(*_reached(model, layers, names, kwargs), call=not kwargs.get("block", False))
     enter(batch)
     try:

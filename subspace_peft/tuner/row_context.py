@@ -20,7 +20,7 @@ import torch
 
 from ..errors import SubspaceError
 
-# held while tasks' numbers are read for a batch, and while they are changed
+# held while tasks' parameters are read for a batch, and while they are changed
 CHANGES = threading.RLock()
 
 

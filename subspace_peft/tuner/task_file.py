@@ -99,7 +99,7 @@ def check_task(
         Module → sizes of the basis's module, for the modules that have coefficients in the file.
 
     Raises:
-        BadFileError: truncated or malformed, a wrong dtype, non-finite numbers, no coefficients, missing parts.
+        BadFileError: truncated or malformed, a wrong dtype, non-finite values, no coefficients, missing parts.
         BasisNotFoundError: the basis is nowhere.
         BasisMismatchError: the basis is another one, or shapes do not fit it.
     """
@@ -219,7 +219,7 @@ def _check_shapes(
 
 
 def _check_numbers(file: Path, carried: Carried | None, key: str, value: torch.Tensor) -> None:
-    """Check that all numbers are finite and, of a basis that the file carries, that their hashes are the config's.
+    """Check that all values are finite and, of a basis that the file carries, that their hashes are the config's.
 
     Args:
         file: for messages.
