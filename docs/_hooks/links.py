@@ -15,16 +15,18 @@ INCLUDED = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"
 SHOWN = {**INCLUDED, "README.md": "index.md"}
 IMAGES = (".svg", ".png")
 
-_CODE = re.compile(r"^(`{3,}|~{3,}).*?^\1[ \t]*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)")
+_FENCED = re.compile(r"^([ ]*)(`{3,}|~{3,}).*?^\1\2[ ]*$", re.MULTILINE | re.DOTALL)
+_LINK_OR_CODE = re.compile(
+    r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^()\s]+)\)|(?P<ticks>`+)[^`].*?(?P=ticks)"
+)
 
 
 def links_for_site(markdown: str, source: str, page: str, files: Files, config: Any) -> str:
     """Return a page's text with links that work on the site.
 
-    A link to a page of the site leads to that page. An image from elsewhere in the repository is copied into the site. Of
-    any other file of the repository the link's place is named, since the site does not have it. What does not exist is
-    left as it is, so that MkDocs warns of it.
+    A link to a page of the site leads to that page. An image from elsewhere in the repository is copied into the site.
+    Any other file of the repository is named, since the site does not have it. What does not exist is left as it is,
+    so that MkDocs warns of it.
 
     Args:
         markdown: the text.
@@ -35,6 +37,8 @@ def links_for_site(markdown: str, source: str, page: str, files: Files, config: 
     """
 
     def mended(link: re.Match[str]) -> str:
+        if link["ticks"]:
+            return link[0]
         image, text, target = link["image"], link["text"], link["target"]
         path, hash, anchor = target.partition("#")
         if not path or re.match(r"[a-z]+:", target):
@@ -54,13 +58,8 @@ def links_for_site(markdown: str, source: str, page: str, files: Files, config: 
             return text if f"`{path}`" == text else f"{text} (`{path}`)"
         return f"{image}[{text}]({posixpath.relpath(place, posixpath.dirname(page) or '.')}{hash}{anchor})"
 
-    return "".join(part if place % 2 else _LINK.sub(mended, part) for place, part in enumerate(_split_code(markdown)))
-
-
-def _split_code(markdown: str) -> list[str]:
-    """Return text and code by turns, beginning with text."""
-    parts, end = [], 0
-    for code in _CODE.finditer(markdown):
-        parts += [markdown[end : code.start()], code[0]]
-        end = code.end()
-    return [*parts, markdown[end:]]
+    mended_parts, end = [], 0
+    for fenced in _FENCED.finditer(markdown):
+        mended_parts += [_LINK_OR_CODE.sub(mended, markdown[end : fenced.start()]), fenced[0]]
+        end = fenced.end()
+    return "".join([*mended_parts, _LINK_OR_CODE.sub(mended, markdown[end:])])
