@@ -1,0 +1,182 @@
+"""A page's code blocks, found by Sybil and evaluated in order, in one namespace and one folder.
+
+    python                 executed; behind `<!-- no-run: reason -->` compiled, and its names resolved
+    text behind a block    compared with what the block printed; behind `<!-- varies: reason -->` all but the numbers
+    bash, console          our commands parsed and, where all that they read is there, run; others: make targets,
+                           extras, scripts and their flags
+    yaml, json, toml       parsed
+    text, or no language   not code
+
+`subspace-peft …` between backticks in a sentence is parsed too, as far as it goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import yaml
+from sybil import Document, Example, Region
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+from subspace_peft.cli.language import verbs_of
+
+from . import commands, names
+from .stand_ins import Folder
+
+DATA: dict[str, Callable[[str], object]] = {
+    "yaml": lambda text: list(yaml.safe_load_all(text)),
+    "json": json.loads,
+    "toml": commands.tomllib.loads,
+}
+SHELLS = ("bash", "console")
+PROSE = ("text", "")
+FENCE = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*)[^\n]*\n"))
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+MARK = re.compile(r"<!-- ([\w-]+): ([^\n]+) -->\s*$")
+# what a page says about itself, without saying what to type: `subspace-peft build`, `bundle create|add`
+INLINE = re.compile(r"(?<!`)`(subspace-peft [^`\n]+)`(?!`)")
+
+
+class Page:
+    """A Markdown file, evaluated in the working folder.
+
+    Args:
+        file: The page.
+        folder: The working folder's stand-ins.
+    """
+
+    def __init__(self, file: Path, folder: Folder | None = None) -> None:
+        self.folder, self.counts = folder, Counter[str]()
+        self.printed: tuple[int, str] | None = None  # where the block ended that printed last, and what
+        self.document = Document.parse(str(file), self.regions)
+
+    def regions(self, document: Document) -> Iterable[Region]:
+        """Sybil's parser: a region per fenced block, with its evaluator."""
+        for region in FENCE(document):
+            region.parsed = region.lexemes["source"]
+            region.evaluator = self.evaluate
+            yield region
+
+    def evaluate(self, example: Example) -> str | None:
+        """Sybil's evaluator: what is wrong with a block, or None."""
+        language, source = example.region.lexemes["language"], str(example.parsed)
+        mark = MARK.search(self.document.text, 0, example.start)
+        kind, reason = mark.groups() if mark else (None, None)
+        if kind not in (None, "no-run", "varies"):
+            return f"no such mark as {kind!r}, only no-run and varies"
+        before, self.printed = self.printed, None
+        if language == "python":
+            return self.python(example, source, ran=kind != "no-run")
+        if language in SHELLS:
+            return self.shell(example, source, language, ran=kind != "no-run")
+        if language in DATA:
+            DATA[language](source)
+            self.counts["data parsed"] += 1
+            return None
+        if language not in PROSE:
+            return f"a block of {language!r} is not checked; known are python, bash, console, yaml, json, toml, text"
+        if before is not None and self.follows(before[0], example.start):
+            return self.output(before[1], source, varies=kind == "varies")
+        return f"it is no output: no block that printed stands before it ({reason})" if kind == "varies" else None
+
+    def python(self, example: Example, source: str, ran: bool) -> str | None:
+        """Execute a block, or resolve its names."""
+        if not ran:
+            self.counts["Python resolved"] += 1
+            return "; ".join(names.resolve(source, example.namespace)) or None
+        said = io.StringIO()
+        with self.prepared(source), contextlib.redirect_stdout(said):
+            PythonEvaluator()(example)
+        self.counts["Python executed"] += 1
+        self.printed = example.region.end, said.getvalue()
+        return None
+
+    def shell(self, example: Example, source: str, language: str, ran: bool) -> str | None:
+        """Check the commands of a block, and run those that can be."""
+        faults, said, complete = [], [], ran
+        for words in commands.commands(source, language):
+            ours = commands.after_program(words)
+            found = commands.check_other(words) if ours is None else None
+            if ours is None:
+                faults += found or []
+                self.counts["other commands checked" if found is not None else "other programs"] += 1
+                complete = False
+                continue
+            given, wrong = commands.parse(ours)
+            faults += [f"`subspace-peft {' '.join(ours)}`: {each}" for each in wrong]
+            if wrong or given is None or not ran or not commands.can_run(ours, given):
+                self.counts["commands parsed"] += 1
+                complete = False
+                continue
+            with self.prepared(" ".join(words)):
+                status, printed, errors = commands.run(ours)
+            self.counts["commands run"] += 1
+            said.append(printed)
+            if status:
+                faults.append(f"`subspace-peft {' '.join(ours)}` ends with {status}: {errors.strip()}")
+        if complete and language == "bash":
+            self.printed = example.region.end, "".join(said)
+        return "\n".join(faults) or None
+
+    @contextlib.contextmanager
+    def prepared(self, source: str) -> Iterable[None]:
+        """Make way for what `source` writes, and have the stand-ins follow it."""
+        if self.folder is not None:
+            self.folder.make_way(source)
+        yield
+        if self.folder is not None:
+            self.folder.follow()
+
+    def follows(self, end: int, start: int) -> bool:
+        """Return whether nothing but blanks and a mark is between two places."""
+        return not re.sub(r"<!--.*?-->", "", self.document.text[end:start]).strip("`~ \n")
+
+    def output(self, printed: str, shown: str, varies: bool) -> str | None:
+        """Compare what was printed with what the page shows."""
+        self.counts["outputs compared"] += 1
+        if varies:
+            printed, shown = (NUMBER.sub("N", text) for text in (printed, shown))
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        if doctest.OutputChecker().check_output(shown, printed, flags):
+            return None
+        return f"the page shows\n{shown}\nbut the block printed\n{printed}"
+
+    def inline(self) -> list[str]:
+        """Return what is wrong with the commands that stand in sentences and tables."""
+        blocks = [(region.start, region.end) for _, region in self.document.regions]
+        faults = []
+        for found in INLINE.finditer(self.document.text):
+            if not any(start <= found.start() < end for start, end in blocks):
+                self.counts["commands in sentences"] += 1
+                faults += [f"`{found[1]}`: {fault}" for fault in check_mention(found[1])]
+        return faults
+
+
+def check_mention(command: str) -> list[str]:
+    """Return what is wrong with a command in a sentence: its verb, its flags and, where it is whole, its arguments."""
+    words = command.replace("\\|", "|").split()[1:]
+    known = verbs_of(commands.our_parser())
+    if words[0].startswith("-"):
+        return commands.parse(words)[1]
+    tops = {name.split()[0] for name in known}
+    faults = [f"no verb {verb}" for verb in words[0].split("|") if verb not in tops]
+    if faults:
+        return faults
+    two = [name for name in known if len(words) > 1 and name in {f"{words[0]} {part}" for part in words[1].split("|")}]
+    chosen = two or [name for name in known if name.split()[0] in words[0].split("|")]
+    options = {option for name in chosen for action in known[name]._actions for option in action.option_strings}
+    flags = [word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)]
+    faults = [f"no {flag}" for flag in flags if flag not in options]
+    whole = not re.search(r"[…|\[]|\.\.\.", command) and len(words) > 1 + bool(two)
+    # with flags only it may be half a command: `subspace-peft build --json`
+    if not faults and whole and not words[1 + bool(two)].startswith("-"):
+        faults = commands.parse(words)[1]
+    return faults
