@@ -6,16 +6,24 @@ moment it is. Everything else loads when it is first used, so that the import it
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ._lazy import attach
 from ._moved import install
 from ._on_import import when_imported
 from ._version import __version__
 
 if TYPE_CHECKING:
     from .basis import ModuleBasis, SubspaceBasis
-    from .builders import build_basis, build_clusters, complete_basis, update_basis
+    from .builders import (
+        BuildOptions,
+        build_basis,
+        build_clusters,
+        complete_basis,
+        plan_build,
+        rebuild_basis,
+        update_basis,
+    )
     from .bundle import (
         Bundle,
         add_tasks,
@@ -28,91 +36,138 @@ if TYPE_CHECKING:
         open_bundle,
         push_bundle,
     )
-    from .convert import export_lora, migrate_task, project_lora
-    from .tasks import TaskBank, hotswap, load_adapter, save_adapter
+    from .convert import export_gguf, export_lora, migrate_task, project_lora
+    from .errors import SubspaceError
+    from .recipes import copy_recipe, list_recipes, load_recipe
+    from .report import analyze_fleet, inspect_path, null_basis, report_basis, validate_basis
+    from .serve import TaskExports
+    from .tasks import TaskBank, hotswap, load_adapter, read_task, save_adapter
     from .tasks.callbacks import SubspaceCardCallback, write_card
-    from .tuner import SubspaceConfig, SubspaceModel
+    from .tuner import SubspaceConfig, SubspaceLayer, SubspaceModel
     from .tuner.base_record import record_base_model
 
+# where each public name is defined
 _PLACES = {
+    "BuildOptions": "builders",
+    "Bundle": "bundle",
     "ModuleBasis": "basis",
     "SubspaceBasis": "basis",
-    "build_basis": "builders",
-    "complete_basis": "builders",
-    "update_basis": "builders",
-    "build_clusters": "builders",
-    "Bundle": "bundle",
-    "add_tasks": "bundle",
-    "bundle_tasks": "bundle",
-    "compress_fleet": "bundle",
-    "extract_task": "bundle",
-    "extract_tasks": "bundle",
-    "load_task": "bundle",
-    "migrate_bundle": "bundle",
-    "open_bundle": "bundle",
-    "push_bundle": "bundle",
-    "export_lora": "convert",
-    "migrate_task": "convert",
-    "project_lora": "convert",
     "SubspaceCardCallback": "tasks.callbacks",
     "SubspaceConfig": "tuner",
-    "hotswap": "tasks",
-    "load_adapter": "tasks",
-    "save_adapter": "tasks",
+    "SubspaceError": "errors",
+    "SubspaceLayer": "tuner",
     "SubspaceModel": "tuner",
-    "record_base_model": "tuner.base_record",
     "TaskBank": "tasks",
+    "TaskExports": "serve",
+    "add_tasks": "bundle",
+    "analyze_fleet": "report",
+    "build_basis": "builders",
+    "build_clusters": "builders",
+    "bundle_tasks": "bundle",
+    "complete_basis": "builders",
+    "compress_fleet": "bundle",
+    "copy_recipe": "recipes",
+    "export_gguf": "convert",
+    "export_lora": "convert",
+    "extract_task": "bundle",
+    "extract_tasks": "bundle",
+    "hotswap": "tasks",
+    "inspect_path": "report",
+    "list_recipes": "recipes",
+    "load_adapter": "tasks",
+    "load_recipe": "recipes",
+    "load_task": "bundle",
+    "migrate_bundle": "bundle",
+    "migrate_task": "convert",
+    "null_basis": "report",
+    "open_bundle": "bundle",
+    "plan_build": "builders",
+    "project_lora": "convert",
+    "push_bundle": "bundle",
+    "read_task": "tasks",
+    "rebuild_basis": "builders",
+    "record_base_model": "tuner.base_record",
+    "report_basis": "report",
+    "save_adapter": "tasks",
+    "update_basis": "builders",
+    "validate_basis": "report",
     "write_card": "tasks.callbacks",
 }
 
 __all__ = [
+    "BuildOptions",
     "Bundle",
     "ModuleBasis",
     "SubspaceBasis",
     "SubspaceCardCallback",
     "SubspaceConfig",
+    "SubspaceError",
+    "SubspaceLayer",
     "SubspaceModel",
     "TaskBank",
+    "TaskExports",
     "__version__",
     "add_tasks",
+    "analyze_fleet",
     "build_basis",
     "build_clusters",
     "bundle_tasks",
     "complete_basis",
     "compress_fleet",
+    "copy_recipe",
+    "export_gguf",
     "export_lora",
     "extract_task",
     "extract_tasks",
     "hotswap",
+    "inspect_path",
+    "list_recipes",
     "load_adapter",
+    "load_recipe",
     "load_task",
     "migrate_bundle",
     "migrate_task",
+    "null_basis",
     "open_bundle",
+    "plan_build",
     "project_lora",
     "push_bundle",
+    "read_task",
+    "rebuild_basis",
     "record_base_model",
+    "report_basis",
     "save_adapter",
     "update_basis",
+    "validate_basis",
     "write_card",
 ]
+
+__getattr__, __dir__ = attach(
+    __name__,
+    _PLACES,
+    modules=(
+        "basis",
+        "builders",
+        "bundle",
+        "cards",
+        "convert",
+        "energy",
+        "errors",
+        "hub",
+        "modeling",
+        "recipes",
+        "report",
+        "serve",
+        "sources",
+        "tasks",
+        "tuner",
+    ),
+)
 
 
 def _register() -> None:
     # which registers as it is imported
     from . import _peft_hooks  # noqa: F401
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
 
 
 install()

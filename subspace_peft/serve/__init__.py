@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
 
 if TYPE_CHECKING:
     from .exports import TaskExports
 
 __all__ = ["TaskExports"]
 
-
-def __getattr__(name: str) -> Any:
-    # vLLM imports this package in all of its processes, whether or not its plugin has anything to do there
-    if name == "TaskExports":
-        from .exports import TaskExports
-
-        return TaskExports
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# vLLM imports this package in all of its processes, whether or not its plugin has anything to do there
+__getattr__, __dir__ = attach(__name__, {"TaskExports": "exports"})
