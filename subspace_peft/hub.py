@@ -179,7 +179,7 @@ def upload(
     # all of these give the same when they are done twice: what is there already is neither made nor sent again
     try:
         whole = ask(repo_id, lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             folder = Path(scratch)
             _fetch_readme(whole, folder, branch, token)
             write(folder, whole)

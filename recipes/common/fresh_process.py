@@ -51,9 +51,8 @@ def logits_elsewhere(task: Path, encoder: Path, classes: int, kept: Path, *, plu
     """
     out = kept.with_name("elsewhere.npy")
     given = [task, encoder, classes, kept, out, modeling.__file__, "yes" if plugin else "no"]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, given)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", PROGRAM, *map(str, given)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         raise SubspaceError(f"{task}: a fresh process could not load it:\n{done.stderr.strip()[-1500:]}")
     logits = np.load(out)

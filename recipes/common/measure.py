@@ -22,7 +22,7 @@ def measure(model: nn.Module) -> dict[str, int]:
     if not isinstance(model, PeftModel):
         return {"trained_adapter": 0, "trained_head": sum(p.numel() for p in trained.values()), "bytes": 0}
     head = {name: parameter for name, parameter in trained.items() if ".modules_to_save." in name}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         model.save_pretrained(scratch)
         size = (Path(scratch) / "adapter_model.safetensors").stat().st_size
     numbers = sum(parameter.numel() for parameter in head.values())

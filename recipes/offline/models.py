@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -81,7 +80,7 @@ def _written(folder: Path, write: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / "model"
         made.mkdir()
         with _quiet():
@@ -97,7 +96,7 @@ def put(made: Path, folder: Path) -> None:
         OSError: it could not be renamed, and no other process's is there.
     """
     try:
-        os.rename(made, folder)
+        made.rename(folder)
     except OSError:
         if not folder.is_dir():
             raise

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,7 +40,7 @@ def fetch(package: Package, *, cache: Path | None = None, download: Download | N
         return home
     cache.mkdir(parents=True, exist_ok=True)
     # beside its final place, so that the last step is one rename: an interrupted fetch leaves no folder of that name
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as scratch:
         archive = (download or clients.download)(package, Path(scratch))
         verify(archive, package)
         if package.registry == "debian":
@@ -54,7 +53,7 @@ def fetch(package: Package, *, cache: Path | None = None, download: Download | N
             )
         # after a lost race the other process's folder is there, which has the same verified content
         with contextlib.suppress(OSError):
-            os.rename(unpacked, home)
+            unpacked.rename(home)
     if not home.is_dir():
         raise PackageError(
             f"{package}: {home} could not be written. Set SUBSPACE_PEFT_CACHE to a folder you may write."

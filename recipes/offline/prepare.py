@@ -156,7 +156,7 @@ def _write_aside(folder: Path, facts: dict[str, Any], write: Callable[[Path], No
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".task-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".task-", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / "task"
         made.mkdir()
         write(made)

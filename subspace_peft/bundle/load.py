@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._adapted import unwrapped
+from .._io.folder_names import check_folder_names
 from .._io.occupied import LORA, TASK
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
@@ -85,7 +86,7 @@ def load_task(
         task = _part_for(model, found, task, basis)
     wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
     _check_model(model, found, task, name, wants_lora)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch, "task")
         # the basis has to live until the model holds it: PEFT reads another configuration from the folder, which then
         # finds the basis in this process
@@ -184,6 +185,7 @@ def extract_tasks(
 def _check_folders(found: Bundle, out: Path, names: list[str], how: Mapping[str, Any]) -> None:
     """Raise where one of the tasks' folders holds something else, before the first is written."""
     needed = [found.location, how.get("basis")]
+    check_folder_names(out, names)
     for name in names:
         as_lora = how.get("as_lora")
         wants_lora = found[name].residual_rank > 0 if as_lora is None else as_lora

@@ -13,6 +13,7 @@ from .._version import __version__
 from . import recipes
 from .building import add_build
 from .bundles import add_bundle, add_compress
+from .console import leave, make_printable
 from .converting import add_export_lora, add_project
 from .inspecting import add_analyze, add_inspect, add_report, add_validate
 from .language import Flags, flags_of_verb, in_flags, spoken_warnings, verbs_of
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for an error on the way, 2 for wrong arguments.
     """
+    make_printable(sys.stdout, sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
         # all that follows belongs to the script, `-m` and other options too, which argparse would claim
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # the reader of the output, such as `head`, has what it wanted; Python would complain again at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(sys.stdout)
         return 141
     except Exception as error:
         from ..errors import ProcessError, SubspaceError

@@ -296,9 +296,11 @@ class _Tasks:
             fingerprint: of the basis that the tasks are carried to; None while that is to be made.
             needed: places that are still read, or that the tasks will refer to.
         """
+        from .._io.folder_names import check_folder_names
         from .._io.occupied import BUNDLE, TASK
         from ..basis.overwriting import Planned, check_target
 
+        check_folder_names(self.out, [*self.tasks, *self.bundles])
         certain = fingerprint is not None
         for name, (repo, _) in self.tasks.items():
             planned = Planned(TASK, fingerprint, certain=certain)

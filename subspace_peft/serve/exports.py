@@ -179,7 +179,7 @@ class TaskExports:
 
     def _export(self, task: SavedTask, folder: Path) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=self.cache) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=self.cache, ignore_cleanup_errors=True) as scratch:
             made = Path(scratch) / "lora"
             write_lora(task, made, rank=self.rank, pad_to="vllm", dtype=self.dtype)
             try:
