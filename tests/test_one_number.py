@@ -23,8 +23,9 @@ from subspace_peft import (
 from subspace_peft.bundle import open_bundle
 from subspace_peft.cli import main
 from subspace_peft.energy import EnergyRecord, percent
-from subspace_peft.report import analyze_fleet, report_basis, validate_basis
+from subspace_peft.report import analyze_fleet, report_basis, validate_basis, verdict_of
 from subspace_peft.report.inspect import inspect_path
+from subspace_peft.report.verdict import verdict
 
 PACKAGE = Path(energy.__file__).parent
 MODULES = ("a.q", "b.up", "c.v")
@@ -236,22 +237,68 @@ def in_percent(shares: dict[str, float]) -> dict[str, str]:
 def test_a_build_ends_with_the_verdict_and_the_next_step(tmp_path, capsys):
     loras = saved(tmp_path / "loras", states())
     said = run(capsys, "build", *loras, "-k", "4", "--out", tmp_path / "basis", "--quiet").splitlines()
-    record = EnergyRecord.of(SubspaceBasis.from_pretrained(tmp_path / "basis").info)
-    assert said[-3].startswith(f"The basis keeps {percent(record.kept)} of its adapters' energy")
-    assert f"one of its size keeps {percent(record.null)}): {energy.word(record.kept)}." in said[-3]
+    basis = SubspaceBasis.from_pretrained(tmp_path / "basis")
+    record = EnergyRecord.of(basis.info)
+    assert said[-3] == (
+        f"The basis keeps {percent(record.kept)} of its adapters' energy, beside {percent(record.null)} that one of"
+        f" its size keeps of noise of the same strength and {percent(record.random)} that random directions keep of"
+        f" anything: {energy.word(record.kept)}."
+    )
     assert said[-2] == (
         f"Of an adapter left out, a basis of the others keeps {percent(record.left_out)}; random directions keep"
         f" {percent(record.random)}."
     )
-    assert said[-1].startswith("Next: for these adapters, ") and "; for new tasks, " in said[-1]
-    # one adapter says nothing of others, a control nothing of any
-    said = run(capsys, "build", loras[0], "-k", "2", "--out", tmp_path / "one", "--quiet").splitlines()
-    assert "new tasks" not in said[-1] and said[-1].startswith("Next: for these adapters, ")
+    assert said[-1].startswith("Next: ") and "; for new tasks, " in said[-1]
+    # from Python the same, with what energy is
+    explained = said[-3].replace("energy,", f"energy ({energy.EXPLAINED}),")
+    assert verdict_of(basis) == verdict_of(tmp_path / "basis") == [explained, *said[-2:]]
+    # a control says nothing of any adapter
     like = ("--builder", "random", "--like", tmp_path / "basis")
-    said = run(capsys, "build", *like, "--out", tmp_path / "random", "--quiet")
-    assert "Next" not in said and "energy" not in said
-    # JSON stays JSON
-    json.loads(run(capsys, "build", *loras, "-k", "4", "--out", tmp_path / "basis", "--quiet", "--json"))
+    said = run(capsys, "build", *like, "--out", tmp_path / "random", "--quiet").splitlines()
+    assert said[-3].startswith("The basis is of no adapters: it has random directions, the control")
+    assert said[-1].startswith("Next: ") and "use LoRA" in said[-1]
+    # JSON stays JSON, and has the lines
+    made = json.loads(run(capsys, "build", *loras, "-k", "4", "--out", tmp_path / "basis", "--quiet", "--json"))
+    assert made["verdict"][0].startswith(f"The basis keeps {percent(record.kept)}")
+    # the report begins with what the build ended with
+    numbers = report_basis(basis, progress=False).numbers
+    assert verdict(numbers)[0].startswith(made["verdict"][0]) and verdict(numbers)[1].startswith(made["verdict"][1])
+    assert verdict(numbers)[2] == made["verdict"][2]
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "second", "third"),
+    [
+        (1, ("-k", "2"), "nothing can be said: no other one is left", "for new tasks, use LoRA: one adapter tells"),
+        (9, ("-k", "4"), "was not measured with this one", "for new tasks, see `subspace-peft report "),
+        (4, ("-k", "4", "--no-leave-one-out"), "was not measured with this one", "for new tasks, see `subspace-peft"),
+        (4, ("-k", "4", "--builder", "eigenlora"), "was not measured with this one", "for new tasks, see"),
+        (4, ("-k", "4", "--precision", "int8", "--no-keep-cores"), "a basis of the others keeps", "for new tasks, "),
+    ],
+)
+def test_a_build_says_what_it_did_not_measure(count, arguments, second, third, tmp_path, capsys, monkeypatch):
+    saved(tmp_path / "loras", states(count))
+    monkeypatch.chdir(tmp_path)
+    loras = [f"loras/lora-{i}" for i in range(count)]
+    said = run(capsys, "build", *loras, *arguments, "--out", "basis", "--quiet").splitlines()[-3:]
+    assert said[0].startswith("The basis keeps ") and second in said[1]
+    assert said[2].startswith("Next: ") and third in said[2]
+    assert "report" not in said[2] or "`subspace-peft report basis`" in said[2]
+
+
+def test_updates_completions_and_clusters_end_with_the_verdict(tmp_path, capsys):
+    loras = saved(tmp_path / "loras", states(5))
+    run(capsys, "build", *loras[:4], "-k", "4", "--out", tmp_path / "basis", "--quiet")
+    said = run(capsys, "update", tmp_path / "basis", loras[4], "--out", tmp_path / "v2", "--quiet").splitlines()
+    assert said[-3].startswith("The basis keeps at least ") and "not measured" in said[-2] and "Next: " in said[-1]
+    said = run(capsys, "complete", tmp_path / "basis", "-k", "6", "--out", tmp_path / "full", "--quiet").splitlines()
+    assert said[-3].startswith("The basis keeps at least ") and said[-1].startswith("Next: ")
+    for asked in ("2", "auto"):
+        more = ("--clusters", asked, "-k", "3", "--out", tmp_path / f"clusters-{asked}", "--quiet")
+        said = run(capsys, "build", *loras, *more).splitlines()
+        assert re.match(r"The (one|\d) (basis keeps|bases keep) [\d.]+ % of their adapters' energy, beside ", said[-3])
+        assert said[-2].startswith("Of an adapter left out, ") or "not measured" in said[-2]
+        assert said[-1].startswith("Next: ")
 
 
 def test_unrelated_adapters_are_not_praised(tmp_path, capsys):
@@ -261,10 +308,8 @@ def test_unrelated_adapters_are_not_praised(tmp_path, capsys):
         for _ in range(3)
     ]
     said = run(capsys, "build", *saved(tmp_path / "l", noise), "-k", "9", "--out", tmp_path / "b", "--quiet")
-    assert (
-        "keeps 100.0 % of its adapters' energy (of noise of the same strength, one of its size keeps 100.0 %)" in said
-    )
-    assert "because they are few" in said and "for new tasks, train a LoRA" in said
+    assert "keeps 100.0 % of its adapters' energy, beside 100.0 % that one of its size keeps of noise" in said
+    assert "because they are few" in said and "for new tasks, use LoRA" in said
 
 
 def test_a_record_that_its_cores_contradict_is_found(tmp_path, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,19 +149,7 @@ def build(args: Namespace) -> int:
         return _say_clusters(made, args.json, out)
     if said and not args.json:
         print(said)
-    status = inspect(Namespace(path=str(out), no_verify=True, json=args.json))
-    if not args.json:
-        _say_verdict(made, out)
-    return status
-
-
-def _say_verdict(basis: SubspaceBasis, out: Path) -> None:
-    """Print what the basis is good for and the next step, as far as the build measured it."""
-    from ..report.numbers import recorded_numbers
-    from ..report.verdict import conclusion
-
-    for line in conclusion(recorded_numbers(basis), shlex.quote(str(out))):
-        print(line)
+    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
 
 
 def _request(args: Namespace, out: Path | None, in_file: set[str]) -> Request:
@@ -324,7 +311,10 @@ def _planned(request: Request) -> BuildPlan:
 
 
 def _say_clusters(clusters: Clusters, as_json: bool, out: Path) -> int:
+    from ..report.verdict_clusters import verdict_of_clusters
+
     facts = clusters.to_dict()
+    facts["verdict"] = verdict_of_clusters(facts, str(out))
     if as_json:
         return print_json(facts)
     for step in facts["steps"]:
@@ -343,6 +333,7 @@ def _say_clusters(clusters: Clusters, as_json: bool, out: Path) -> int:
         f" {percent(facts['energy_kept'])}; one basis of as many parameters, k={facts['single_k']},"
         f" {percent(facts['energy_kept_single'])}"
     )
+    print(*facts["verdict"], sep="\n")
     return 0
 
 

@@ -135,6 +135,7 @@ def inspect(args: Namespace) -> int:
         )
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
+    print(*facts["verdict"], sep="\n")
     return 0
 
 

@@ -127,6 +127,7 @@ def update(args: Namespace) -> int:
     from ..builders import update_basis
     from ..builders.resume import forget
     from ..convert.migrate import MAX_DRIFT
+    from ..report.verdict import verdict_on_record
 
     if bool(args.tasks) != bool(args.tasks_out):
         raise SubspaceError("Give both, --tasks and --tasks-out: which tasks to carry over, and where to.")
@@ -169,6 +170,7 @@ def update(args: Namespace) -> int:
         "skipped": new.info["skipped"],
         **new.info["update"],
         "tasks": tasks.write(new),
+        "verdict": verdict_on_record(new.info, str(args.out)),
     }
     if args.json:
         return print_json(facts)
@@ -181,7 +183,9 @@ def update(args: Namespace) -> int:
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
     print(f"{facts['out']}: version {facts['version']} of the basis, {facts['k']}, fingerprint {facts['fingerprint']}")
-    return _say(facts["tasks"])
+    _say(facts["tasks"])
+    print(*facts["verdict"], sep="\n")
+    return 0
 
 
 def complete(args: Namespace) -> int:

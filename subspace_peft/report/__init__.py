@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .inspect import inspect_path
     from .null import null_basis
     from .validate import validate_basis
+    from .verdict import verdict_of
 
 _PLACES = {
     "FleetAnalysis": "analyze",
@@ -24,6 +25,7 @@ _PLACES = {
     "null_basis": "null",
     "report_basis": "fleet_report",
     "validate_basis": "validate",
+    "verdict_of": "verdict",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "null_basis",
     "report_basis",
     "validate_basis",
+    "verdict_of",
 ]
 
 __getattr__, __dir__ = attach(__name__, _PLACES)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .measure import ModuleFindings
+if TYPE_CHECKING:
+    from .measure import ModuleFindings
 
 # the key for shares of adapters that were left out: `report.json` has had it from its first version on, and with it
 # `numbers` and `sources`

@@ -11,6 +11,7 @@ from ..basis.files import CONFIG_FILE
 from ..energy import EnergyRecord, lower_bound, sources_of
 from ..errors import BasisNotFoundError, HubUnavailableError, SubspaceError
 from ..hub import only_local, split_revision
+from .verdict import verdict_on_record
 
 SHARES = ("kept", "random", "left_out", "null")
 
@@ -83,7 +84,8 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
     energies = {f"energy_{key}": value for key in SHARES if (value := getattr(record, key)) is not None}
     bounds = {"energy_kept_at_least": True} if record.at_least else {}
     over = {"energy_over_modules": list(record.over_modules)} if record.over_modules else {}
-    return facts | basis.info.get("measured", {}) | energies | bounds | over
+    said = {"verdict": verdict_on_record(basis.info, basis.location)}
+    return facts | basis.info.get("measured", {}) | energies | bounds | over | said
 
 
 def _task(path: str | Path) -> dict[str, Any]:
