@@ -41,8 +41,12 @@ NEXT = {
     "poor": "keep these adapters as LoRAs, or build with a larger k",
     UNKNOWN: "",
 }
-COMPRESS = "subspace-peft compress ADAPTER … --basis {place} --out my-bundle"
-PACK = {"faithful": COMPRESS, "partial": f"{COMPRESS} --residual 4", "poor": "", UNKNOWN: ""}
+PACK = {
+    "faithful": "subspace-peft compress ADAPTER … --basis {place} --out my-bundle",
+    "partial": "subspace-peft compress ADAPTER … --basis {place} --residual 4 --out my-bundle",
+    "poor": "",
+    UNKNOWN: "",
+}
 # by the class of what is kept of adapters left out: what that means for new tasks, and what to do with these. On five
 # new tasks of an independent check a core of k=16 in a fleet's basis ended behind the head alone and behind LoRA;
 # tasks with related ones in the fleet gained

@@ -30,7 +30,7 @@ def verdict_of_clusters(facts: Mapping[str, Any], place: str) -> list[str]:
     if count > 1 and single is not None and kept < single:
         advice = f"build one basis with -k {facts['single_k']}, which keeps more for as many parameters"
     else:
-        advice = f"for the adapters of each cluster, with its --basis {place}/cluster-N, {NEXT[word(kept)]}"
+        advice = f"for the adapters of each cluster, with its basis {place}/cluster-N, {NEXT[word(kept)]}"
     return [
         f"{said} {percent(kept)} of their adapters' energy{beside}: {word(kept)}.",
         left_out,
