@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import SubspaceError
 from .bnb import KeptWeight, unpack
 from .layer import SubspaceLayer
+from .learning_rate import watch
 from .plan import InjectionPlan
 from .row_batch import add_updates, check_rows
 from .row_context import RowSlot, check_thread, names_here, weight_changes
@@ -50,6 +51,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         if "arrivals" in state:
             state["load_trackers"] = state.pop("arrivals")
         super().__setstate__(state)
+        for name, scale in self.configured_scaling.items():
+            watch(self.subspace_coef[name], scale)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the base layer's output with the updates of the active adapters, or of each row's own task."""

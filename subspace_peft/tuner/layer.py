@@ -16,6 +16,7 @@ from ..basis import ModuleBasis, SubspaceBasis
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .injection import source_index
+from .learning_rate import watch
 from .load_tracker import LoadTracker
 from .plan import InjectionPlan
 from .row_batch import RowBank
@@ -111,6 +112,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.subspace_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self._start(coefficients, adapter_name, plan, key)
         self.subspace_coef[adapter_name] = coefficients
+        watch(coefficients, scale)
         self.load_trackers.pop(adapter_name, None)
         if plan.tracker is not None:
             self._expect(adapter_name, plan.tracker, key, to_come)
