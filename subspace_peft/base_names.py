@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from .errors import SubspaceError
 
+BASE = "__base__"  # in place of a task's name: the base model alone
 SAME, DIFFERENT, UNKNOWN = "same", "different", "unknown"
 
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")

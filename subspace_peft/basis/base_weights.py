@@ -11,11 +11,13 @@ import binascii
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .._io.untrusted import is_name, is_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 FORMAT = 1
 KEY = "base_weights"  # in a basis's config
@@ -37,6 +39,8 @@ def places(name: str, out: int, inner: int, count: int) -> torch.Tensor:
     They follow from the name and the sizes by sha256, so that any version and machine takes the same; fewer entries
     are the first ones.
     """
+    import torch
+
     found: list[int] = []
     while len(found) < count:
         digest = hashlib.sha256(f"{name}/{len(found)}".encode()).digest()
@@ -95,16 +99,22 @@ def sizes_of_record(modules: int, most: int = MOST_MODULES) -> tuple[int, int]:
 
 def read_sample(record: Any) -> WeightSample | None:
     """Return the sample that a record stands for; None where it is none, malformed, or of a newer format."""
-    if record is None or weights_problem(record) is not None or record["format"] != FORMAT:
+    if not _readable(record):
         return None
     values = {name: _unpacked(text) for name, text in record["values"].items()}
     return WeightSample(values, record["stored_as"], record["rounded"], record.get("model"), record["taken"])
+
+
+def _readable(record: Any) -> bool:
+    return record is not None and weights_problem(record) is None and record["format"] == FORMAT
 
 
 def weights_problem(record: Any) -> str | None:
     """Return what is wrong with a record of base weights in a file, or None."""
     if not isinstance(record, Mapping) or not is_whole(record.get("format")):
         return "base_weights has no format"
+    import numpy as np
+
     if record["format"] > FORMAT:
         return None  # of a newer version, which knows how to read it
     if not isinstance(record.get("rounded"), bool) or not is_name(record.get("stored_as"), most=100):
@@ -118,10 +128,10 @@ def weights_problem(record: Any) -> str | None:
         if not is_name(name) or not isinstance(text, str) or not 0 < len(text) <= 8 * ENTRIES:
             return f"base_weights has no entries for {str(name)[:80]!r}"
         try:
-            found = _unpacked(text)
+            found = _numbers(text)
         except (ValueError, binascii.Error):
             return f"base_weights has malformed entries for {name!r}"
-        if not found.isfinite().all():
+        if not np.isfinite(found).all():
             return f"base_weights has entries for {name!r} that are not finite"
     return None
 
@@ -130,10 +140,16 @@ def _packed(values: torch.Tensor) -> str:
     return base64.b64encode(values.detach().cpu().float().numpy().astype("<f4").tobytes()).decode()
 
 
-def _unpacked(text: str) -> torch.Tensor:
+def _numbers(text: str) -> np.ndarray[Any, Any]:
     import numpy as np
 
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32))
+    return np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float32)
+
+
+def _unpacked(text: str) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(_numbers(text))
 
 
 @dataclass(frozen=True)
@@ -181,6 +197,8 @@ class Likeness:
 
 def compare(known: WeightSample, found: WeightSample) -> Likeness | None:
     """Compare two models' entries; None where they have no module in common."""
+    import torch
+
     distances, off, size, half = {}, 0.0, 0.0, True
     for name, one in known.values.items():
         other = found.values.get(name)
@@ -204,8 +222,8 @@ NOT_RECORDED = "not recorded yet"
 
 def recorded_weights(info: Mapping[str, Any]) -> str:
     """Say in a few words which base weights a basis has on record in itself."""
-    sample = read_sample(info.get(KEY))
-    if sample is None:
+    record = info.get(KEY)
+    if not _readable(record):
         return NOT_RECORDED
-    what = f"recorded of {len(sample.values)} modules, {sample.stored_as}"
-    return what + (f", of {sample.model}" if sample.model else "")
+    what = f"recorded of {len(record['values'])} modules, {record['stored_as']}"
+    return what + (f", of {record['model']}" if record.get("model") else "")

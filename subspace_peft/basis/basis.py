@@ -21,11 +21,12 @@ from . import cache
 from .alteration import altered, marks_of, rehashed
 from .card import write_card
 from .files import BasisRecord, open_basis, write_basis
+from .layout import combine_digests, describe_k
 from .locations import add_note
 from .matching import ModuleNames
-from .module import ModuleBasis, combine_digests
+from .module import ModuleBasis
 from .module_names import plain_name
-from .module_store import MemoryModules, ModuleStore, describe_k
+from .module_store import MemoryModules, ModuleStore
 from .overwriting import Planned, replacing
 from .precision import PRECISIONS, RoundedModules, reduced, summary
 from .recorded_energy import moved_sources, rounded_info

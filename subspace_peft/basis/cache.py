@@ -16,7 +16,7 @@ from .._io.atomic import write_text_aside
 from .._io.disk import CACHE, reading, writing
 from .._io.untrusted import read_json
 from ..errors import SubspaceError
-from .files import CONFIG_FILE, TENSORS_FILE, BasisRecord, read_folder
+from .stored import CONFIG_FILE, TENSORS_FILE, StoredBasis, read_stored
 
 ORIGIN_FILE = "origin.json"
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -96,7 +96,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def find(fingerprint: str) -> BasisRecord | None:
+def find(fingerprint: str) -> StoredBasis | None:
     """Return the cached basis with this fingerprint; None where there is none, or its files are damaged."""
     folder = cache_home() / "bases" / fingerprint
     try:
@@ -107,7 +107,7 @@ def find(fingerprint: str) -> BasisRecord | None:
         return None
     origin = _origin(folder)
     try:
-        record = read_folder(folder, location=origin["location"] or str(folder), revision=origin["revision"])
+        record = read_stored(folder, location=origin["location"] or str(folder), revision=origin["revision"])
     except SubspaceError:
         return None
     return record if record.fingerprint == fingerprint else None
@@ -155,12 +155,15 @@ def remove(entry: CachedBasis) -> None:
 
 def verify(entry: CachedBasis) -> str | None:
     """Read all of an entry's files; return what is wrong with them, or None."""
+    # numpy is for this alone
+    from .arrays import StoredReader
+
     try:
-        record = read_folder(entry.folder, location=str(entry.folder), revision=None)
+        record = read_stored(entry.folder, location=str(entry.folder), revision=None)
         if record.fingerprint != entry.fingerprint:
             return f"its fingerprint is {record.fingerprint}"
-        for name in record.modules:
-            record.modules[name]
+        for _ in StoredReader(record).verify():
+            pass
     except SubspaceError as error:
         return str(error)
     return None

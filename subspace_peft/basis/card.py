@@ -13,7 +13,7 @@ from ..cards.facts import AUTO_CLASSES
 from ..energy import EnergyRecord, lower_bound, sources_of
 from .base_weights import recorded_weights
 from .files import BasisRecord
-from .module_store import describe_k
+from .layout import describe_k
 
 
 def write_card(record: BasisRecord, folder: Path, place: Place) -> None:

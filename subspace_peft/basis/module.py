@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import BasisMismatchError, SubspaceError
+from .layout import TENSOR_NAMES as TENSOR_NAMES  # its place in earlier versions
+from .layout import TensorFacts, check_tensors, digest_of
+from .layout import combine_digests as combine_digests
 
-TENSOR_NAMES = ("U", "V", "M", "G", "core_rms", "cores", "spectrum_out", "spectrum_in")
 FLOAT_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -73,46 +74,15 @@ class ModuleBasis:
         Raises:
             SubspaceError: they are not; names the module and the tensor.
         """
-        if self.U.dim() != 2 or self.V.dim() != 2:
-            raise SubspaceError(
-                f"Basis of module {name!r}: U must be (out, k_out) and V (k_in, in), got {tuple(self.U.shape)} and "
-                f"{tuple(self.V.shape)}. The file is not a subspace_peft basis, or it is damaged: build it again."
-            )
-        core = (self.k_out, self.k_in)
-        expected = {"M": core, "core_rms": core}
-        expected |= {
-            # a tensor without dimensions lacks the first one too, for which the 0 stands
-            key: (*(value.shape[:1] or (0,)), *core)
-            for key in ("G", "cores")
-            if (value := getattr(self, key)) is not None
-        }
-        for key, value in self.tensors().items():
-            if value.dtype not in FLOAT_DTYPES:
-                raise SubspaceError(
-                    f"Basis of module {name!r}: {key} has dtype {value.dtype}; expected one of "
-                    f"{', '.join(map(str, FLOAT_DTYPES))}. Build the basis again."
-                )
-            if key in expected and tuple(value.shape) != expected[key]:
-                raise SubspaceError(
-                    f"Basis of module {name!r}: {key} has shape {tuple(value.shape)}, but U and V ask for "
-                    f"{expected[key]}. Build the basis again."
-                )
-            if value.device.type != "meta" and not torch.isfinite(value).all():
-                raise SubspaceError(
-                    f"Basis of module {name!r}: {key} holds NaN or infinite values. A source adapter is broken, or the"
-                    " file is damaged: check the sources and build the basis again."
-                )
+        check_tensors(name, {key: facts_of(value) for key, value in self.tensors().items()})
 
     def digest(self) -> str:
         """Return the sha256 (hex) over names, dtypes, shapes and bytes of the tensors.
 
         It is a function of bytes, not of the mathematics: equal bases that were computed on other hardware differ.
         """
-        total = hashlib.sha256()
-        for key, value in sorted(self.tensors().items()):
-            total.update(f"{key}:{FLOAT_DTYPES[value.dtype]}:{list(value.shape)};".encode())
-            total.update(tensor_bytes(value))
-        return total.hexdigest()
+        found = {key: (FLOAT_DTYPES[each.dtype], tuple(each.shape), each) for key, each in self.tensors().items()}
+        return digest_of({key: (kind, shape, tensor_bytes(each)) for key, (kind, shape, each) in found.items()})
 
     def project(self, delta: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Return the core ``C = Uᵀ ΔW Vᵀ`` of an update, the least-squares optimum for orthonormal U and V.
@@ -205,12 +175,14 @@ def tensor_bytes(value: torch.Tensor) -> bytes:
     return value.detach().cpu().contiguous().flatten().clone().view(torch.uint8).numpy().tobytes()
 
 
-def combine_digests(digests: Mapping[str, str]) -> str:
-    """Return the fingerprint of a basis: sha256 (hex) over its modules' names and digests, in sorted order."""
-    total = hashlib.sha256()
-    for name, digest in sorted(digests.items()):
-        total.update(f"{name}\0{digest}\n".encode())
-    return total.hexdigest()
+def facts_of(value: torch.Tensor) -> TensorFacts:
+    """Return what checks ask of a tensor; one without data, on the meta device, passes for finite."""
+    return TensorFacts(
+        FLOAT_DTYPES.get(value.dtype) or {torch.int8: "I8"}.get(value.dtype, str(value.dtype)),
+        tuple(value.shape),
+        lambda: value.device.type == "meta" or bool(torch.isfinite(value).all()),
+        lambda: bool((value > 0).all()),
+    )
 
 
 def fix_signs(directions: torch.Tensor) -> torch.Tensor:

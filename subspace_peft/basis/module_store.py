@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UnknownModuleError
+from .layout import describe_k as describe_k  # its place in earlier versions
 from .module import ModuleBasis, module_shape
 
 
@@ -83,13 +84,6 @@ class MemoryModules(ModuleStore):
     def shapes(self) -> dict[str, dict[str, int]]:
         """Return the modules' sizes."""
         return {name: module_shape(module) for name, module in self.entries.items()}
-
-
-def describe_k(shapes: Mapping[str, Mapping[str, int]]) -> str:
-    """Return ``k=16``, or ``k=8…16`` where modules or sides differ."""
-    sizes = {side for shape in shapes.values() for side in (shape["k_out"], shape["k_in"])}
-    low, high = min(sizes), max(sizes)
-    return f"k={low}" if low == high else f"k={low}…{high}"
 
 
 def same_module(module_name: str, names: Iterable[str]) -> list[str]:

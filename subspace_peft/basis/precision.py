@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +9,11 @@ import torch
 
 from .._moved import moved_name
 from ..errors import BadFileError, SubspaceError
-from .module import FLOAT_DTYPES, ModuleBasis, tensor_bytes
+from .layout import SCALES, SIDES, STORED_AS, TOLERANCE, digest_of, not_orthonormal, stored_problem
+from .module import FLOAT_DTYPES, ModuleBasis, facts_of, tensor_bytes
 from .module_store import ModuleStore
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-# largest entry of |UᵀU − 1| that stored directions may have; int8 of a direction with one entry far above the others
-# comes close
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.int8: 1e-1}
-SIDES = ("U", "V")
-SCALES = {"U": "U_scale", "V": "V_scale"}
 KINDS = {**FLOAT_DTYPES, torch.int8: "I8"}  # in safetensors' words
 STEPS = 127
 
@@ -98,10 +93,10 @@ def reduced(module: ModuleBasis, precision: str, name: str) -> tuple[dict[str, t
     for side in SIDES:
         new[side], error = _orthonormal(stored, side)
         off = max(off, error)
-    if not off <= TOLERANCE[PRECISIONS[precision]]:
+    if not off <= TOLERANCE[STORED_AS[precision]]:
         raise SubspaceError(
             f"Module {name!r}: stored as {precision} its directions would be off orthonormal by {off:.2g} (at most"
-            f" {TOLERANCE[PRECISIONS[precision]]:g}): a few of their entries are far larger than the others. Choose"
+            f" {TOLERANCE[STORED_AS[precision]]:g}): a few of their entries are far larger than the others. Choose"
             " bfloat16 or float32."
         )
     # T_u = U'ᵀ U (k_out, k_out) and T_v = V V'ᵀ (k_in, k_in), float64: the old directions seen in the new ones. A core
@@ -148,50 +143,23 @@ def restored(stored: Mapping[str, torch.Tensor], precision: str, name: str) -> M
         BadFileError: dtypes or scales are not those of this precision, or the directions are further from orthonormal
             than its rounding explains; names the module.
     """
-    problem = stored_problem(stored, precision)
+    problem = stored_problem({key: facts_of(each) for key, each in stored.items()}, precision)
     if problem is not None:
         raise BadFileError(f"module {name!r}: {problem}. The file is damaged: fetch or build it again.")
     sides = {}
     for side in SIDES:
         sides[side], off = _orthonormal(stored, side)
-        if not off <= TOLERANCE[PRECISIONS[precision]]:
-            raise BadFileError(
-                f"module {name!r}: {side} is not orthonormal: its Gram matrix is off by {off:.2g} (at most "
-                f"{TOLERANCE[PRECISIONS[precision]]:g} as {precision}). The file is damaged: fetch or build it again."
-            )
+        if not off <= TOLERANCE[STORED_AS[precision]]:
+            raise BadFileError(not_orthonormal(name, side, off, precision))
     others = {key: value for key, value in stored.items() if key not in (*SIDES, *SCALES.values())}
     return ModuleBasis(**sides, **others)
 
 
-def stored_problem(stored: Mapping[str, torch.Tensor], precision: str) -> str | None:
-    """Return what is wrong with the dtypes, shapes and scales of a module's stored tensors, or None."""
-    for side in SIDES:
-        value, scale = stored[side], stored.get(SCALES[side])
-        if value.dtype != PRECISIONS[precision]:
-            return f"{side} has dtype {value.dtype}, and the config says {precision}"
-        if value.dim() != 2:
-            return f"{side} has shape {tuple(value.shape)}"
-        if precision != "int8":
-            if not torch.isfinite(value).all():
-                return f"{side} holds NaN or infinite values"
-            continue
-        count = value.shape[1 if side == "U" else 0]
-        if scale is None:
-            return f"{side} is int8 and has no {SCALES[side]}"
-        if scale.dtype != torch.float32 or tuple(scale.shape) != (count,):
-            return f"{SCALES[side]} is {scale.dtype} of shape {tuple(scale.shape)}, not float32 of ({count},)"
-        if not (torch.isfinite(scale) & (scale > 0)).all():
-            return f"{SCALES[side]} holds values that are not positive numbers"
-    return None
-
-
 def stored_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the sha256 (hex) of a module as it is stored: `ModuleBasis.digest` for tensors that may be int8 too."""
-    total = hashlib.sha256()
-    for key, value in sorted(tensors.items()):
-        total.update(f"{key}:{KINDS[value.dtype]}:{list(value.shape)};".encode())
-        total.update(tensor_bytes(value))
-    return total.hexdigest()
+    return digest_of(
+        {key: (KINDS[value.dtype], tuple(value.shape), tensor_bytes(value)) for key, value in tensors.items()}
+    )
 
 
 def _to_int8(directions: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

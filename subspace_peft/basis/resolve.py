@@ -14,6 +14,7 @@ from ..hub import only_local
 from . import cache
 from .basis import SubspaceBasis, alive, basis_of
 from .basis_reference import BasisReference
+from .files import record_of
 from .locations import read_notes
 from .recorded import candidates
 
@@ -49,7 +50,7 @@ def resolve_basis(
         if (found := alive(fingerprint)) is not None:
             return found
         if (kept := cache.find(fingerprint)) is not None:
-            return basis_of(kept)
+            return basis_of(record_of(kept))
     if reference is not None and reference.startswith(("\\\\", "//")):
         raise BasisNotFoundError(
             f"The basis's recorded place {reference!r} is on another machine's share, and asking there would tell"

@@ -8,7 +8,7 @@ from typing import Any
 from .._io.untrusted import MOST_DIRECTIONS, is_finite, is_name, is_whole
 from ..base_names import names_problem
 from .base_weights import KEY, weights_problem
-from .precision import PRECISIONS
+from .layout import STORED_AS
 
 # far above the tokens of an embedding, and above the channels × pixels of a kernel
 MOST_FEATURES = 1 << 32
@@ -57,7 +57,7 @@ def info_problem(info: Mapping[str, Any]) -> str | None:
             return f"{key} lists something that is not an object"
     if info.get("precision") is not None:
         stored, numbers = info["precision"].get("stored"), ("energy_lost", "energy_lost_at_most", "orthonormality")
-        if not isinstance(stored, str) or stored not in PRECISIONS or stored == "float32":
+        if not isinstance(stored, str) or stored not in STORED_AS or stored == "float32":
             return f"precision is stored={_short(stored)}, which is not a lower precision than float32"
         for key in numbers:
             if not is_finite(info["precision"].get(key)):

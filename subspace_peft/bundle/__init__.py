@@ -1,14 +1,36 @@
-"""Pack many tasks on one basis into one file, add to it, read them one by one, push it, and compress LoRAs into it."""
+"""Pack many tasks on one basis into one file, add to it, read them one by one, push it, and compress LoRAs into it.
 
-from typing import Any
+Names are loaded when they are first used: listing a bundle's tasks needs no torch.
+"""
 
-from .._moved import moved_name
-from .bundle import Bundle, BundledTask, open_bundle
-from .compress import CompressionReport, compress_fleet
-from .load import extract_task, extract_tasks, load_task
-from .migrate import migrate_bundle
-from .push import push_bundle
-from .write import add_tasks, bundle_tasks
+from typing import TYPE_CHECKING, Any
+
+from .._lazy import attach
+from .._moved import NAMES, moved_name
+
+if TYPE_CHECKING:
+    from .bundle import Bundle, open_bundle
+    from .compress import CompressionReport, compress_fleet
+    from .index import BundledTask
+    from .load import extract_task, extract_tasks, load_task
+    from .migrate import migrate_bundle
+    from .push import push_bundle
+    from .write import add_tasks, bundle_tasks
+
+_PLACES = {
+    "Bundle": "bundle",
+    "BundledTask": "index",
+    "CompressionReport": "compress",
+    "add_tasks": "write",
+    "bundle_tasks": "write",
+    "compress_fleet": "compress",
+    "extract_task": "load",
+    "extract_tasks": "load",
+    "load_task": "load",
+    "migrate_bundle": "migrate",
+    "open_bundle": "bundle",
+    "push_bundle": "push",
+}
 
 __all__ = [
     "Bundle",
@@ -25,6 +47,8 @@ __all__ = [
     "push_bundle",
 ]
 
+_get, __dir__ = attach(__name__, _PLACES)
+
 
 def __getattr__(name: str) -> Any:
-    return moved_name(__name__, name)
+    return moved_name(__name__, name) if name in NAMES.get("bundle", {}) else _get(name)

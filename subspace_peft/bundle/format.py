@@ -9,30 +9,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from .._moved import moved_name
+from ..base_names import BASE
 from ..basis.newer import upgrade_hint
 from ..errors import BadFileError, SubspaceError
-from ..tuner.row_batch import BASE
 
 BUNDLE_FILE = "bundle.safetensors"
 FORMAT_VERSION = 1
 HEADER_LIMIT = 100_000_000  # as in safetensors itself
 NAME_LIMIT = 200
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# bytes of one number, by dtype in safetensors' words
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -141,9 +129,9 @@ def _piece(name: str, entry: Mapping[str, Any], base: int, size: int) -> TensorR
     numbers = (*shape, begin, end)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
         raise ValueError(f"{name} has sizes that are not whole numbers")
-    if dtype not in DTYPES:
+    if dtype not in ITEM_SIZES:
         raise ValueError(f"{name} has dtype {dtype}")
-    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin or base + end > size:
+    if math.prod(shape) * ITEM_SIZES[dtype] != end - begin or base + end > size:
         raise ValueError(f"{name} claims {shape} of {dtype} in bytes {begin} to {end} of a file of {size}")
     return TensorRange(dtype, tuple(shape), base + begin, base + end)
 
@@ -194,7 +182,7 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], index: Ma
     header: dict[str, Any] = {"__metadata__": {"bank": json.dumps(index, sort_keys=True, allow_nan=False)}}
     offset = 0
     for name, dtype, shape in tensors:
-        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        end = offset + math.prod(shape) * ITEM_SIZES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -204,3 +192,7 @@ def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], index: Ma
             f"The index of {len(index['entries']):,} tasks has {len(text):,} bytes, more than safetensors allows."
         )
     return len(text).to_bytes(8, "little") + text
+
+
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

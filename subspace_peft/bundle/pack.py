@@ -18,7 +18,8 @@ from ..errors import BadFileError, SubspaceError
 from ..tasks.read import SavedTask
 from ..tuner.config import SubspaceConfig
 from .bundle import Bundle
-from .format import NAMES, check_name
+from .dtypes import NAMES
+from .format import check_name
 from .named import Named
 
 # fields that every task of a bundle has alike: its cores are stored, not how they were trained

@@ -25,7 +25,8 @@ from ..hub import looks_like_path
 from ..hub_requests import patient
 from .bundle import Bundle, open_bundle
 from .card import write_card
-from .format import BUNDLE_FILE, FORMAT_VERSION, NAMES, encode_header, width
+from .dtypes import NAMES
+from .format import BUNDLE_FILE, FORMAT_VERSION, encode_header, width
 from .named import Named, named_tasks
 from .pack import Packed, kept, pack
 

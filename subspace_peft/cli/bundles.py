@@ -140,10 +140,10 @@ def add_to(args: Namespace) -> int:
 
 def ls(args: Namespace) -> int:
     """List the tasks of a bundle."""
-    from ..bundle import open_bundle
+    from ..bundle.index import open_index
 
     _check_revision(args)
-    found = open_bundle(args.bundle, revision=args.revision)
+    found = open_index(args.bundle, revision=args.revision)
     return _list(found, args, found.verify() if args.verify else None)
 
 

@@ -1,15 +1,41 @@
-"""Convert LoRAs into tasks, tasks into LoRAs, and tasks from one basis to another."""
+"""Convert LoRAs into tasks, tasks into LoRAs, and tasks from one basis to another.
 
-from typing import Any
+Names are loaded when they are first used: projecting needs nothing of what exports.
+"""
 
-from .._moved import moved_name
-from .export import Export, export_lora
-from .gguf import export_gguf
-from .migrate import Migration, migrate_task
-from .project import Projection, project_lora
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Export", "Migration", "Projection", "export_gguf", "export_lora", "migrate_task", "project_lora"]
+from .._lazy import attach
+from .._moved import NAMES, moved_name
+
+if TYPE_CHECKING:
+    from .export import Export, export_lora
+    from .gguf import export_gguf
+    from .migrate import Migration, migrate_task
+    from .project import Projection, project_lora
+
+_PLACES = {
+    "Export": "export",
+    "Migration": "migrate",
+    "Projection": "project",
+    "export_gguf": "gguf",
+    "export_lora": "export",
+    "migrate_task": "migrate",
+    "project_lora": "project",
+}
+
+__all__ = [
+    "Export",
+    "Migration",
+    "Projection",
+    "export_gguf",
+    "export_lora",
+    "migrate_task",
+    "project_lora",
+]
+
+_get, __dir__ = attach(__name__, _PLACES)
 
 
 def __getattr__(name: str) -> Any:
-    return moved_name(__name__, name)
+    return moved_name(__name__, name) if name in NAMES.get("convert", {}) else _get(name)

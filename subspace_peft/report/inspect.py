@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..basis import SubspaceBasis
+from ..basis.arrays import StoredReader
 from ..basis.base_weights import recorded_weights
-from ..basis.files import CONFIG_FILE
+from ..basis.layout import describe_k
+from ..basis.opened import open_to_look
+from ..basis.stored import CONFIG_FILE, StoredBasis
 from ..energy import EnergyRecord, lower_bound, sources_of
 from ..errors import BasisNotFoundError, HubUnavailableError, SubspaceError
 from ..hub import only_local, split_revision
@@ -39,7 +41,7 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         check_one_task(folder)
         raise SubspaceError(f"{folder}: neither a basis ({CONFIG_FILE}) nor a task (adapter_config.json) is in there.")
     try:
-        basis = SubspaceBasis.from_pretrained(folder if folder.exists() else path)
+        basis = open_to_look(folder if folder.exists() else path)
     except BasisNotFoundError as error:
         if folder.exists() or only_local(str(path)):
             raise
@@ -52,10 +54,10 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     return _basis(basis, verify)
 
 
-def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
+def _basis(basis: StoredBasis, verify: bool) -> dict[str, Any]:
     if verify:
-        for name in basis:
-            basis[name]
+        for _ in StoredReader(basis).verify():
+            pass
     shapes, record = basis.shapes(), EnergyRecord.of(basis.info)
     facts = {
         "kind": "basis",
@@ -63,17 +65,17 @@ def _basis(basis: SubspaceBasis, verify: bool) -> dict[str, Any]:
         "revision": basis.revision,
         "fingerprint": basis.fingerprint,
         "verified": verify,
-        "base_model": basis.base_model,
+        "base_model": basis.info.get("base_model_name_or_path"),
         "base_weights": recorded_weights(basis.info),
         "base_model_names": basis.info.get("base_model_names"),
         "builder": basis.info.get("builder"),
         "build": basis.info.get("build"),
-        "modules": len(basis),
-        "k": basis.describe_k(),
+        "modules": len(shapes),
+        "k": describe_k(shapes),
         "frozen_numbers": sum(s["k_out"] * s["out"] + s["k_in"] * s["in"] for s in shapes.values()),
         "core_numbers_per_task": sum(s["k_out"] * s["k_in"] for s in shapes.values()),
         "precision": basis.info.get("precision"),
-        "bytes": None if basis.file is None else basis.file.stat().st_size,
+        "bytes": basis.file.stat().st_size,
         "sources": [
             {**entry, **({"energy_kept_at_least": True} if lower_bound(entry, basis.info) else {})}
             for entry in sources_of(basis.info)

@@ -11,6 +11,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..base_names import BASE as BASE
 from ..errors import SubspaceError
 from .row_context import (
     CHANGES,
@@ -24,7 +25,6 @@ from .row_context import (
     weight_changes,
 )
 
-BASE = "__base__"
 TRAINING = "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
 
 
