@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,10 @@ from ._io.disk import fetching
 from .base_names import same_model as same_model  # its place in earlier versions
 from .errors import SubspaceError
 from .hub_requests import Fault, ask, refusal
+from .logging import get_logger
 
+logger = get_logger(__name__)
+_uploads: ContextVar[list[Upload] | None] = ContextVar("uploads", default=None)
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".txt", ".json", ".yaml", ".yml")
 
 
@@ -196,7 +202,37 @@ def upload(
     except HfHubHTTPError as error:
         error.append_to_message(f"\n{refusal(error, repo_id, branch)}")
         raise
+    page = getattr(done, "pr_url", None) or done.commit_url
+    logger.info("Uploaded to %s", page)
+    if (noted := _uploads.get()) is not None:
+        noted.append(Upload(whole, str(done.oid), str(page)))
     return whole, str(done.oid)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload that was made.
+
+    Attributes:
+        repo_id: the repository's whole id.
+        revision: the commit's sha.
+        url: the commit's page, or that of the pull request.
+    """
+
+    repo_id: str
+    revision: str
+    url: str
+
+
+@contextmanager
+def noted_uploads() -> Iterator[list[Upload]]:
+    """Give a list to which every upload within is added, that of a basis that goes along too."""
+    noted: list[Upload] = []
+    token = _uploads.set(noted)
+    try:
+        yield noted
+    finally:
+        _uploads.reset(token)
 
 
 def _may_be_committed(fault: Fault) -> bool:

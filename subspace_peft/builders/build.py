@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import energy
+from .._io.progress import progress_bar
 from ..basis import ModuleBasis, SubspaceBasis
 from .base_model import keep_weights
 from .budget import measure, spread, what_was_spent
@@ -121,7 +121,7 @@ def _build_fleet(build: FleetBuild, processes: ProcessGroup) -> SubspaceBasis:
 def _build_control(build: ControlBuild, processes: ProcessGroup) -> SubspaceBasis:
     options, modules = build.options, {}
     shown = build.resources.progress and processes.main
-    bar = tqdm(build.sizes, desc=f"building ({options.builder})", unit="module", delay=2, disable=not shown)
+    bar = progress_bar(build.sizes, desc=f"building ({options.builder})", unit="module", shown=shown)
     for name in bar:
         modules[name] = control_module(name, build.sizes[name], options, build.weights.get(name))
     info = {

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from .._io.atomic import write_text_aside
 from .._io.occupied import BASIS, CLUSTERS
+from .._io.progress import progress_bar
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target, replacing
 from ..basis.source_places import shared_entries
@@ -144,7 +143,7 @@ def build_clusters(
         fleet, k = whole.fleet, int(options.size[0])
         # one process decides: values that are equal but for rounding may compare otherwise on another machine
         shown = resources.progress and processes.main
-        with tqdm(desc="comparing clusters", unit="basis", delay=2, disable=not shown) as bar:
+        with progress_bar(desc="comparing clusters", unit="basis", shown=shown) as bar:
             found = None
             if processes.main:
                 sample = Sample(fleet, resources.memory // 3, options.alternations, bar.update)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from .._io.progress import progress_bar
 from ..base_names import said_of_basis
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.controls import gaussian
@@ -126,7 +126,7 @@ def _completed(
     weights: Mapping[str, torch.Tensor] | None,
     progress: bool,
 ) -> dict[str, ModuleBasis]:
-    bar = tqdm(basis, desc=f"completing ({options.with_})", unit="module", delay=2, disable=not progress)
+    bar = progress_bar(basis, desc=f"completing ({options.with_})", unit="module", shown=progress)
     return {name: _complete(name, basis[name], options, weights) for name in bar}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
+from .._io.progress import progress_bar
 from ..basis import ModuleBasis
 from .distributed import ProcessGroup, packed, unpacked
 from .reader import Reader
@@ -48,13 +47,12 @@ def work(
         progress: show it.
         do: gets the module's name.
     """
-    bar = tqdm(
+    bar = progress_bar(
         total=every,
         desc=title,
         unit="module",
-        delay=2,
         initial=every - len(mine),
-        disable=not (progress and processes.main),
+        shown=progress and processes.main,
     )
     with bar:
         for group in reader.groups(list(mine)):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from .._io.progress import progress_bar
 from ..errors import HubOfflineError, HubUnavailableError, SourceError
 from ..hub_requests import patient
 from ..sources.open import open_source
@@ -50,7 +50,7 @@ def scan_fleet(
     """
     scanned = ScannedFleet([named(reference) for reference in references])
     neighbours = processes.neighbours
-    bar = tqdm(references, desc="reading sources", unit="adapter", delay=2, disable=not (progress and processes.main))
+    bar = progress_bar(references, desc="reading sources", unit="adapter", shown=progress and processes.main)
     for number, reference in enumerate(bar, 1):
         try:
             with patient(None if bar.disable else partial(bar.set_postfix_str, refresh=True)):

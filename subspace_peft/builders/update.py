@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from .._io.progress import progress_bar
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.lineage import warn_float32
@@ -210,7 +210,7 @@ def _update_modules(update: PreparedUpdate) -> Updated:
     counts = source_weights_of(update.sources_before)
     reader = Reader(fleet.sources, update.plan.held)
     hidden = not update.resources.progress
-    with tqdm(total=len(keys), initial=len(done), desc="updating", unit="module", delay=2, disable=hidden) as bar:
+    with progress_bar(total=len(keys), initial=len(done), desc="updating", unit="module", shown=not hidden) as bar:
         for group in reader.groups([name for name in fleet.modules if keys[name] not in done]):
             reader.hold(group)
             for name in group:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .._io.occupied import BUNDLE
+from .._io.progress import progress_bar
 from .._io.warn import warn_caller
 from .._moved import moved_name
 from ..base_names import said_of_basis
@@ -206,7 +206,7 @@ def compress_fleet(
     soon = Planned(BUNDLE, basis.fingerprint)
     check_target(out, soon, overwrite=overwrite, inputs=given, needed=[basis.location])
     how = {"token": token, "allow_bin": allow_bin, "base_model": base_model}
-    for lora in tqdm(given, desc="compressing", unit="adapter", delay=2, disable=not progress):
+    for lora in progress_bar(given, desc="compressing", unit="adapter", shown=progress):
         what, tasks = _one(lora, basis, min_energy, residual, check_base_model, dtype, how, base_model_name)
         clash = next((task.name for task in tasks if task.name in packed), None)
         if clash is not None:

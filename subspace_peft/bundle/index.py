@@ -194,10 +194,10 @@ class BundleIndex(Mapping[str, BundledTask]):
         Args:
             progress: Show a bar where that takes over two seconds.
         """
-        from tqdm.auto import tqdm
+        from .._io.progress import progress_bar
 
         wrong = {}
-        for name in tqdm(self, desc="verifying", unit="task", delay=2, disable=not progress):
+        for name in progress_bar(self, desc="verifying", unit="task", shown=progress):
             try:
                 self.check(name)
             except BadFileError as error:

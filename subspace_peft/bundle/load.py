@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from peft.mixed_model import PeftMixedModel
 from torch import nn
-from tqdm.auto import tqdm
 
 from .._adapted import unwrapped
 from .._io.folder_names import check_folder_names
 from .._io.occupied import LORA, TASK
+from .._io.progress import progress_bar
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..basis.pipeline_parts import PARTS
@@ -178,7 +178,7 @@ def extract_tasks(
     for name in names:
         found.entry(name)
     _check_folders(found, Path(out), names, how)
-    bar = tqdm(names, desc="extracting", unit="task", delay=2, disable=not progress)
+    bar = progress_bar(names, desc="extracting", unit="task", shown=progress)
     return [extract_task(found, name, Path(out, check_name(name)), **how) for name in bar]
 
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from .._io.occupied import BUNDLE
+from .._io.progress import progress_bar
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..basis.transfer import Transfer
@@ -106,7 +105,7 @@ def _carried(
     """Yield name, task on the new basis, and drifts of the cores as they are stored."""
     dtype = bundle.dtype
     known: dict[tuple[Any, ...], dict[str, Transfer]] = {}
-    for name in tqdm(bundle, desc="migrating", unit="task", delay=2, disable=not progress):
+    for name in progress_bar(bundle, desc="migrating", unit="task", shown=progress):
         task = bundle.task(name, old_basis)
         key = tuple((module, *core.shape) for module, core in task.cores.items())
         # tasks of one size share the slow part, reading both bases

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from .._io.atomic import write_aside
 from .._io.occupied import BUNDLE
 from .._io.places import is_absolute, last_part
+from .._io.progress import progress_bar
 from .._version import __version__
 from ..basis import SubspaceBasis
 from ..basis.dependents import add_dependent
@@ -293,7 +293,7 @@ def _pack_all(
 
 
 def _bar(tasks: Iterable[Named], progress: bool) -> Iterator[Named]:
-    yield from tqdm(tasks, desc="packing tasks", unit="task", delay=2, disable=not progress)
+    yield from progress_bar(tasks, desc="packing tasks", unit="task", shown=progress)
 
 
 @contextlib.contextmanager

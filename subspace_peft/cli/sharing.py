@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import SubspaceError
+from ..hub import noted_uploads
 from .common import Add, add_json, print_json, refuse_idle
 
 
@@ -51,32 +53,48 @@ def add_cache(add: Add) -> None:
 
 def push(args: Namespace) -> int:
     """Upload a basis, a task or a bundle."""
-    from ..basis import SubspaceBasis
-    from ..basis.files import CONFIG_FILE
-    from ..bundle import push_bundle
-    from ..bundle.format import BUNDLE_FILE
-    from ..tasks.pipeline_task import check_one_task
-    from ..tasks.push import push_saved_task
-
     folder = Path(args.folder).expanduser()
+    with noted_uploads() as uploads:
+        kind = _push(folder, args)
+    # a basis that goes along is uploaded before
+    last = uploads[-1]
+    if args.json:
+        facts = {"kind": kind, "repo_id": args.repo_id, "revision": last.revision, "url": last.url}
+        return print_json({**facts, "uploads": [asdict(each) for each in uploads]})
+    print(f"{args.repo_id}@{last.revision} ({kind})")
+    for each in uploads:
+        print(each.url)
+    return 0
+
+
+def _push(folder: Path, args: Namespace) -> str:
+    """Upload what lies in a folder; returns its kind."""
     common = {"private": args.private or None, "commit_message": args.message, "create_pr": args.create_pr}
     dependent = {**common, "push_basis_to": args.push_basis_to, "force": args.force, "revision": args.branch}
+    from ..basis.stored import CONFIG_FILE
+    from ..bundle.format import BUNDLE_FILE
+
     if (folder / CONFIG_FILE).is_file():
-        kind = "basis"
+        from ..basis import SubspaceBasis
+
         for flag in ("--push-basis-to", "--force"):
             refuse_idle(args, flag, f"on a basis, which {folder} is")
-        commit = SubspaceBasis.from_pretrained(folder).push_to_hub(args.repo_id, branch=args.branch, **common)
-    elif (folder / BUNDLE_FILE).is_file():
-        kind, commit = "bundle", push_bundle(folder, args.repo_id, **dependent)
-    elif (folder / "adapter_config.json").is_file():
-        kind, commit = "task", push_saved_task(folder, args.repo_id, **dependent)
-    else:
-        check_one_task(folder)
-        raise SubspaceError(f"{folder}: neither a basis, a task nor a bundle is in there.")
-    if args.json:
-        return print_json({"kind": kind, "repo_id": args.repo_id, "revision": commit})
-    print(f"{args.repo_id}@{commit} ({kind})")
-    return 0
+        SubspaceBasis.from_pretrained(folder).push_to_hub(args.repo_id, branch=args.branch, **common)
+        return "basis"
+    if (folder / BUNDLE_FILE).is_file():
+        from ..bundle import push_bundle
+
+        push_bundle(folder, args.repo_id, **dependent)
+        return "bundle"
+    if (folder / "adapter_config.json").is_file():
+        from ..tasks.push import push_saved_task
+
+        push_saved_task(folder, args.repo_id, **dependent)
+        return "task"
+    from ..tasks.pipeline_task import check_one_task
+
+    check_one_task(folder)
+    raise SubspaceError(f"{folder}: neither a basis, a task nor a bundle is in there.")
 
 
 def cache(args: Namespace) -> int:

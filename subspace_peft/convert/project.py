@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,11 +23,12 @@ from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
 from ..sources.guesses import warn_of_guesses
 from ..sources.lora import is_embedding, is_saved_module, saved_modules
-from ..tasks.read import Parts, SavedTask
-from ..tasks.write import core_tensors, planned_task, write_task
-from ..tuner import SubspaceConfig
-from ..tuner.base_record import hold_against
-from ..tuner.module_names import other_names
+
+if TYPE_CHECKING:
+    from ..tasks.read import SavedTask
+    from ..tuner import SubspaceConfig
+
+# PEFT is for tasks: measuring what a basis keeps of a LoRA does without, and is done in a tenth of the time
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,8 @@ class Projection:
             SubspaceError: The basis lives in memory only; or `folder` is a file.
             OSError: The disk refuses; an earlier folder stays as it was.
         """
+        from ..tasks.write import core_tensors, planned_task, write_task
+
         if len(parts := self.parts) > 1:
             tasks = {part: projection.as_task() for part, projection in parts.items()}
             for part, task in tasks.items():
@@ -129,6 +132,8 @@ class Projection:
         Raises:
             SubspaceError: The basis lives in memory only, or the LoRA is of several parts of a pipeline.
         """
+        from ..tasks.read import Parts, SavedTask
+
         if len(self.source.parts) > 1:
             raise SubspaceError(
                 f"{self.source.location}: it adapts {' and '.join(self.source.parts)}, which are models of their own,"
@@ -151,6 +156,9 @@ class Projection:
         )
 
     def _config(self, keys: dict[str, str]) -> SubspaceConfig:
+        from ..tuner import SubspaceConfig
+        from ..tuner.module_names import other_names
+
         source = self.source.config
         kept = {
             key: source[key]
@@ -212,6 +220,8 @@ def project_lora(
     if not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis, token=token)
     if base_model is not None and check_base_model:
+        from ..tuner.base_record import hold_against
+
         hold_against(basis, base_model)
     if base_model_name is not None:
         source.said_base = said_of_basis(basis.base_model, base_model_name)

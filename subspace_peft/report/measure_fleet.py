@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tqdm import tqdm
-
+from .._io.progress import progress_bar
 from ..basis import ModuleBasis, SubspaceBasis
 from ..builders.fleet import Fleet
 from ..energy import EnergyRecord, SourceRecord, of_known, share_of
@@ -71,7 +70,7 @@ def measure_fleet(
     measured: dict[str, ModuleFindings] = {}
     shares = [_Shares() for _ in drawn]
     weights, alternations = _built_by(basis)
-    for name in tqdm(chosen, desc="measuring", unit="module", delay=2, disable=not progress):
+    for name in progress_bar(chosen, desc="measuring", unit="module", shown=progress):
         members = [n for n, i in enumerate(drawn) if fleet.sources[i].norms.get(name, 0) > 0]
         if not members:
             continue

@@ -1,0 +1,43 @@
+"""Bars of long work, in one manner: shown from two seconds on, on stderr, where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from ..logging import get_logger, is_progress_bar_enabled
+
+Item = TypeVar("Item")
+
+DELAY = 2.0  # seconds for which work may go on without a bar
+_phase = ""
+
+logger = get_logger(__name__)
+
+
+def progress_bar(iterable: Iterable[Item] | None = None, *, desc: str, unit: str, shown: bool, **more: Any) -> Any:
+    """Return a bar of tqdm, over the items of `iterable` or to be updated by hand.
+
+    Args:
+        iterable: what to go through.
+        desc: what is being done.
+        unit: of what.
+        shown: whether it is wanted; the package's verbosity may hide it.
+        **more: further arguments of tqdm, such as ``total``.
+    """
+    from tqdm.auto import tqdm
+
+    begin(desc)
+    return tqdm(iterable, desc=desc, unit=unit, delay=DELAY, disable=not (shown and is_progress_bar_enabled()), **more)
+
+
+def begin(phase: str) -> None:
+    """Note what is being done from now on; where it takes long and has no bar, the command line says it."""
+    global _phase
+    _phase = phase
+    logger.debug("%s", phase)
+
+
+def current() -> str:
+    """Return what is being done."""
+    return _phase
