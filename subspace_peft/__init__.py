@@ -154,6 +154,7 @@ __getattr__, __dir__ = attach(
         "energy",
         "errors",
         "hub",
+        "logging",
         "modeling",
         "recipes",
         "report",

@@ -12,8 +12,11 @@ import pytest
 
 import subspace_peft
 
-LAZY = ["subspace_peft", "subspace_peft.builders", "subspace_peft.report", "subspace_peft.serve"]
-PACKAGES = [*LAZY, *(f"subspace_peft.{name}" for name in ("basis", "bundle", "cards", "convert", "tasks", "tuner"))]
+LAZY = [
+    "subspace_peft",
+    *(f"subspace_peft.{name}" for name in ("basis", "builders", "bundle", "convert", "report", "serve")),
+]
+PACKAGES = [*LAZY, *(f"subspace_peft.{name}" for name in ("cards", "tasks", "tuner"))]
 
 
 def typed_names(package: str) -> set[str]:
