@@ -37,7 +37,7 @@ def _verbs(parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
 
 def _described(parser: argparse.ArgumentParser, line: str = "") -> Iterator[str]:
     """Yield what a parser's help says: description, usage, groups of arguments, and what stands below them."""
-    formatter = argparse.HelpFormatter(parser.prog, width=88)
+    formatter = argparse.HelpFormatter(parser.prog, width=80)
     text = parser.description or line
     if text:
         yield f"<p>{_text(text[:1].upper() + text[1:])}{'' if text.endswith('.') else '.'}</p>\n"

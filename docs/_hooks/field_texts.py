@@ -21,6 +21,7 @@ class FieldTexts(griffe.Extension):
             return
         live = getattr(importlib.import_module(cls.module.path), cls.name)
         told = [each for each in fields(live) if each.init and "help" in each.metadata]
+        told.sort(key=lambda each: each.name not in cls.attributes)  # its own first, inherited ones below
         parameters = [
             griffe.DocstringParameter(
                 each.name, annotation=_annotation(cls, each), description=each.metadata["help"], value=_default(each)
