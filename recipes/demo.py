@@ -1,8 +1,9 @@
 """The whole path on real data: a fleet of LoRA adapters → its shared basis → held-out tasks in it → their controls.
 
-    python recipes/demo.py                  # about eight minutes on two CPU cores, fetching and all; no Hub, no GPU
-    python recipes/demo.py --quick          # the same path in a minute, on so few examples that scores mean nothing
-    subspace-peft demo --out demo-output    # the same, from an installed package
+    python recipes/demo.py                   # about eight minutes on two CPU cores, fetching and all; no Hub, no GPU
+    python recipes/demo.py --stage sources   # the first two steps only: model, data and adapters to try things on
+    python recipes/demo.py --quick           # the same path in a minute, on so few examples that scores mean nothing
+    subspace-peft demo --out demo-output     # the same, from an installed package
 
 What it does, in `run_demo`:
 
@@ -14,74 +15,52 @@ What it does, in `run_demo`:
     5. load each saved task in a fresh process, and its export to LoRA in stock PEFT in another: equal logits
 
 Finished source adapters and runs of the same seed and budget are used again, so an interrupted demo resumes. It writes
-results.json, table.md, spectrum.png and curves.png into `--out`, beside the adapters, the bases and the tasks.
+results.json, table.md, spectrum.png and curves.png into `--out`, beside base model, data, adapters, bases and tasks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import common as shared
 import numpy as np
 import torch
-import transformers
-from common import Method, RunCache, Task
-from offline.packages import fetch, fetch_all, find
-from offline.texts import ENCODER, PACKAGES, TextTask, held_out_tasks, source_tasks
-from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
+from common import Method, RunCache
+from demo_parts.results import basis_facts, details, headline, tables, task_facts, task_folder
+from demo_parts.sources import WHERE, save_base, save_data, train_sources, what_lies_where
+from demo_parts.training import HEAD, QUICK, Sizes, accuracy, load_task, make_model, make_trainer
+from offline.packages import fetch_all
+from offline.texts import ENCODER, PACKAGES, TextTask, held_out_tasks
 
-from subspace_peft import SubspaceBasis, build_basis, modeling
+from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.convert import export_lora
-from subspace_peft.energy import percent
 from subspace_peft.errors import SubspaceError
 from subspace_peft.report import null_basis
 
-HEAD = "classifier"
-# query and value in the upper half of the encoder, under a head that PEFT trains and saves with the adapter
-WHERE = {
-    "target_modules": ["query", "value"],
-    "layers": [3, 4, 5],
-    "layers_pattern": "layer",
-    "task_type": "SEQ_CLS",
-}
 K = 16
-SOURCE_RATE = 4e-3
-HEAD_RATE = 5e-3  # of the classifier, the same in every row that trains an adapter
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The budget of every training: examples of each split, passes, examples per step, longest input."""
-
-    train: int = 256
-    validation: int = 160
-    test: int = 600
-    epochs: int = 4
-    batch: int = 16
-    tokens: int = 32
-
-
-QUICK = Sizes(train=48, validation=32, test=48, epochs=1)
 
 
 def run_demo(
-    out: str | Path = "demo-output", *, seed: int = 0, quick: bool = False, progress: bool = True
+    out: str | Path = "demo-output",
+    *,
+    stage: Literal["sources", "all"] = "all",
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train a fleet of LoRA adapters on real tasks, build its basis, train held-out tasks in it beside their controls.
 
     Args:
         out: folder for everything that is made. Finished adapters and runs of the same seed and budget are used again.
+        stage: ``"sources"`` ends with base model, data and adapters; ``"all"`` goes on from there.
         seed: of splits, heads, adapters and the random basis.
         quick: the same path in about a minute, on so few examples that its scores mean nothing.
         progress: show bars.
@@ -89,25 +68,40 @@ def run_demo(
     Returns:
         The content of `results.json` in `out`: per held-out task and row accuracy, parameters, bytes, seconds,
         learning rate and curve; sizes; and how far the reloaded and the exported task's logits are from those of
-        training.
+        training. After ``"sources"``, the places of base model, adapters and data.
 
     Raises:
         SubspaceError: a package cannot be fetched, a library is missing, or a saved task does not give the logits it
             was saved with.
     """
-    shared.require("datasets", "matplotlib", extra="demo")
+    shared.require("datasets", *(["matplotlib"] if stage == "all" else []), extra="demo")
     shared.quiet()
     began = time.perf_counter()
     folder, sizes = Path(out), QUICK if quick else Sizes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own notices: the demo prints its measurements
         fetch_all(PACKAGES, progress=progress)
-        encoder = find(fetch(ENCODER), "model/config.json").parent
-        sources = train_sources(folder / "sources", encoder, sizes, seed, progress)
+        if (folder / "sources").is_dir() and not (folder / "loras").is_dir():
+            print(
+                f"{folder / 'sources'} is an earlier version's: its adapters name their base model by a place in this"
+                " machine's cache. They are trained again, into loras, which takes about a minute."
+            )
+        encoder, tasks = save_base(folder / "base", ENCODER), held_out_tasks()
+        for task in tasks:
+            save_data(folder / "data" / task.name, task, sizes, seed)
+        sources = train_sources(folder / "loras", encoder, sizes, seed, progress)
+        if stage == "sources":
+            print("\n".join(what_lies_where(folder, sources, tasks, sizes)))
+            return {
+                "base": str(encoder),
+                "loras": sources,
+                "data": [str(folder / "data" / task.name) for task in tasks],
+                "seconds": time.perf_counter() - began,
+            }
         basis, random = build_bases(folder, sources, seed, progress)
         rows = shared.methods(basis=basis, random=random, **WHERE, sweep=1 if quick else 0)
         rows = [row for row in rows if row.name != "VeRA"]
-        tasks, compared, described = held_out_tasks(), {}, []
+        compared, described = {}, []
         for task in tasks:
             compared[task.name], tests = compare(folder, encoder, task, rows, sizes, seed, progress)
             described.append(task_facts(task, compared[task.name], tests, folder))
@@ -116,105 +110,19 @@ def run_demo(
             "seed": seed,
             "quick": quick,
             "budget": vars(sizes),
-            "basis": basis_facts(basis, folder),
+            "basis": basis_facts(basis, K, folder),
             "held_out": described,
             "checks": [check(folder, encoder, task) for task in tasks],
             "seconds": time.perf_counter() - began,
         }
     table = "\n".join(tables(results, compared)) + "\n"
     shared.write_texts(folder, {"results.json": json.dumps(results, indent=2) + "\n", "table.md": table})
-    print(f"\n{table}" + "\n".join(summary(results)) + f"\nFigures and files are in {folder}.")
+    opening, closing = "\n\n".join(headline(results)), "\n".join(details(results))
+    print(f"\n{opening}\n\n{table}{closing}\nFigures and files are in {folder}.")
     return results
 
 
-# -- model, data, trainer ---------------------------------------------------------------------------------------------
-
-
-def make_model(encoder: Path, classes: int, seed: int) -> modeling.MeanPooledClassifier:
-    """Load the encoder under a head for so many classes, drawn by `seed`.
-
-    Dropout is off: the runs are too short to need it, and attention without it takes two thirds of the time on a CPU.
-    """
-    torch.manual_seed(seed)
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    given = {"num_labels": classes, "add_pooling_layer": False, "dtype": torch.float32, **no_dropout}
-    model = modeling.MeanPooledClassifier(AutoModel.from_pretrained(str(encoder), **given))
-    with torch.no_grad():
-        model.classifier.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
-    return model
-
-
-def load_task(task: TextTask, encoder: Path, sizes: Sizes, seed: int) -> Task:
-    """Split and tokenise a task."""
-    tokenizer = AutoTokenizer.from_pretrained(str(encoder))
-
-    def encode(rows: dict[str, list[str]]) -> Any:
-        return tokenizer(rows["text"], truncation=True, max_length=sizes.tokens)
-
-    splits = task.split({name: getattr(sizes, name) for name in ("train", "validation", "test")}, seed)
-    return Task(
-        name=task.name,
-        splits={name: rows.map(encode, batched=True, remove_columns=["text"]) for name, rows in splits.items()},
-        collate=transformers.DataCollatorWithPadding(tokenizer),
-        score_name="accuracy",
-    )
-
-
-def make_trainer(model: torch.nn.Module, task: Task, sizes: Sizes, rate: float, seed: int, out: Path) -> Trainer:
-    """Make the stock Trainer: AdamW without weight decay, linear decay, dynamic padding."""
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        num_train_epochs=sizes.epochs,
-        per_device_train_batch_size=sizes.batch,
-        per_device_eval_batch_size=4 * sizes.batch,
-        train_sampling_strategy="group_by_length",
-        lr_scheduler_type="linear",
-        eval_strategy="epoch",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    groups = shared.parameter_groups(model, HEAD, rate, HEAD_RATE)
-    trainer = Trainer(
-        model,
-        arguments,
-        task.collate,
-        train_dataset=task.splits["train"],
-        eval_dataset=task.splits["validation"],
-        compute_metrics=lambda prediction: {"score": accuracy(prediction)},
-        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def accuracy(prediction: Any) -> float:
-    """Return the share of right guesses of a `transformers.EvalPrediction`."""
-    return float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-
-
-# -- the fleet and its basis ------------------------------------------------------------------------------------------
-
-
-def train_sources(root: Path, encoder: Path, sizes: Sizes, seed: int, progress: bool) -> list[str]:
-    """Train a stock LoRA adapter r=8 for each source task and return their folders; finished ones are kept."""
-    settings, folders = {"seed": seed, "rate": SOURCE_RATE, **vars(sizes)}, []
-    lora = shared.lora(8, shared.adapted(**WHERE))
-    for number, each in enumerate(tqdm(source_tasks(), desc="source adapters", unit="adapter", disable=not progress)):
-        folder = root / each.name
-        if shared.finished(folder, settings) is None:
-            task = load_task(each, encoder, sizes, seed)
-            model = make_model(encoder, len(each.labels), seed)
-            # a start of its own: with one random A for all, they would fake a common subspace
-            torch.manual_seed(1000 * (seed + 1) + number)
-            model = lora.apply(model, HEAD)
-            result = shared.fit(make_trainer(model, task, sizes, SOURCE_RATE, seed, root))
-            shared.save_finished(model, folder, settings, result)
-        folders.append(str(folder))
-    return folders
+# -- the basis --------------------------------------------------------------------------------------------------------
 
 
 def build_bases(
@@ -289,11 +197,6 @@ def compare(
     return found, len(task.splits["test"])
 
 
-def task_folder(folder: Path, task: str, row: str) -> Path:
-    """Return the folder of a row's saved task."""
-    return folder / "tasks" / f"{task}-{row.replace(' ', '-').replace('=', '')}"
-
-
 # -- checks in fresh processes ----------------------------------------------------------------------------------------
 
 
@@ -320,99 +223,15 @@ def check(folder: Path, encoder: Path, task: TextTask) -> dict[str, Any]:
     }
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
-
-
-def basis_facts(basis: SubspaceBasis, folder: Path) -> dict[str, Any]:
-    """Return the results of the basis: its size, its sources, and how much of them it keeps."""
-    measured, sources = basis.info["measured"], basis.info["sources"]
-    return {
-        "fingerprint": basis.fingerprint,
-        "modules": len(basis),
-        "k": K,
-        "bytes": (folder / "basis" / "basis.safetensors").stat().st_size,
-        "energy_kept": measured["energy_kept"],
-        "energy_random": measured["energy_random"],
-        "sources": [source["name"] for source in sources],
-        "seed_groups": len({source["seed_group"] for source in sources}),
-    }
-
-
-def task_facts(task: TextTask, rows: Sequence[Mapping[str, Any]], tests: int, folder: Path) -> dict[str, Any]:
-    """Return the results of a held-out task: its rows, with the standard error of `tests` examples."""
-    described = []
-    for row in rows:
-        score, head_bytes = row["test"], 4 * row["trained_head"]
-        saved = task_folder(folder, task.name, row["method"])
-        described.append(
-            {
-                "row": row["method"],
-                "accuracy": score,
-                "standard_error": math.sqrt(score * (1 - score) / tests),
-                "adapter_parameters": row["trained_adapter"],
-                "head_parameters": row["trained_head"],
-                "bytes": row["bytes"] + head_bytes,
-                "bytes_without_head": row["bytes"],
-                "seconds": row["seconds"],
-                "learning_rate": row["rate"],
-                "validation_accuracy": row["validations"][0],
-                "curve": row["curves"][0],
-                "folder": str(saved.relative_to(folder)) if saved.is_dir() else None,
-            }
-        )
-    return {"task": task.name, "about": task.about, "test": tests, "rows": described}
-
-
-def tables(results: Mapping[str, Any], compared: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Return a table per held-out task, as lines of Markdown."""
-    lines = []
-    for task in results["held_out"]:
-        error = max(row["standard_error"] for row in task["rows"])
-        title = (
-            f"{task['task']} ({task['about']}): accuracy on {task['test']} test examples, standard error {error:.3f}"
-        )
-        lines += [f"{title} at most", "", *shared.markdown_table(compared[task["task"]]).splitlines(), ""]
-    return lines
-
-
-def summary(results: Mapping[str, Any]) -> list[str]:
-    """Return sizes, checks and a plain reading of the tables, made from the results only."""
-    basis = results["basis"]
-    lines = [
-        f"Basis: {basis['bytes']:,} bytes for {basis['modules']} modules, k={basis['k']}, from"
-        f" {len(basis['sources'])} adapters ({basis['seed_groups']} random starts); it keeps"
-        f" {percent(basis['energy_kept'])} of their energy, a random one {percent(basis['energy_random'])}."
-    ]
-    for task, checked in zip(results["held_out"], results["checks"], strict=True):
-        scores = {row["row"]: row for row in task["rows"]}
-        ours, lora, random = scores["this basis"], scores["LoRA r=8"], scores["random basis"]
-        noise = math.hypot(ours["standard_error"], random["standard_error"])
-        gap = ours["accuracy"] - random["accuracy"]
-        reading = "within the noise of" if abs(gap) < 2 * noise else ("above" if gap > 0 else "below")
-        lines += [
-            f"{task['task']}: this basis {ours['accuracy']:.3f}, {reading} a random one ({random['accuracy']:.3f},"
-            f" difference {gap:+.3f} ± {noise:.3f}); LoRA {lora['accuracy']:.3f}, the fleet's mean alone"
-            f" {scores['mean only']['accuracy']:.3f}, head only {scores['head only']['accuracy']:.3f}. Without the"
-            f" head its file has {ours['bytes_without_head']:,} bytes, LoRA's {lora['bytes_without_head']:,}.",
-            f"{task['task']}: reloaded in a fresh process its logits differ by at most"
-            f" {checked['reloaded_max_difference']:.1e}, exported to LoRA r={checked['exported_rank']} in stock PEFT"
-            f" by {checked['exported_max_difference']:.1e} (logits up to {checked['logits_scale']:.1f}).",
-        ]
-    return [
-        *lines,
-        f"One seed, few examples: differences under about two standard errors mean nothing. {results['seconds']:.0f}"
-        " seconds in all.",
-    ]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="demo-output", metavar="FOLDER", help="folder of everything that is made")
+    parser.add_argument("--stage", choices=("sources", "all"), default="all", help="sources: model, data and adapters")
     parser.add_argument("--seed", type=int, default=0, help="of splits, heads, adapters and the random basis")
     parser.add_argument("--quick", action="store_true", help="a minute's version, whose scores mean nothing")
     given = parser.parse_args(arguments)
-    run_demo(given.out, seed=given.seed, quick=given.quick)
+    run_demo(given.out, stage=given.stage, seed=given.seed, quick=given.quick)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ def add_demo(add: Add) -> None:
         ),
     )
     verb.add_argument("--out", default="demo-output", metavar="FOLDER")
+    verb.add_argument(
+        "--stage", choices=("sources", "all"), default="all", help="sources: model, data and adapters only"
+    )
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--quick", action="store_true", help="a minute's version, whose scores mean nothing")
     add_json(verb)
@@ -57,7 +60,9 @@ def demo(args: Namespace) -> int:
     """Go the whole path on real data."""
     from ..recipes import load_recipe
 
-    results = load_recipe("demo").run_demo(args.out, seed=args.seed, quick=args.quick, progress=not args.quiet)
+    results = load_recipe("demo").run_demo(
+        args.out, stage=args.stage, seed=args.seed, quick=args.quick, progress=not args.quiet
+    )
     return print_json(results) if args.json else 0
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tarfile
 import zipfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +19,25 @@ import numpy as np
 import pytest
 import torch
 from common import fresh_process
+from datasets import load_dataset
+from demo_parts import sources
+from demo_parts.results import headline
 from offline import clients
 from offline.archives import unpack
 from offline.clients import PackageError
 from offline.packages import Package, fetch, fetch_all, find
 from offline.texts import Row, TextTask, held_out_tasks, plain, source_tasks
+from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 
 from subspace_peft import SubspaceBasis
 from subspace_peft.errors import BadFileError, SubspaceError
@@ -197,8 +210,11 @@ def make_task(name: str, words: list[str], seed: int) -> TextTask:
 
 
 @pytest.fixture(scope="module", params=["made here", pytest.param("real", marks=pytest.mark.slow)])
-def result(request, tmp_path_factory):
-    """The folder and the results of a quick demo, on a model and texts made here or on the real ones."""
+def ran(request, tmp_path_factory):
+    """A quick demo, on a model and texts made here or on the real ones.
+
+    Its folder, what the first stage returned and left, the results of the whole, and what was printed.
+    """
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
@@ -207,14 +223,52 @@ def result(request, tmp_path_factory):
             encoder = make_encoder(folder / "encoder", words)
             tasks = [make_task(f"task{seed}", words, seed) for seed in range(9)]
             patch.setattr(demo, "fetch_all", lambda *_, **__: {})
-            patch.setattr(demo, "fetch", lambda _: encoder)
-            patch.setattr(demo, "find", lambda *_: encoder / "config.json")
-            patch.setattr(demo, "source_tasks", lambda: tasks[:8])
+            patch.setattr(sources, "fetch", lambda _: encoder)
+            patch.setattr(sources, "find", lambda *_: encoder / "config.json")
+            patch.setattr(sources, "source_tasks", lambda: tasks[:8])
             patch.setattr(demo, "held_out_tasks", lambda: tasks[8:])
             forked = SimpleNamespace(run=lambda command, **_: fresh.run(*command[1:]))
             patch.setattr(fresh_process, "subprocess", forked)
-        results = demo.run_demo(folder, quick=True, progress=False)
+        with redirect_stdout(io.StringIO()) as first:
+            places = demo.run_demo(folder, stage="sources", quick=True, progress=False)
+        left = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+        with redirect_stdout(io.StringIO()) as second:
+            results = demo.run_demo(folder, quick=True, progress=False)
+    return folder, places, left, results, (first.getvalue(), second.getvalue())
+
+
+@pytest.fixture
+def result(ran):
+    """The folder and the results of the whole demo."""
+    folder, _, _, results, _ = ran
     return folder, results
+
+
+def test_the_first_stage_leaves_what_stock_calls_load(ran):
+    folder, places, _, _, (said, _) = ran
+    assert places["base"] == str(folder / "base")
+    assert said.splitlines()[-1] == f"Next: subspace-peft build {folder}/loras/* --out my-basis"
+    data = load_dataset("json", data_dir=places["data"][0], cache_dir=str(folder / "cache"))
+    assert {name: rows.column_names for name, rows in data.items()} == {
+        name: ["text", "label"] for name in ("train", "test")
+    }
+    assert len(data["train"]) == demo.QUICK.train
+    words = AutoTokenizer.from_pretrained(places["base"])(data["test"]["text"][:2], return_tensors="pt", padding=True)
+    assert AutoModel.from_pretrained(places["base"])(**words).last_hidden_state.shape[-1] == 384
+    assert len(places["loras"]) == 8
+    for lora in places["loras"][:2]:
+        labels = load_file(Path(lora, "adapter_model.safetensors"))["base_model.model.classifier.bias"].numel()
+        base = AutoModelForSequenceClassification.from_pretrained(places["base"], num_labels=labels)
+        model = PeftModel.from_pretrained(base, lora)
+        assert model.peft_config["default"].base_model_name_or_path == places["base"]
+        assert model(**words).logits.shape == (2, labels)
+
+
+def test_the_second_stage_goes_on_from_the_first(ran):
+    folder, places, left, *_ = ran
+    kept = {file: time for file, time in left.items() if folder / "data" not in file.parents}
+    assert any(str(file).startswith(places["loras"][0]) for file in kept)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
 
 
 def test_real_tasks_are_what_they_say(monkeypatch):
@@ -260,7 +314,7 @@ def test_the_saved_task_and_its_export_gave_equal_logits_in_fresh_processes(resu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("result", ["real"], indirect=True)
+@pytest.mark.parametrize("ran", ["real"], indirect=True)
 def test_the_demo_repeats_itself(result, monkeypatch):
     """A second run uses the finished sources again; its own runs, done once more, give the same numbers."""
     folder, results = result
@@ -277,3 +331,79 @@ def test_the_demo_repeats_itself(result, monkeypatch):
     ]
     assert timeless[0] == timeless[1]
     assert np.isfinite([row["accuracy"] for row in timeless[0]]).all()
+
+
+# -- the words that the result opens with -----------------------------------------------------------------------------
+
+
+def made_results(ours: float, lora: float, random: float, head: float, *, quick: bool = False, tasks: int = 2):
+    """Results of so many tasks with these accuracies; the noise of a difference is 0.02 with one task."""
+    scores = {
+        "head only": (head, 0),
+        "LoRA r=8": (lora, 9000),
+        "random basis": (random, 500),
+        "this basis": (ours, 500),
+    }
+    rows = [
+        {"row": name, "accuracy": score, "standard_error": 0.02 / 2**0.5, "bytes_without_head": size}
+        for name, (score, size) in scores.items()
+    ]
+    return {"quick": quick, "basis": {"sources": ["a", "b", "c"]}, "held_out": [{"task": "t", "rows": rows}] * tasks}
+
+
+@pytest.mark.parametrize(
+    ("ours", "words"),
+    [
+        (0.90, "right more often than the LoRA (+10.0 points of accuracy)."),
+        (0.82, "right about as often as the LoRA (+2.0 points of accuracy, within the noise)."),
+        (0.79, "right about as often as the LoRA (-1.0 points of accuracy, within the noise)."),
+        (0.70, "right less often than the LoRA (-10.0 points of accuracy)."),
+    ],
+)
+def test_the_first_sentence_compares_with_the_lora(ours, words):
+    first, _ = headline(made_results(ours, lora=0.80, random=0.8, head=0.8))
+    assert first.startswith(
+        "In one sentence: trained in the basis that 3 LoRA adapters share, each of 2 new tasks took"
+    )
+    assert "500 bytes in place of a LoRA's 9,000" in first
+    assert first.endswith(words)
+    assert first.count(". ") == 0
+
+
+HELPED, UNTOLD, DID_NOT = "share helped these tasks", "cannot be told from so few", "share did not help these tasks"
+
+
+@pytest.mark.parametrize(
+    ("random", "head", "words"),
+    [
+        (0.7, 0.7, HELPED),
+        (0.7, 0.8, UNTOLD),
+        (0.8, 0.7, UNTOLD),
+        (0.8, 0.8, UNTOLD),
+        (0.9, 0.8, DID_NOT),
+        (0.8, 0.9, DID_NOT),
+        (0.9, 0.9, DID_NOT),
+        (0.7, 0.9, DID_NOT),
+        (0.9, 0.7, DID_NOT),
+    ],
+)
+def test_what_it_means_depends_on_both_controls(random, head, words):
+    _, means = headline(made_results(0.8, lora=0.8, random=random, head=head))
+    assert means.startswith("For you: ")
+    assert words in means
+    assert f"({80 - 100 * random:+.1f} points beside a basis of random directions, {80 - 100 * head:+.1f}" in means
+
+
+def test_more_tasks_make_the_same_difference_certain():
+    assert "about as often" in headline(made_results(0.83, lora=0.8, random=0.8, head=0.8, tasks=1))[0]
+    assert "a new task took" in headline(made_results(0.83, lora=0.8, random=0.8, head=0.8, tasks=1))[0]
+    assert "more often" in headline(made_results(0.83, lora=0.8, random=0.8, head=0.8, tasks=2))[0]
+
+
+def test_a_quick_demo_claims_nothing():
+    assert headline(made_results(0.9, 0.8, 0.7, 0.7, quick=True))[1].endswith("scores mean nothing.")
+
+
+def test_the_whole_result_opens_with_the_sentence(ran):
+    *_, results, (_, said) = ran
+    assert said.startswith("\n" + "\n\n".join(headline(results)) + "\n\n" + results["held_out"][0]["task"])

@@ -1,0 +1,1 @@
+"""What the demo is made of: its model, data and Trainer, the files of its first stage, and its words."""
