@@ -40,9 +40,9 @@ def identity(path: str) -> str:
 
 
 def public_names() -> Iterator[str]:
-    """Yield every name that the package or a package in it has in `__all__`, and the public exceptions."""
-    packages = [each.name for each in pkgutil.iter_modules(subspace_peft.__path__) if each.ispkg]
-    for module in [subspace_peft, *(importlib.import_module(f"subspace_peft.{name}") for name in packages)]:
+    """Yield every name that the package or what lies in it has in `__all__`, and the public exceptions."""
+    inside = [each.name for each in pkgutil.iter_modules(subspace_peft.__path__) if not each.name.startswith("_")]
+    for module in [subspace_peft, *(importlib.import_module(f"subspace_peft.{name}") for name in inside)]:
         yield from (f"{module.__name__}.{name}" for name in getattr(module, "__all__", ()))
     yield from (f"{errors.__name__}.{name}" for name, each in vars(errors).items() if isinstance(each, type))
 
