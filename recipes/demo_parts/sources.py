@@ -1,7 +1,7 @@
-"""The demo's first stage: base model, data of the held-out tasks, and a LoRA adapter per source task, as stock files.
+"""The demo's first stage: base model, data of all tasks, and a LoRA adapter per source task, as stock files.
 
 base/                           the encoder with its tokenizer
-data/<task>/{train,test}.json   text and label, of each held-out task
+data/<task>/{train,test}.json   text and label, of each held-out task and each source task
 loras/<task>/                   an adapter as PEFT saves it
 """
 
@@ -55,12 +55,16 @@ def save_data(folder: Path, task: TextTask, sizes: Sizes, seed: int) -> None:
 def train_sources(
     root: Path, encoder: str | Path, sizes: Sizes, seed: int, progress: bool, tasks: Sequence[TextTask] | None = None
 ) -> list[str]:
-    """Train a stock LoRA adapter r=8 for each source task and return their folders; finished ones are kept."""
+    """Train a stock LoRA adapter r=8 for each source task and return their folders; finished ones are kept.
+
+    The examples of each task are saved too, in a folder ``data`` beside `root`.
+    """
     tasks = source_tasks() if tasks is None else tasks
     settings, folders = {"seed": seed, "rate": SOURCE_RATE, **vars(sizes)}, []
     lora = shared.lora(8, shared.adapted(**WHERE))
     for number, each in enumerate(tqdm(tasks, desc="source adapters", unit="adapter", disable=not progress)):
         folder = root / each.name
+        save_data(root.parent / "data" / each.name, each, sizes, seed)
         if shared.finished(folder, settings) is None:
             task = load_task(each, encoder, sizes, seed)
             model = make_model(encoder, len(each.labels), seed)
@@ -84,5 +88,6 @@ def what_lies_where(folder: Path, sources: Sequence[str], held_out: Sequence[Tex
         f"  loras/              {len(sources)} LoRA adapters of it, one per task: "
         + ", ".join(Path(each).name for each in sources),
         f"  data/{first + '/':<15}a task that none of them has seen: {examples}{also}",
+        "                      data/<adapter> has those of each adapter's own task",
         f"Next: subspace-peft build {folder}/loras/* --out my-basis",
     ]
