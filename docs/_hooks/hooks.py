@@ -6,15 +6,13 @@ Nothing that is made here is committed: it exists while the site is built.
 from __future__ import annotations
 
 import posixpath
-import re
 from typing import Any
 
 from command_line import command_line_page
-from links import INCLUDED, ROOT, links_for_site
+from links import INCLUDED, ROOT, error_links, links_for_site, notebook_links
 from mkdocs.structure.files import File, Files
 
 COMMAND_LINE = "reference/command-line.md"
-ERRORS = "reference/api/errors.html"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -37,16 +35,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
-    """Link the exceptions that a docstring names under "Raises" where its module does not import them."""
-    import subspace_peft
-    from subspace_peft import errors
-
-    def linked(code: re.Match[str]) -> str:
-        if not hasattr(errors, code[1]):
-            return code[0]
-        place = posixpath.relpath(ERRORS, posixpath.dirname(page.url))
-        package = subspace_peft if code[1] in subspace_peft.__all__ else errors
-        return f'<a href="{place}#{package.__name__}.{code[1]}">{code[0]}</a>'
-
-    api = page.file.src_uri.startswith("reference/api/")
-    return re.sub(r"(?<!>)<code>(\w+Error)</code>", linked, html) if api else html
+    """Mend what pages cannot say themselves: links of notebooks, and errors that docstrings name."""
+    uri = page.file.src_uri
+    if uri.endswith(".ipynb"):
+        name = posixpath.basename(uri)
+        offer = f'<p><a href="{name}" download>Download this notebook</a></p>'
+        return notebook_links(html, uri, files).replace("</h1>", f"</h1>{offer}", 1)
+    return error_links(html, page.url) if uri.startswith("reference/api/") else html

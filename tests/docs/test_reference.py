@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +121,9 @@ def test_the_page_shows_what_the_help_says():
 class Files(list):
     src_uris = property(lambda self: {each.src_uri for each in self})
 
+    def get_file_from_path(self, path: str) -> Any:
+        return SimpleNamespace(url=f"{path.rpartition('.')[0]}.html") if path in self else None
+
 
 @pytest.mark.parametrize(
     ("source", "page", "written", "mended"),
@@ -141,3 +144,21 @@ class Files(list):
 def test_links_lead_somewhere_on_the_site(source, page, written, mended):
     pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
     assert hook("links").links_for_site(written, source, page, Files(), None) == mended
+
+
+def test_a_notebooks_links_lead_to_pages(caplog):
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    links, files = hook("links"), Files(["concepts.md", "tutorials/2.ipynb"])
+    written = '<a href="../concepts.md#energy">a</a><a href="2.ipynb">b</a><a href="https://arxiv.org/a.md">c</a>'
+    mended = '<a href="../concepts.html#energy">a</a><a href="2.html">b</a><a href="https://arxiv.org/a.md">c</a>'
+    assert links.notebook_links(written, "tutorials/1.ipynb", files) == mended and not caplog.records
+    assert links.notebook_links('<a href="../no.md">', "tutorials/1.ipynb", files) == '<a href="../no.md">'
+    assert "'../no.md'" in caplog.text
+
+
+def test_the_errors_that_a_docstring_names_are_linked():
+    pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+    linked = hook("links").error_links("<code>SourceError</code> <code>KeyError</code>", "reference/api/bases.html")
+    assert linked == (
+        '<a href="errors.html#subspace_peft.errors.SourceError"><code>SourceError</code></a> <code>KeyError</code>'
+    )
