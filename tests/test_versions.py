@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOWEST = ROOT / "constraints-lowest.txt"
 # the matrix leaves these extras out: tools of the developer's machine, and the ecosystem's packages, which have floors
 # of their own
-TOOLS = {"dev", "versions", "ecosystem", "quantization", "trl", "diffusers", "peft-suite", "vllm"}
+TOOLS = {"dev", "docs", "versions", "ecosystem", "quantization", "trl", "diffusers", "peft-suite", "vllm"}
 
 
 def said_in_pyproject() -> dict[str, Any]:
