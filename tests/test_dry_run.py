@@ -33,7 +33,7 @@ BAD = [
     (["FLEET", "-k", "0.5", "--k-in", "3"], "decides k_in itself"),
     (["FLEET", "--k-in", "0"], "--k-in 0: give a whole number, at least 1"),
     (["FLEET", "--budget", "0"], "--budget 0: give how many"),
-    (["FLEET", "--budget", "1"], "4 modules take at least a number each"),
+    (["FLEET", "--budget", "1"], "4 modules take at least a parameter each"),
     (["FLEET", "--budget", "100", "-k", "4"], "leave k, k_in and complete out"),
     (["FLEET", "--budget", "100", "--builder", "eigenlora"], "not 'eigenlora'"),
     (["FLEET", "--builder", "eigenlora", "-k", "0.5"], "for the builder `adapters`"),

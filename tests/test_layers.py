@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "subspace_peft"
-GROUND = {"errors", "energy", "_io", "_version", "_adapted", "_lazy", "_moved", "logging", "base_names"}
+GROUND = {"_shown", "errors", "energy", "_io", "_version", "_adapted", "_lazy", "_moved", "logging", "base_names"}
 HUB = {"hub", "hub_requests"}
 BASIS = GROUND | HUB | {"cards", "basis"}
 # layer → the layers that it may import; docs/architecture.md says why
 LAYERS: dict[str, set[str]] = {
-    **{layer: set() for layer in ("errors", "energy", "_version", "_adapted", "_lazy", "_moved", "modeling")},
+    **{
+        layer: set() for layer in ("errors", "energy", "_version", "_adapted", "_lazy", "_moved", "_shown", "modeling")
+    },
     "_io": {"errors", "logging"},
     "logging": {"errors"},
     "base_names": {"errors"},

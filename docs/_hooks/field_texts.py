@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import griffe
+from peft import PeftConfig
 
 
 class FieldTexts(griffe.Extension):
@@ -17,11 +18,15 @@ class FieldTexts(griffe.Extension):
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         """Look at a class once its members are read."""
-        if not any("'help'" in str(each.value) for each in cls.attributes.values()):
+        # its own fields, or those of the class that declares them for it
+        if not any("'help'" in str(each.value) for each in cls.attributes.values()) and "ConfigFields" not in map(
+            str, cls.bases
+        ):
             return
         live = getattr(importlib.import_module(cls.module.path), cls.name)
         told = [each for each in fields(live) if each.init and "help" in each.metadata]
-        told.sort(key=lambda each: each.name not in cls.attributes)  # its own first, inherited ones below
+        inherited = {each.name for each in fields(PeftConfig)}
+        told.sort(key=lambda each: each.name in inherited)  # its own first, inherited ones below
         parameters = [
             griffe.DocstringParameter(
                 each.name, annotation=_annotation(cls, each), description=each.metadata["help"], value=_default(each)

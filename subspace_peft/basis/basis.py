@@ -13,8 +13,10 @@ import torch
 from .._io.occupied import BASIS
 from .._io.warn import warn_caller
 from .._moved import moved_name
+from .._shown import Shown, Table, fingerprint, short
 from ..base_names import read_name
 from ..cards import Place
+from ..energy import EnergyRecord, percent
 from ..errors import BasisMismatchError, SubspaceError
 from ..hub import check_repo_id, upload
 from . import cache
@@ -33,8 +35,11 @@ from .recorded_energy import moved_sources, rounded_info
 from .source_places import local_info, shared_info
 
 
-class SubspaceBasis(Mapping[str, ModuleBasis]):
+class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
     """A mapping from module name to `ModuleBasis`, with its provenance and a fingerprint; immutable.
+
+    As in a dict, ``len(basis)`` is how many modules it has, ``name in basis`` asks for one by its exact name (`find`
+    for a model's), and iteration gives their names. None of these reads a tensor; ``basis[name]`` does.
 
     It is made by `subspace_peft.build_basis`, or loaded by `SubspaceBasis.from_pretrained`, which reads a module's
     tensors and verifies their sha256 when the module is asked for.
@@ -118,9 +123,23 @@ class SubspaceBasis(Mapping[str, ModuleBasis]):
             return _rebuild_stored, (self.precision, stored, self.info, self.location, self.revision)
         return _rebuild, (dict(self.items()), self.info, self.location, self.revision)
 
-    def __repr__(self) -> str:
-        where = self.location or "in memory"
-        return f"SubspaceBasis({len(self)} modules, {self.describe_k()}, {self.fingerprint[:12]}…, {where})"
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        known = EnergyRecord.of(self.info)
+        yield "modules", len(self)
+        yield "k", self.describe_k().removeprefix("k=")
+        yield "base model", short(self.base_model)
+        yield "sources", len(known.sources) or None
+        if known.kept is not None:
+            # the squared Frobenius norm of the sources' updates
+            yield "energy kept of them", f"{'at least ' if known.at_least else ''}{percent(known.kept)}"
+        yield "stored as", self.precision
+        yield "fingerprint", fingerprint(self.fingerprint)
+        yield "at", short(self.location or "in memory") + (f"@{self.revision[:7]}" if self.revision else "")
+
+    def _shown_table(self) -> Table:
+        shapes = self.shapes()
+        rows = ((name, f"{s['out']} × {s['in']}", f"{s['k_out']}, {s['k_in']}") for name, s in shapes.items())
+        return ("module", "out × in", "k out, k in"), rows, len(shapes)
 
     @property
     def file(self) -> Path | None:

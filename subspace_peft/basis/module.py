@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from .._shown import Shown, Table
 from ..errors import BasisMismatchError, SubspaceError
 from .layout import TENSOR_NAMES as TENSOR_NAMES  # its place in earlier versions
 from .layout import TensorFacts, check_tensors, digest_of
@@ -15,8 +18,8 @@ from .layout import combine_digests as combine_digests
 FLOAT_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-@dataclass(frozen=True, eq=False)
-class ModuleBasis:
+@dataclass(frozen=True, eq=False, repr=False)
+class ModuleBasis(Shown):
     """The frozen part of ``ΔW = s · U (g·M/s + C) V`` for one module.
 
     Attributes:
@@ -41,6 +44,21 @@ class ModuleBasis:
     spectrum_out: torch.Tensor | None = None
     spectrum_in: torch.Tensor | None = None
 
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "out × in", f"{self.out_features} × {self.in_features}"
+        yield "k", f"{self.k_out}" if self.k_out == self.k_in else f"{self.k_out} out, {self.k_in} in"
+        yield "dtype", str(self.U.dtype).removeprefix("torch.")
+        yield "device", None if self.U.device.type == "cpu" else self.U.device
+        yield "with", ", ".join(name for name in self.tensors() if name not in "UV") or None
+
+    def _shown_table(self) -> Table:
+        tensors = self.tensors()
+        rows = (
+            (name, " × ".join(map(str, value.shape)), str(value.dtype).removeprefix("torch."))
+            for name, value in tensors.items()
+        )
+        return ("tensor", "shape", "dtype"), rows, len(tensors)
+
     @property
     def k_out(self) -> int:
         """Number of output directions."""
@@ -53,7 +71,7 @@ class ModuleBasis:
 
     @property
     def out_features(self) -> int:
-        """Rows of the module's weight."""
+        """Table of the module's weight."""
         return self.U.shape[0]
 
     @property

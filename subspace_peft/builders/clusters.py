@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 from .._io.atomic import write_text_aside
 from .._io.occupied import BASIS, CLUSTERS
 from .._io.progress import progress_bar
+from .._shown import Shown, Table
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target, replacing
 from ..basis.source_places import shared_entries
-from ..energy import EnergyRecord, mean
+from ..energy import EnergyRecord, mean, percent
 from ..errors import SubspaceError
 from .build import built
 from .distributed import ALONE, ProcessGroup, process_group
@@ -30,8 +31,8 @@ IN_VAIN = 2  # `auto` gives up when that many finer partitions in a row are not 
 FILE = "clusters.json"
 
 
-@dataclass(frozen=True, eq=False)
-class Clusters:
+@dataclass(frozen=True, eq=False, repr=False)
+class Clusters(Shown):
     """Bases of parts of a fleet.
 
     Attributes:
@@ -51,6 +52,21 @@ class Clusters:
     single_k: int
     modules: list[str]
     steps: list[Step]
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "bases", len(self.bases)
+        yield "k", self.k
+        yield "sources", len(self.sources)
+        kept = {key: mean(each[key] for each in self.sources) for key in ("energy_kept", "energy_kept_single")}
+        yield "energy kept", percent(kept["energy_kept"])
+        yield "by one basis as large", percent(kept["energy_kept_single"])
+
+    def _shown_table(self) -> Table:
+        rows = (
+            (each["name"], each["cluster"], percent(each["energy_kept"]), percent(each["energy_kept_single"]))
+            for each in self.sources
+        )
+        return ("source", "cluster", "energy kept", "by one basis"), rows, len(self.sources)
 
     def to_precision(self, precision: str) -> Clusters:
         """Return the same, with every basis in `precision`: see `SubspaceBasis.to_precision`."""

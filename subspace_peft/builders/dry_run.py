@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .._shown import Shown, Table, short
+from .._shown import size as in_bytes
 from ..basis import SubspaceBasis
 from ..basis.stored_size import ModuleSize, stored_bytes
 from ..errors import SubspaceError
@@ -32,8 +34,8 @@ from .update import PreparedUpdate, prepare_update
 TIMED_SOURCES = 16
 
 
-@dataclass(frozen=True)
-class BuildPlan:
+@dataclass(frozen=True, repr=False)
+class BuildPlan(Shown):
     """The plan of a build.
 
     Attributes:
@@ -60,6 +62,23 @@ class BuildPlan:
     memory: int
     seconds: float
     bytes_at_most: int = 0
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "sources", len(self.sources)
+        yield "left out", len(self.skipped) or None
+        yield "modules", len(self.modules)
+        yield "base model", short(self.base_model)
+        yield "to read", in_bytes(self.bytes_to_read)
+        yield "basis", in_bytes(self.bytes_of_basis)
+        yield "memory", in_bytes(self.memory)
+        yield "time", f"about {self.seconds:,.0f} s" if self.seconds >= 1 else "under a second"
+
+    def _shown_table(self) -> Table:
+        rows = (
+            (name, f"{m['out']} × {m['in']}", m["sources"], f"{m['k_out']}, {m['k_in']}")
+            for name, m in self.modules.items()
+        )
+        return ("module", "out × in", "sources", "k out, k in"), rows, len(self.modules)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON-ready values."""

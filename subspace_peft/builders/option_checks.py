@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from .._shown import Shown, short
 from ..base_names import check_said
 from ..errors import SubspaceError
 
@@ -183,8 +184,14 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
-class Options:
+class Options(Shown):
     """Base of the dataclasses of options: checks every field as its definition says, and stores plain values."""
+
+    _joint = "="
+
+    def _shown_facts(self) -> Iterable[tuple[str, Any]]:
+        for name in self.changed():
+            yield name, short(repr(getattr(self, name)))
 
     def __post_init__(self) -> None:
         for each in fields(self):  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ SEED = ("of all random directions (default: {default})", whole())
 INPUT_SIDE = ("directions on the input side, where they differ", whole(1, optional=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BuildOptions(Options):
     """The options that decide which basis is built.
 
@@ -207,7 +207,7 @@ class BuildOptions(Options):
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UpdateOptions(Options):
     """The options that decide how a basis is updated.
 
@@ -281,7 +281,7 @@ class UpdateOptions(Options):
         return {**{name: getattr(self, name) for name in kept}, "tasks": tasks, **said}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompleteOptions(Options):
     """The options that decide how a basis is filled up.
 
@@ -309,7 +309,7 @@ class CompleteOptions(Options):
         return self.k, self.k_in or self.k
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Resources(Options):
     """The memory, disk and network that building may use, which do not change the basis.
 

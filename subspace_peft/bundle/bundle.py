@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._shown import Shown, Table, core_table
 from ..basis import SubspaceBasis
 from ..basis.dependents import add_dependent
 from ..errors import BadFileError, BasisMismatchError
@@ -28,8 +29,8 @@ from .store import FileBytes, on_hub
 MOST_OPEN = 32
 
 
-@dataclass(frozen=True, eq=False)
-class Numbers:
+@dataclass(frozen=True, eq=False, repr=False)
+class Numbers(Shown):
     """The tensors of a task.
 
     Attributes:
@@ -41,6 +42,15 @@ class Numbers:
     cores: dict[str, torch.Tensor]
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     residual: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "modules", len(self.cores)
+        yield "parameters", f"{sum(core.numel() for core in self.cores.values()):,}"
+        yield "further tensors", len(self.extras) or None
+        yield "modules with a residual", len(self.residual) or None
+
+    def _shown_table(self) -> Table:
+        return core_table(self.cores)
 
 
 class Bundle(BundleIndex):
@@ -54,9 +64,6 @@ class Bundle(BundleIndex):
         fingerprint: Fingerprint of the basis of all tasks.
         base_model: The base model of all tasks, or None.
     """
-
-    def __repr__(self) -> str:
-        return f"Bundle({len(self)} tasks on basis {self.fingerprint[:12]}…, {self.location})"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from .._io.occupied import BUNDLE
 from .._io.progress import progress_bar
 from .._io.warn import warn_caller
 from .._moved import moved_name
+from .._shown import Shown, Table, short, size
 from ..base_names import said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.files import TENSORS_FILE
 from ..basis.overwriting import Planned, check_target
 from ..convert.project import Projection, project_lora
-from ..energy import percent
+from ..energy import mean, percent
 from ..errors import BadFileError, HubUnavailableError, SourceError, SubspaceError
 from ..hub_requests import patient
 from ..sources import Source, is_one_source, open_source
@@ -47,8 +48,8 @@ class Share:
     lost: float
 
 
-@dataclass(frozen=True)
-class CompressedAdapter:
+@dataclass(frozen=True, repr=False)
+class CompressedAdapter(Shown):
     """The outcome for one adapter.
 
     Attributes:
@@ -80,6 +81,21 @@ class CompressedAdapter:
     lost_in_conversion: float = 0.0
     parts: list[str] = field(default_factory=list)
 
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "name", repr(self.name)
+        yield "refused", self.refused
+        if self.total is not None:
+            yield "energy kept", percent(self.total.kept)
+            yield "energy in the residual", percent(self.total.residual) if self.residual_rank else None
+        yield "residual rank", self.residual_rank or None
+        yield "verdict", self.verdict or None
+        yield "size", f"{size(self.bytes_before)} → {size(self.bytes_after)}"
+        yield "modules", len(self.modules) or None
+
+    def _shown_table(self) -> Table:
+        rows = ((name, percent(share.kept), percent(share.residual)) for name, share in self.modules.items())
+        return ("module", "energy kept", "in the residual"), rows, len(self.modules)
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -106,8 +122,8 @@ class Storage:
     break_even: int | None
 
 
-@dataclass(frozen=True)
-class CompressionReport:
+@dataclass(frozen=True, repr=False)
+class CompressionReport(Shown):
     """The account of `compress_fleet`.
 
     Attributes:
@@ -123,6 +139,28 @@ class CompressionReport:
     storage: Storage
     min_energy: float
     residual: int
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        stored, refused = self.storage, sum(adapter.refused is not None for adapter in self.adapters)
+        kept = [adapter.total.kept for adapter in self.adapters if adapter.total and adapter.refused is None]
+        yield "adapters", stored.adapters
+        yield "refused", refused or None
+        yield "energy kept", f"{percent(mean(kept))} on average, {percent(min(kept))} at least" if kept else None
+        yield "bytes", f"{stored.before:,} → {stored.after:,} with the basis ({stored.basis:,})"
+        yield "smaller from", None if stored.break_even is None else f"{stored.break_even} adapters on"
+        yield "at", short(self.folder)
+
+    def _shown_table(self) -> Table:
+        rows = (
+            (
+                each.name,
+                each.refused or (percent(each.total.kept) if each.total else ""),
+                each.residual_rank,
+                f"{size(each.bytes_before)} → {size(each.bytes_after)}",
+            )
+            for each in self.adapters
+        )
+        return ("adapter", "energy kept", "residual rank", "size"), rows, len(self.adapters)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._shown import Shown, Table, fingerprint, short, size
 from ..basis.dependents import add_dependent
+from ..energy import percent
 from ..errors import BadFileError, SubspaceError
 from ..hub import only_local, split_revision
 from .format import BUNDLE_FILE, ITEM_SIZES, TensorRange, parse_header, parse_length, width
 from .store import FileBytes, HubBytes, on_hub
 
 
-@dataclass(frozen=True)
-class BundledTask:
+@dataclass(frozen=True, repr=False)
+class BundledTask(Shown):
     """An entry of a bundle's index.
 
     Attributes:
@@ -41,11 +43,21 @@ class BundledTask:
     residual_rank: int
     energy_kept: float | None
 
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "name", repr(self.name)
+        yield "size", size(self.bytes)
+        yield "energy kept", None if self.energy_kept is None else percent(self.energy_kept)
+        yield "residual rank", self.residual_rank or None
+        yield "metrics", short(self.metrics) if self.metrics else None
+        yield "trained whole", ", ".join(self.modules_to_save or ()) or None
+        yield "sha256", fingerprint(self.sha256)
 
-class BundleIndex(Mapping[str, BundledTask]):
+
+class BundleIndex(Shown, Mapping[str, BundledTask]):
     """A mapping from a task's name to its entry in the bundle's index.
 
-    `open_index` makes it.
+    `open_index` makes it. ``len(bundle)`` is how many tasks it has, ``name in bundle`` asks for one, and iteration
+    gives their names; none of these reads a task's bytes.
 
     Attributes:
         location: Folder or Hub id.
@@ -70,6 +82,20 @@ class BundleIndex(Mapping[str, BundledTask]):
                 self._blocks.setdefault(int(number), {})[rest] = piece
         self.fingerprint: str = self.index["basis_fingerprint"]
         self.base_model: str | None = self.index["config"].get("base_model_name_or_path")
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "tasks", len(self)
+        yield "base model", short(self.base_model)
+        yield "size", size(self.store.size)
+        yield "basis", fingerprint(self.fingerprint)
+        yield "at", short(self.location) + (f"@{self.revision[:7]}" if self.revision else "")
+
+    def _shown_table(self) -> Table:
+        rows = (
+            (task.name, size(task.bytes), "" if task.energy_kept is None else percent(task.energy_kept))
+            for task in self.values()
+        )
+        return ("task", "size", "energy kept"), rows, len(self)
 
     def __iter__(self) -> Iterator[str]:
         return iter((*self._rows, *self._apart))

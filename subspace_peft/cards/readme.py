@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._io.atomic import write_text_aside
+from .._shown import Shown, short
 from ..hub import is_hub_id
 
 BEGIN, END = "<!-- subspace_peft: begin -->", "<!-- subspace_peft: end -->"
@@ -25,8 +26,8 @@ OWN_TAGS = re.compile(r"subspace(_peft|-(basis|task|bundle|core|factor|diagonal|
 OWN_KEYS = re.compile(r"<!-- front matter: (?P<keys>[^>]*) -->\n")
 
 
-@dataclass(frozen=True)
-class Card:
+@dataclass(frozen=True, repr=False)
+class Card(Shown):
     """A generated card.
 
     Attributes:
@@ -38,6 +39,11 @@ class Card:
     title: str
     body: str
     front: Mapping[str, Any] = field(default_factory=dict)
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "title", short(self.title)
+        yield "lines", self.body.count("\n") + 1
+        yield "front matter", ", ".join(self.front) or None
 
     def text(self) -> str:
         """Return the README of a folder that has no other."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from torch import nn
 from .._io.atomic import write_all_aside
 from .._io.occupied import LORA, MARK, sort_metadata
 from .._io.warn import warn_caller
+from .._shown import Shown, short, size
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module_names import plain_name
 from ..basis.module_store import names_of
 from ..basis.overwriting import Planned, check_target, replacing
+from ..energy import percent
 from ..errors import BadFileError, SubspaceError
 from ..sources import Factors
 from ..tasks.pipeline_task import parts_of_folder
@@ -36,8 +38,8 @@ FORMATS = ("peft", "diffusers")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-@dataclass(frozen=True)
-class Export:
+@dataclass(frozen=True, repr=False)
+class Export(Shown):
     """The account of `export_lora`.
 
     Attributes:
@@ -55,6 +57,14 @@ class Export:
     bytes: int
     energy_kept: float
     modules_to_save: list[str]
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "rank", self.rank
+        yield "modules", self.modules
+        yield "size", size(self.bytes)
+        yield "energy kept", percent(self.energy_kept)
+        yield "trained whole", ", ".join(self.modules_to_save) or None
+        yield "at", short(self.folder)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the account as JSON values."""

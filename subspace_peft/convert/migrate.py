@@ -6,13 +6,14 @@ The loss is measured on the parameters that are written.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._shown import Shown, Table, fingerprint
 from ..basis import SubspaceBasis
 from ..basis.module import module_shape
 from ..basis.module_store import names_of
@@ -31,8 +32,8 @@ ALIKE = 1e-5  # relative difference that float32's rounding may make between two
 Coefficients = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Migration:
+@dataclass(frozen=True, eq=False, repr=False)
+class Migration(Shown):
     """A task on another basis.
 
     Attributes:
@@ -49,6 +50,16 @@ class Migration:
     drift: dict[str, float]
     total_drift: float
     converted: str | None
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "coefficients", self.config.coefficients
+        yield "converted from", self.converted
+        yield "modules", len(self.drift)
+        yield "drift", f"{self.total_drift:.2g}"
+        yield "basis", fingerprint(self.config.basis_fingerprint)
+
+    def _shown_table(self) -> Table:
+        return ("module", "drift"), ((name, f"{each:.2g}") for name, each in self.drift.items()), len(self.drift)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors, as JSON values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._shown import Shown, Table, fingerprint, short
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.module_names import has_peft_prefix
 from ..basis.module_store import names_of
 from ..basis.overwriting import check_target
 from ..basis.pipeline_parts import parts_in, split_part
-from ..energy import of_source, share_of, word
+from ..energy import of_source, percent, share_of, word
 from ..errors import BasisMismatchError, SubspaceError
 from ..sources import Source, open_source
 from ..sources.guesses import warn_of_guesses
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 # PEFT is for tasks: measuring what a basis keeps of a LoRA does without, and is done in a tenth of the time
 
 
-@dataclass(frozen=True, eq=False)
-class Projection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Projection(Shown):
     """A LoRA's coefficients in a basis.
 
     Attributes:
@@ -52,6 +53,17 @@ class Projection:
     energy_random: float
     energy_kept: float
     places: dict[str, str]
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "source", short(self.source.location)
+        yield "modules", len(self.cores)
+        yield "energy kept", f"{percent(self.energy_kept)} ({self.verdict})"
+        yield "by a random basis", percent(self.energy_random)
+        yield "basis", fingerprint(self.basis.fingerprint)
+
+    def _shown_table(self) -> Table:
+        rows = ((name, percent(each)) for name, each in self.energy.items())
+        return ("module", "energy kept"), rows, len(self.energy)
 
     @property
     def parts(self) -> dict[str, Projection]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._shown import Shown, Table
 from ..base_names import check_said
 from ..basis import SubspaceBasis
 from ..builders.fleet import gather
 from ..convert import project_lora
+from ..energy import percent
 from ..errors import SubspaceError
 from ..sources.source import Source
 
@@ -23,8 +25,8 @@ LOUD = 3.5  # robust z-score of log ‖ΔW‖ from which an adapter is an outlie
 LOUD_AT_LEAST = 2.0  # a norm within this factor of the median is none, however close together the others are
 
 
-@dataclass(frozen=True)
-class FleetAnalysis:
+@dataclass(frozen=True, repr=False)
+class FleetAnalysis(Shown):
     """The result of `analyze_fleet`.
 
     Attributes:
@@ -43,6 +45,27 @@ class FleetAnalysis:
     near_duplicates: list[list[Any]]
     outliers: list[dict[str, str]]
     skipped: list[dict[str, str]]
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "adapters", len(self.sources)
+        yield "near duplicates", len(self.near_duplicates) or None
+        yield "outliers", len(self.outliers) or None
+        yield "left out", len(self.skipped) or None
+        kept = [entry["energy_kept"] for entry in self.sources if "energy_kept" in entry]
+        yield "energy kept by the basis", f"{percent(sum(kept) / len(kept))} on average" if kept else None
+
+    def _shown_table(self) -> Table:
+        rows = (
+            (
+                entry["name"],
+                f"{entry['norm']:.4g}",
+                entry.get("nearest", ""),
+                f"{entry['nearest_cosine']:.2f}" if "nearest_cosine" in entry else "",
+                percent(entry["energy_kept"]) if "energy_kept" in entry else "",
+            )
+            for entry in self.sources
+        )
+        return ("adapter", "norm of ΔW", "nearest", "cosine", "energy kept"), rows, len(self.sources)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ from torch import nn
 
 from .._io.atomic import write_text_aside
 from .._io.occupied import REPORT
+from .._shown import Shown, Table, fingerprint, short
 from ..base_names import check_said
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, replacing
 from ..basis.source_places import shared_entries
 from ..builders.fleet import gather
 from ..builders.rebuild import sources_on_record
-from ..energy import EnergyRecord
+from ..energy import EnergyRecord, percent
 from ..errors import SubspaceError
-from .facts import ReportFacts
+from .facts import LEFT_OUT, ReportFacts
 from .figures import draw
 from .measure_fleet import measure_fleet
 from .numbers import basis_facts, measured_numbers, recorded_numbers
@@ -30,8 +31,26 @@ from .verdict import verdict
 SAMPLE = 64
 
 
-class FleetReport(ReportFacts):
+class FleetReport(Shown, ReportFacts):
     """The result of `report_basis`; its attributes are those of `ReportFacts`."""
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "modules", self.basis.get("modules")
+        yield "k", str(self.basis.get("k", "")).removeprefix("k=") or None
+        yield "adapters", self.numbers.get("sources")
+        words = {"kept": "energy kept", LEFT_OUT: "of adapters left out", "random": "by a random basis"}
+        for key, label in (words | {"null_kept": "of noise"}).items():
+            value = self.numbers.get(key)
+            yield label, None if value is None else percent(value)
+        yield "basis", fingerprint(self.basis.get("fingerprint"))
+        yield "verdict", short(self.verdict[0], 160) if self.verdict else None
+
+    def _shown_table(self) -> Table:
+        rows = (
+            (entry["name"], percent(entry.get("kept")), percent(entry.get(LEFT_OUT)), f"{entry['norm']:.4g}")
+            for entry in self.sources
+        )
+        return ("adapter", "energy kept", "left out", "norm of ΔW"), rows, len(self.sources)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write ``report.html`` (one file, readable offline), ``report.json`` and the figures' PNGs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .._shown import Facts
 from ..basis.arrays import StoredReader
 from ..basis.base_weights import recorded_weights
 from ..basis.layout import describe_k
@@ -18,7 +19,7 @@ from .verdict import verdict_on_record
 SHARES = ("kept", "random", "left_out", "null")
 
 
-def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
+def inspect_path(path: str | Path, *, verify: bool = True) -> Facts:
     """Return the facts about a folder or Hub id.
 
     Args:
@@ -26,7 +27,8 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         verify: read every tensor of a basis and hold it against its hash.
 
     Returns:
-        ``{"kind": "basis" | "task", …}``, JSON-ready.
+        ``{"kind": "basis" | "task", …}``, JSON-ready. It is a dict that is shown in short;
+        ``dict(facts)`` is the whole of it.
 
     Raises:
         SubspaceError: neither is there, or it is damaged.
@@ -34,7 +36,7 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     folder = Path(path).expanduser()
     if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
         if (folder / "adapter_config.json").is_file():
-            return _task(folder)
+            return Facts(_task(folder))
         # of tasks alone: it brings PEFT, which a basis needs nothing of
         from ..tasks.pipeline_task import check_one_task
 
@@ -46,12 +48,12 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
         if folder.exists() or only_local(str(path)):
             raise
         try:
-            return _task(path)
+            return Facts(_task(path))
         except HubUnavailableError:
             raise
         except SubspaceError as other:
             raise SubspaceError(f"{path}: neither a basis ({error}) nor a task ({other}).") from error
-    return _basis(basis, verify)
+    return Facts(_basis(basis, verify))
 
 
 def _basis(basis: StoredBasis, verify: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._shown import Facts
 from ..basis.arrays import Raw, StoredReader, array_of, check_raw, columns_of, orthonormality, restored
 from ..basis.layout import FLOATS, TOLERANCE
 from ..basis.opened import open_to_look
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 TOLERATED = 5e-3  # of a share on record: directions may be stored in int8
 
 
-def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | None = None) -> dict[str, Any]:
+def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | None = None) -> Facts:
     """Read every tensor of a basis and check all that can be checked without its sources.
 
     Per module: sha256, shapes, finite values, orthonormal U and V, core statistics that go together. In all: the
@@ -42,9 +43,9 @@ def validate_basis(basis: SubspaceBasis | str | Path, *, token: str | bool | Non
         stored = open_to_look(basis, token=token)
         reader = StoredReader(stored)
         found = _check(stored.entries, reader.raw, stored.precision, stored.info)
-        return {"location": stored.location, "fingerprint": stored.fingerprint, **found}
+        return Facts({"location": stored.location, "fingerprint": stored.fingerprint, **found})
     found = _check(basis, lambda name: _raw_of(basis, name), basis.precision, basis.info)
-    return {"location": basis.location, "fingerprint": basis.fingerprint, **found}
+    return Facts({"location": basis.location, "fingerprint": basis.fingerprint, **found})
 
 
 def _raw_of(basis: SubspaceBasis, name: str) -> dict[str, Raw]:

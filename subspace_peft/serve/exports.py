@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from .._io.disk import writing
 from .._io.untrusted import is_name
+from .._shown import Shown, short
 from ..base_names import SAME, read_name, relation
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.cache import cache_home
@@ -30,7 +32,7 @@ REMEDY = "name another folder, by TaskExports(cache=…) or in the variable SUBS
 EXPORT_VERSION = 1
 
 
-class TaskExports:
+class TaskExports(Shown):
     """The tasks of a bank's file, or of a folder of saved tasks, as LoRA folders that other programs read.
 
     The name of an exported folder has the task's name and a hash of everything that the export depends on. A task that
@@ -64,6 +66,12 @@ class TaskExports:
             )
         self.cache = Path(cache).expanduser() if cache is not None else cache_home() / "exports"
         self.basis, self.rank, self.dtype = basis, rank, dtype
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "tasks", short(self.tasks)
+        yield "exports", short(self.cache)
+        yield "rank", self.rank
+        yield "dtype", str(self.dtype).removeprefix("torch.")
 
     def names(self) -> list[str]:
         """List the tasks.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from .._shown import Shown
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
+@dataclass(frozen=True, eq=False, repr=False)
+class Factors(Shown):
     """An update ``ΔW = B A`` with every scale folded in.
 
     Attributes:
@@ -21,6 +24,10 @@ class Factors:
 
     B: torch.Tensor
     A: torch.Tensor
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "out × in", f"{self.shape[0]} × {self.shape[1]}"
+        yield "rank", self.rank
 
     @property
     def shape(self) -> tuple[int, int]:

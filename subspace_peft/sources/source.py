@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .._io.digest import file_sha256
+from .._shown import Shown, Table, short
 from ..base_names import read_name
 from ..basis.module import FLOAT_DTYPES
 from ..basis.module_names import plain_name
@@ -23,8 +24,8 @@ from .spans import Span
 IN_MEMORY = "in memory"
 
 
-@dataclass(eq=False)
-class Source:
+@dataclass(eq=False, repr=False)
+class Source(Shown):
     """One source adapter, whose tensors are read when they are asked for.
 
     Attributes:
@@ -81,6 +82,16 @@ class Source:
     stamp: tuple[int, int] | None = None
     said_base: str | None = None
     outer: str = ""
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "name", repr(self.name)
+        yield "modules", len(self.keys)
+        yield "base model", short(self.config.get("base_model_name_or_path"))
+        yield "converted from", self.converted
+        yield "at", short(self.location) + (f"@{self.revision[:7]}" if self.revision else "")
+
+    def _shown_table(self) -> Table:
+        return ("module",), ((name,) for name in self.keys), len(self.keys)
 
     @property
     def sha256(self) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from .._adapted import active_adapter
 from .._io.atomic import write_aside
 from .._io.occupied import BANK
+from .._shown import Shown, Table, fingerprint
 from .._version import __version__
 from ..basis.module_names import unwrapped_name
 from ..basis.overwriting import Planned, replacing
@@ -36,11 +37,12 @@ from .write import PREFIX, core_tensors, write_task
 EMPTY = 0  # the slot of zeros, for rows of the base model
 
 
-class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
+class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
     """A mapping of tasks on one basis, stored as the rows of one tensor and served in mixed batches.
 
     A row holds a task's core of every module, transposed to (k_in, k_out), one after the other, in units of ΔW. As a
-    mapping, the bank gives a task's cores: module → (k_out, k_in) float32.
+    mapping, the bank gives a task's cores: module → (k_out, k_in) float32; ``len(bank)`` is how many tasks it has,
+    ``name in bank`` asks for one, and iteration gives their names.
 
     The rows of a batch name their tasks, in ``with bank.tasks([...]):`` or in stock `adapter_names=[...]`, where they
     mix freely with the model's own adapters and ``__base__``. Adding, replacing and removing a task moves the bytes of
@@ -102,10 +104,18 @@ class TaskBank(Mapping[str, dict[str, torch.Tensor]]):
     def __contains__(self, name: object) -> bool:
         return name in self.slots
 
-    def __repr__(self) -> str:
-        shown = ", ".join(map(repr, list(self)[:3])) + (", …" if len(self) > 3 else "")
-        basis = str(self.config.basis_fingerprint)[:12]
-        return f"TaskBank({len(self)} tasks ({shown or 'none'}) in {len(self.layers)} modules, on the basis {basis})"
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        names = list(self)
+        few = ", ".join([*map(repr, names[:3]), *(["…"] if len(names) > 3 else [])])
+        yield "tasks", f"{len(names)} ({few})" if names else "0"
+        yield "room for", len(self.rows) - 1
+        yield "modules", len(self.layers)
+        yield "parameters per task", f"{self.rows.shape[1]:,}"
+        yield "basis", fingerprint(self.config.basis_fingerprint)
+
+    def _shown_table(self) -> Table:
+        names = list(self)
+        return ("task",), ((name,) for name in names), len(names)
 
     def add(self, name: str, task: Any = None, **hub: Any) -> None:
         """Add a task, or replace the one of that name.

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from .._adapted import active_adapter, unwrapped
 from .._moved import moved_name
+from .._shown import Shown, Table, core_table, fingerprint, short
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module import module_shape
 from ..errors import BasisMismatchError, SubspaceError
@@ -23,8 +24,8 @@ from .arguments import check_hub
 from .pipeline_task import check_one_task
 
 
-@dataclass(frozen=True, eq=False)
-class SavedTask:
+@dataclass(frozen=True, eq=False, repr=False)
+class SavedTask(Shown):
     """A task in a shared basis, in the form that every conversion starts from.
 
     Attributes:
@@ -41,6 +42,17 @@ class SavedTask:
     modules: Mapping[str, ModuleBasis]
     extras: dict[str, torch.Tensor]
     residual: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "coefficients", self.config.coefficients
+        yield "modules", len(self.cores)
+        yield "base model", short(self.config.base_model_name_or_path)
+        yield "further tensors", len(self.extras) or None
+        yield "modules with a residual", len(self.residual) or None
+        yield "basis", fingerprint(self.config.basis_fingerprint)
+
+    def _shown_table(self) -> Table:
+        return core_table(self.cores)
 
     def renamed(self, names: Mapping[str, str]) -> SavedTask:
         """Return the task with other names of its modules.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft.config import PeftConfig
 
 from .._io.places import last_part
+from .._shown import Shown, fingerprint, short
 from .._version import __version__
 from ..base_names import out_of_cache
 from ..basis import BasisReference, SubspaceBasis, resolve_reference
@@ -26,6 +27,9 @@ from ..cards import Place
 from ..errors import BasisNotFoundError, SubspaceError
 from .card import card_for, coefficients_digest, place_of, unmeasured, write_section
 from .config_check import check_choices, check_values
+from .config_fields import DEFAULT_R as DEFAULT_R
+from .config_fields import ConfigFields, changed_fields, with_field_texts
+from .config_fields import Default as Default
 from .config_file import naming_newer_version, read_config, read_fields, refuse_fields
 from .loaded_from import LoadedFrom
 from .peft_type import SUBSPACE
@@ -40,243 +44,30 @@ NOT_SAVED = ("loaded_from", "taken_basis", "filled_targets")
 SAVED_IF_SET = ("strict", "base_weights", "basis_names", "basis_part")
 
 
-class Default(int):
-    """A default that was not asked for, unlike the same value given."""
-
-
-DEFAULT_R = Default(8)
-
-
-@dataclass
-class SubspaceConfig(PeftConfig):
+@with_field_texts
+@dataclass(repr=False)
+class SubspaceConfig(Shown, ConfigFields):
     """Configuration of a task in a shared basis: ``ΔW = s · U (g·M/s + C(θ)) V``, of which only θ (and g) is trained.
 
     Plain data: declared fields and checks. A relative `basis` is looked for beside the saved task first, then in the
     working directory. One configuration may be used for several adapters and models; fields that are "filled in when
     the adapter is made" then describe the last of them.
 
+    Train with a learning rate of about 3e-3, as in ``TrainingArguments("out", learning_rate=3e-3)``: the Trainer's
+    default, 5e-5, hardly moves the coefficients. AdamW's rates from 1e-4 to 2e-2 were measured to learn, 1e-3 … 5e-3
+    best, at the default `alpha` of 256; at another `alpha`, multiply them by 256 / alpha. A rate outside that range is
+    warned of when training begins.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from subspace_peft import SubspaceConfig
+        >>> model = get_peft_model(base_model, SubspaceConfig(basis="my-basis", task_type="SEQ_CLS"))
+
     Raises:
         SubspaceError: a value is of a wrong kind or size, or does not go with another; names it.
     """
 
-    basis: Any = field(
-        default=None,
-        metadata={
-            "help": (
-                "The shared basis: a `SubspaceBasis`, its folder, or its Hub id. 'random' (zero-mean Gaussian,"
-                " orthonormalised) and 'base-weights' (top singular vectors of the base model's weights, LoRA-XS) make"
-                " one at injection, of size `k`; it then travels in the task's own file."
-            )
-        },
-    )
-    basis_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit sha of a basis on the Hub."}
-    )
-    basis_fingerprint: str | None = field(
-        default=None, metadata={"help": "sha256 that the basis must have. Filled in when the adapter is made."}
-    )
-    basis_part: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Which part of a pipeline the model is, such as 'text_encoder_2', where a pipeline's basis has modules"
-                " of the same names for several, and shapes do not tell."
-            )
-        },
-    )
-    basis_names: dict[str, str] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Module of the model → its name in the basis, of modules that transformers has renamed since the basis"
-                " was built, or that several parts of a pipeline have by that name. Filled in when the adapter is"
-                " made."
-            )
-        },
-    )
-    strict: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "Refuse a model that does not have all of the basis's modules, instead of adapting those that it has"
-                " with a warning. Modules that target_modules, exclude_modules or layers_to_transform leave out are"
-                " not asked for."
-            )
-        },
-    )
-    save_basis: bool | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Whether the task's own file carries its basis. None: only a basis that is stored nowhere else does."
-            )
-        },
-    )
-    coefficients: Literal["core", "factor", "diagonal", "directions", "none"] = field(
-        default="core",
-        metadata={
-            "help": (
-                "'core': C itself, k_out × k_in parameters per module. 'factor': C = up · down of rank `r`."
-                " 'diagonal': k parameters. 'directions': one per direction tensor of the basis. 'none': only the mean"
-                " core's gain."
-            )
-        },
-    )
-    k: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many of the basis's directions to use, the leading ones. None: all (16 for generated ones)."
-        },
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA."
-        },
-    )
-    r: int = field(default=DEFAULT_R, metadata={"help": "Rank of the `factor` coefficients."})
-    alpha: float = field(
-        default=256.0,
-        metadata={
-            "help": (
-                "Scale: s = alpha / √(how many parameters an Adam step moves C by), so that a step of learning rate η "
-                "changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind."
-            )
-        },
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input while training."})
-    mean_gain: Literal["none", "fixed", "trainable"] = field(
-        default="none",
-        metadata={
-            "help": (
-                "The fleet's mean core M: 'none' leaves it out, 'fixed' adds it (g = 1), 'trainable' trains g per "
-                "module, from 0."
-            )
-        },
-    )
-    start: str = field(
-        default="zero",
-        metadata={
-            "help": (
-                "Where training starts: 'zero' (the base model's function), 'mean' (the fleet's mean update), or the "
-                "name of one of the basis's sources (its projection)."
-            )
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of a generated 'random' basis."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Module names, a regular expression, or 'all-linear', as in LoRA. None: the basis's own modules."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out, as in LoRA."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved whole, such as a classifier."}
-    )
-    bias: str = field(
-        default="none",
-        metadata={
-            "help": (
-                "'none', 'all' or 'subspace_only' (of the adapted layers): biases of the base model that are trained"
-                " too. As in LoRA, for one adapter only, and disabling the adapter then does not give the base model's"
-                " outputs."
-            )
-        },
-    )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of the token embeddings that are trained whole, as in LoRA."}
-    )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices, as in LoRA."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers where it is not a usual one, as in LoRA."}
-    )
-    target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Not supported: parameters that are no layer's weight, as in LoRA."}
-    )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Whether targets are `Conv1D`. Filled in when the adapter is made."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "False draws small random coefficients instead of the start. For tests."}
-    )
-    check_base_model: bool = field(
-        default=True, metadata={"help": "Refuse a base model other than the one the basis or the task belongs to."}
-    )
-    base_probe: list[float] | None = field(
-        default=None,
-        metadata={"help": "A few values computed from the base weights, by which a wrong base is noticed."},
-    )
-    base_weights: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Some entries of the base weights, by which another base model is noticed. Filled in when the adapter"
-                " is made."
-            )
-        },
-    )
-    basis_modules: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Shapes and hashes of the basis carried in the task's own file."}
-    )
-    weight_shapes: dict[str, list[int]] | None = field(
-        default=None,
-        metadata={
-            "help": "Shapes of the adapted weights of embeddings and convolutions. Filled in when the adapter is made."
-        },
-    )
-    id2label: dict[int, str] | None = field(
-        default=None, metadata={"help": "Names of the classes of the task's own head, by index. Kept, not used."}
-    )
-    bundle: dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "Which bundle the task was loaded from: location, commit, name and sha256. Filled in then."},
-    )
-    card: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "What the README says beside the other fields: base model's class, training, metrics, controls. Filled"
-                " in when the task is saved, by `SubspaceCardCallback` and by `write_card`."
-            )
-        },
-    )
-    subspace_version: str | None = field(
-        default=None, metadata={"help": "Version of subspace_peft that saved this file; None until it is saved."}
-    )
-    loaded_from: LoadedFrom | None = field(
-        default=None,
-        repr=False,
-        compare=False,
-        metadata={"help": "Where the task was read from. Filled in when it is loaded; not saved."},
-    )
-    taken_basis: dict[str, Any] | None = field(
-        default=None,
-        init=False,
-        repr=False,
-        compare=False,
-        metadata={
-            "help": (
-                "As `basis_modules`, of the tensors that PEFT has taken to save and whose configuration it saves next;"
-                " empty where they have no basis. Filled in then; not saved."
-            )
-        },
-    )
-
-    filled_targets: Any = field(
-        default=None,
-        init=False,
-        repr=False,
-        compare=False,
-        metadata={
-            "help": (
-                "What `target_modules` was filled in with when the adapter was made, where it was left out: it is then"
-                " filled in again for another model. Not saved."
-            )
-        },
-    )
+    _joint = "="
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,6 +84,15 @@ class SubspaceConfig(PeftConfig):
         if self.id2label is not None:
             # JSON makes texts of the indices
             self.id2label = {int(index): str(label) for index, label in self.id2label.items()}
+
+    def _shown_facts(self) -> Iterable[tuple[str, Any]]:
+        # what is at its default is left out, as is what PEFT fills in alike for all
+        for name, value in changed_fields(self).items():
+            if name not in ("peft_type", "peft_version"):
+                yield name, short(str(value) if isinstance(value, SubspaceBasis) else repr(value))
+        # of what is filled in when the adapter is made, the one that tells configurations apart
+        if self.basis_fingerprint is not None and not isinstance(self.basis, SubspaceBasis):
+            yield "basis_fingerprint", repr(fingerprint(self.basis_fingerprint))
 
     # -- facts that follow from the fields --------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .._shown import Shown
 from ..base_names import BASE as BASE
 from ..errors import SubspaceError
 from .row_context import (
@@ -28,8 +29,8 @@ from .row_context import (
 TRAINING = "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
+@dataclass(frozen=True, eq=False, repr=False)
+class Group(Shown):
     """The rows of a batch whose tasks share one basis.
 
     Attributes:
@@ -42,6 +43,10 @@ class Group:
     cores: torch.Tensor
     U: torch.Tensor
     V: torch.Tensor
+
+    def _shown_facts(self) -> Iterator[tuple[str, Any]]:
+        yield "rows", len(self.cores)
+        yield "core", " × ".join(map(str, self.cores.shape[1:]))
 
 
 class RowBank(Protocol):

@@ -1,0 +1,130 @@
+"""How results look in a REPL and in a notebook: a few facts on one line, and a small table.
+
+Nothing here reads a file: a class says what it has in memory. What cannot be said, of an object that is half made or
+closed, is left out, and showing an object never raises.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+WIDTH = 100
+MOST_ROWS = 12
+
+Table = tuple[Sequence[str], Iterable[Sequence[Any]], int]  # head, rows, and how many rows there are
+
+
+class Shown:
+    """A class whose objects show what they are by `_shown_facts`, and in notebooks by `_shown_table` as well."""
+
+    _joint = ": "  # between a label and its value
+
+    def _shown_facts(self) -> Iterable[tuple[str, Any]]:
+        """Yield what is told: label and value; values of None are left out."""
+        return ()
+
+    def _shown_table(self) -> Table | None:
+        """Return the table of a notebook, or None."""
+        return None
+
+    def _known(self) -> list[tuple[str, str]]:
+        told = []
+        try:
+            for label, value in self._shown_facts():
+                if value is not None:
+                    told.append((label, str(value)))
+        except Exception:
+            told.append(("state", "incomplete"))
+        return told
+
+    def __repr__(self) -> str:
+        line = f"{type(self).__name__}({', '.join(f'{label}{self._joint}{value}' for label, value in self._known())})"
+        return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+    def _repr_html_(self) -> str:
+        parts = [f"<strong>{html.escape(type(self).__name__)}</strong>", table((), self._known())]
+        try:
+            found = self._shown_table()
+            if found is not None:
+                parts.append(table(*found))
+        except Exception:  # as in `_known`
+            pass
+        return f"<div>{''.join(parts)}</div>"
+
+
+class Facts(dict[str, Any], Shown):
+    """A dict of facts that is shown in short: ``dict(facts)`` is the whole of it, for printing and for JSON."""
+
+    def _shown_facts(self) -> Iterable[tuple[str, Any]]:
+        plain = {key: value for key, value in self.items() if isinstance(value, (str, bool, int, float))}
+        for key, value in islice(plain.items(), MOST_ROWS):
+            yield key, short(f"{value:.4g}" if isinstance(value, float) else value, 40)
+        if more := sum(value is not None for value in self.values()) - min(len(plain), MOST_ROWS):
+            yield "and", f"{more} more"
+
+    def _shown_table(self) -> Table:
+        known = {key: value for key, value in self.items() if value is not None}
+        rows = ((key, short(value) if isinstance(value, str) else _counted(value)) for key, value in known.items())
+        return ("key", "value"), rows, len(known)
+
+    __repr__ = Shown.__repr__
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], count: int | None = None) -> str:
+    """Return an HTML table of the theme's own looks, every cell escaped.
+
+    Args:
+        head: names of the columns; empty: none.
+        rows: cells; at most `MOST_ROWS` are shown of a table with a head.
+        count: how many rows there are.
+    """
+    most = MOST_ROWS if head else None
+    lines = [_row("th", head)] if head else []
+    lines += [_row("td", cells) for cells in islice(rows, most)]
+    if most is not None and count is not None and count > most:
+        lines.append(f'<tr><td colspan="{len(head)}">… and {count - most:,} more</td></tr>')
+    return f"<table>{''.join(lines)}</table>"
+
+
+def core_table(cores: Mapping[str, Any]) -> Table:
+    """Return the table of a task's cores: module → (k_out, k_in)."""
+    rows = ((name, " × ".join(map(str, core.shape))) for name, core in cores.items())
+    return ("module", "core"), rows, len(cores)
+
+
+def fingerprint(value: str | None) -> str | None:
+    """Return the start of a fingerprint, which tells bases apart."""
+    return None if not value else f"{value[:12]}…"
+
+
+def short(text: Any, most: int = 60) -> str | None:
+    """Return a text with its middle left out where it is long."""
+    if text is None:
+        return None
+    text = str(text)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
+
+
+def size(count: float | None) -> str | None:
+    """Return a size in bytes, with its unit."""
+    if count is None:
+        return None
+    if count < 10_000:
+        return f"{count:,} bytes"
+    power = min(3, (len(str(int(count))) - 1) // 3)
+    return f"{count / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}"
+
+
+def _counted(value: Any) -> str:
+    if isinstance(value, (dict, list, tuple, set)):
+        return f"{len(value)} of them"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _row(kind: str, cells: Sequence[Any]) -> str:
+    drawn = "".join(f'<{kind} style="text-align: left">{html.escape(str(cell))}</{kind}>' for cell in cells)
+    return f"<tr>{drawn}</tr>"
