@@ -49,7 +49,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
     that task only, without PEFT's walk over all modules. A bank holds no modules that were trained whole
     (`modules_to_save`).
 
-    Example:
+    Examples:
         >>> model = PeftModel.from_pretrained(base_model, "tasks/first")
         >>> bank = TaskBank(model)
         >>> for folder in folders:

@@ -32,7 +32,7 @@ class SubspaceCardCallback(TrainerCallback):
 
     The card of every checkpoint says it, and the card that `save_pretrained` and `push_to_hub` write afterwards.
 
-    Example:
+    Examples:
         >>> Trainer(model, args, train_dataset=data, callbacks=[SubspaceCardCallback()]).train()
 
     Args:

@@ -58,7 +58,7 @@ class SubspaceConfig(Shown, ConfigFields):
     best, at the default `alpha` of 256; at another `alpha`, multiply them by 256 / alpha. A rate outside that range is
     warned of when training begins.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from subspace_peft import SubspaceConfig
         >>> model = get_peft_model(base_model, SubspaceConfig(basis="my-basis", task_type="SEQ_CLS"))

@@ -38,7 +38,7 @@ _injecting = threading.RLock()
 class SubspaceModel(BaseTuner):
     """A model whose target layers train coefficients in a frozen shared basis.
 
-    Example:
+    Examples:
         >>> from peft import get_peft_model
         >>> from subspace_peft import SubspaceConfig
         >>> model = get_peft_model(base_model, SubspaceConfig(basis="my-basis", task_type="SEQ_CLS"))

@@ -35,15 +35,19 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_of(page: Path) -> str:
-    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", page.read_text("utf-8"))))
+    return unescape(re.sub(r"<[^>]+>", "", page.read_text("utf-8")))
+
+
+def letters(text: str) -> str:
+    return re.sub(r"[^\w'()]", "", text)
 
 
 def test_every_field_of_the_configuration_is_told_of(site):
-    page = text_of(site / "reference" / "api" / "config.html")
-    for field in fields(SubspaceConfig):
-        if field.init and "help" in field.metadata:
-            assert re.sub(r"[`\s]+", " ", field.metadata["help"])[:40].strip() in page.replace("`", ""), field.name
-            assert field.name in page
+    page = letters(text_of(site / "reference" / "api" / "config.html"))
+    told = [each for each in fields(SubspaceConfig) if each.init and "help" in each.metadata]
+    assert len(told) > 30
+    for field in told:
+        assert letters(field.metadata["help"]) in page and field.name in page, field.name
 
 
 def test_the_site_names_no_path_of_this_machine_and_loads_nothing_from_elsewhere(site):
