@@ -1,0 +1,115 @@
+"""README: its size, its figures, its picture, and its script on the real model, adapters and texts."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = ROOT / "docs" / "figures" / "overview.py"
+# real packages are fetched once for all runs of the tests
+REAL_CACHE = ROOT / ".cache" / "subspace_peft"
+
+
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_it_is_short():
+    assert README.stat().st_size <= 8192
+
+
+def gains() -> dict[str, tuple[str, str]]:
+    """What each row of the table starts with → its two columns, from the committed results."""
+    loading, mixed = results("load_many")["results"], results("mixed_batch")["results"]["query, value, 1000 tasks"]
+    lora, task, bank = (
+        loading[name] for name in ("LoRA r=8, load_adapter", "core, load_adapter", "core, bank.add(folder)")
+    )
+    decoding = mixed["64 rows × 1"]
+    per_row, ours = decoding["LoRA adapter_names"], decoding["core bank"]
+    step = results("train_step")["results"]["encoder, all linear"]
+    kept = [row for row in results("energy_and_function")["projections"] if (row["basis"], row["k"]) == ("fleet", 32)]
+    assert len(kept) == 8
+    answers = 100 * sum(row["same_answers"] for row in kept) / len(kept)
+    modules, width, rank, k = 6, 384, 8, 32  # of the demo's adapters and of that basis, in float32
+    hundredth = [each["points"]["100"]["seconds"] * 1000 for each in (lora, bank)]
+    return {
+        "**Size**": (f"{lora['file_bytes']:,} bytes", f"**{task['file_bytes']:,} bytes**"),
+        "1,000 tasks": (f"{per_row['task_bytes'] / 2**20:.1f} MiB", f"**{ours['task_bytes'] / 2**20:.1f} MiB**"),
+        "**Compression**": (
+            f"{4 * modules * rank * 2 * width:,} bytes",
+            f"**{4 * modules * k * k:,} bytes**, {answers:.1f} % of its answers; the basis"
+            f" {4 * modules * k * 2 * width:,}, once",
+        ),
+        "**Training step**": (f"{step['LoRA r=8']['cpu_ratio']:.2f}", f"**{step['core']['cpu_ratio']:.2f}**"),
+        "memory that": tuple(
+            f"{mark}{(step[name]['saved_bytes'] - step['frozen base']['saved_bytes']) / 2**20:.0f} MiB{mark}"
+            for name, mark in (("LoRA r=8", ""), ("core", "**"))
+        ),
+        "**Mixed batch**": (f"{per_row['cpu_ratio']:.2f}", f"**{ours['cpu_ratio']:.2f}**"),
+        "**Loading**": (f"{hundredth[0]:.0f} ms", f"**{hundredth[1]:.1f} ms**"),
+    }
+
+
+def test_the_table_says_what_was_measured():
+    expected = gains()
+    rows = [line.strip("| ").split(" | ") for line in README.read_text(encoding="utf-8").splitlines() if "| " in line]
+    found = {start: tuple(row[1:]) for start in expected for row in rows if row[0].startswith(start)}
+    assert found == expected
+
+
+def test_the_picture_is_what_its_script_draws():
+    script = runpy.run_path(str(FIGURE))
+    drawn = script["draw"]()
+    assert drawn == FIGURE.with_suffix(".svg").read_text(encoding="utf-8"), "run python docs/figures/overview.py"
+    words = [element.text for element in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+    found = script["figures"]()
+    for key in ("one", "each", "ours"):
+        assert found[key] in words
+    assert [f"{found['lora']} each", f"{found['basis']}, once", f"{found['task']} each"] == [
+        word for word in words if "B each" in word or ", once" in word
+    ]
+
+
+def test_the_picture_is_described_in_the_same_figures():
+    (described,) = re.findall(r'<img src="docs/figures/overview.svg"[^>]* alt="([^"]*)"', README.read_text())
+    found = runpy.run_path(str(FIGURE))["figures"]()
+    for key in ("lora", "basis", "task", "each", "ours"):
+        assert found[key] in described
+
+
+@pytest.mark.slow
+def test_the_script_learns_on_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accuracies are within 4 points of those printed, two standard errors of 600 answers; sizes are equal."""
+    from subspace_peft.recipes import load_recipe
+
+    from .blocks import Page
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
+    load_recipe("demo").run_demo("demo-output", stage="sources", progress=False)
+    page = Page(README)
+    examples = [each for each in page.document.examples() if each.region.lexemes["language"] in ("python", "text")]
+    script, output = examples[:2]
+    script.evaluate()
+    assert page.printed is not None
+    printed, shown = (numbers(text) for text in (page.printed[1], str(output.parsed)))
+    assert printed.keys() == shown.keys() == {"before training", "after training", "saved", "reloaded"}
+    assert printed["saved"] == shown["saved"]
+    assert printed["reloaded"] == printed["after training"]
+    assert printed["after training"] > printed["before training"] + 10
+    for name in ("before training", "after training"):
+        assert abs(printed[name] - shown[name]) <= 4, (printed, shown)
+
+
+def numbers(text: str) -> dict[str, float]:
+    """Return what the lines of an output say: ``after training: 81.2% right`` → 81.2."""
+    found = re.findall(r"^([a-z ]+): ([\d,.]+)", text, re.MULTILINE)
+    return {name: float(value.replace(",", "")) for name, value in found}
