@@ -1,5 +1,7 @@
 """A griffe extension: the fields of a dataclass that keep their texts in `metadata["help"]`, as a table of parameters.
 
+It also leaves private bases, such as what makes short reprs, out of the list of a class's bases.
+
 griffe reads source; defaults and inherited fields are those of the class itself, which is therefore imported.
 """
 
@@ -18,6 +20,7 @@ class FieldTexts(griffe.Extension):
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         """Look at a class once its members are read."""
+        cls.bases = [base for base in cls.bases if "._" not in getattr(base, "canonical_path", "")]
         # its own fields, or those of the class that declares them for it
         if not any("'help'" in str(each.value) for each in cls.attributes.values()) and "ConfigFields" not in map(
             str, cls.bases
