@@ -13,7 +13,7 @@ import subspace_peft
 
 PAGE = Path(__file__).parents[1] / "docs" / "troubleshooting.md"
 PACKAGE = Path(subspace_peft.__file__).parent
-ENTRY = re.compile(r"^- (`{1,2})(.+?)\1: (.+(?:\n  .+)*)", re.MULTILINE)
+ENTRY = re.compile(r"^-   (`{1,2})(.+?)\1\n\n((?:    .+\n)+)", re.MULTILINE)
 
 
 def entries(text: str) -> dict[str, str]:
