@@ -133,7 +133,16 @@ def test_a_client_that_is_missing_or_fails_names_the_remedy(tmp_path, monkeypatc
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_text_preset_is_written_once_and_goes_on_where_it_stopped(real_cache, tmp_path, monkeypatch):
+@pytest.fixture
+def read_once(real_cache):
+    """The smoke variant's texts, read out of their packages once for all calls of `prepare`."""
+    units = prepare_module._few(prepare_module._texts(prepare_module.SMOKE_SIZES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_texts", lambda sizes: iter(units))
+        yield
+
+
+def test_the_text_preset_is_written_once_and_goes_on_where_it_stopped(read_once, tmp_path, monkeypatch):
     folder = tmp_path / "text"
     writes = []
     whole = prepare_module._write_aside
