@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from .untrusted import MOST_JSON_BYTES, parse_json, read_json
 
 BASIS, CLUSTERS, TASK, LORA, ADAPTER = "a basis", "clusters of bases", "a task", "a LoRA", "an adapter"
 BUNDLE, BANK, GGUF, REPORT = "a bundle", "a bank", "a LoRA in GGUF", "a report"
+REPORT_PAGE = "a report's page"  # one file
 MODEL, GIT, FILES = "a model", "a git repository", "files"
 
 # kind → the files that make it
@@ -25,7 +27,8 @@ FILES_OF = {
 }
 # of them and of others that are written with them: files that would be replaced whatever they are
 FIGURES = ("spectrum.png", "energy.png", "modules.png", "adapters.png")
-REPLACED = {**FILES_OF, REPORT: (*FILES_OF[REPORT], *FIGURES)}
+TABLES = ("modules.csv", "adapters.csv")
+REPLACED = {**FILES_OF, REPORT: (*FILES_OF[REPORT], *FIGURES, *TABLES)}
 PICKLED = "adapter_model.bin"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 MODEL_WEIGHTS = (
@@ -36,6 +39,9 @@ MODEL_WEIGHTS = (
 MARK = "subspace_peft"
 GGUF_MARK = "subspace_peft.basis_fingerprint"
 GGUF_HEAD = 1 << 16
+# in the head of a report's page: the fingerprint of its basis
+REPORT_MARK = re.compile(rb'name="subspace-peft-basis" content="([0-9a-f]{64})"')
+REPORT_HEAD = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -97,15 +103,21 @@ def _in_folder(folder: Path) -> Iterator[Found]:
         found = _of_file(folder / "bundle.safetensors")
         more = "a file that is no bundle" if found.kind == FILES else ""
         yield Found(BUNDLE, ("bundle.safetensors",), found.basis, found.tasks, found.needs, more)
-    if "report.json" in names:
-        about = _read(folder / "report.json").get("basis")
-        # a file of that name may be of any program
-        if isinstance(about, dict) and isinstance(about.get("fingerprint"), str):
-            yield Found(REPORT, _there(names, REPORT), _text(about["fingerprint"]))
+    if (about := _report_in(folder, names)) is not None:
+        yield Found(REPORT, _there(names, REPORT), about)
     if "model_index.json" in names or _is_model(folder, names):
         yield Found(MODEL, tuple(sorted(names & {"model_index.json", "config.json", *MODEL_WEIGHTS})))
     if ".git" in names:
         yield Found(GIT, (".git",))
+
+
+def _report_in(folder: Path, names: set[str]) -> str | None:
+    """Return the fingerprint of the basis that a report in a folder is about; None where none is there."""
+    # files of these names may be of any program
+    if "report.html" in names and (mark := report_mark(folder / "report.html")) is not None:
+        return mark
+    about = _read(folder / "report.json").get("basis") if "report.json" in names else None
+    return _text(about.get("fingerprint")) if isinstance(about, dict) else None
 
 
 def _adapter(folder: Path, names: set[str]) -> Iterator[Found]:
@@ -136,6 +148,8 @@ def _of_file(file: Path) -> Found:
     name = (file.name,)
     if (mark := gguf_mark(file)) is not None:
         return Found(GGUF, name, mark or None)
+    if file.suffix == ".html" and (mark := report_mark(file)) is not None:
+        return Found(REPORT_PAGE, name, mark)
     index = _metadata(file).get("bank")
     try:
         known = parse_json(index) if isinstance(index, str) else {}
@@ -171,6 +185,16 @@ def gguf_mark(file: Path) -> str | None:
     _, found, rest = head.partition(GGUF_MARK.encode())
     # behind the key: the value's type, of 4 bytes, and its length, of 8
     return rest[12:76].decode("ascii", "replace") if found else ""
+
+
+def report_mark(file: Path) -> str | None:
+    """Return the fingerprint of the basis that a report's page is about; None of other files."""
+    try:
+        with open(file, "rb") as stream:
+            found = REPORT_MARK.search(stream.read(REPORT_HEAD))
+    except OSError:
+        return None
+    return found[1].decode() if found else None
 
 
 def _metadata(file: Path) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def _build_fleet(build: FleetBuild, processes: ProcessGroup) -> SubspaceBasis:
     info = _info(build, found)
     if build.options.budget is not None:
         info["measured"]["budget"] = what_was_spent(modules, tables)
-    elif build.options.complete is None and (short := fewer_directions(modules, build.options)):
+    elif build.options.complete is None and (short := fewer_directions(modules, build.options, build.plan.own)):
         info["measured"]["fewer_directions"] = short
     basis = SubspaceBasis(modules, info)
     keep_weights(basis, build.model)
@@ -152,6 +152,7 @@ def _build_modules(build: FleetBuild, processes: ProcessGroup) -> tuple[Found, d
     mine, owners = divide(processes, {name: plan.module(name).cost for name in names}, done)
     reader = Reader(build.fleet.sources, plan.held)
     sizes: dict[str, tuple[int | float, int | None]] = dict.fromkeys(names, options.size)
+    sizes.update({name: (k, None) for name, k in plan.own.items()})
     tables: dict[str, torch.Tensor] = {}
     if options.budget is not None:
         tables = measure(plan, reader, plan.k, kept, processes, progress)

@@ -174,6 +174,7 @@ def _plan(build: FleetBuild | ControlBuild | PreparedUpdate, precision: str, clu
         ranks = sum(task.ranks)
         # a share of energy asks for no more directions than the sources span
         wanted = (ranks, ranks) if isinstance(k, float) else (k, k_in or k)
+        wanted = (plan.own[name],) * 2 if name in plan.own else wanted
         most = max(ranks, *wanted) if options.complete else ranks
         modules[name] = _size(task, *(min(size, most) for size in wanted))
     # a budget is spread by what the fleet and its null hold, each of which costs about as much as building

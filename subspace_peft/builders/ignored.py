@@ -62,7 +62,7 @@ def _of_a_control(options: BuildOptions, given: set[str], sources: Any, like: An
         said.append(f"seed= (--seed) has no effect {builder}: singular vectors are not drawn")
     where = "like= (--like)" if like is not None else "base_model= (--base-model)" if base_model is not None else ""
     if like is not None:
-        for name, flag in (("k", "-k"), ("k_in", "--k-in")):
+        for name, flag in (("k", "-k"), ("k_in", "--k-in"), ("k_pattern", "--k-pattern")):
             if name in given:
                 said.append(f"{name}= ({flag}) has no effect: the sizes are those of like= (--like)")
     if where and sources is not None:
@@ -134,24 +134,26 @@ def warn_of_width(options: BuildOptions, shapes: Iterable[Mapping[str, int]]) ->
 
 
 def fewer_directions(
-    modules: Mapping[str, ModuleBasis], options: BuildOptions | UpdateOptions
+    modules: Mapping[str, ModuleBasis], options: BuildOptions | UpdateOptions, own: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
     """Return what a basis's record says where its fleet spans fewer directions than were asked for; else None.
 
     Args:
         modules: the basis's.
         options: of its build or its update. A share of energy, or the default, asks for no number.
+        own: module → directions of both sides, where it has another k.
     """
     k = options.k if options.k_in is None or options.k is not None else DEFAULT_K
-    if k is None or isinstance(k, float):
-        return None
-    sides = (k, options.k_in or k)
+    usual = (k, options.k_in or k) if isinstance(k, int) else None
+    asked = {name: usual for name in modules if usual is not None} | {name: (n, n) for name, n in (own or {}).items()}
     short = {
-        name: [module.k_out, module.k_in]
-        for name, module in modules.items()
-        if module.k_out < min(sides[0], module.out_features) or module.k_in < min(sides[1], module.in_features)
+        name: [modules[name].k_out, modules[name].k_in]
+        for name, (k_out, k_in) in asked.items()
+        if modules[name].k_out < min(k_out, modules[name].out_features)
+        or modules[name].k_in < min(k_in, modules[name].in_features)
     }
-    return {"asked": list(sides), "modules": short} if short else None
+    most = max((asked[name] for name in short), default=(0, 0))
+    return {"asked": list(most), "modules": short} if short else None
 
 
 def warn_of_few_added(options: UpdateOptions, old: SubspaceBasis, new: SubspaceBasis) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..errors import SubspaceError
 from .fleet import Fleet
 from .module_plan import ModulePlan, plan_module
@@ -22,6 +24,7 @@ class MemoryPlan:
         weights: ``equal`` or ``norm``.
         memory: bytes that all of it may take.
         cores: how many cores are stored per module: the sources' own, and directions.
+        own: module → directions of both sides, where it has another k.
 
     Attributes:
         needed: bytes that it takes at least.
@@ -33,18 +36,28 @@ class MemoryPlan:
     """
 
     def __init__(
-        self, fleet: Fleet, builder: str, k: int | float, k_in: int | None, weights: str, memory: int, cores: int = 0
+        self,
+        fleet: Fleet,
+        builder: str,
+        k: int | float,
+        k_in: int | None,
+        weights: str,
+        memory: int,
+        cores: int = 0,
+        own: Mapping[str, int] | None = None,
     ) -> None:
+        self.own = own or {}
         self.fleet, self.builder, self.weights, self.memory = fleet, builder, weights, memory
         self.k = max(k, k_in or 0) if isinstance(k, int) else GUESSED_K
         tensors = sum(2 * len(source.keys) for source in fleet.sources)
         fixed, most, name, factors = PER_TENSOR * tensors, 0, "", 0
         for module in fleet.modules:
             plan = self.module(module)
+            k = plan.leading
             # float32, once as built and once as it is written
-            fixed += 2 * 4 * (self.k * sum(plan.shape) + cores * self.k**2)
+            fixed += 2 * 4 * (k * sum(plan.shape) + cores * k**2)
             # the sources' cores in float64, and three arrays of their size in the SVD that finds principal directions
-            work = plan.working_bytes + (3 * 8 * len(plan.members) * self.k**2 if cores else 0)
+            work = plan.working_bytes + (3 * 8 * len(plan.members) * k**2 if cores else 0)
             factors = max(factors, 4 * sum(plan.ranks) * sum(plan.shape))
             if work > most:
                 most, name = work, module
@@ -68,4 +81,4 @@ class MemoryPlan:
         Raises:
             SubspaceError: every source's update of it is zero.
         """
-        return plan_module(self.fleet, name, self.k, self.weights)
+        return plan_module(self.fleet, name, self.own.get(name, self.k), self.weights)

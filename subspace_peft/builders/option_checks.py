@@ -158,6 +158,34 @@ def weights_or_file(name: str, value: Any) -> Any:
     return value
 
 
+def sizes_by_name(name: str, value: Any) -> dict[str, int] | None:
+    """Return names of modules with a number of directions each, also of texts ``NAME=K``, or None.
+
+    Raises:
+        SubspaceError: it is neither, or a number is none from 1 on.
+    """
+    if value is None:
+        return None
+    advice = f"{name}={value!r}: give names of modules with a number of directions each, as"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        pairs = [str(each).rpartition("=") for each in value]
+        if not all(key and sign and k.isdecimal() for key, sign, k in pairs):
+            raise SubspaceError(f"{advice} NAME=K, with K from 1 on.")
+        if len({key for key, _, _ in pairs}) < len(pairs):
+            raise SubspaceError(f"{name}={value!r}: a name comes twice. Give each once.")
+        value = {key: int(k) for key, _, k in pairs}
+    if not isinstance(value, Mapping) or not value or not all(isinstance(key, str) and key for key in value):
+        raise SubspaceError(f"{advice} {{'query': 8}}.")
+    return {key: _directions(name, key, k) for key, k in value.items()}
+
+
+def _directions(name: str, key: str, value: Any) -> int:
+    found = whole_number(value)
+    if found is None or found < 1:
+        raise SubspaceError(f"{name}: {key!r} has {value!r}; give a whole number, at least 1.")
+    return found
+
+
 def base_name(name: str, value: Any) -> str | None:
     """Return a base model's name in its normal form, or None; raise `SubspaceError` for what is no name."""
     return check_said(value)

@@ -22,6 +22,7 @@ from .option_checks import (
     option,
     parse_size,
     size,
+    sizes_by_name,
     truth,
     truth_or_none,
     weights_or_file,
@@ -50,6 +51,8 @@ class BuildOptions(Options):
     Attributes:
         k: directions per side, or a share of energy in (0, 1) that every module has to keep; default 32.
         k_in: directions on the input side where they differ from `k`.
+        k_pattern: another number of directions, on both sides, for some modules: a module's name, the end of it or a
+            regular expression → k, as in PEFT's ``rank_pattern``. The page of `report_basis` shows what that keeps.
         budget: instead of `k`, how many parameters a task may train in all, Σ k_out·k_in over modules: spread over
             modules and sides to where the fleet holds most above its strength-matched null, see `budget.spread`.
             Directions that hold no more than the null are not bought, so less may be spent. Takes three to five times
@@ -93,6 +96,13 @@ class BuildOptions(Options):
         metavar="PARAMETERS",
     )
     k_in: int | None = option(None, *INPUT_SIDE, convert=int)
+    k_pattern: Mapping[str, int] | None = option(
+        None,
+        "another k for some modules: a name, the end of one or a regular expression, and the number",
+        sizes_by_name,
+        nargs="+",
+        metavar="NAME=K",
+    )
     builder: str = option(
         "adapters", "where the basis comes from (default: {default})", one_of(*BUILDERS), choices=BUILDERS
     )
@@ -142,15 +152,22 @@ class BuildOptions(Options):
                 self._refuse_filling()
         if self.complete is not None and self.controls:
             self._refuse_filling()
+        if self.k_pattern is not None and (self.k_in is not None or self.complete is not None):
+            other = "k_in" if self.k_in is not None else "complete"
+            raise SubspaceError(
+                f"k_pattern does not go with {other}: it gives some modules another number of directions, the same on"
+                f" both sides. Leave {other} or k_pattern out."
+            )
 
     def _check_budget(self) -> None:
         budget = whole_number(self.budget)
         if budget is None or budget < 1:
             raise SubspaceError(f"budget={self.budget!r}: give how many parameters a task may train in all, as 24576.")
         self._store("budget", budget)
-        if self.k is not None or self.k_in is not None or self.complete is not None:
+        if any(each is not None for each in (self.k, self.k_in, self.k_pattern, self.complete)):
             raise SubspaceError(
-                "A budget decides every module's k_out and k_in: leave k, k_in and complete out, or the budget."
+                "A budget decides every module's k_out and k_in: leave k, k_in, k_pattern and complete out, or the"
+                " budget."
             )
         if self.builder != "adapters":
             raise SubspaceError(
@@ -182,7 +199,7 @@ class BuildOptions(Options):
 
     def check_clusters(self) -> None:
         """Raise `SubspaceError` where a fleet that is divided into clusters cannot have these options."""
-        odd = {"builder", "k_in", "target_modules", "weights", "budget"}
+        odd = {"builder", "k_in", "k_pattern", "target_modules", "weights", "budget"}
         if clash := [name for name in self.changed() if name in odd]:
             raise SubspaceError(
                 f"clusters= does not go with {clash[0]}=: clusters are of sources, each update counting as of norm 1,"
@@ -198,7 +215,7 @@ class BuildOptions(Options):
         """
         k, k_in = (None, None) if self.budget is not None else self.size
         kept = ("builder", "weights", "alternations", "directions", "seed", "keep_cores", "partial", "allow_bin")
-        rare = ("budget", "complete", "leave_one_out", "base_model_name")
+        rare = ("k_pattern", "budget", "complete", "leave_one_out", "base_model_name")
         return {
             "k": k,
             "k_in": k_in,

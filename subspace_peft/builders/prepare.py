@@ -18,6 +18,7 @@ from .complete import filling_weights
 from .controls import Sizes, linear_weights, weight_for
 from .distributed import ALONE, ProcessGroup
 from .fleet import Fleet, gather
+from .k_pattern import sizes_by_pattern
 from .left_out import wanted
 from .memory import CORES_KEPT_UP_TO, MemoryPlan
 from .options import BuildOptions, Resources
@@ -138,7 +139,8 @@ def _prepare_fleet(
     keep_cores = len(fleet.sources) <= CORES_KEPT_UP_TO if options.keep_cores is None else options.keep_cores
     leave_one_out = options.builder == "adapters" and wanted(options.leave_one_out, fleet.groups)
     cores = (len(fleet.sources) if keep_cores else 0) + options.directions
-    plan = MemoryPlan(fleet, options.builder, k, k_in, kind, resources.memory, cores)
+    own = sizes_by_pattern(options.k_pattern, fleet.modules)
+    plan = MemoryPlan(fleet, options.builder, k, k_in, kind, resources.memory, cores, own)
     filling = None
     if options.complete == "base-weights" and base_model is not None:
         filling = linear_weights(base_model, "all-linear")
@@ -203,6 +205,9 @@ def _prepare_control(
             f"The builder {options.builder!r} has to know which modules: pass sources, or like=basis (--like), or"
             " base_model= (--base-model) with target_modules= (--target-modules)."
         )
+    if like is None:
+        own = sizes_by_pattern(options.k_pattern, sizes)
+        sizes = {key: (*each[:2], *((own[key],) * 2 if key in own else each[2:])) for key, each in sizes.items()}
     found = {}
     if options.builder == "base-weights":
         found = {key: weight_for(key, weights, each[:2]) for key, each in sizes.items()}

@@ -76,8 +76,8 @@ def add_report(add: Add) -> None:
         help="say what a basis is worth for a fleet",
         description=(
             "Hold a basis against a fleet, from weights alone: spectra beside noise of the same strength, what it"
-            " keeps of adapters it has seen and has not, a k, and a verdict. Writes report.html, report.json and the"
-            " figures."
+            " keeps of adapters it has seen and has not, what it would keep with another k, and a verdict. Writes one"
+            " HTML file."
         ),
     )
     verb.add_argument("basis", help="folder or Hub id")
@@ -87,7 +87,12 @@ def add_report(add: Add) -> None:
         metavar="ADAPTER",
         help="as for build; default: the basis's own sources, where they still are",
     )
-    verb.add_argument("--out", default="basis-report", metavar="FOLDER", help="default: %(default)s")
+    verb.add_argument(
+        "--out", default="basis-report", metavar="PLACE", help="a folder, or a file.html (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--files", action="store_true", help="write report.json, tables as CSV and figures as PNG beside the page"
+    )
     add_force(verb, "such as a report on another basis")
     verb.add_argument(
         "--sample", type=int, default=64, metavar="N", help="measure at most so many adapters (default: %(default)s)"
@@ -235,15 +240,16 @@ def analyze(args: Namespace) -> int:
 
 def report(args: Namespace) -> int:
     """Write a report on a basis and say its verdict."""
-    from .._io.occupied import REPORT
     from ..basis import SubspaceBasis
-    from ..basis.overwriting import Planned, check_target
+    from ..basis.overwriting import check_target
     from ..report import report_basis
+    from ..report.fleet_report import planned_report
 
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SubspaceError("A report's figures need matplotlib: pip install subspace-peft[report].")
+    if args.files and importlib.util.find_spec("matplotlib") is None:
+        raise SubspaceError("A report's PNG files need matplotlib: pip install subspace-peft[report].")
     basis = SubspaceBasis.from_pretrained(args.basis)
-    check_target(args.out, Planned(REPORT, basis.fingerprint), overwrite=args.force, inputs=[args.basis])
+    planned = planned_report(args.out, {"fingerprint": basis.fingerprint})
+    check_target(args.out, planned, overwrite=args.force, inputs=[args.basis])
     found = report_basis(
         basis,
         args.fleet,
@@ -255,7 +261,7 @@ def report(args: Namespace) -> int:
         base_model_name=args.base_model_name,
         progress=not args.quiet,
     )
-    page = found.save(args.out, overwrite=args.force)
+    page = found.save(args.out, files=args.files, overwrite=args.force)
     if args.json:
         return print_json({"page": str(page), **found.to_dict()})
     for line in found.verdict:

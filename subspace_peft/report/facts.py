@@ -33,6 +33,10 @@ class ReportFacts:
         sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen`` and ``mean_only``.
         skipped: adapters that could not be used, each with its reason.
         how: how it was measured: modules and sources of how many, folds, seed.
+        curves: per module what bases of every k keep, see `fleet_curves.curves_of_fleet`.
+        choices: sizes in bytes and the command, from which the page computes what another k would give.
+        made: ``date`` (UTC), ``version`` of the package, the ``command`` that makes such a report, and the
+            ``basis`` as it is typed there.
     """
 
     basis: dict[str, Any]
@@ -42,6 +46,9 @@ class ReportFacts:
     sources: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     how: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return strict JSON: NaN and infinities become null."""

@@ -11,6 +11,7 @@ from ..energy import mean
 from .facts import LEFT_OUT, ReportFacts
 
 FLEET, OTHERS, NULL, RANDOM = "#1f5fa8", "#c2571a", "#8a8a8a", "#bbbbbb"
+HAIR = 0.006  # a bar of less would not be seen
 SHOWN = 64  # adapters in the figure of adapters
 
 
@@ -82,7 +83,9 @@ def _energies(plt: Any, report: ReportFacts) -> Any:
         values = [sum(getattr(module, key)[module.ks.index(k)] for module in modules) / len(modules) for k in shared]
         axis.plot(shared, values, style, marker="o", markersize=3, label=label, color=colour)
     axis.set(xlabel="directions per side, k", ylabel="share of energy kept", xscale="log", ylim=(-0.02, 1.02))
-    axis.set_xticks(shared, [str(k) for k in shared])
+    # the last size comes where it comes: a label next to it would run into it
+    marked = [k for k in shared if k == shared[-1] or k * 1.4 < shared[-1]]
+    axis.set_xticks(marked, [str(k) for k in marked])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
@@ -99,10 +102,7 @@ def _modules(plt: Any, report: ReportFacts) -> Any:
 
 
 def _adapters(plt: Any, report: ReportFacts) -> Any:
-    entries = sorted(
-        report.sources, key=lambda entry: entry[LEFT_OUT] if entry[LEFT_OUT] is not None else entry["kept"]
-    )
-    entries = entries[:SHOWN]
+    entries = report.sources[:SHOWN]  # in the order of the page's table
     rows = {
         "kept by the basis": [entry["kept"] for entry in entries],
         "kept by a basis without it": [entry[LEFT_OUT] for entry in entries],
@@ -114,7 +114,9 @@ def _bars(plt: Any, names: Sequence[str], rows: dict[str, list[float | None]]) -
     figure, axis = plt.subplots(figsize=(8.5, 0.9 + 0.28 * len(names)))
     for number, ((label, values), colour) in enumerate(zip(rows.items(), (FLEET, OTHERS), strict=True)):
         places = [i + (number - 0.5) * 0.38 for i in range(len(names))]
-        axis.barh(places, [value or 0.0 for value in values], height=0.36, label=label, color=colour)
+        axis.barh(
+            places, [max(value, HAIR) if value else 0.0 for value in values], height=0.36, label=label, color=colour
+        )
     axis.set_yticks(range(len(names)), [name if len(name) <= 52 else f"…{name[-51:]}" for name in names], fontsize=7)
     axis.invert_yaxis()
     axis.set(xlim=(0, 1.02), xlabel="share of energy")

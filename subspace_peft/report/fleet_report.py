@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .._io.atomic import write_text_aside
-from .._io.occupied import REPORT
+from .._io.occupied import FIGURES, REPORT, REPORT_PAGE, TABLES
+from .._io.warn import warn_caller
 from .._shown import Shown, Table, fingerprint, short
+from .._version import __version__
 from ..base_names import check_said
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, replacing
@@ -21,11 +24,15 @@ from ..builders.fleet import gather
 from ..builders.rebuild import sources_on_record
 from ..energy import EnergyRecord, percent
 from ..errors import SubspaceError
+from .choices import choices_of
+from .commands import making_command
 from .facts import LEFT_OUT, ReportFacts
 from .figures import draw
 from .measure_fleet import measure_fleet
 from .numbers import basis_facts, measured_numbers, recorded_numbers
 from .page import page
+from .places import seen_from_here
+from .tables import write_tables
 from .verdict import verdict
 
 SAMPLE = 64
@@ -52,33 +59,71 @@ class FleetReport(Shown, ReportFacts):
         )
         return ("adapter", "energy kept", "left out", "norm of ΔW"), rows, len(self.sources)
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write ``report.html`` (one file, readable offline), ``report.json`` and the figures' PNGs.
+    def save(self, place: str | Path, *, files: bool = False, overwrite: bool = False) -> Path:
+        """Write the report as one HTML file, readable offline.
 
         Args:
-            folder: Made where it does not exist.
-            overwrite: Write into a folder of something else too, or replace the report on another basis.
+            place: A folder, made where it does not exist, into which ``report.html`` is written; or the file, a name
+                that ends in ``.html``.
+            files: Write ``report.json``, the tables as CSV and the figures as PNG into the folder as well.
+            overwrite: Write into a folder of something else too, or replace a file or the report on another basis.
 
         Returns:
             The page's path.
 
         Raises:
-            ImportError: matplotlib is missing; install subspace-peft[report].
-            OccupiedError: something else lies in `folder`, and `overwrite` is off.
-            SubspaceError: `folder` is a file.
+            ImportError: `files` is on, and matplotlib is missing; install subspace-peft[report].
+            OccupiedError: something else lies there, and `overwrite` is off.
+            SubspaceError: `place` is a file of another kind; or it is to hold several.
         """
-        folder = Path(folder).expanduser()
-        with replacing(folder, Planned(REPORT, self.basis.get("fingerprint")), overwrite=overwrite):
-            figures, shared = draw(self, folder), self._shared(folder)
-            write_text_aside(folder / "report.json", json.dumps(shared.to_dict(), indent=1, allow_nan=False) + "\n")
-            write_text_aside(folder / "report.html", page(shared, figures))
-        return folder / "report.html"
+        page_file, folder = page_place(place), page_place(place).parent
+        if files and is_page(place):
+            raise SubspaceError(
+                f"{place}: with files=True (--files) several files are written. Give the name of a folder."
+            )
+        shared = self._shared(folder)
+        with replacing(Path(place).expanduser(), planned_report(place, self.basis), overwrite=overwrite):
+            write_text_aside(page_file, page(shared))
+            if files:
+                draw(self, folder)
+                write_tables(self, folder)
+                write_text_aside(
+                    folder / "report.json", json.dumps(shared.to_dict(), indent=1, allow_nan=False) + "\n"
+                )
+        old = [name for name in ("report.json", *FIGURES, *TABLES) if (folder / name).exists()]
+        if old and not files and not is_page(place):
+            warn_caller(
+                f"{folder}: {', '.join(old)} there {'is' if len(old) == 1 else 'are'} of an earlier report, and not"
+                " written any more. Pass files=True (--files) to have such files written again, or remove them."
+            )
+        return page_file
 
     def _shared(self, folder: Path) -> FleetReport:
         """Return the report without the places of this machine."""
         (basis,) = shared_entries([self.basis], folder)
         entries = {key: shared_entries(getattr(self, key), folder) for key in ("sources", "skipped")}
         return replace(self, basis=basis, **entries)
+
+
+def is_page(place: str | Path) -> bool:
+    """Return whether a place is that of the page itself, by its name."""
+    return Path(place).suffix.lower() == ".html" and not Path(place).expanduser().is_dir()
+
+
+def page_place(place: str | Path) -> Path:
+    """Return the file that the page is written to."""
+    path = Path(place).expanduser()
+    return path if is_page(path) else path / "report.html"
+
+
+def planned_report(place: str | Path, basis: Mapping[str, Any]) -> Planned:
+    """Return what a report writes at a place.
+
+    Args:
+        place: as for `FleetReport.save`.
+        basis: with its ``fingerprint``.
+    """
+    return Planned(REPORT_PAGE if is_page(place) else REPORT, basis.get("fingerprint"))
 
 
 def report_basis(
@@ -121,15 +166,26 @@ def report_basis(
         basis = SubspaceBasis.from_pretrained(basis, token=token)
     if sample < 2 or (modules is not None and modules < 1):
         raise SubspaceError(f"sample={sample}, modules={modules}: give at least 2 adapters and 1 module.")
+    listed = sources if sources is None or isinstance(sources, (str, Path)) else list(sources)
+    given = {
+        "sample": None if sample == SAMPLE else sample,
+        "modules": modules,
+        "seed": seed or None,
+        "allow_bin": allow_bin or None,
+        "base_model": base_model,
+        "base_model_name": base_model_name,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    made = _made(basis, making_command(basis, listed, given))
     missing: list[dict[str, str]] = []
-    if sources is None:
+    if listed is None:
         found, problems = sources_on_record(basis, base_model=base_model, token=token)
         missing = [{"name": "", "location": "", "reason": problem} for problem in problems]
         if not found:
-            return _from_config(basis, missing)
-        sources = found
+            return _from_config(basis, missing, made)
+        listed = found
     fleet = gather(
-        sources,
+        listed,
         skip_bad=True,
         partial=True,
         token=token,
@@ -139,7 +195,8 @@ def report_basis(
         base_model_name=check_said(base_model_name),
     )
     measured = measure_fleet(basis, fleet, sample=sample, modules=modules, seed=seed, progress=progress)
-    numbers = measured_numbers(basis, fleet, measured)
+    choices = choices_of(basis, fleet, measured)
+    numbers = measured_numbers(basis, fleet, measured, choices)
     return FleetReport(
         basis_facts(basis),
         numbers,
@@ -148,10 +205,19 @@ def report_basis(
         measured.sources,
         [*fleet.skipped, *missing],
         measured.how,
+        measured.curves,
+        choices,
+        made,
     )
 
 
-def _from_config(basis: SubspaceBasis, missing: list[dict[str, str]]) -> FleetReport:
+def _made(basis: SubspaceBasis, command: str) -> dict[str, str]:
+    now = datetime.now(timezone.utc)
+    place = seen_from_here(basis.location) if basis.location else ""
+    return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "version": __version__, "command": command, "basis": place}
+
+
+def _from_config(basis: SubspaceBasis, missing: list[dict[str, str]], made: dict[str, str]) -> FleetReport:
     """Return what the basis's config has on record, where no adapter is at hand."""
     numbers = recorded_numbers(basis)
     words = [
@@ -165,4 +231,4 @@ def _from_config(basis: SubspaceBasis, missing: list[dict[str, str]]) -> FleetRe
             f"An earlier version recorded the energy of {', '.join(named[key] for key in over)} as means over modules."
         )
     how = {"modules": [0, len(basis)], "sources": [0, 0]}
-    return FleetReport(basis_facts(basis), numbers, words, skipped=missing, how=how)
+    return FleetReport(basis_facts(basis), numbers, words, skipped=missing, how=how, made=made)

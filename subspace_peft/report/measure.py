@@ -16,8 +16,9 @@ import torch
 from ..builders.hosvd import Compressed, Side, exact, smallest_k
 from ..builders.left_out import left_out_energy
 from ..builders.null import null_energy, null_of
-from ..energy import FAITHFUL, share_of
+from ..energy import FAITHFUL
 from ..sources.factors import Factors, in_common_span
+from .curves import WORK, Shares, UpdateCurves, alternated, largest, runs, truncated
 
 KEPT = 128  # leading eigenvalues that are reported
 
@@ -89,6 +90,20 @@ def measure_module(
     seed: int,
     alternations: int = 0,
 ) -> ModuleFindings:
+    """Return the findings of `measure`, without its curves."""
+    return measure(updates, source_weights, folds, kept, size, seed, alternations)[0]
+
+
+def measure(
+    updates: Sequence[Factors],
+    source_weights: Sequence[float],
+    folds: Sequence[int],
+    kept: Sequence[float],
+    size: tuple[int, int],
+    seed: int,
+    alternations: int = 0,
+    work: float = WORK,
+) -> tuple[ModuleFindings, UpdateCurves]:
     """Measure one module from its updates (out, in) in factored form; nothing of size out × in is formed.
 
     Args:
@@ -99,6 +114,10 @@ def measure_module(
         size: that basis's k_out and k_in.
         seed: of the null's random directions.
         alternations: of the reported basis.
+        work: what running them at several k may cost, see `curves.WORK`.
+
+    Returns:
+        The findings, whose curves are of truncated HOSVDs; and curves of every k, with alternations.
     """
     out, inner = updates[0].shape
     norms = [update.norm() for update in updates]
@@ -108,8 +127,23 @@ def measure_module(
     # the null is not moved into a span: its directions are the point of it
     inside = in_common_span(updates)
     whole, null = exact(inside, weights), exact(noise, weights)
+    most, own = largest(whole), max(size)
     ks = _sizes(min(len(whole.out.values), len(whole.inner.values)))
-    return ModuleFindings(
+    longest = max(most, *ks)
+    seen = truncated(whole, inside, norms, longest)
+    noisy = truncated(null, noise, norms, longest)
+    left_out, alternated_left_out = _of_left_out(inside, norms, weights, folds, longest, own, alternations, work)
+    count = runs([_widths(whole), _widths(null)], work)
+    turned, ran = alternated(whole, inside, norms, seen[:, :most], own, alternations, count)
+    curves = UpdateCurves(
+        _widths(whole),
+        seen[:, :most],
+        turned,
+        None if alternated_left_out is None else alternated_left_out[:, :most],
+        alternated(null, noise, norms, noisy[:, :most], own, alternations, count)[0],
+        ran,
+    )
+    findings = ModuleFindings(
         shape=(out, inner),
         size=size,
         spectrum_out=whole.out.values.tolist()[:KEPT],
@@ -120,15 +154,16 @@ def measure_module(
         above_in=_above(whole.inner, null.inner),
         k_for_share=smallest_k(whole, FAITHFUL),
         ks=ks,
-        seen=_means([_blocks(whole, update, ks, norm) for update, norm in zip(inside, norms, strict=True)]),
-        left_out=_of_left_out(inside, norms, weights, folds, ks),
-        null=_means([_blocks(null, update, ks, norm) for update, norm in zip(noise, norms, strict=True)]),
+        seen=_at(seen, ks),
+        left_out=[float("nan")] * len(ks) if left_out is None else _at(left_out, ks),
+        null=_at(noisy, ks),
         random=[min(k, out) * min(k, inner) / (out * inner) for k in ks],
         left_out_here=left_out_energy(updates, weights, folds, size, alternations),
         mean_only=_mean_only(inside, norms, folds),
         kept=list(kept),
         null_here=null_energy(updates, weights, size, alternations, seed),
     )
+    return findings, curves
 
 
 def _sizes(most: int) -> list[int]:
@@ -141,45 +176,43 @@ def _of_left_out(
     norms: Sequence[float],
     weights: Sequence[float],
     folds: Sequence[int],
-    ks: Sequence[int],
-) -> list[float]:
-    """Return what bases of the other folds keep of each fold's updates.
+    most: int,
+    own: int,
+    rounds: int,
+    work: float,
+) -> tuple[Shares | None, Shares | None]:
+    """Return what bases of the other folds keep of each fold's updates, without alternations and with them.
 
-    Per k it is the mean over the updates, nan where there is one fold only.
+    None and None where there is one fold only.
     """
     if len(set(folds)) < 2:
-        return [float("nan")] * len(ks)
-    found: dict[int, list[float]] = {}
+        return None, None
+    plain, turned = (torch.zeros(len(updates), most, dtype=torch.float64) for _ in range(2))
+    bases = {}
     for fold in dict.fromkeys(folds):
         rest = [i for i, other in enumerate(folds) if other != fold]
-        basis = exact([updates[i] for i in rest], [weights[i] for i in rest])
-        for i in (i for i, other in enumerate(folds) if other == fold):
-            found[i] = _blocks(basis, updates[i], ks, norms[i])
-    return _means([found[i] for i in range(len(updates))])
+        bases[fold] = exact([updates[i] for i in rest], [weights[i] for i in rest])
+    count = runs([_widths(basis) for basis in bases.values()], work)
+    for fold, basis in bases.items():
+        own_places = [i for i, other in enumerate(folds) if other == fold]
+        some, lengths = [updates[i] for i in own_places], [norms[i] for i in own_places]
+        plain[own_places] = curve = truncated(basis, some, lengths, most)
+        turned[own_places] = alternated(basis, some, lengths, curve, own, rounds, count)[0]
+    return plain, turned
+
+
+def _widths(basis: Compressed) -> tuple[int, int]:
+    return basis.out.Q.shape[1], basis.inner.Q.shape[1]
+
+
+def _at(curve: Shares, ks: Sequence[int]) -> list[float]:
+    """Return the means over updates at a few k."""
+    return curve[:, [k - 1 for k in ks]].mean(0).tolist()
 
 
 def _above(side: Side, null: Side) -> int:
     """Return how many of a side's eigenvalues are larger than the null's largest, rounding aside."""
     return int((side.values > null.values[0] * (1 + 1e-9)).sum())
-
-
-def _held(basis: Compressed, update: Factors) -> torch.Tensor:
-    """Return the energy (w_out, w_in) in each leading block of the update's core in a basis's directions."""
-    core = (basis.out.Q.T @ update.B) @ (update.A @ basis.inner.Q)
-    return core.square().cumsum(0).cumsum(1)
-
-
-def _block(held: torch.Tensor, k_out: int, k_in: int) -> float:
-    return float(held[min(k_out, held.shape[0]) - 1, min(k_in, held.shape[1]) - 1])
-
-
-def _blocks(basis: Compressed, update: Factors, ks: Sequence[int], norm: float) -> list[float]:
-    held = _held(basis, update)
-    return [share_of(_block(held, k, k), norm**2) for k in ks]
-
-
-def _means(curves: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*curves, strict=True)]
 
 
 def _mean_only(updates: Sequence[Factors], norms: Sequence[float], folds: Sequence[int]) -> list[float | None]:

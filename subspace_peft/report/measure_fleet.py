@@ -13,8 +13,10 @@ from ..builders.fleet import Fleet
 from ..energy import EnergyRecord, SourceRecord, of_known, share_of
 from ..errors import SubspaceError
 from ..sources.factors import Factors
+from .curves import WORK, WORK_IN_ALL
 from .facts import LEFT_OUT
-from .measure import ModuleFindings, measure_module
+from .fleet_curves import MemberCurves, curves_of_fleet
+from .measure import ModuleFindings, measure
 from .sample import draw_folds, draw_sample
 
 MANY_COLUMNS = 256  # ranks in all, from which only MODULES of the modules are measured unless all are asked for
@@ -32,6 +34,7 @@ class FleetMeasurement:
         sources: per adapter measured its entry in the report, see `ReportFacts`.
         nulls: per adapter measured what a basis of noise keeps of noise of its strength.
         how: modules and sources of how many, folds, seed.
+        curves: per module measured its curves over k, see `curves_of_fleet`.
     """
 
     drawn: list[int]
@@ -39,6 +42,7 @@ class FleetMeasurement:
     sources: list[dict[str, Any]]
     nulls: list[float | None]
     how: dict[str, Any]
+    curves: dict[str, dict[str, Any]]
 
 
 def measure_fleet(
@@ -68,6 +72,7 @@ def measure_fleet(
     folds = draw_folds([fleet.groups[i] for i in drawn], seed)
     chosen = _spread(list(places), _limit(fleet, drawn, list(places)) if modules is None else modules)
     measured: dict[str, ModuleFindings] = {}
+    drawn_curves: dict[str, MemberCurves] = {}
     shares = [_Shares() for _ in drawn]
     weights, alternations = _built_by(basis)
     for name in progress_bar(chosen, desc="measuring", unit="module", shown=progress):
@@ -80,7 +85,7 @@ def measure_fleet(
         counts = fleet.source_weights(sources)
         if weights == "norm":
             counts = [count * update.norm() ** 2 for count, update in zip(counts, updates, strict=True)]
-        measured[name] = findings = measure_module(
+        findings, curves = measure(
             updates,
             counts,
             [folds[n] for n in members],
@@ -88,7 +93,10 @@ def measure_fleet(
             (module.k_out, module.k_in),
             seed,
             alternations,
+            min(WORK, WORK_IN_ALL / len(chosen)),
         )
+        measured[name] = findings
+        drawn_curves[name] = MemberCurves(members, counts, curves)
         for place, n in enumerate(members):
             shares[n].kept[name] = findings.kept[place]
             shares[n].left_out[name] = findings.left_out_here[place]
@@ -102,7 +110,9 @@ def measure_fleet(
         "seed": seed,
     }
     nulls = [of_known(each.null, fleet.sources[i].norms) for i, each in zip(drawn, shares, strict=True)]
-    return FleetMeasurement(drawn, measured, _entries(basis, fleet, drawn, shares), nulls, how)
+    entries = _entries(basis, fleet, drawn, shares)
+    curves_by_module = curves_of_fleet(drawn_curves, [fleet.sources[i].norms for i in drawn])
+    return FleetMeasurement(drawn, measured, entries, nulls, how, curves_by_module)
 
 
 @dataclass

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..basis import SubspaceBasis
 from ..basis.base_weights import recorded_weights
 from ..builders.fleet import Fleet
 from ..energy import EnergyRecord, mean, of_known
+from .choices import stored
 from .facts import LEFT_OUT
 from .measure import ModuleFindings
 from .measure_fleet import FleetMeasurement, sources_on_record
@@ -54,13 +55,16 @@ def basis_facts(basis: SubspaceBasis) -> dict[str, Any]:
     }
 
 
-def measured_numbers(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurement) -> dict[str, Any]:
+def measured_numbers(
+    basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurement, choices: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return a report's figures from what was measured, see `ReportFacts`."""
     modules, entries = list(measured.modules.values()), measured.sources
     above = tuple(round(statistics.median(getattr(m, f"above_{side}") for m in modules)) for side in ("out", "in"))
     facts = basis_facts(basis)
-    per_lora = statistics.mean(_bytes_of(fleet, i, basis) for i in measured.drawn)
-    saved = per_lora - facts["bytes_per_task"]
+    per_lora = choices["bytes_of_loras"] / choices["adapters"]
+    alone, per_task = stored(choices, {name: tuple(each["size"]) for name, each in choices["modules"].items()})
+    saved = per_lora - per_task
     return {
         **_energies(basis, fleet, measured),
         "mean_only": mean(e["mean_only"] for e in entries),
@@ -70,8 +74,8 @@ def measured_numbers(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurem
         "bytes_per_lora": round(per_lora),
         "bytes_per_task": facts["bytes_per_task"],
         "bytes_of_basis": facts["bytes"],
-        # N adapters as LoRAs take N·per_lora bytes, in the basis its bytes and N·per_task
-        "break_even": None if saved <= 0 else math.ceil(facts["bytes"] / saved),
+        # N adapters as LoRAs take N·per_lora bytes, in the basis its own and N·per_task
+        "break_even": None if saved <= 0 else math.ceil(alone / saved),
         "sources": len(fleet.sources),
         "in_seed_groups": _in_groups(Counter(fleet.groups)),
     }
@@ -145,11 +149,3 @@ def _curves(modules: Sequence[ModuleFindings]) -> tuple[list[int], list[float], 
         for key in ("left_out", "random")
     ]
     return ks, *means
-
-
-def _bytes_of(fleet: Fleet, i: int, basis: SubspaceBasis) -> int:
-    """Return the bytes of a source's factors, as they are stored, of modules that the basis has."""
-    source = fleet.sources[i]
-    width = 4 if "float32" in source.dtypes else 8 if "float64" in source.dtypes else 2
-    shapes = [source.shape(name) for name in source.keys if basis.find(name) is not None]
-    return width * sum(rank * (out + inner) for out, inner, rank in shapes)

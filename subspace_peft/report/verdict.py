@@ -6,7 +6,6 @@ module needs no torch.
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..energy import EXPLAINED, FAITHFUL, RARE, EnergyRecord, like_noise, outlook, percent, word
 from .facts import LEFT_OUT
+from .places import typed
 
 if TYPE_CHECKING:
     from ..basis import SubspaceBasis
@@ -141,7 +141,7 @@ def verdict_on_record(info: Mapping[str, Any], place: str | None, *, explain: bo
         explain: say what energy is.
     """
     record = EnergyRecord.of(info)
-    place = shown_place(place)
+    place = typed(place) if place else "BASIS"
     numbers = {"kept": record.kept, "null_kept": record.null, LEFT_OUT: record.left_out, "random": record.random}
     if not record.sources:
         kind = KINDS.get(str(info.get("builder")), "directions")
@@ -163,17 +163,6 @@ def verdict_on_record(info: Mapping[str, Any], place: str | None, *, explain: bo
     return [_kept(numbers, at_least=record.at_least, explain=explain), why, _next(numbers, step)]
 
 
-def shown_place(place: str | None) -> str:
-    """Return a place as it is typed in a shell: of a folder within the working directory, as seen from there."""
-    if not place:
-        return "BASIS"
-    with contextlib.suppress(OSError, ValueError):
-        path = Path(place)
-        if path.is_absolute() and path.is_relative_to(Path.cwd()):
-            place = str(path.relative_to(Path.cwd()))
-    return shlex.quote(place)
-
-
 def verdict(numbers: Mapping[str, Any]) -> list[str]:
     """Return sentences about a basis: the three of `verdict_of` with what more a report knows, and the limits of all.
 
@@ -188,9 +177,9 @@ def headlines(numbers: Mapping[str, Any], place: str | None = None) -> tuple[Hea
 
     Args:
         numbers: those of `ReportFacts`.
-        place: where the basis is, for the commands.
+        place: where the basis is, as it is seen from the working directory.
     """
-    place = shown_place(place)
+    place = place or "BASIS"
     kept, null, left_out, random = (numbers[key] for key in ("kept", "null_kept", LEFT_OUT, "random"))
     known, ahead = _classes(numbers)
     return (
@@ -202,7 +191,7 @@ def headlines(numbers: Mapping[str, Any], place: str | None = None) -> tuple[Hea
             "" if null is None else f"noise of the same strength: {percent(null)}",
             COMPRESSED[known] + (f" {FEW}" if kept is not None and like_noise(kept, null) else ""),
             NEXT[known],
-            PACK[known].format(place=place),
+            PACK[known].format(place=shlex.quote(place)),
         ),
         Headline(
             "Training new tasks",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..energy import percent, word
-from .verdict import NEXT, shown_place
+from .places import typed
+from .verdict import NEXT
 
 
 def verdict_of_clusters(facts: Mapping[str, Any], place: str) -> list[str]:
@@ -17,7 +18,7 @@ def verdict_of_clusters(facts: Mapping[str, Any], place: str) -> list[str]:
         place: their folder.
     """
     kept, single, count = facts["energy_kept"], facts["energy_kept_single"], len(facts["clusters"])
-    place = shown_place(place)
+    place = typed(place)
     beside = "" if single is None else f", beside {percent(single)} that one basis of as many parameters keeps"
     said = f"The {count} bases keep" if count > 1 else "The one basis keeps"
     left_out = "What bases of the others keep of an adapter left out was not measured with these."
