@@ -165,10 +165,8 @@ class BuildOptions(Options):
             raise SubspaceError(f"budget={self.budget!r}: give how many parameters a task may train in all, as 24576.")
         self._store("budget", budget)
         if any(each is not None for each in (self.k, self.k_in, self.k_pattern, self.complete)):
-            raise SubspaceError(
-                "A budget decides every module's k_out and k_in: leave k, k_in, k_pattern and complete out, or the"
-                " budget."
-            )
+            given = "k_pattern" if self.k_pattern is not None else "k, k_in and complete"
+            raise SubspaceError(f"A budget decides every module's k_out and k_in: leave {given} out, or the budget.")
         if self.builder != "adapters":
             raise SubspaceError(
                 f"A budget is spread by what a fleet's updates hold: for the builder `adapters`, not {self.builder!r}."

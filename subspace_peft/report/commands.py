@@ -57,14 +57,15 @@ def building_command(basis: SubspaceBasis, fleet: Fleet) -> dict[str, str]:
         out = typed(basis.location)
     own = recorded == Counter(str(source.sha256) for source in fleet.sources)
     plain = basis.info.get("builder") == "adapters" and not any(options.get(key) is not None for key in SETTLED)
-    precision = f" --precision {basis.precision}" if basis.precision not in (None, "float32") else ""
+    more = ["--precision", basis.precision] if basis.precision not in (None, "float32") else []
     if local and own and plain and basis.info.get("version") in (None, 1):
-        return {"begin": f"subspace-peft build --config {out}{precision}", "out": out}
+        return {"begin": " ".join(["subspace-peft build --config", out, *more]), "out": out}
     locations = [source.location for source in fleet.sources]
     if any(not each or each.startswith("in memory") for each in locations):
         return {"begin": "", "out": out}
-    partial = " --partial" if any(set(source.keys) != set(fleet.modules) for source in fleet.sources) else ""
-    return {"begin": f"subspace-peft build {' '.join(_shortened(locations))}{partial}{precision}", "out": out}
+    if any(set(source.keys) != set(fleet.modules) for source in fleet.sources):
+        more = ["--partial", *more]
+    return {"begin": " ".join(["subspace-peft build", *_shortened(locations), *more]), "out": out}
 
 
 def _shortened(places: Sequence[str]) -> list[str]:
