@@ -1,9 +1,13 @@
 """What whole cards look like: regular expressions over them; a line that ends in a backslash goes on in the next."""
 
 REMEDY = (
-    r"`KeyError: 'SUBSPACE'` means that the process has not imported `subspace_peft`: `pip install subspace-peft`,"
-    r" and "
+    r"`KeyError: 'SUBSPACE'` means that the process has not imported `subspace_peft`: install it from a checkout,"
+    r" `pip install \.`, or from a wheel of it, `pip install subspace_peft-….whl`, and "
     r"`import subspace_peft` before loading; a stock script runs unchanged with `subspace-peft run script\.py`\."
+)
+FURTHER = (
+    r"- to train it further: a learning rate of about 3e-3, as in `TrainingArguments\(\"out\", learning_rate=3e-3\)`; the"
+    r" Trainer's default, 5e-5, is too low"
 )
 BEGIN, END = r"<!-- subspace_peft: begin -->", r"<!-- subspace_peft: end -->"
 
@@ -31,6 +35,7 @@ A frozen basis for 12 modules \(k=16\) of `org/base`, for subspace_peft\. 24,576
 ```python
 import subspace_peft  # registers the SUBSPACE method with PEFT
 from peft import get_peft_model
+from transformers import TrainingArguments
 from transformers import AutoModelForCausalLM
 
 base_model = AutoModelForCausalLM\.from_pretrained\("org/base"\)
@@ -41,6 +46,7 @@ config = subspace_peft\.SubspaceConfig\(
 \)
 model = get_peft_model\(base_model, config\)
 model\.print_trainable_parameters\(\)
+args = TrainingArguments\("out", learning_rate=3e-3\)  # the default, 5e-5, is too low for coefficients
 ```
 
 {REMEDY}
@@ -140,6 +146,7 @@ model = PeftModel\.from_pretrained\(base_model, "me/task", revision="dev"\)
 - basis: `org/basis` at revision `abc`; loading finds and verifies it
 - fingerprint: `f{{64}}`
 - coefficients: `factor`, mean gain `none`, start `zero`
+{FURTHER}
 - saved by subspace_peft 9\.9, PEFT 9\.8
 
 ## Training
@@ -203,6 +210,7 @@ model = PeftModel\.from_pretrained\(base_model, "/somewhere/task"\)
 
 - basis: in this file
 - coefficients: `core`, mean gain `none`, start `zero`
+{FURTHER}
 {END}
 """
 

@@ -231,7 +231,7 @@ def test_without_the_callback_nothing_is_said_of_the_training_until_the_state_is
     assert "## Training" not in (checkpoint / "README.md").read_text()
     (checkpoint / "training_args.bin").write_bytes(b"never read")
     card = write_card(checkpoint).read_text()
-    assert "| optimizer steps | 4 |" in card and "| evaluation | accuracy |" in card and "learning rate" not in card
+    assert "| optimizer steps | 4 |" in card and "| evaluation | accuracy |" in card and "| learning rate" not in card
     once = (checkpoint / "README.md").read_bytes(), (checkpoint / "adapter_config.json").read_bytes()
     write_card(checkpoint)
     assert ((checkpoint / "README.md").read_bytes(), (checkpoint / "adapter_config.json").read_bytes()) == once

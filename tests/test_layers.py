@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "subspace_peft"
-GROUND = {"_shown", "errors", "energy", "_io", "_version", "_adapted", "_lazy", "_moved", "logging", "base_names"}
+TEXTS = {"_install", "_shown"}
+GROUND = TEXTS | {"errors", "energy", "_io", "_version", "_adapted", "_lazy", "_moved", "logging", "base_names"}
 HUB = {"hub", "hub_requests"}
 BASIS = GROUND | HUB | {"cards", "basis"}
 # layer → the layers that it may import; docs/architecture.md says why
 LAYERS: dict[str, set[str]] = {
-    **{
-        layer: set() for layer in ("errors", "energy", "_version", "_adapted", "_lazy", "_moved", "_shown", "modeling")
-    },
+    **{layer: set() for layer in (*TEXTS, "errors", "energy", "_version", "_adapted", "_lazy", "_moved", "modeling")},
     "_io": {"errors", "logging"},
     "logging": {"errors"},
     "base_names": {"errors"},

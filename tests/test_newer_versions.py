@@ -19,7 +19,7 @@ from subspace_peft.errors import SubspaceError
 
 from .models import bert
 
-HINT = f"It was written by subspace-peft 99.1, and this is {re.escape(__version__)}: `pip install -U subspace-peft`"
+HINT = f"It was written by subspace-peft 99.1, and this is {re.escape(__version__)}: install a newer one"
 
 
 def edit(file: Path, **values) -> None:
@@ -113,7 +113,7 @@ def test_a_newer_basis(values, said, basis_folder, capsys):
     with pytest.raises(SubspaceError, match=said):
         SubspaceBasis.from_pretrained(basis_folder)
     assert main(["inspect", str(basis_folder)]) == 1
-    assert "pip install -U subspace-peft" in capsys.readouterr().err
+    assert "install a newer one from a checkout" in capsys.readouterr().err
 
 
 def test_a_newer_bundle_and_bank(task, bases, tmp_path):

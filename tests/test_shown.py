@@ -276,9 +276,12 @@ def test_options_tell_of_all_their_fields(kind):
 
 
 def test_the_rates_in_texts_are_those_that_are_warned_of():
-    from subspace_peft.tuner.learning_rate import OF_CORES
+    from subspace_peft.cards import render
+    from subspace_peft.tuner.learning_rate import OF_CORES, USUAL_ALPHA
 
     (alpha,) = [field for field in fields(SubspaceConfig) if field.name == "alpha"]
+    assert (render.RATE, render.USUAL_ALPHA) == (OF_CORES.start, USUAL_ALPHA) == (3e-3, alpha.default)
+    assert render._rate() == "3e-3" and render._rate(64.0) == "1.2e-2"
     for text in (SubspaceConfig.__doc__, alpha.metadata["help"]):
         for value in (OF_CORES.least, OF_CORES.most, OF_CORES.start):
             assert f"{value:.0e}".replace("e-0", "e-") in text

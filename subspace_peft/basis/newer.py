@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .._install import UPGRADE
 from .._io.untrusted import read_json
 from .._version import __version__
 
@@ -41,4 +42,4 @@ def upgrade_hint(given: Any, always: bool = False) -> str:
         by = f" It was written by a newer subspace-peft than this {__version__}:"
     else:
         return ""
-    return f"{by} `pip install -U subspace-peft`, or fetch a version of it that this one can read."
+    return f"{by} {UPGRADE}, or fetch a version of it that this one can read."

@@ -214,6 +214,7 @@ class TaskFacts:
         coefficients: kind of coefficients.
         mean_gain: how the fleet's mean core takes part.
         start: how the coefficients were initialised.
+        alpha: the scale's numerator; None: the usual one.
         base: the base model.
         task_type: PEFT's.
         numbers: how many coefficients it trains.
@@ -231,6 +232,7 @@ class TaskFacts:
     coefficients: str
     mean_gain: str = "none"
     start: str = "zero"
+    alpha: float | None = None
     base: BaseFacts = field(default_factory=BaseFacts)
     task_type: str | None = None
     numbers: int | None = None

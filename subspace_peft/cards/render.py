@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from .._install import INSTALL
 from ..energy import OVER_MODULES, percent
 from . import markdown
 from .facts import AUTO_CLASSES, BasisFacts, BundledTaskFacts, BundleFacts, SourceFacts, TaskFacts
@@ -14,6 +15,8 @@ from .readme import Card
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+# what training starts from at the usual alpha; `tuner/learning_rate.py` says which range was measured
+RATE, USUAL_ALPHA = 3e-3, 256.0
 # settings of a training, in the order in which a card lists them
 SETTINGS = {
     "learning_rate": "learning rate of the coefficients",
@@ -71,6 +74,12 @@ def bundle_card(facts: BundleFacts) -> Card:
     return _card("bundle.md.j2", facts, front, metrics=metrics)
 
 
+def _rate(alpha: float | None = None) -> str:
+    """Return the learning rate to start from, as it is written in code."""
+    mantissa, exponent = f"{RATE * USUAL_ALPHA / (alpha or USUAL_ALPHA):.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def _share(value: Any) -> str:
     """Return a share of energy in percent; nothing for what is no number, such as Jinja2's value of a missing one."""
     return percent(value) if isinstance(value, (int, float)) else ""
@@ -108,5 +117,5 @@ def _environment() -> Environment:
     environment.filters.update(code=markdown.code, fenced=markdown.fenced, number=markdown.number)
     environment.filters["one_line"] = markdown.one_line
     environment.filters.update(percent=percent, share=_share, kept=_kept)
-    environment.globals["over_modules"] = OVER_MODULES
+    environment.globals.update(over_modules=OVER_MODULES, install=INSTALL, rate=_rate)
     return environment

@@ -98,6 +98,7 @@ def facts_of(folder: Path, config: Mapping[str, Any]) -> TaskFacts:
         coefficients=config["coefficients"],
         mean_gain=config["mean_gain"],
         start=config["start"],
+        alpha=config["alpha"],
         base=BaseFacts(reference=shown_place(config["base_model_name_or_path"]), revision=config["revision"], **base),
         task_type=task_type,
         numbers=size.get("numbers"),
