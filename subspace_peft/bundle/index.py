@@ -186,7 +186,7 @@ class BundleIndex(Shown, Mapping[str, BundledTask]):
         return data
 
     def check(self, name: str) -> None:
-        """Read a task's bytes, and check their hash and that all numbers are finite.
+        """Read a task's bytes, and check their hash and that all values are finite.
 
         Raises:
             BadFileError: They are damaged, or hold NaN or infinite values.
@@ -207,7 +207,7 @@ class BundleIndex(Shown, Mapping[str, BundledTask]):
                 self.check_finite(name, key, bool(np.isfinite(array_of((kind, (-1,), part))).all()))
 
     def check_finite(self, name: str, key: str, finite: bool) -> None:
-        """Raise `BadFileError` where the numbers of a task's tensor are not all finite."""
+        """Raise `BadFileError` where the values of a task's tensor are not all finite."""
         if not finite:
             raise BadFileError(
                 f"{self.location}: {key} of task {name!r} holds NaN or infinite values. Leave it out, or train it"
