@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..builders.build_file import BASIS_CONFIG, INPUTS, BuildFile, read_build_file
 from ..builders.options import BuildOptions, Resources
 from ..energy import percent
 from ..errors import SubspaceError
+from .build_request import PRECISIONS, Request, opened, read_request
 from .common import (
     Add,
+    add_base_model,
     add_force,
     add_json,
-    base_model,
-    earlier_record,
+    add_out,
     kept_for_force,
     print_json,
     refuse_idle,
     unfinished,
 )
-from .flags import add_options, as_in_file, flag_of, given_options
+from .flags import add_options, as_in_file
 from .inspecting import inspect
 from .language import hints_in_flags
+from .parsers import METHOD, RUNS, SOURCES, STORED, grouped
 
 if TYPE_CHECKING:
     from ..basis import SubspaceBasis
     from ..builders import BuildPlan, Clusters
-
-PRECISIONS = ["float32", "bfloat16", "float16", "int8"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """A build as it was asked for, by a file and by flags.
-
-    Attributes:
-        sources: references; None where there are none.
-        options: which basis to build.
-        resources: how much building may take.
-        inputs: ``base_model``, ``like``, ``clusters`` and ``precision``, where given.
-        again: a basis to build again, from its own record.
-    """
-
-    sources: list[Any] | None
-    options: BuildOptions
-    resources: Resources
-    inputs: dict[str, Any]
-    again: str | None = None
 
 
 def add_build(add: Add) -> None:
@@ -59,9 +37,9 @@ def add_build(add: Add) -> None:
         "build",
         help="build a basis from LoRA adapters",
         description=(
-            "Build a basis from LoRA adapters. Interrupted, the same command goes on from the modules kept in"
-            " FOLDER.partial. Started by `accelerate launch -m subspace_peft build …`, processes and machines divide"
-            " the work."
+            "Build a basis from the LoRA adapters of one base model, and say what it keeps of them and of adapters"
+            " left out. Interrupted, the same command goes on from the modules kept in FOLDER.partial; started by"
+            " `accelerate launch -m subspace_peft build …`, processes and machines divide the work."
         ),
     )
     verb.add_argument(
@@ -73,34 +51,25 @@ def add_build(add: Add) -> None:
             " line"
         ),
     )
-    verb.add_argument("--out", metavar="FOLDER", help="where to write the basis")
-    add_force(verb)
-    verb.add_argument(
-        "--dry-run", action="store_true", help="read and check everything, say what building takes, build nothing"
-    )
-    verb.add_argument(
+    sources = grouped(verb, SOURCES)
+    sources.add_argument(
         "--config",
         metavar="FILE",
         help=(
             "YAML or JSON with `sources:` (paths, Hub ids, or mappings with `model:` and `weight:`) and the options"
-            " below by their names (`k: 16`, `skip_bad: true`); flags given here win. A basis's folder is such a file"
+            " here by their names (`k: 16`, `skip_bad: true`); flags given here win. A basis's folder is such a file"
         ),
     )
-    verb.add_argument(
+    sources.add_argument(
         "--from-config",
         metavar="BASIS",
         help="build a basis again: its own sources, held against their hashes, and its arguments",
     )
     add_options(verb, BuildOptions)
-    verb.add_argument("--like", metavar="BASIS", help="a basis whose modules and sizes `random` takes over")
-    verb.add_argument(
-        "--base-model",
-        help=(
-            "model id or folder: for `random` and `base-weights`, --complete base-weights, and to convert adapters"
-            " that are no LoRA"
-        ),
+    grouped(verb, METHOD).add_argument(
+        "--like", metavar="BASIS", help="a basis whose modules and sizes the builder `random` takes over"
     )
-    verb.add_argument(
+    grouped(verb, METHOD).add_argument(
         "--clusters",
         metavar="N",
         help=(
@@ -108,13 +77,23 @@ def add_build(add: Add) -> None:
             " for as many as pay"
         ),
     )
-    verb.add_argument(
+    grouped(verb, STORED).add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="what U and V are stored as (default: float32); the basis says what of the energy that loses",
+        help="what U and V are stored as (default: float32); the basis says how much of the energy that loses",
+    )
+    add_base_model(
+        verb,
+        "model id or folder: for the builders `random` and `base-weights`, for --complete base-weights, and to convert"
+        " adapters that are no LoRA",
+    )
+    add_out(verb, "where to write the basis")
+    add_force(verb)
+    add_json(verb)
+    grouped(verb, RUNS).add_argument(
+        "--dry-run", action="store_true", help="read and check everything, say what building takes, build nothing"
     )
     add_options(verb, Resources)
-    add_json(verb)
     verb.set_defaults(run=build)
 
 
@@ -130,7 +109,7 @@ def build(args: Namespace) -> int:
     out = None if args.out is None else Path(args.out).expanduser()
     in_file: set[str] = set()
     with process_group() as processes, as_in_file(in_file):
-        request = _request(args, out, in_file)
+        request = read_request(args, out, in_file)
         if args.dry_run:
             return _say_plan(_planned(request), args, bool(request.options.skip_bad)) if processes.main else 0
         assert out is not None
@@ -149,147 +128,14 @@ def build(args: Namespace) -> int:
         return _say_clusters(made, args.json, out)
     if said and not args.json:
         print(said)
-    return inspect(Namespace(path=str(out), no_verify=True, json=args.json))
-
-
-def _request(args: Namespace, out: Path | None, in_file: set[str]) -> Request:
-    """Put together a file and the flags, which win, and check all that needs no source.
-
-    Args:
-        args: the flags.
-        out: where the basis is to be written.
-        in_file: gets the names of the settings that are the file's.
-    """
-    again = args.from_config
-    file = BuildFile()
-    given = given_options(args, BuildOptions)
-    if again is not None:
-        if args.config is not None:
-            raise SubspaceError("--from-config and --config are two builds. Give one of them.")
-        place = Path(again).expanduser()
-        if place.is_file() and place.name != BASIS_CONFIG:
-            again, file = None, read_build_file(place)
-        elif place.is_file():
-            again = str(place.parent)
-        _check_again(args, given)
-    elif args.config is not None:
-        file = read_build_file(args.config)
-    settings = {**(file.settings if "weights" in given else file.settings_for(args.sources)), **given}
-    for name in INPUTS:
-        if (value := getattr(args, name)) is not None:
-            settings[name] = value
-    in_file.update(name for name in file.settings if name not in given and getattr(args, name, None) is None)
-    inputs = {name: settings.pop(name) for name in INPUTS if name in settings}
-    resources = {key: inputs.pop(key) for key in ("max_memory",) if key in inputs}
-    if args.progress is not None:
-        resources["progress"] = args.progress
-    if out is not None:
-        resources["work_folder"] = unfinished(out)
-    options = BuildOptions(**settings)
-    inputs = _checked(inputs)
-    sources = list(args.sources or file.sources) or None
-    if out is not None:
-        _check_out(out, args.force, options, sources, inputs, again)
-    return Request(sources, options, Resources(**resources), inputs, again)
-
-
-def _check_again(args: Namespace, given: dict[str, Any]) -> None:
-    """Raise `SubspaceError` where a rebuild is given what only a new build decides."""
-    if args.sources:
-        raise SubspaceError("--from-config takes the sources on record; leave the others out.")
-    odd = [*given, *(name for name in ("like", "clusters") if getattr(args, name) is not None)]
-    if odd:
-        raise SubspaceError(
-            f"--from-config takes the options on record; leave {flag_of(odd[0])} out. --config takes the same record"
-            " as a beginning, of which flags change parts."
-        )
-
-
-def _checked(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs that are there, with numbers read; raise `SubspaceError` where they clash."""
-    found = {name: value for name, value in inputs.items() if value is not None}
-    if (precision := found.get("precision")) not in (None, *PRECISIONS):
-        raise SubspaceError(
-            f"precision={precision!r}: there is no such choice; choose one of {', '.join(PRECISIONS)}."
-        )
-    clusters = found.get("clusters")
-    if isinstance(clusters, str) and clusters != "auto":
-        if not clusters.isdecimal():
-            raise SubspaceError(f"clusters={clusters!r}: give a number from 1 on, or 'auto'.")
-        found["clusters"] = int(clusters)
-    if clusters is not None and "like" in found:
-        raise SubspaceError("clusters= does not go with like=: clusters are of sources.")
-    return found
-
-
-def _check_out(
-    out: Path,
-    force: bool,
-    options: BuildOptions,
-    sources: list[Any] | None,
-    inputs: dict[str, Any],
-    again: str | None,
-) -> None:
-    """Raise where the basis may not be written into `out`, before it is built.
-
-    An earlier basis of the same call is no reason: whether it is the same shows when the new one is written, and until
-    then the finished modules are kept.
-    """
-    from .._io.occupied import BASIS, CLUSTERS
-    from ..basis.overwriting import Planned, check_target
-
-    earlier = earlier_record(out)
-    record = json.loads(json.dumps(options.record(), default=str))
-    same = (
-        earlier.get("fingerprint") == earlier_record(again).get("fingerprint")
-        if again is not None
-        else earlier.get("build") == record
-        and (earlier.get("precision") or {}).get("stored", "float32") == inputs.get("precision", "float32")
-        and _names(sources) in (None, _names([entry.get("location") for entry in earlier.get("sources") or []]))
-    )
-    clusters = inputs.get("clusters") is not None
-    planned = Planned(CLUSTERS, certain=False) if clusters else Planned(BASIS, certain=not same)
-    given = [each.get("model") if isinstance(each, dict) else each for each in sources or []]
-    check_target(out, planned, overwrite=force, inputs=[*given, again, inputs.get("like")])
-
-
-def _names(sources: list[Any] | None) -> list[str] | None:
-    """Return the last parts of places, sorted; None where some of them stand for several sources, or are none."""
-    places = [each.get("model") if isinstance(each, dict) else each for each in sources or []]
-    if any(not isinstance(each, str) or each.endswith(".txt") or set(each) & set("*?[:@") for each in places):
-        return None
-    return sorted(Path(each).name for each in places)
-
-
-def _opened(request: Request) -> dict[str, Any]:
-    """Return the arguments of builds and plans alike, with models and bases loaded."""
-    from ..basis import SubspaceBasis
-    from ..builders.build_file import open_sources
-
-    model = base_model(request.inputs.get("base_model"))
-    common: dict[str, Any] = {"base_model": model, "resources": request.resources}
-    if request.again is not None:
-        old, precision = SubspaceBasis.from_pretrained(request.again), request.inputs.get("precision")
-        if old.precision is not None and precision not in (None, old.precision):
-            raise SubspaceError(
-                f"precision={precision!r}: {request.again} is stored as {old.precision}, and is built again as that."
-                " --config takes the same record as a beginning, with another precision."
-            )
-        return {"basis": old, **common}
-    sources = request.sources
-    if sources is not None:
-        sources = open_sources(sources, allow_bin=request.options.allow_bin, base_model=model)
-    like = request.inputs.get("like")
-    if like is not None:
-        common["like"] = SubspaceBasis.from_pretrained(like)
-    return {"sources": sources, "options": request.options, **common}
+    return inspect(Namespace(path=str(out), no_verify=True, json=args.json, verbose=args.verbose))
 
 
 def _made(request: Request) -> tuple[SubspaceBasis | Clusters, str]:
     """Build; returns the basis or bases, and how a basis that was built again compares with the one on record."""
     from ..builders import build_basis, build_clusters, rebuild_basis
 
-    given, precision = _opened(request), request.inputs.get("precision")
+    given, precision = opened(request), request.inputs.get("precision")
     if (clusters := request.inputs.get("clusters")) is not None:
         return build_clusters(clusters=clusters, **given).to_precision(precision or "float32"), ""
     if request.again is None:
@@ -303,7 +149,7 @@ def _made(request: Request) -> tuple[SubspaceBasis | Clusters, str]:
 def _planned(request: Request) -> BuildPlan:
     from ..builders import plan_build, plan_rebuild
 
-    given = _opened(request)
+    given = opened(request)
     precision = request.inputs.get("precision")
     if request.again is not None:
         return plan_rebuild(precision=precision, **given)
@@ -350,7 +196,7 @@ def _say_plan(plan: BuildPlan, args: Namespace, skip_bad: bool) -> int:
     for entry in plan.skipped:
         reason = hints_in_flags(entry["reason"], args.flags)
         print(f"  {'would be refused' if refused else 'would be left out'}: {reason}")
-    for name, size in plan.modules.items():
+    for name, size in plan.modules.items() if args.verbose else ():
         print(
             f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k"
             f" {size['k_out']}, {size['k_in']}"

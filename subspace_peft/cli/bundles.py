@@ -1,4 +1,4 @@
-"""``subspace-peft bundle …`` and `compress`: their arguments and output. Imports happen inside."""
+"""``subspace-peft bundle …``: its verbs. Imports happen inside."""
 
 from __future__ import annotations
 
@@ -8,105 +8,87 @@ from pathlib import Path
 from typing import Any
 
 from .._io.text import read_text
-from ..builders.option_checks import number
 from ..energy import percent
 from ..errors import SubspaceError
-from .common import (
-    Add,
-    add_base_model_name,
-    add_force,
-    add_json,
-    add_quiet,
-    add_reading,
-    base_model,
-    print_json,
-    refuse_idle,
-    said_of_conversion,
-)
-
-DTYPES = ["float32", "bfloat16", "float16", "float64"]
+from .common import DTYPES, Add, add_force, add_json, add_out, print_json, refuse_idle
+from .parsers import OUTPUT, RUNS, SOURCES, STORED, adder, grouped
 
 
 def add_bundle(add: Add) -> None:
     """Add the verb ``bundle`` with its own verbs."""
-    top = add("bundle", help="pack tasks into one file", description="Pack tasks into one file; list, add, extract.")
-    verb = top.add_subparsers(dest="what", metavar="WHAT", required=True).add_parser
+    top = add(
+        "bundle",
+        help="pack tasks into one file; list, add, extract",
+        description=(
+            "Pack many tasks on one basis into one file, from which each is read without the rest. List what is in a"
+            " bundle, add to it, or write its tasks as adapter folders."
+        ),
+    )
+    _, verb = adder(top, "what", "VERB")
 
-    make = verb("create", help="pack saved tasks into a bundle")
+    make = verb(
+        "create",
+        help="pack saved tasks into a bundle",
+        description="Pack saved tasks of one basis into a bundle. Each keeps its name, its labels and its head.",
+    )
     make.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
-    make.add_argument("--out", required=True, metavar="FOLDER", help="the bundle's folder")
-    make.add_argument("--dtype", default="float32", choices=DTYPES, help="of the stored cores")
+    grouped(make, STORED).add_argument("--dtype", default="float32", choices=DTYPES, help="of the stored cores")
+    add_out(make, "the bundle's folder", required=True)
     add_force(make)
     make.set_defaults(run=create)
 
-    more = verb("add", help="add saved tasks to a bundle; what is in it stays as it is")
-    more.add_argument("bundle", help="its folder")
+    more = verb(
+        "add",
+        help="add saved tasks to a bundle",
+        description="Add saved tasks to a bundle. What is in it stays as it is.",
+    )
+    more.add_argument("bundle", metavar="BUNDLE", help="its folder")
     more.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
-    more.add_argument("--replace", action="store_true", help="replace tasks of the same names")
+    grouped(more, OUTPUT).add_argument("--replace", action="store_true", help="replace tasks of the same names")
     more.set_defaults(run=add_to)
     for each in (make, more):
-        each.add_argument("--basis", help="where the basis is, if not where the tasks say")
-        each.add_argument(
+        grouped(each, SOURCES).add_argument(
+            "--basis", metavar="BASIS", help="where the basis is, if not where the tasks say"
+        )
+        grouped(each, STORED).add_argument(
             "--facts", metavar="FILE", help='JSON: {"name": {"metrics": {…}, "id2label": {…}}} for the index'
         )
 
-    show = verb("ls", help="list the tasks of a bundle")
-    show.add_argument("bundle", help="folder or Hub id")
-    show.add_argument("--verify", action="store_true", help="read every task and hold it against its hash")
+    show = verb(
+        "ls",
+        help="list the tasks of a bundle",
+        description="List the tasks of a bundle with sizes, scores and classes. On the Hub only the index is read.",
+    )
+    show.add_argument("bundle", metavar="BUNDLE", help="folder or Hub id")
+    grouped(show, RUNS).add_argument(
+        "--verify", action="store_true", help="read every task and hold it against its hash"
+    )
     show.set_defaults(run=ls)
 
-    out = verb("extract", help="write tasks of a bundle as adapter folders")
-    out.add_argument("bundle", help="folder or Hub id")
+    out = verb(
+        "extract",
+        help="write tasks of a bundle as adapter folders",
+        description=(
+            "Write tasks of a bundle as adapter folders, subspace tasks or stock LoRAs. Each becomes a folder of its"
+            " name in --out."
+        ),
+    )
+    out.add_argument("bundle", metavar="BUNDLE", help="folder or Hub id")
     out.add_argument("tasks", nargs="*", metavar="NAME", help="names in the bundle; all with --all")
-    out.add_argument("--all", action="store_true", help="every task")
-    out.add_argument("--out", required=True, metavar="FOLDER", help="each becomes a folder of its name in there")
-    form = out.add_mutually_exclusive_group()
+    sources = grouped(out, SOURCES)
+    sources.add_argument("--all", action="store_true", help="every task")
+    sources.add_argument("--basis", metavar="BASIS", help="where the basis is, if not where the bundle says")
+    form = grouped(out, OUTPUT).add_mutually_exclusive_group()
     form.add_argument("--as-lora", action="store_true", help="as stock LoRAs, residuals and all")
     form.add_argument("--no-residual", action="store_true", help="as subspace tasks, without their residuals")
-    out.add_argument("--basis", help="where the basis is, if not where the bundle says")
+    add_out(out, "each task becomes a folder of its name in there", required=True)
     add_force(out)
     out.set_defaults(run=extract)
 
     for each in (show, out):
-        each.add_argument("--revision", help="branch, tag or commit on the Hub")
+        grouped(each, SOURCES).add_argument("--revision", help="branch, tag or commit on the Hub")
     for each in (make, more, show, out):
         add_json(each)
-    for each in (make, more, out):
-        add_quiet(each)
-
-
-def add_compress(add: Add) -> None:
-    """Add the verb ``compress``."""
-    verb = add(
-        "compress",
-        help="turn a fleet of LoRAs into a bundle",
-        description="Project LoRAs on a basis and pack them into one bundle; say what is kept, lost and saved.",
-    )
-    verb.add_argument("loras", nargs="+", metavar="LORA", help="LoRA folder, or Hub id with @revision")
-    verb.add_argument("--basis", required=True, help="folder or Hub id of the basis")
-    verb.add_argument("--out", required=True, metavar="FOLDER", help="the bundle's folder")
-    verb.add_argument(
-        "--min-energy",
-        default="0.5",
-        metavar="SHARE",
-        help="refuse an adapter of which less than this is kept, residual and all (default: %(default)s)",
-    )
-    verb.add_argument(
-        "--residual",
-        type=int,
-        default=0,
-        metavar="RANK",
-        help="below the threshold, keep a residual of up to this rank (1 to 4 are usual)",
-    )
-    verb.add_argument("--skip-bad", action="store_true", help="leave refused adapters out, each with its reason")
-    verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
-    add_base_model_name(verb)
-    verb.add_argument("--dtype", default="float32", choices=DTYPES, help="of stored parameters")
-    add_force(verb)
-    add_reading(verb)
-    add_json(verb)
-    add_quiet(verb)
-    verb.set_defaults(run=compress)
 
 
 def create(args: Namespace) -> int:
@@ -144,7 +126,7 @@ def ls(args: Namespace) -> int:
 
     _check_revision(args)
     found = open_index(args.bundle, revision=args.revision)
-    return _list(found, args, found.verify() if args.verify else None)
+    return _list(found, args, found.verify(progress=not args.quiet) if args.verify else None)
 
 
 def extract(args: Namespace) -> int:
@@ -174,61 +156,6 @@ def extract(args: Namespace) -> int:
     return 0
 
 
-def compress(args: Namespace) -> int:
-    """Turn a fleet of LoRAs into a bundle."""
-    import torch
-
-    from ..bundle import compress_fleet
-
-    report = compress_fleet(
-        args.loras,
-        args.basis,
-        args.out,
-        min_energy=number(args.min_energy),
-        residual=args.residual,
-        skip_bad=args.skip_bad,
-        check_base_model=not args.no_base_check,
-        base_model_name=args.base_model_name,
-        dtype=getattr(torch, args.dtype),
-        overwrite=args.force,
-        progress=not args.quiet,
-        allow_bin=args.allow_bin,
-        base_model=base_model(args.base_model),
-    )
-    if args.json:
-        return print_json(report.to_dict())
-    for each in report.adapters:
-        if each.refused or each.total is None:
-            print(f"{each.location}: left out: {each.refused}")
-            continue
-        rank = f" in a residual of rank {each.residual_rank}" if each.residual_rank else ""
-        alone = ", the projection alone" if each.residual_rank else ""
-        how = said_of_conversion(each.converted_from, each.lost_in_conversion)
-        print(
-            f"{each.name}: energy kept {percent(each.total.kept)}, residual {percent(each.total.residual)}{rank}, lost"
-            f" {percent(each.total.lost)} ({each.verdict}{alone}){how}"
-        )
-        for module, share in each.modules.items():
-            print(f"  {percent(share.kept):>7}  {percent(share.residual):>7}  {percent(share.lost):>7}  {module}")
-    print(storage_table(report.storage))
-    return 0
-
-
-def storage_table(storage: Any) -> str:
-    """Return the storage report in a few lines."""
-    even = "never" if storage.break_even is None else f"from {storage.break_even:,} adapters on"
-    rows = [
-        (f"{storage.adapters:,} adapters before", storage.before),
-        ("basis", storage.basis),
-        ("bundle", storage.bundle),
-        ("basis and bundle", storage.after),
-        ("an adapter before", round(storage.per_adapter_before)),
-        ("an adapter in the bundle", round(storage.per_adapter_after)),
-    ]
-    lines = [f"{title:<28}{size:>16,} bytes" for title, size in rows]
-    return "\n".join([*lines, f"{'the basis is paid for':<28}{even}"])
-
-
 def _check_revision(args: Namespace) -> None:
     if Path(args.bundle).expanduser().exists():
         refuse_idle(args, "--revision", f"on {args.bundle}, which is on this machine and taken as it is")
@@ -245,7 +172,8 @@ def _list(found: Any, args: Namespace, wrong: dict[str, str] | None = None) -> i
         return 1 if wrong else 0
     config = found.index["config"]
     at = f"@{found.revision[:12]}" if found.revision else ""
-    print(f"{found.location}{at}: {len(found)} tasks for {found.base_model}, {found.store.size:,} bytes")
+    base = found.base_model or "a base model that is not named"
+    print(f"{found.location}{at}: {len(found)} tasks for {base}, {found.store.size:,} bytes")
     print(f"basis {config.get('basis')}, fingerprint {found.fingerprint}")
     for name in found:
         task = found[name]

@@ -12,9 +12,11 @@ from typing import Any
 from ..errors import HubUnavailableError, SubspaceError
 from ..hub import looks_like_path, only_local
 from ..hub_requests import ask
+from .parsers import BASE, OUTPUT, SOURCES, grouped
 
 Add = Callable[..., ArgumentParser]  # argparse's `add_parser`
 
+DTYPES = ["float32", "bfloat16", "float16", "float64"]
 BASE_MODEL_HELP = "model id or folder, to convert DoRAs and adapters that are no LoRA"
 ALLOW_BIN_HELP = "read pickled adapter_model.bin too, weights_only"
 
@@ -24,28 +26,40 @@ BASE_MODEL_NAME_HELP = "the one base model that all adapters are of, whatever na
 
 def add_base_model_name(verb: ArgumentParser) -> None:
     """Add the flag that says of which base model adapters are."""
-    verb.add_argument("--base-model-name", metavar="NAME", help=BASE_MODEL_NAME_HELP)
+    grouped(verb, BASE).add_argument("--base-model-name", metavar="NAME", help=BASE_MODEL_NAME_HELP)
+
+
+def add_base_model(verb: ArgumentParser, help: str = BASE_MODEL_HELP, **more: Any) -> None:
+    """Add the flag of the base model itself."""
+    grouped(verb, BASE).add_argument("--base-model", metavar="MODEL", help=help, **more)
 
 
 def add_reading(verb: ArgumentParser) -> None:
     """Add the flags of what may be read as a LoRA beside one."""
-    verb.add_argument("--base-model", metavar="MODEL", help=BASE_MODEL_HELP)
-    verb.add_argument("--allow-bin", action="store_true", help=ALLOW_BIN_HELP)
+    add_base_model(verb)
+    grouped(verb, SOURCES).add_argument("--allow-bin", action="store_true", help=ALLOW_BIN_HELP)
+
+
+def add_no_base_check(verb: ArgumentParser) -> None:
+    """Add the flag that accepts adapters of other base models."""
+    grouped(verb, BASE).add_argument(
+        "--no-base-check", action="store_true", help="accept adapters whose base model has another name"
+    )
 
 
 def add_json(verb: ArgumentParser) -> None:
     """Add the flag that prints the result as JSON."""
-    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    grouped(verb, OUTPUT).add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def add_quiet(verb: ArgumentParser) -> None:
-    """Add the flag that hides progress bars."""
-    verb.add_argument("--quiet", action="store_true", help="no progress bars")
+def add_out(verb: ArgumentParser, help: str, **more: Any) -> None:
+    """Add the flag of the folder to be written."""
+    grouped(verb, OUTPUT).add_argument("--out", metavar="FOLDER", help=help, **more)
 
 
 def add_force(verb: ArgumentParser, what: str = "such as another basis, a LoRA or a bundle") -> None:
     """Add the flag that lets what lies in the folder to be written be replaced."""
-    verb.add_argument("--force", action="store_true", help=f"replace what else lies in --out, {what}")
+    grouped(verb, OUTPUT).add_argument("--force", action="store_true", help=f"replace what else lies in --out, {what}")
 
 
 def base_model(name: str | None) -> Any:

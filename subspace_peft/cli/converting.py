@@ -11,13 +11,15 @@ from .common import (
     add_base_model_name,
     add_force,
     add_json,
-    add_quiet,
+    add_no_base_check,
+    add_out,
     add_reading,
     base_model,
     print_json,
     refuse_idle,
     said_of_conversion,
 )
+from .parsers import SIZE, SOURCES, STORED, grouped
 
 
 def add_project(add: Add) -> None:
@@ -25,18 +27,21 @@ def add_project(add: Add) -> None:
     verb = add(
         "project",
         help="turn a LoRA into coefficients",
-        description="Project a LoRA on a basis and say how much of it the basis keeps.",
+        description=(
+            "Project a LoRA on a basis and say how much of its energy (the squared Frobenius norm of its update) the"
+            " basis keeps. With --out the coefficients are written as a task, which PEFT loads."
+        ),
     )
-    verb.add_argument("lora", help="LoRA folder, or Hub id with @revision")
-    verb.add_argument("--basis", required=True, help="folder or Hub id of the basis")
-    verb.add_argument("--out", metavar="FOLDER", help="write the coefficients as a task")
-    add_force(verb)
-    verb.add_argument("--no-base-check", action="store_true", help="accept another base model's name")
+    verb.add_argument("lora", metavar="LORA", help="LoRA folder, or Hub id with @revision")
+    sources = grouped(verb, SOURCES)
+    sources.add_argument("--basis", required=True, metavar="BASIS", help="folder or Hub id of the basis")
+    sources.add_argument("--part", help="of a pipeline's basis the part that the LoRA is of, where names do not tell")
+    add_no_base_check(verb)
     add_base_model_name(verb)
-    verb.add_argument("--part", help="of a pipeline's basis the part that the LoRA is of, where names do not tell")
     add_reading(verb)
+    add_out(verb, "write the coefficients as a task")
+    add_force(verb)
     add_json(verb)
-    add_quiet(verb)
     verb.set_defaults(run=project)
 
 
@@ -45,25 +50,30 @@ def add_export_lora(add: Add) -> None:
     verb = add(
         "export-lora",
         help="turn a task into a stock PEFT LoRA",
-        description="Write a task as a stock PEFT LoRA folder: exact, no SVD unless --rank asks for one.",
+        description=(
+            "Write a task as a stock PEFT LoRA folder, which needs neither this package nor the basis. The LoRA is the"
+            " task itself, exact up to rounding; only --rank truncates it."
+        ),
     )
-    verb.add_argument("task", help="folder or Hub id of a task")
-    verb.add_argument("--out", required=True, metavar="FOLDER")
-    add_force(verb)
-    verb.add_argument("--basis", help="where the basis is, if not where the task says")
-    verb.add_argument("--rank", type=int, help="truncate to this rank")
-    verb.add_argument(
+    verb.add_argument("task", metavar="TASK", help="folder or Hub id of a task")
+    sources = grouped(verb, SOURCES)
+    sources.add_argument("--basis", metavar="BASIS", help="where the basis is, if not where the task says")
+    sources.add_argument("--part", help="with --format diffusers: the part of a pipeline, such as unet")
+    size = grouped(verb, SIZE)
+    size.add_argument("--rank", type=int, help="truncate to this rank")
+    size.add_argument("--pad-to", metavar="RANK", help="fill up to this rank with zeros, or 'vllm'")
+    stored = grouped(verb, STORED)
+    stored.add_argument(
         "--format", default="peft", help="'peft', a folder (default), or 'diffusers', a file that pipelines load"
     )
-    verb.add_argument("--part", help="with --format diffusers: the part of a pipeline, such as unet")
-    verb.add_argument("--pad-to", help="fill up to this rank with zeros, or 'vllm'")
-    verb.add_argument(
+    stored.add_argument(
         "--modules-to-save",
         action=BooleanOptionalAction,
         help="whether classifiers and the like go along (default: yes, but not with --pad-to vllm)",
     )
+    add_out(verb, "the LoRA's folder", required=True)
+    add_force(verb)
     add_json(verb)
-    add_quiet(verb)
     verb.set_defaults(run=export_lora)
 
 
@@ -96,8 +106,9 @@ def project(args: Namespace) -> int:
             facts["parts"] = list(projection.parts)
     if args.json:
         return print_json(facts)
-    for name, share in projection.energy.items():
-        print(f"  {percent(share):>7}  {name}")
+    if args.verbose:
+        for name, share in projection.energy.items():
+            print(f"  {percent(share):>7}  {name}")
     print(
         f"energy kept {percent(projection.energy_kept)} (random directions {percent(projection.energy_random)}),"
         f" relative error {projection.relative_error:.3f}: {projection.verdict}"

@@ -13,8 +13,19 @@ from typing import Any
 from ..builders.option_checks import Options, number, truth_or_none
 from ..builders.options import BuildOptions, CompleteOptions, Resources, UpdateOptions
 from ..errors import HubUnavailableError, ProcessError, SourceError, SubspaceError
+from .parsers import BASE, METHOD, RUNS, SIZE, SOURCES, STORED, grouped
 
 INPUTS = {"base_model": "--base-model", "like": "--like", "clusters": "--clusters", "precision": "--precision"}
+# option → the group of its flag
+GROUPS = {
+    SIZE: ("k", "k_in", "budget", "complete", "with_", "add", "add_in"),
+    METHOD: ("builder", "weights", "alternations", "seed", "leave_one_out"),
+    STORED: ("directions", "keep_cores"),
+    BASE: ("target_modules", "base_model_name"),
+    SOURCES: ("skip_bad", "allow_bin", "partial"),
+    RUNS: ("max_memory",),
+}
+GROUP_OF = {name: title for title, names in GROUPS.items() for name in names}
 
 
 def add_options(verb: ArgumentParser, kind: type[Options], leave_out: Collection[str] = ()) -> None:
@@ -27,8 +38,8 @@ def add_options(verb: ArgumentParser, kind: type[Options], leave_out: Collection
     """
     for each in fields(kind):  # type: ignore[arg-type]
         flags = flags_of(each)
-        if not flags or each.name in leave_out:
-            continue
+        if not flags or each.name in leave_out or each.name == "progress":
+            continue  # bars are a matter of -q, of every verb
         shown: dict[str, Any] = dict(each.metadata["shown"])
         if each.default is False:
             shown["action"] = "store_true"
@@ -38,9 +49,11 @@ def add_options(verb: ArgumentParser, kind: type[Options], leave_out: Collection
             shown["action"] = argparse.BooleanOptionalAction
         elif each.metadata["convert"] in (int, float):
             shown["type"] = each.metadata["convert"]
+        if each.metadata["convert"] in (int, float, number) and not {"choices", "metavar"} & shown.keys():
+            shown["metavar"] = "K" if each.name in ("k", "k_in") else "N"
         help = each.metadata["help"].replace("{default}", str(each.default))
         # None: not given, so that a file's settings or the option's own default hold
-        verb.add_argument(*flags, dest=each.name, default=None, help=help, **shown)
+        grouped(verb, GROUP_OF[each.name]).add_argument(*flags, dest=each.name, default=None, help=help, **shown)
 
 
 def flags_of(option: Field[Any]) -> tuple[str, ...]:
@@ -58,6 +71,8 @@ def given_options(args: Namespace, kind: type[Options]) -> dict[str, Any]:
     found = {}
     for each in fields(kind):  # type: ignore[arg-type]
         value = getattr(args, each.name, None)
+        if each.name == "progress":
+            value = False if getattr(args, "quiet", 0) else None
         if value is not None:
             found[each.name] = number(value) if each.metadata["convert"] is number else value
     return found

@@ -1,63 +1,39 @@
-"""``subspace-peft VERB``: argument parsing only, so that ``--help`` needs no heavy import."""
+"""``subspace-peft VERB``: run a verb, say its errors in the user's words, and return the exit status."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import platform
+import re
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
-from .._version import __version__
 from . import recipes
-from .building import add_build
-from .bundles import add_bundle, add_compress
 from .console import leave, make_printable
-from .converting import add_export_lora, add_project
-from .inspecting import add_analyze, add_inspect, add_report, add_validate
-from .language import Flags, flags_of_verb, in_flags, spoken_warnings, verbs_of
-from .recipes import add_copy, add_demo, add_run
-from .sharing import add_cache, add_push
-from .versions import add_complete, add_migrate, add_record_base, add_update
+from .language import Flags, in_flags, spoken_warnings
+from .pulse import pulse
+from .verbosity import apply
+from .verbs import parser as parser
 
-VERBS = (
-    add_build,
-    add_update,
-    add_migrate,
-    add_complete,
-    add_record_base,
-    add_inspect,
-    add_validate,
-    add_analyze,
-    add_report,
-    add_project,
-    add_export_lora,
-    add_bundle,
-    add_compress,
-    add_push,
-    add_cache,
-    add_demo,
-    add_copy,
-    add_run,
-)
 RESUMED = ("build", "update")
 UNSPOKEN = ("run", "demo")  # verbs that run scripts, whose warnings are their own
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the whole command line."""
-    top = argparse.ArgumentParser(
-        prog="subspace-peft",
-        description="Many LoRA adapters, one frozen basis, kilobyte tasks, in stock PEFT.",
-    )
-    top.add_argument("--version", action="version", version=f"subspace-peft {__version__}")
-    add = top.add_subparsers(dest="verb", metavar="VERB", required=True).add_parser
-    for add_verb in VERBS:
-        add_verb(add)
-    for verb in verbs_of(top).values():
-        verb.set_defaults(flags=flags_of_verb(verb))
-    return top
+WITH_BARS = (
+    "analyze",
+    "build",
+    "bundle",
+    "complete",
+    "compress",
+    "export-lora",
+    "migrate",
+    "project",
+    "report",
+    "update",
+)
+COUNTED = {"v": "verbose_first", "q": "quiet_first"}
+COUNTS = re.compile(r"-(v+|q+)|--(v)erbose|--(q)uiet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,16 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error on the way, 2 for wrong arguments.
     """
     make_printable(sys.stdout, sys.stderr)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
-        # all that follows belongs to the script, `-m` and other options too, which argparse would claim
-        arguments = argparse.Namespace(verb="run", run=recipes.run, script=argv[1:], flags={})
-    else:
-        arguments = parser().parse_args(argv)
-    spoken = nullcontext() if arguments.verb in UNSPOKEN else spoken_warnings(arguments.verb, arguments.flags)
+    arguments = _parsed(list(sys.argv[1:] if argv is None else argv))
+    if arguments.run is None:
+        # no verb, or a verb of others without one of these
+        arguments.help_of.print_help()
+        return 0
+    apply(arguments)
     try:
-        with spoken:
-            return arguments.run(arguments)
+        with _spoken(arguments):
+            return int(arguments.run(arguments))
     except KeyboardInterrupt:
         again = "; the same command goes on from the finished modules" if arguments.verb in RESUMED else ""
         print(f"interrupted; nothing half-written is left behind{again}", file=sys.stderr)
@@ -100,6 +75,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             who = "" if rank is None else f", process {rank} of {os.environ['WORLD_SIZE']} on {platform.node()}"
             print(f"subspace-peft {arguments.verb}{who}: {_said(error, arguments.flags)}", file=sys.stderr)
         return 1
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    """Return the arguments; of `run`, all that follows belongs to the script, which argparse would claim."""
+    first, counts = 0, dict.fromkeys(COUNTED.values(), 0)
+    while first < len(argv) and (found := COUNTS.fullmatch(argv[first])):
+        letters = found[1] or found[2] or found[3]
+        counts[COUNTED[letters[0]]] += len(letters)
+        first += 1
+    if first < len(argv) and not argv[first].startswith("-"):
+        argv[first] = argv[first].replace("_", "-")  # a verb as Python's function is called
+    if argv[first : first + 1] == ["run"] and argv[first + 1 : first + 2] not in (["-h"], ["--help"]):
+        return argparse.Namespace(verb="run", run=recipes.run, script=argv[first + 1 :], flags={}, **counts)
+    return parser().parse_args(argv)
+
+
+@contextmanager
+def _spoken(arguments: argparse.Namespace) -> Iterator[None]:
+    """Say warnings in the verb's words within, and what is being done where that takes long."""
+    with ExitStack() as stack:
+        if arguments.quiet > 1:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        if arguments.verb not in UNSPOKEN:
+            stack.enter_context(spoken_warnings(arguments.verb, arguments.flags))
+        first = os.environ.get("RANK", "0") == "0"
+        stack.enter_context(pulse(arguments.verb, first and arguments.verb in WITH_BARS and not arguments.quiet))
+        yield
 
 
 def _said(error: Exception, flags: Flags) -> str:

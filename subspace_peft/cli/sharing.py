@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import SubspaceError
 from ..hub import noted_uploads
 from .common import Add, add_json, print_json, refuse_idle
+from .parsers import HUB, SOURCES, adder, grouped
 
 
 def add_push(add: Add) -> None:
@@ -17,38 +18,62 @@ def add_push(add: Add) -> None:
         "push",
         help="upload a basis, a task or a bundle",
         description=(
-            "Upload a basis, a saved task or a bundle to the Hub in one commit; a task's basis is pinned to a commit"
-            " first."
+            "Upload a basis, a saved task or a bundle to the Hub in one commit, and print its address. A task's or"
+            " bundle's basis is pinned to a commit first."
         ),
     )
-    verb.add_argument("folder", help="of the basis, the task or the bundle")
-    verb.add_argument("repo_id", help="org/name; made where there is none")
-    verb.add_argument(
+    verb.add_argument("folder", metavar="PATH", help="folder of the basis, the task or the bundle")
+    verb.add_argument("repo_id", metavar="REPO", help="org/name; made where there is none")
+    hub = grouped(verb, HUB)
+    hub.add_argument(
         "--push-basis-to", metavar="REPO", help="push a task's or bundle's basis as well, where it is local only"
     )
-    verb.add_argument("--force", action="store_true", help="push although its basis is local only")
-    verb.add_argument("--private", action="store_true", help="make new repositories private")
-    verb.add_argument("--branch", help="other than main; made where there is none")
-    verb.add_argument("--message", help="of the commit")
-    verb.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    hub.add_argument("--force", action="store_true", help="push although its basis is local only")
+    hub.add_argument("--private", action="store_true", help="make new repositories private")
+    hub.add_argument("--branch", help="other than main; made where there is none")
+    hub.add_argument("--message", help="of the commit")
+    hub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     add_json(verb)
     verb.set_defaults(run=push)
 
 
 def add_cache(add: Add) -> None:
-    """Add the verb ``cache``."""
-    verb = add(
+    """Add the verb ``cache`` with its own verbs."""
+    top = add(
         "cache",
         help="list, verify or remove fetched bases",
-        description="List, verify or remove the bases this machine has fetched.",
+        description=(
+            "List, verify or remove the bases that this machine has fetched from the Hub. They lie in the folder that"
+            " SUBSPACE_PEFT_CACHE names, or in ~/.cache/subspace_peft."
+        ),
     )
-    verb.add_argument("what", choices=["ls", "verify", "rm"], help="what to do")
-    verb.add_argument(
-        "fingerprint", nargs="*", help="their beginnings suffice; all by default, which rm wants said by --all"
-    )
-    verb.add_argument("--all", action="store_true", help="remove every one")
-    add_json(verb)
-    verb.set_defaults(run=cache)
+    _, verb = adder(top, "what", "VERB")
+    said = {
+        "ls": (
+            "list fetched bases",
+            "List the bases that this machine has fetched. Nothing of them is read but their configs.",
+        ),
+        "verify": (
+            "read fetched bases and check their hashes",
+            "Read fetched bases and hold every tensor against its hash. The exit status is 1 if any is damaged.",
+        ),
+        "rm": (
+            "remove fetched bases",
+            "Remove fetched bases from this machine. Tasks whose record names a place on the Hub fetch theirs again.",
+        ),
+    }
+    for name, (line, text) in said.items():
+        each = verb(name, help=line, description=text)
+        each.add_argument(
+            "fingerprint",
+            nargs="*",
+            metavar="FINGERPRINT",
+            help="of the bases; their beginnings suffice" + ("" if name == "rm" else "; all by default"),
+        )
+        if name == "rm":
+            grouped(each, SOURCES).add_argument("--all", action="store_true", help="every one")
+        add_json(each)
+        each.set_defaults(run=cache)
 
 
 def push(args: Namespace) -> int:

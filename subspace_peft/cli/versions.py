@@ -1,9 +1,9 @@
-"""``subspace-peft update``, `complete` and `migrate`: a basis's next version, and its tasks."""
+"""``subspace-peft update``, `complete` and `record-base`: a basis's next version, and what it has on record."""
 
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from ..builders.options import CompleteOptions, Resources, UpdateOptions
 from ..energy import percent
 from ..errors import SubspaceError
 from .common import (
-    BASE_MODEL_HELP,
     Add,
+    add_base_model,
     add_force,
     add_json,
-    add_quiet,
+    add_out,
     base_model,
     earlier_record,
     kept_for_force,
@@ -26,53 +26,36 @@ from .common import (
 )
 from .flags import add_options, given_options
 from .inspecting import inspect
+from .migrating import Carried, add_drift, say_carried
+from .parsers import OUTPUT, TASKS, grouped
 
 
 def add_update(add: Add) -> None:
     """Add the verb ``update``."""
     verb = add(
         "update",
-        help="grow a basis by what new adapters need, and carry its tasks over",
+        help="grow a basis by what new adapters need, with its tasks",
         description=(
-            "A new version of a basis for further LoRA adapters. Old directions stay bit for bit, so tasks lose"
-            " nothing; -k fits all directions from scratch instead. Interrupted, the same command goes on from the"
-            " modules kept in FOLDER.partial."
+            "Make a new version of a basis for further LoRA adapters: old directions stay bit for bit, so tasks lose"
+            " nothing, unless -k fits all from scratch. Interrupted, the same command goes on from the modules kept in"
+            " FOLDER.partial."
         ),
     )
-    verb.add_argument("basis", help="folder or Hub id of the basis")
+    verb.add_argument("basis", metavar="BASIS", help="folder or Hub id of the basis")
     verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
-    verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
-    add_force(verb)
     add_options(verb, UpdateOptions)
-    verb.add_argument("--base-model", help=BASE_MODEL_HELP)
-    verb.add_argument(
+    add_base_model(verb)
+    carried = grouped(verb, TASKS)
+    carried.add_argument(
         "--tasks", nargs="+", default=[], metavar="TASK", help="tasks and bundles on the basis to carry over"
     )
-    verb.add_argument("--tasks-out", metavar="FOLDER", help="where to write them, each under its own name")
-    _add_drift(verb)
-    add_options(verb, Resources)
-    add_json(verb)
-    verb.set_defaults(run=update)
-
-
-def add_migrate(add: Add) -> None:
-    """Add the verb ``migrate``."""
-    verb = add(
-        "migrate",
-        help="carry tasks over to another version of their basis",
-        description=(
-            "Carry tasks and bundles over to another basis, and say how much of their updates' norm that changes."
-        ),
-    )
-    verb.add_argument("tasks", nargs="+", metavar="TASK", help="folder or Hub id of a task, or a bundle's folder")
-    verb.add_argument("--basis", required=True, help="folder or Hub id of the basis to carry them to")
-    verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write them, each under its own name")
+    carried.add_argument("--tasks-out", metavar="FOLDER", help="where to write them, each under its own name")
+    add_drift(carried)
+    add_out(verb, "where to write the new version", required=True)
     add_force(verb)
-    verb.add_argument("--old-basis", help="where their own basis is, if not where they say")
-    _add_drift(verb)
     add_json(verb)
-    add_quiet(verb)
-    verb.set_defaults(run=migrate)
+    add_options(verb, Resources)
+    verb.set_defaults(run=update)
 
 
 def add_complete(add: Add) -> None:
@@ -81,17 +64,16 @@ def add_complete(add: Add) -> None:
         "complete",
         help="fill a basis up to more directions",
         description=(
-            "Fill a basis up to k directions with random ones or the base weights' singular vectors. Those it has stay"
-            " bit for bit."
+            "Fill a basis up to k directions with random ones or the base weights' singular vectors. Those that it has"
+            " stay bit for bit."
         ),
     )
-    verb.add_argument("basis", help="folder or Hub id of the basis")
-    verb.add_argument("--out", required=True, metavar="FOLDER", help="where to write the new version")
-    add_force(verb)
+    verb.add_argument("basis", metavar="BASIS", help="folder or Hub id of the basis")
     add_options(verb, CompleteOptions)
-    verb.add_argument("--base-model", help="model id or folder, for base-weights")
+    add_base_model(verb, "model id or folder, for --with base-weights")
+    add_out(verb, "where to write the new version", required=True)
+    add_force(verb)
     add_json(verb)
-    add_quiet(verb)
     verb.set_defaults(run=complete)
 
 
@@ -105,20 +87,11 @@ def add_record_base(add: Add) -> None:
             " the basis is used. Neither its tensors nor its fingerprint change."
         ),
     )
-    verb.add_argument("basis", help="folder of the basis")
-    verb.add_argument("--base-model", required=True, help="model id or folder")
-    verb.add_argument("--force", action="store_true", help="replace a record of other weights")
+    verb.add_argument("basis", metavar="BASIS", help="folder of the basis")
+    add_base_model(verb, "model id or folder", required=True)
+    grouped(verb, OUTPUT).add_argument("--force", action="store_true", help="replace a record of other weights")
     add_json(verb)
     verb.set_defaults(run=record_base)
-
-
-def _add_drift(verb: ArgumentParser) -> None:
-    verb.add_argument(
-        "--max-drift",
-        type=float,
-        metavar="SHARE",
-        help="refuse where more than this share of an update's norm changes in a module (default: rounding only)",
-    )
 
 
 def update(args: Namespace) -> int:
@@ -144,7 +117,7 @@ def update(args: Namespace) -> int:
     resources = Resources(work_folder=beside, **given_options(args, Resources))
     old = SubspaceBasis.from_pretrained(args.basis)
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
-    tasks = _Tasks(args.tasks, args.tasks_out, bound, resources.progress, overwrite=args.force)
+    tasks = Carried(args.tasks, args.tasks_out, bound, resources.progress, overwrite=args.force)
     tasks.check_folders(needed=[args.out])
     inputs = [args.basis, *args.sources, *args.tasks]
     _check_out(args, old, needed=[args.basis] if args.tasks else [], inputs=inputs, options=options)
@@ -174,18 +147,29 @@ def update(args: Namespace) -> int:
     }
     if args.json:
         return print_json(facts)
-    for name, each in facts["modules"].items():
-        more, less = each["added"]
-        print(
-            f"  {name}: {more:+d} output and {less:+d} input directions; of the new adapters' energy"
-            f" {percent(each['kept_before'])} was kept, now {percent(each['kept'])}"
-        )
+    _say_growth(facts["modules"], args.verbose)
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
     print(f"{facts['out']}: version {facts['version']} of the basis, {facts['k']}, fingerprint {facts['fingerprint']}")
-    _say(facts["tasks"])
+    say_carried(facts["tasks"], args.verbose)
     print(*facts["verdict"], sep="\n")
     return 0
+
+
+def _say_growth(modules: dict[str, Any], verbose: int) -> None:
+    """Say how many directions came and what of the new adapters is kept now: of every module, or of the worst."""
+    if not verbose and len(modules) > 1:
+        sides = [[each["added"][side] for each in modules.values()] for side in (0, 1)]
+        more, less = (f"{min(each):+d} to {max(each):+d}" for each in sides)
+        print(f"{len(modules)} modules: {more} output and {less} input directions; -v shows each")
+        name = min(modules, key=lambda name: modules[name]["kept"])
+        modules = {name: modules[name]}
+    for name, each in modules.items():
+        more, less = (f"{count:+d}" for count in each["added"])
+        print(
+            f"  {name}: {more} output and {less} input directions; of the new adapters' energy"
+            f" {percent(each['kept_before'])} was kept, now {percent(each['kept'])}"
+        )
 
 
 def complete(args: Namespace) -> int:
@@ -206,7 +190,7 @@ def complete(args: Namespace) -> int:
         **given_options(args, CompleteOptions),
     )
     new.save_pretrained(args.out, overwrite=args.force)
-    return inspect(Namespace(path=args.out, no_verify=True, json=args.json))
+    return inspect(Namespace(path=args.out, no_verify=True, json=args.json, verbose=args.verbose))
 
 
 def record_base(args: Namespace) -> int:
@@ -214,21 +198,7 @@ def record_base(args: Namespace) -> int:
     from ..tuner.base_record import record_base_model
 
     record_base_model(args.basis, base_model(args.base_model), overwrite=args.force)
-    return inspect(Namespace(path=args.basis, no_verify=True, json=args.json))
-
-
-def migrate(args: Namespace) -> int:
-    """Carry tasks over; all of them or none."""
-    from ..basis import SubspaceBasis
-    from ..convert.migrate import MAX_DRIFT
-
-    bound = MAX_DRIFT if args.max_drift is None else args.max_drift
-    tasks = _Tasks(args.tasks, args.out, bound, not args.quiet, args.old_basis, args.force)
-    new = SubspaceBasis.from_pretrained(args.basis)
-    tasks.check_folders(new.fingerprint, needed=[args.basis, args.old_basis])
-    tasks.try_out(new)
-    facts = tasks.write(new)
-    return print_json({"fingerprint": new.fingerprint, "tasks": facts}) if args.json else _say(facts)
+    return inspect(Namespace(path=args.basis, no_verify=True, json=args.json, verbose=args.verbose))
 
 
 def _check_out(
@@ -247,122 +217,3 @@ def _check_out(
         again = all(record.get(name) == value for name, value in wanted.items() if name != "tasks")
     planned = Planned(BASIS, certain=not again)
     check_target(args.out, planned, overwrite=args.force, inputs=inputs, needed=needed)
-
-
-def _say(tasks: list[dict[str, Any]]) -> int:
-    for each in tasks:
-        worst = max(each["drift_per_module"], key=each["drift_per_module"].__getitem__)
-        converted = f", {each['converted_from']} coefficients became core" if each.get("converted_from") else ""
-        print(
-            f"  {each['out']}: drift {each['drift']:.1e}, at most {each['drift_per_module'][worst]:.1e}"
-            f" ({worst}){converted}"
-        )
-    return 0
-
-
-class _Tasks:
-    """Tasks and bundles on their way to another basis: tried first, written when all of them can be."""
-
-    def __init__(
-        self,
-        references: list[str],
-        out: str | None,
-        max_drift: float,
-        progress: bool,
-        old_basis: str | None = None,
-        overwrite: bool = False,
-    ) -> None:
-        from ..bundle.format import BUNDLE_FILE
-        from ..hub import split_revision
-
-        self.out, self.max_drift, self.progress, self.old_basis = Path(out or "."), max_drift, progress, old_basis
-        self.overwrite = overwrite
-        self.bundles: dict[str, str] = {}
-        self.tasks: dict[str, tuple[str, dict[str, str]]] = {}
-        self.done: dict[str, Any] = {}
-        for reference in references:
-            folder = Path(reference).expanduser()
-            repo, revision = (str(folder), None) if folder.is_dir() else split_revision(reference)
-            name = Path(folder.resolve() if folder.is_dir() else repo).name
-            if name in self.tasks or name in self.bundles:
-                raise SubspaceError(
-                    f"Two of the tasks are called {name!r}, and would be written to one folder. Carry them over apart."
-                )
-            if (folder / BUNDLE_FILE).is_file():
-                self.bundles[name] = str(folder)
-            else:
-                self.tasks[name] = (repo, {} if revision is None else {"revision": revision})
-
-    def check_folders(self, fingerprint: str | None = None, needed: Sequence[str | None] = ()) -> None:
-        """Raise where a folder to be written holds something else; all are checked before the long work.
-
-        Args:
-            fingerprint: of the basis that the tasks are carried to; None while that is to be made.
-            needed: places that are still read, or that the tasks will refer to.
-        """
-        from .._io.folder_names import check_folder_names
-        from .._io.occupied import BUNDLE, TASK
-        from ..basis.overwriting import Planned, check_target
-
-        check_folder_names(self.out, [*self.tasks, *self.bundles])
-        certain = fingerprint is not None
-        for name, (repo, _) in self.tasks.items():
-            planned = Planned(TASK, fingerprint, certain=certain)
-            check_target(self.out / name, planned, overwrite=self.overwrite, inputs=[repo], needed=needed)
-        for name, folder in self.bundles.items():
-            planned = Planned(BUNDLE, fingerprint, certain=certain)
-            check_target(self.out / name, planned, overwrite=self.overwrite, needed=[folder, *needed])
-
-    def cores(self) -> list[dict[str, Any]]:
-        """Return the cores of all tasks, in units of ΔW."""
-        from ..bundle import open_bundle
-        from ..tasks import read_task
-
-        found = [read_task(repo, basis=self.old_basis, **hub).cores for repo, hub in self.tasks.values()]
-        for folder in self.bundles.values():
-            bundle = open_bundle(folder)
-            found += [bundle.read(name).cores for name in bundle]
-        return found
-
-    def try_out(self, basis: Any) -> None:
-        """Carry the tasks over, in memory; raises before anything is written."""
-        from ..bundle.migrate import bundle_drifts
-        from ..convert import migrate_task
-
-        for folder in self.bundles.values():
-            bundle_drifts(folder, basis, max_drift=self.max_drift, old_basis=self.old_basis, progress=self.progress)
-        for name, (repo, hub) in self.tasks.items():
-            self.done[name] = migrate_task(repo, basis, max_drift=self.max_drift, old_basis=self.old_basis, **hub)
-
-    def write(self, basis: Any) -> list[dict[str, Any]]:
-        """Write all of them; returns the facts that `--json` prints of each."""
-        from ..bundle import migrate_bundle
-
-        facts = []
-        for name, found in self.done.items():
-            facts.append(
-                {"out": str(found.save_pretrained(self.out / name, overwrite=self.overwrite)), **found.to_dict()}
-            )
-        for name, folder in self.bundles.items():
-            _, drifts = migrate_bundle(
-                folder,
-                basis,
-                self.out / name,
-                max_drift=self.max_drift,
-                old_basis=self.old_basis,
-                overwrite=self.overwrite,
-                progress=self.progress,
-            )
-            worst: dict[str, float] = {}
-            for each in drifts.values():
-                for module, drift in each.items():
-                    worst[module] = max(drift, worst.get(module, 0.0))
-            facts.append(
-                {
-                    "out": str(self.out / name),
-                    "tasks": len(drifts),
-                    "drift": max(worst.values()),
-                    "drift_per_module": worst,
-                }
-            )
-        return facts
