@@ -284,10 +284,11 @@ def test_folders_are_pushed_from_the_command_line(hub, push, basis_folder, tmp_p
             print(status, said.getvalue().strip().splitlines()[-1], sep="|")
     """
     lines = client(hub, tmp_path / "one", push, run, HF_TOKEN=TOKEN).splitlines()
-    total, refused, basis, first, second, nothing, here = lines
+    total, refused, basis, page, first, _, second, task_page, nothing, here = lines
     sha = hub.repos["org/basis"].names["main"]
     assert refused.startswith("1|") and "--push-basis-to" in refused
-    assert basis == f"org/basis@{sha} (basis)"
+    assert basis == f"org/basis@{sha} (basis)" and page == f"{hub.url}/org/basis/commit/{sha}"
+    assert task_page == f"{hub.url}/me/task/commit/{hub.repos['me/task'].names['main']}"
     assert hub.repos["me/task"].names["tries"] and first.endswith("(task)") and second.endswith("(task)")
     assert "neither a basis, a task nor a bundle" in nothing and "not a repository id" in here
     config = json.loads(hub.files("me/task")["adapter_config.json"])

@@ -121,8 +121,13 @@ def combine_digests(digests: Mapping[str, str]) -> str:
     return total.hexdigest()
 
 
+def k_range(shapes: Mapping[str, Mapping[str, int]]) -> list[int]:
+    """Return the fewest and the most directions that a side of a module has."""
+    sizes = {side for shape in shapes.values() for side in (shape["k_out"], shape["k_in"])}
+    return [min(sizes), max(sizes)]
+
+
 def describe_k(shapes: Mapping[str, Mapping[str, int]]) -> str:
     """Return ``k=16``, or ``k=8…16`` where modules or sides differ."""
-    sizes = {side for shape in shapes.values() for side in (shape["k_out"], shape["k_in"])}
-    low, high = min(sizes), max(sizes)
+    low, high = k_range(shapes)
     return f"k={low}" if low == high else f"k={low}…{high}"

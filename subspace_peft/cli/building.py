@@ -196,7 +196,7 @@ def _say_plan(plan: BuildPlan, args: Namespace, skip_bad: bool) -> int:
     for entry in plan.skipped:
         reason = hints_in_flags(entry["reason"], args.flags)
         print(f"  {'would be refused' if refused else 'would be left out'}: {reason}")
-    for name, size in plan.modules.items() if args.verbose else ():
+    for name, size in plan.modules.items():
         print(
             f"  {name}: {size['out']} x {size['in']}, ranks {size['ranks']} of {size['sources']} sources, k"
             f" {size['k_out']}, {size['k_in']}"

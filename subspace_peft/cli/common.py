@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,9 +137,28 @@ def refuse_idle(args: Any, flag: str, why: str) -> None:
 
 
 def print_json(facts: Any) -> int:
-    """Print JSON; returns the exit status 0."""
-    print(json.dumps(facts, indent=2, default=str))
+    """Print JSON; returns the exit status 0. What has no number, such as a share of nothing, is null."""
+    print(json.dumps(_json(facts), indent=2, allow_nan=False))
     return 0
+
+
+def _json(value: Any) -> Any:
+    """Return a value in JSON's types.
+
+    Raises:
+        TypeError: it has none, which is a fault of the verb.
+    """
+    if isinstance(value, dict):
+        return {str(key): _json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{value!r}: a {type(value).__name__} is no value of JSON")
 
 
 def print_table(facts: dict[str, Any]) -> None:

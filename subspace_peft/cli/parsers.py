@@ -14,6 +14,7 @@ from .examples import EXAMPLES
 
 WIDEST = 100
 NARROWEST = 60
+USAGE = 78  # columns of a usage in one line
 # titles of argument groups, in the order in which help shows them
 SOURCES, SIZE, METHOD = "sources", "size", "how it is built"
 STORED, OUTPUT, BASE = "what is stored", "output", "base model"
@@ -159,4 +160,7 @@ def shorten_usage(parser: ArgumentParser) -> None:
             parts.append(formatter._format_args(action, action.dest))
         elif action.required:
             parts.append(f"{action.option_strings[0]} {value}")
-    parser.usage = " ".join(parts).replace("%", "%%")
+    line, rest = " ".join(parts[: 2 + (len(parts) > 2)]), " ".join(parts[3:])
+    whole = f"{line} {rest}".strip()
+    fits = len(whole) + len("usage: ") <= USAGE
+    parser.usage = (whole if fits else f"{line}\n{' ' * (len(parser.prog) + 8)}{rest}").replace("%", "%%")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..basis.layout import k_range
 from ..builders.options import CompleteOptions, Resources, UpdateOptions
 from ..energy import percent
 from ..errors import SubspaceError
@@ -139,6 +140,7 @@ def update(args: Namespace) -> int:
         "fingerprint": new.fingerprint,
         "version": new.info["version"],
         "k": new.describe_k(),
+        "k_range": k_range(new.shapes()),
         "from": old.fingerprint,
         "skipped": new.info["skipped"],
         **new.info["update"],

@@ -7,8 +7,8 @@ from typing import Any
 
 from .._shown import Facts
 from ..basis.arrays import StoredReader
-from ..basis.base_weights import recorded_weights
-from ..basis.layout import describe_k
+from ..basis.base_weights import NOT_RECORDED, recorded_weights
+from ..basis.layout import describe_k, k_range
 from ..basis.opened import open_to_look
 from ..basis.stored import CONFIG_FILE, StoredBasis
 from ..energy import EnergyRecord, lower_bound, sources_of
@@ -69,11 +69,13 @@ def _basis(basis: StoredBasis, verify: bool) -> dict[str, Any]:
         "verified": verify,
         "base_model": basis.info.get("base_model_name_or_path"),
         "base_weights": recorded_weights(basis.info),
+        "base_weights_recorded": recorded_weights(basis.info) != NOT_RECORDED,
         "base_model_names": basis.info.get("base_model_names"),
         "builder": basis.info.get("builder"),
         "build": basis.info.get("build"),
         "modules": len(shapes),
         "k": describe_k(shapes),
+        "k_range": k_range(shapes),
         "frozen_numbers": sum(s["k_out"] * s["out"] + s["k_in"] * s["in"] for s in shapes.values()),
         "core_numbers_per_task": sum(s["k_out"] * s["k_in"] for s in shapes.values()),
         "precision": basis.info.get("precision"),

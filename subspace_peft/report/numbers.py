@@ -10,6 +10,7 @@ from typing import Any
 
 from ..basis import SubspaceBasis
 from ..basis.base_weights import recorded_weights
+from ..basis.layout import k_range
 from ..builders.fleet import Fleet
 from ..energy import EnergyRecord, mean, of_known
 from .choices import stored
@@ -50,6 +51,7 @@ def basis_facts(basis: SubspaceBasis) -> dict[str, Any]:
         "builder": basis.info.get("builder"),
         "modules": len(basis),
         "k": basis.describe_k(),
+        "k_range": k_range(basis.shapes()),
         "bytes": 4 * frozen if basis.file is None else basis.file.stat().st_size,
         "bytes_per_task": 4 * sum(s["k_out"] * s["k_in"] for s in shapes),
     }
