@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ Item = TypeVar("Item")
 
 DELAY = 2.0  # seconds for which work may go on without a bar
 _phase = ""
+_bar: weakref.ref[Any] | None = None
 
 logger = get_logger(__name__)
 
@@ -27,8 +29,12 @@ def progress_bar(iterable: Iterable[Item] | None = None, *, desc: str, unit: str
     """
     from tqdm.auto import tqdm
 
+    global _bar
     begin(desc)
-    return tqdm(iterable, desc=desc, unit=unit, delay=DELAY, disable=not (shown and is_progress_bar_enabled()), **more)
+    hidden = not (shown and is_progress_bar_enabled())
+    made = tqdm(iterable, desc=desc, unit=unit, delay=DELAY, disable=hidden, **more)
+    _bar = weakref.ref(made)
+    return made
 
 
 def begin(phase: str) -> None:
@@ -41,3 +47,9 @@ def begin(phase: str) -> None:
 def current() -> str:
     """Return what is being done."""
     return _phase
+
+
+def open_bar() -> Any:
+    """Return the newest bar, where it is shown and not at its end; else None."""
+    made = None if _bar is None else _bar()
+    return None if made is None or made.disable else made

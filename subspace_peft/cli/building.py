@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._io.progress import begin
 from ..builders.options import BuildOptions, Resources
 from ..energy import percent
 from ..errors import SubspaceError
@@ -114,6 +115,7 @@ def build(args: Namespace) -> int:
             return _say_plan(_planned(request), args, bool(request.options.skip_bad)) if processes.main else 0
         assert out is not None
         made, said = _made(request)
+        begin("writing the basis")
         if processes.main:
             with kept_for_force(unfinished(out)):
                 made.save_pretrained(out, overwrite=args.force)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .._io.progress import begin
 from ..errors import HubUnavailableError, SubspaceError
 from ..hub import looks_like_path, only_local
 from ..hub_requests import ask
@@ -76,6 +77,7 @@ def base_model(name: str | None) -> Any:
         raise SubspaceError(
             f"--base-model {name}: there is no such folder. Give a model's folder, or its id on the Hub."
         )
+    begin(f"loading the base model {name}")
     from transformers import AutoModel
 
     try:

@@ -18,7 +18,7 @@ from .parsers import BASE, METHOD, RUNS, SIZE, SOURCES, STORED, grouped
 INPUTS = {"base_model": "--base-model", "like": "--like", "clusters": "--clusters", "precision": "--precision"}
 # option → the group of its flag
 GROUPS = {
-    SIZE: ("k", "k_in", "budget", "complete", "with_", "add", "add_in"),
+    SIZE: ("k", "k_in", "k_pattern", "budget", "complete", "with_", "add", "add_in"),
     METHOD: ("builder", "weights", "alternations", "seed", "leave_one_out"),
     STORED: ("directions", "keep_cores"),
     BASE: ("target_modules", "base_model_name"),

@@ -6,6 +6,7 @@ import importlib.util
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from .._io.progress import begin
 from ..energy import percent
 from ..errors import SubspaceError
 from .common import Add, add_base_model_name, add_force, add_json, add_reading, base_model, print_json
@@ -134,6 +135,7 @@ def report(args: Namespace) -> int:
         base_model_name=args.base_model_name,
         progress=not args.quiet,
     )
+    begin("writing the report")
     page = found.save(args.out, files=args.files, overwrite=args.force)
     if args.json:
         return print_json({"page": str(page), **found.to_dict()})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._io.progress import begin
 from ..errors import SubspaceError
 from .common import Add, add_force, add_json, add_out, print_json
 from .parsers import SOURCES, TASKS, grouped
@@ -56,7 +57,9 @@ def migrate(args: Namespace) -> int:
     tasks = Carried(args.tasks, args.out, bound, not args.quiet, args.old_basis, args.force)
     new = SubspaceBasis.from_pretrained(args.basis)
     tasks.check_folders(new.fingerprint, needed=[args.basis, args.old_basis])
+    begin("carrying tasks over")
     tasks.try_out(new)
+    begin("writing the tasks")
     facts = tasks.write(new)
     return (
         print_json({"fingerprint": new.fingerprint, "tasks": facts}) if args.json else say_carried(facts, args.verbose)

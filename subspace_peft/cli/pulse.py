@@ -43,12 +43,14 @@ def _beat(end: threading.Event) -> None:
         now = time.monotonic()
         if progress.current() != phase:
             phase, begun = progress.current(), now
-        bars = _bars()
-        if bars:
+        bar = progress.open_bar()
+        if bar is not None and time.time() - bar.start_t > progress.DELAY:
             width = 0
             if now - spoke > SILENCE:
                 spoke = now
-                bars[-1].refresh()
+                bar.refresh()
+                # a bar that has never been drawn, as it thinks, would leave what is drawn now behind at its end
+                bar.last_print_t = time.time()
         elif now - spoke > SILENCE:
             spoke = now
             said = f"{phase} ({now - begun:.0f} s)"
@@ -60,9 +62,3 @@ def _beat(end: threading.Event) -> None:
         sys.stderr.write(f"\r{'':<{width}}\r")
         sys.stderr.flush()
 
-
-def _bars() -> list[object]:
-    """Return the bars that are open now, the newest last."""
-    module = sys.modules.get("tqdm.std")
-    # the set changes as bars come and go
-    return sorted(getattr(module.tqdm, "_instances", ()), key=lambda each: each.start_t) if module else []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._io.progress import begin
 from ..basis.layout import k_range
 from ..builders.options import CompleteOptions, Resources, UpdateOptions
 from ..energy import percent
@@ -130,7 +131,9 @@ def update(args: Namespace) -> int:
         options=options,
         resources=resources,
     )
+    begin("carrying tasks over")
     tasks.try_out(new)
+    begin("writing the new version")
     with kept_for_force(beside):
         new.save_pretrained(args.out, overwrite=args.force)
     if beside is not None:
