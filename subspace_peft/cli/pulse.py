@@ -61,4 +61,3 @@ def _beat(end: threading.Event) -> None:
         # what stood there is no part of the result
         sys.stderr.write(f"\r{'':<{width}}\r")
         sys.stderr.flush()
-
