@@ -12,27 +12,27 @@ def command_line_page(parser: argparse.ArgumentParser) -> str:
     """Return the page, in Markdown.
 
     Args:
-        parser: the whole command line.
+        parser: the whole command line. Where it has its verbs in groups (`groups` of its subparsers: title → names),
+            the page has them too.
     """
     return "\n".join(["# Command line", "", *_described(parser), *_verbs(parser, 2)])
 
 
-def verbs_in(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.ArgumentParser, str]]:
-    """Return a parser's verbs by name, each with its parser and its line in the list of verbs."""
-    found = {}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            lines = {line.dest: line.help or "" for line in action._choices_actions}
-            found.update({name: (verb, lines.get(name, "")) for name, verb in action.choices.items()})
-    return found
-
-
 def _verbs(parser: argparse.ArgumentParser, level: int) -> Iterator[str]:
-    for name, (verb, line) in verbs_in(parser).items():
-        anchor = verb.prog.partition(" ")[2].replace(" ", "-")
-        yield f"\n{'#' * level} {name} {{#{anchor}}}\n"
-        yield from _described(verb, line)
-        yield from _verbs(verb, level + 1)
+    """Yield a section for each verb of a parser, with its own verbs below it."""
+    for action in parser._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            continue
+        lines = {line.dest: line.help or "" for line in action._choices_actions}
+        groups = getattr(action, "groups", None) or {"": list(action.choices)}
+        for title, names in groups.items():
+            if title:
+                yield f"\n{'#' * level} {title[:1].upper()}{title[1:]}\n"
+            for name in names:
+                verb, below = action.choices[name], level + bool(title)
+                yield f"\n{'#' * below} {name} {{#{verb.prog.partition(' ')[2].replace(' ', '-')}}}\n"
+                yield from _described(verb, lines.get(name, ""))
+                yield from _verbs(verb, below + 1)
 
 
 def _described(parser: argparse.ArgumentParser, line: str = "") -> Iterator[str]:
@@ -54,8 +54,10 @@ def _described(parser: argparse.ArgumentParser, line: str = "") -> Iterator[str]
         for action in shown:
             yield f"<dt>{_invocation(action)}</dt><dd>{_text(_help(parser, action))}</dd>"
         yield "</dl>\n"
-    if parser.epilog:
+    if parser.epilog and "\n" in parser.epilog.strip():
         yield f"```text\n{parser.epilog.strip()}\n```\n"
+    elif parser.epilog:
+        yield f"<p>{_text(parser.epilog)}</p>\n"
 
 
 def _is_shown(action: argparse.Action) -> bool:

@@ -98,7 +98,10 @@ def test_every_verb_and_flag_is_on_the_page():
 
 def made_parser(**kwargs: Any) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser("prog", **kwargs)
-    verb = top.add_subparsers().add_parser("verb", help="do <this>")
+    verbs = top.add_subparsers()
+    verb = verbs.add_parser("verb", help="do <this>")
+    verbs.groups = {"some work": ["verb"]}
+    top.epilog = "see `prog verb`"
     group = verb.add_argument_group("how much", "of all")
     group.add_argument(
         "-n", "--count", type=int, default=7, metavar="N", help="how many, 100%% or `more`: %(default)s"
@@ -111,7 +114,8 @@ def made_parser(**kwargs: Any) -> argparse.ArgumentParser:
 
 def test_the_page_shows_what_the_help_says():
     page = hook("command_line").command_line_page(made_parser())
-    assert "<p>Do &lt;this&gt;.</p>" in page
+    assert "<p>Do &lt;this&gt;.</p>" in page and "<p>see <code>prog verb</code></p>" in page
+    assert "## Some work" in page and "### verb {#verb}" in page
     assert "<strong>How much</strong>" in page and "<p>of all</p>" in page
     assert "<code>-n N</code>, <code>--count N</code>" in page and "how many, 100% or <code>more</code>: 7" in page
     assert "<code>place</code>" in page and "where, see <code>--count</code>" in page
