@@ -26,6 +26,13 @@ def test_it_is_short():
     assert README.stat().st_size <= 8192
 
 
+def test_its_links_lead_somewhere():
+    text = README.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text)
+    assert len(links) > 10
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
 def gains() -> dict[str, tuple[str, str]]:
     """What each row of the table starts with → its two columns, from the committed results."""
     loading, mixed = results("load_many")["results"], results("mixed_batch")["results"]["query, value, 1000 tasks"]
@@ -95,6 +102,9 @@ def test_the_script_learns_on_the_real_model(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SUBSPACE_PEFT_CACHE", str(REAL_CACHE))
     load_recipe("demo").run_demo("demo-output", stage="sources", progress=False)
+    sizes = [file.stat().st_size for file in Path("demo-output/loras").glob("*/adapter_model.safetensors")]
+    assert len(sizes) == 8
+    assert min(sizes) > 150_000  # as it says
     page = Page(README)
     examples = [each for each in page.document.examples() if each.region.lexemes["language"] in ("python", "text")]
     script, output = examples[:2]
