@@ -26,7 +26,6 @@ from subspace_peft import SubspaceBasis, build_basis, project_lora
 from subspace_peft.report import analyze_fleet, report_basis
 
 HERE = Path(__file__).parent
-MODULE = "bert.encoder.layer.5.attention.self.query"
 SHOWN = 96  # of 384 rows and columns, so that single entries are seen
 K = 16
 STYLE = {
@@ -46,9 +45,11 @@ def draw(fleet: Path, out: Path) -> None:
         place = Path(folder) / "basis"
         build_basis(adapters, k=K, progress=False).save_pretrained(place)
         basis = SubspaceBasis.from_pretrained(place)
-        save(product(basis, next(each for each in adapters if each.name == "movies")), out / "product.svg")
+        module = [name for name in basis if name.endswith("query")][-1]
+        shown = next((each for each in adapters if each.name == "movies"), adapters[0])
+        save(product(basis, shown, module), out / "product.svg")
         save(relations(adapters), out / "relations.svg")
-        save(energy(place, adapters), out / "energy.svg")
+        save(energy(place, adapters, module), out / "energy.svg")
         save(break_even(place, adapters, Path(folder)), out / "break-even.svg")
 
 
@@ -58,21 +59,21 @@ def save(figure: Figure, file: Path) -> None:
     plt.close(figure)
 
 
-def product(basis: SubspaceBasis, adapter: Path) -> Figure:
+def product(basis: SubspaceBasis, adapter: Path, name: str) -> Figure:
     """Draw an adapter's update of one module, and the three matrices that stand for it."""
     tensors = load_file(adapter / "adapter_model.safetensors")
-    prefix = f"base_model.model.{MODULE}"
+    prefix = f"base_model.model.{name}"
     update = tensors[f"{prefix}.lora_B.weight"].double() @ tensors[f"{prefix}.lora_A.weight"].double()
-    module = basis[MODULE]
-    core = project_lora(adapter, basis).cores[MODULE].double()
+    module = basis[name]
+    core = project_lora(adapter, basis).cores[name].double()
     figure = plt.figure(figsize=(5.4, 2.5))
     grid = figure.add_gridspec(1, 4, width_ratios=[SHOWN, K, K, SHOWN], wspace=0.35)
     for place, (array, title, sizes) in enumerate(
         [
-            (update.numpy()[:SHOWN, :SHOWN], "update ΔW  ≈", "384 × 384"),
-            (module.U.double().numpy()[:SHOWN], "U", "384 × 16"),
-            (core.numpy(), "core", "16 × 16"),
-            (module.V.double().numpy()[:, :SHOWN], "V", "16 × 384"),
+            (update.numpy()[:SHOWN, :SHOWN], "update ΔW  ≈", "{} × {}".format(*update.shape)),
+            (module.U.double().numpy()[:SHOWN], "U", "{} × {}".format(*module.U.shape)),
+            (core.numpy(), "core", "{} × {}".format(*core.shape)),
+            (module.V.double().numpy()[:, :SHOWN], "V", "{} × {}".format(*module.V.shape)),
         ]
     ):
         axes = figure.add_subplot(grid[place])
@@ -121,9 +122,9 @@ def relations(adapters: list[Path]) -> Figure:
     return figure
 
 
-def energy(basis: Path, adapters: list[Path]) -> Figure:
+def energy(basis: Path, adapters: list[Path], module: str) -> Figure:
     """Draw what a basis keeps of adapters, by its size, on one module."""
-    found = report_basis(basis, adapters, progress=False).modules[MODULE]
+    found = report_basis(basis, adapters, progress=False).modules[module]
     figure, axes = plt.subplots(figsize=(5, 3.6))
     for values, label, line in (
         (found.seen, "adapters it was built from", "-"),
