@@ -13,10 +13,11 @@ from torch import nn
 
 from subspace_peft import SubspaceConfig, export_lora
 from subspace_peft.tuner import SubspaceLayer
+from subspace_peft.tuner.coefficients import KINDS as ALL_KINDS
 
 from .models import basis_storage, inputs, randomise
 
-KINDS = ["core", "factor", "diagonal", "directions"]
+KINDS = [kind for kind in ALL_KINDS if kind != "none"]  # of which there is nothing to train alone
 GAINS = ["none", "fixed", "trainable"]
 TABLE = [*itertools.product(KINDS, GAINS), ("none", "trainable")]
 

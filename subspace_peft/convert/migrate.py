@@ -289,7 +289,7 @@ def _same_kind(
         found = core.diagonal().clone()
         core.diagonal().zero_()
         return {"weight": found, **gain} if float(core.norm()) <= ALIKE * float(found.norm()) else None
-    if old.G is None or new.G is None or len(new.G) < len(old.G):
+    if config.coefficients != "directions" or old.G is None or new.G is None or len(new.G) < len(old.G):
         return None
     images, targets = move.core(old.G), new.G[: len(old.G)].double()
     along = (images * targets).sum((1, 2))
