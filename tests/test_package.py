@@ -135,6 +135,7 @@ def test_an_installed_wheel_works_outside_of_the_checkout(installed, tmp_path):
         str(installed / "python"), "-c", "import subspace_peft; print(subspace_peft.__version__)", cwd=tmp_path
     ).stdout.strip()
     assert "usage: subspace-peft" in ask("--help") and version in ask("--version")
+    assert version in ask("env")
     loras = saved(tmp_path / "loras", states(3))
     ask("build", *loras, "-k", "3", "--out", "basis")
     assert "3 modules" in ask("inspect", "basis") or '"modules"' in ask("inspect", "basis", "--json")

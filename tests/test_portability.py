@@ -50,9 +50,14 @@ def names_in(node: ast.AST | None) -> set[str]:
 
 
 def has_fallback(node: ast.AST, above: dict[ast.AST, ast.AST]) -> bool:
-    """Whether a node is inside a `try`, or a `suppress`, that catches what a system without the call raises."""
+    """Whether a node is in a `try` or `suppress` that catches what a system without it raises, or behind `hasattr`."""
+    own = getattr(node, "attr", None)
     while node in above:
         inner, node = node, above[node]
+        if isinstance(node, (ast.If, ast.IfExp)) and inner is not node.test and own is not None:
+            test = node.test
+            if isinstance(test, ast.Call) and ast.unparse(test.func) == "hasattr" and f"'{own}'" in ast.unparse(test):
+                return True
         if (
             isinstance(node, ast.Try)
             and inner in node.body
@@ -138,6 +143,7 @@ def test_no_code_depends_on_the_system(look):
         (posix_only, "import os\ntry:\n    pass\nexcept OSError:\n    os.getuid()"),
         (posix_only, "import os\ntry:\n    os.link(a, b)\nexcept KeyError:\n    pass"),
         (posix_only, "import os, signal\nos.kill(1, signal.SIGKILL)"),
+        (posix_only, "os.fork() if hasattr(os, 'getuid') else 0"),
         (posix_only, "open('/dev/null', 'wb')"),
         (unsafe_calls, "open(file)"),
         (unsafe_calls, "open(file, 'w')"),
@@ -160,6 +166,7 @@ def test_code_that_depends_on_the_system_is_seen(look, source):
         "from contextlib import suppress\nwith suppress(OSError):\n    os.link(a, b)",
         "open(file, 'rb')\nopen(file, mode='wb')\nfile.read_text(encoding='utf-8')\nread_text(file)",
         "getattr(os, 'getuid', lambda: 0)()",
+        "cores = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else ()",
     ],
 )
 def test_fallbacks_are_seen(source):
@@ -337,12 +344,12 @@ def test_tasks_are_extracted_all_or_none_where_names_clash(tmp_path, monkeypatch
 
 
 def test_tasks_are_carried_over_all_or_none_where_names_clash(tmp_path, monkeypatch):
-    from subspace_peft.cli.versions import _Tasks
+    from subspace_peft.cli.migrating import Carried
 
     for name in ("x/a", "y/A"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.setattr(folder_names, "_takes_for_one", lambda *given: True)
-    found = _Tasks([str(tmp_path / "x/a"), str(tmp_path / "y/A")], str(tmp_path / "out"), 0.1, False)
+    found = Carried([str(tmp_path / "x/a"), str(tmp_path / "y/A")], str(tmp_path / "out"), 0.1, False)
     with pytest.raises(SubspaceError, match="written to one folder"):
         found.check_folders()
 
