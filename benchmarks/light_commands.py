@@ -9,15 +9,18 @@ small ones for the light commands, 40 of the sizes of MiniLM's query and value f
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
 import pty
 import select
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+OFTEN_ENOUGH = 2  # runs of the commands that take seconds
 LIGHT = {
     "--help": ["--help"],
     "inspect": ["inspect", "basis"],
@@ -165,6 +169,7 @@ class Commands:
     def silence(self, arguments: list[str]) -> tuple[float, float]:
         """Run a command on a terminal; returns its longest silence and its wall seconds."""
         near, far = pty.openpty()
+        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         begun = last = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", "subspace_peft", *self.words(arguments)],
@@ -222,10 +227,10 @@ def measured(before: Path | None, repeats: int) -> dict[str, object]:
             for name, checkout in checkouts.items()
         }
         times: dict[str, dict[str, list[float]]] = {}
-        for _ in range(repeats):
+        for turn in range(repeats):
             cpu, _ = small["after"].python(["-c", "import torch"])
             times.setdefault("import torch", {}).setdefault("both", []).append(cpu)
-            for command, words in (LIGHT | MORE).items():
+            for command, words in (LIGHT | MORE if turn < OFTEN_ENOUGH else LIGHT).items():
                 for name, commands in small.items():
                     times.setdefault(command, {}).setdefault(name, []).append(commands.run(words)[0])
         torch_alone = statistics.median(times["import torch"]["both"])
@@ -271,7 +276,8 @@ def table(results: dict[str, object]) -> str:
     lines = [
         "# Time of commands",
         "",
-        f"`{results['command']}`, {results['machine']}; {results['repeats']} runs of each in turn.",
+        f"`{results['command']}`, {results['machine']}; {results['repeats']} runs of each in turn, from `analyze` on"
+        f" {min(results['repeats'], OFTEN_ENOUGH)}.",
         "",
         f"CPU seconds, median (least to most); a bare `import torch` takes {alone['median']:.2f}"
         f" ({alone['least']:.2f} to {alone['most']:.2f}). The ratio is to that.",
