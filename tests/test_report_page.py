@@ -56,7 +56,7 @@ def test_curves_are_what_builds_of_every_k_keep(monkeypatch):
     rough = measure(updates, counts, folds, [1.0] * 5, (3, 3), 0, alternations=10, work=1)[1]
     assert rough.alternated == [1, 3] and torch.allclose(rough.seen[:, 2], found.seen[:, 2])
     off, off_without = ((each - found.seen).mean(0).abs() for each in (rough.seen, found.plain))
-    assert float(off.mean()) < float(off_without.mean()) / 3 and float(off.max()) < 0.05
+    assert float(off.mean()) < float(off_without.mean()) / 2 and float(off.max()) < 0.05
     # without alternations there are none to add
     plain = measure(updates, counts, folds, [1.0] * 5, (3, 3), 0)[1]
     assert plain.alternated == [] and torch.equal(plain.seen, plain.plain)

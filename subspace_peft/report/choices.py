@@ -12,7 +12,7 @@ from ..basis.precision import PRECISIONS
 from ..builders.fleet import Fleet
 from .commands import building_command
 from .curves import MOST
-from .measure_fleet import FleetMeasurement
+from .measure_fleet import FleetMeasurement, in_order
 
 FLOAT32 = 4
 
@@ -33,7 +33,7 @@ def choices_of(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurement) -
     precision = basis.precision or "float32"
     modules = {}
     names = {found: name for name in fleet.modules if (found := basis.find(name)) is not None}
-    for key, shape in basis.shapes().items():
+    for key, shape in sorted(basis.shapes().items(), key=lambda each: in_order(each[0])):
         name = names.get(key, key)
         curve = measured.curves.get(name)
         columns = sum(source.shape(name)[2] for source in fleet.sources if name in source.keys)

@@ -135,12 +135,15 @@ def measure(
     left_out, alternated_left_out = _of_left_out(inside, norms, weights, folds, longest, own, alternations, work)
     count = runs([_widths(whole), _widths(null)], work)
     turned, ran = alternated(whole, inside, norms, seen[:, :most], own, alternations, count)
+    # of as many directions on both sides the curves have what a basis of this size keeps
+    here, null_here = alternated_left_out, alternated(null, noise, norms, noisy[:, :most], own, alternations, count)[0]
+    square = size[0] == size[1] <= most
     curves = UpdateCurves(
         _widths(whole),
         seen[:, :most],
         turned,
         None if alternated_left_out is None else alternated_left_out[:, :most],
-        alternated(null, noise, norms, noisy[:, :most], own, alternations, count)[0],
+        null_here,
         ran,
     )
     findings = ModuleFindings(
@@ -158,10 +161,12 @@ def measure(
         left_out=[float("nan")] * len(ks) if left_out is None else _at(left_out, ks),
         null=_at(noisy, ks),
         random=[min(k, out) * min(k, inner) / (out * inner) for k in ks],
-        left_out_here=left_out_energy(updates, weights, folds, size, alternations),
+        left_out_here=_column(here, own)
+        if square and here is not None
+        else left_out_energy(updates, weights, folds, size, alternations),
         mean_only=_mean_only(inside, norms, folds),
         kept=list(kept),
-        null_here=null_energy(updates, weights, size, alternations, seed),
+        null_here=_column(null_here, own) if square else null_energy(updates, weights, size, alternations, seed),
     )
     return findings, curves
 
@@ -203,6 +208,10 @@ def _of_left_out(
 
 def _widths(basis: Compressed) -> tuple[int, int]:
     return basis.out.Q.shape[1], basis.inner.Q.shape[1]
+
+
+def _column(curve: Shares, k: int) -> list[float]:
+    return curve[:, k - 1].tolist()
 
 
 def _at(curve: Shares, ks: Sequence[int]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,7 +62,8 @@ def measure_fleet(
     Raises:
         SubspaceError: the adapters and the basis have no module in common.
     """
-    places = {name: found for name in fleet.modules if (found := basis.find(name)) is not None}
+    names = sorted(fleet.modules, key=in_order)
+    places = {name: found for name in names if (found := basis.find(name)) is not None}
     if not places:
         raise SubspaceError(
             f"{basis.location or 'The basis'}: its modules ({next(iter(basis))!r}, …) are none of the adapters'"
@@ -113,6 +115,11 @@ def measure_fleet(
     entries = _entries(basis, fleet, drawn, shares)
     curves_by_module = curves_of_fleet(drawn_curves, [fleet.sources[i].norms for i in drawn])
     return FleetMeasurement(drawn, measured, entries, nulls, how, curves_by_module)
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """Return a key by which modules are sorted as the model has them: layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 @dataclass

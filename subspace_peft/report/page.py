@@ -18,7 +18,7 @@ from ..energy import FAITHFUL, mean, percent
 from .chart import Chart, Line, chart
 from .facts import LEFT_OUT, ReportFacts
 from .page_data import page_data
-from .terms import TERMS
+from .terms import TERMS, WORDS
 from .verdict import headlines
 
 FOLDER = Path(__file__).parent / "template"
@@ -64,6 +64,7 @@ def page(report: ReportFacts) -> str:
         left_out=LEFT_OUT,
         faithful=FAITHFUL,
         terms=TERMS,
+        words=WORDS,
         numbers=count(1).__next__,
         choices=choices,
         most={name: len(curve["seen"]) for name, curve in report.curves.items()},
@@ -106,7 +107,10 @@ def _measured_of(report: ReportFacts) -> str:
             " as many directions as their adapters may span at most."
         )
     if adapters < all_adapters:
-        said.append(f"Shares are of {adapters} of {all_adapters} adapters.")
+        said.append(
+            f"Shares are of bases of {adapters} of the {all_adapters} adapters, which keep somewhat more of those than"
+            " a basis of all keeps of all."
+        )
     return "".join(f"{each} " for each in said)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..energy import FAITHFUL, LITTLE, MUCH, PARTIAL, RARE, percent
 
+# classes that are no words by themselves
+WORDS = {"mostly": "mostly within it", "part": "partly within it", "little": "hardly within it"}
 TERMS = {
     "energy": (
         "The squared Frobenius norm of an adapter's update, ‖ΔW‖²: the sum of the squares of all entries by which it"

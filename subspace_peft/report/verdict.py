@@ -75,7 +75,7 @@ NEXT_TASKS = {
     "part": "train a task in the basis beside the head alone and a LoRA, and keep the best; without related tasks in"
     " the fleet, use LoRA",
     "mostly": "train in the basis",
-    UNKNOWN: "use LoRA, as long as it is not known what the basis keeps of adapters left out",
+    UNKNOWN: "use LoRA: nothing tells yet what the basis holds of other tasks",
 }
 IN_BASIS = "get_peft_model(model, SubspaceConfig(basis={place!r}))"
 TRAIN = {
