@@ -58,7 +58,8 @@ def links_for_site(markdown: str, source: str, page: str, files: Files, config: 
             if place not in files.src_uris:
                 files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
         else:
-            return text if f"`{path}`" == text else f"{text} (`{path}`)"
+            same = text.strip("`") in (path, posixpath.basename(path))
+            return f"`{path}`" if same else f"{text} (`{path}`)"
         return f"{image}[{text}]({posixpath.relpath(place, posixpath.dirname(page) or '.')}{hash}{anchor})"
 
     mended_parts, end = [], 0

@@ -139,6 +139,7 @@ class Files(list):
         ("CHANGELOG.md", "changelog.md", "[a](CONTRIBUTING.md#tests)", "[a](contributing.md#tests)"),
         ("CHANGELOG.md", "changelog.md", "[a](README.md) and [b](docs/b.md)", "[a](index.md) and [b](b.md)"),
         ("CONTRIBUTING.md", "contributing.md", "[`Makefile`](Makefile)", "`Makefile`"),
+        ("CONTRIBUTING.md", "contributing.md", "[pyproject.toml](pyproject.toml)", "`pyproject.toml`"),
         ("CONTRIBUTING.md", "contributing.md", "[the targets](Makefile)", "the targets (`Makefile`)"),
         ("docs/how-to/a.md", "how-to/a.md", "[a](../concepts.md#b)", "[a](../concepts.md#b)"),
         ("docs/how-to/a.md", "how-to/a.md", "[a](../../CHANGELOG.md)", "[a](../changelog.md)"),
