@@ -120,7 +120,7 @@ def report(args: Namespace) -> int:
     from ..report.fleet_report import planned_report
 
     if args.files and importlib.util.find_spec("matplotlib") is None:
-        raise SubspaceError("A report's PNG files need matplotlib: pip install subspace-peft[report].")
+        raise SubspaceError("A report's figures need matplotlib: pip install subspace-peft[report].")
     basis = SubspaceBasis.from_pretrained(args.basis)
     planned = planned_report(args.out, {"fingerprint": basis.fingerprint})
     check_target(args.out, planned, overwrite=args.force, inputs=[args.basis])

@@ -44,7 +44,7 @@ TERMS = {
     "partial": (
         f"{percent(PARTIAL)} to {percent(FAITHFUL)} is kept: in our measurements 93 % of the answers were the LoRA's."
     ),
-    "poor": f"Less than {percent(PARTIAL)} is kept: in our measurements a quarter of what the LoRA adds was left.",
+    "poor": f"Less than {percent(PARTIAL)} is kept: what is left of the LoRA cannot be told from the share.",
     "unrelated": f"Less than {RARE:g} times what random directions keep: chance explains it.",
     "little": f"More than chance, less than {percent(LITTLE)}.",
     "part": f"{percent(LITTLE)} to {percent(MUCH)}.",
