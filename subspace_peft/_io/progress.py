@@ -14,7 +14,7 @@ DELAY = 2.0  # seconds for which work may go on without a bar
 _phase = ""
 _bar: weakref.ref[Any] | None = None
 
-logger = get_logger(__name__)
+logger = get_logger()
 
 
 def progress_bar(iterable: Iterable[Item] | None = None, *, desc: str, unit: str, shown: bool, **more: Any) -> Any:
@@ -41,7 +41,7 @@ def begin(phase: str) -> None:
     """Note what is being done from now on; where it takes long and has no bar, the command line says it."""
     global _phase
     _phase = phase
-    logger.debug("%s", phase)
+    logger.info("%s", phase)
 
 
 def current() -> str:
