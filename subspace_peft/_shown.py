@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from .energy import EXPLAINED
+
 WIDTH = 100
 MOST_ROWS = 12
 
@@ -59,17 +61,36 @@ class Shown:
 class Facts(dict[str, Any], Shown):
     """A dict of facts that is shown in short: ``dict(facts)`` is the whole of it, for printing and for JSON."""
 
+    # what is told first, of those that a dict has; lists by their lengths
+    FIRST = (
+        "kind",
+        "modules",
+        "k",
+        "base_model",
+        "coefficients",
+        "sources",
+        "energy_kept",
+        "energy_left_out",
+        "energy_random",
+        "orthonormality",
+        "problems",
+        "bytes",
+        "basis_fingerprint",
+        "fingerprint",
+        "location",
+    )
+
     def _shown_facts(self) -> Iterable[tuple[str, Any]]:
-        plain = {key: value for key, value in self.items() if isinstance(value, (str, bool, int, float))}
-        for key, value in islice(plain.items(), MOST_ROWS):
-            yield key, short(f"{value:.4g}" if isinstance(value, float) else value, 40)
-        if more := sum(value is not None for value in self.values()) - min(len(plain), MOST_ROWS):
+        told = [key for key in self.FIRST if self.get(key) is not None]
+        for key in told:
+            yield key, _counted(self[key], 24)
+        if more := sum(value is not None for value in self.values()) - len(told):
             yield "and", f"{more} more"
 
-    def _shown_table(self) -> Table:
-        known = {key: value for key, value in self.items() if value is not None}
-        rows = ((key, short(value) if isinstance(value, str) else _counted(value)) for key, value in known.items())
-        return ("key", "value"), rows, len(known)
+    def _repr_html_(self) -> str:
+        keys = dict.fromkeys([*(key for key in self.FIRST if key in self), *self])
+        rows = [(key, _counted(self[key], 60)) for key in keys if self[key] is not None]
+        return f"<div><strong>{type(self).__name__}</strong>{table(('key', 'value'), rows, len(rows))}</div>"
 
     __repr__ = Shown.__repr__
 
@@ -119,12 +140,15 @@ def size(count: float | None) -> str | None:
     return f"{count / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}"
 
 
-def _counted(value: Any) -> str:
+def _counted(value: Any, most: int) -> str | None:
     if isinstance(value, (dict, list, tuple, set)):
-        return f"{len(value)} of them"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        return str(len(value))
+    return f"{value:.4g}" if isinstance(value, float) else short(str(value), most)
 
 
 def _row(kind: str, cells: Sequence[Any]) -> str:
-    drawn = "".join(f'<{kind} style="text-align: left">{html.escape(str(cell))}</{kind}>' for cell in cells)
-    return f"<tr>{drawn}</tr>"
+    drawn = []
+    for cell in map(str, cells):
+        told = f' title="{html.escape(EXPLAINED)}"' if "energy" in cell else ""
+        drawn.append(f'<{kind} style="text-align: left; padding: 0 1em 0 0"{told}>{html.escape(cell)}</{kind}>')
+    return f"<tr>{''.join(drawn)}</tr>"

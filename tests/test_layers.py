@@ -16,7 +16,11 @@ HUB = {"hub", "hub_requests"}
 BASIS = GROUND | HUB | {"cards", "basis"}
 # layer → the layers that it may import; docs/architecture.md says why
 LAYERS: dict[str, set[str]] = {
-    **{layer: set() for layer in (*TEXTS, "errors", "energy", "_version", "_adapted", "_lazy", "_moved", "modeling")},
+    **{
+        layer: set()
+        for layer in ("_install", "errors", "energy", "_version", "_adapted", "_lazy", "_moved", "modeling")
+    },
+    "_shown": {"energy"},
     "_io": {"errors", "logging"},
     "logging": {"errors"},
     "base_names": {"errors"},

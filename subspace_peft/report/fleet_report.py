@@ -14,7 +14,7 @@ from torch import nn
 from .._io.atomic import write_text_aside
 from .._io.occupied import FIGURES, REPORT, REPORT_PAGE, TABLES
 from .._io.warn import warn_caller
-from .._shown import Shown, Table, fingerprint, short
+from .._shown import Shown, Table, fingerprint
 from .._version import __version__
 from ..base_names import check_said
 from ..basis import SubspaceBasis
@@ -33,7 +33,7 @@ from .numbers import basis_facts, measured_numbers, recorded_numbers
 from .page import page
 from .places import seen_from_here
 from .tables import write_tables
-from .verdict import verdict
+from .verdict import headlines, verdict
 
 SAMPLE = 64
 
@@ -45,12 +45,13 @@ class FleetReport(Shown, ReportFacts):
         yield "modules", self.basis.get("modules")
         yield "k", str(self.basis.get("k", "")).removeprefix("k=") or None
         yield "adapters", self.numbers.get("sources")
-        words = {"kept": "energy kept", LEFT_OUT: "of adapters left out", "random": "by a random basis"}
-        for key, label in (words | {"null_kept": "of noise"}).items():
+        words = {"kept": "energy kept of them", "null_kept": "of noise of their strength"}
+        for key, label in (words | {LEFT_OUT: "of adapters left out", "random": "by random directions"}).items():
             value = self.numbers.get(key)
             yield label, None if value is None else percent(value)
         yield "basis", fingerprint(self.basis.get("fingerprint"))
-        yield "verdict", short(self.verdict[0], 160) if self.verdict else None
+        for headline in headlines(self.numbers):
+            yield headline.use.lower(), headline.word
 
     def _shown_table(self) -> Table:
         rows = (

@@ -89,7 +89,9 @@ class SubspaceConfig(Shown, ConfigFields):
         # what is at its default is left out, as is what PEFT fills in alike for all
         for name, value in changed_fields(self).items():
             if name not in ("peft_type", "peft_version"):
-                yield name, short(str(value) if isinstance(value, SubspaceBasis) else repr(value))
+                if isinstance(value, SubspaceBasis):
+                    value = value.location or f"SubspaceBasis {fingerprint(value.fingerprint)}"
+                yield name, short(repr(value))
         # of what is filled in when the adapter is made, the one that tells configurations apart
         if self.basis_fingerprint is not None and not isinstance(self.basis, SubspaceBasis):
             yield "basis_fingerprint", repr(fingerprint(self.basis_fingerprint))
