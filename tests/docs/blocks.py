@@ -1,6 +1,7 @@
 """A page's code blocks, found by Sybil and evaluated in order, in one namespace and one folder.
 
-    python                 executed; behind `<!-- no-run: reason -->` compiled, and its names resolved
+    python                 executed; behind `<!-- no-run: reason; given names -->` compiled, and its names resolved
+                           but for those given
     text behind a block    compared with what the block printed; behind `<!-- varies: reason -->` all but the numbers
     bash, console          our commands parsed and, where all that they read is there, run; others: make targets,
                            extras, scripts and their flags
@@ -74,7 +75,8 @@ class Page:
             return f"no such mark as {kind!r}, only no-run and varies"
         before, self.printed = self.printed, None
         if language == "python":
-            return self.python(example, source, ran=kind != "no-run")
+            given = re.findall(r"\w+", reason.partition("; given ")[2]) if kind == "no-run" else []
+            return self.python(example, source, ran=kind != "no-run", given=given)
         if language in SHELLS:
             return self.shell(example, source, language, ran=kind != "no-run")
         if language in DATA:
@@ -87,11 +89,11 @@ class Page:
             return self.output(before[1], source, varies=kind == "varies")
         return f"it is no output: no block that printed stands before it ({reason})" if kind == "varies" else None
 
-    def python(self, example: Example, source: str, ran: bool) -> str | None:
+    def python(self, example: Example, source: str, ran: bool, given: list[str]) -> str | None:
         """Execute a block, or resolve its names."""
         if not ran:
             self.counts["Python resolved"] += 1
-            return "; ".join(names.resolve(source, example.namespace)) or None
+            return "; ".join(names.resolve(source, example.namespace, given)) or None
         said = io.StringIO()
         with self.prepared(source), contextlib.redirect_stdout(said):
             PythonEvaluator()(example)

@@ -1,19 +1,22 @@
-"""What a block of Python names, without running it: imports, attributes of modules, keyword arguments."""
+"""What a block of Python names, without running it: imports, attributes of modules, keyword arguments, variables."""
 
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 MISSING = object()  # bound by a statement that was not run, or by a package that is not installed
 
 
-def resolve(source: str, namespace: dict[str, Any]) -> list[str]:
+def resolve(source: str, namespace: dict[str, Any], given: Iterable[str] = ()) -> list[str]:
     """Bind what `source` imports in `namespace`, and return what is wrong with its names.
 
-    Names that the block assigns are bound to `MISSING` where the page has not made them: later blocks may use them.
+    Names that are `given`, and those that the block assigns, are bound to `MISSING` where the page has not made them:
+    later blocks may use them.
     """
     tree = ast.parse(source)
     faults: list[str] = []
@@ -27,8 +30,11 @@ def resolve(source: str, namespace: dict[str, Any]) -> list[str]:
             faults += _attribute(node, namespace)
         elif isinstance(node, ast.Call):
             faults += _keywords(node, namespace)
-    for name in _assigned(tree):
+    for name in (*given, *_assigned(tree)):
         namespace.setdefault(name, MISSING)
+    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    known = arguments | namespace.keys() | vars(builtins).keys()
+    faults += [f"nothing is called {name}" for name in _read(tree) - known]
     return sorted(set(faults))
 
 
@@ -94,6 +100,10 @@ def _keywords(node: ast.Call, namespace: dict[str, Any]) -> list[str]:
         return []
     given = [keyword.arg for keyword in node.keywords if keyword.arg is not None]
     return [f"{ast.unparse(node.func)} takes no {name}=" for name in given if name not in parameters]
+
+
+def _read(tree: ast.Module) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
 
 
 def _assigned(tree: ast.Module) -> set[str]:
