@@ -12,7 +12,7 @@ STAMP  := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-peft lint format docs docs-serve package clean
+.PHONY: help demo test test-slow test-peft lint format tutorials docs docs-serve package clean
 
 help:  ## print this list
 	@echo "make TARGET; on a fresh machine each target first makes $(VENV), by $(PYTHON):"
@@ -69,6 +69,9 @@ lint: $(STAMP)  ## style, formatting, and who imports whom
 format: $(STAMP)  ## mend what lint can mend itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tutorials: $(STAMP)  ## run the tutorials' notebooks and save them with what they print
+	$(BIN)/python docs/tutorials/run.py
 
 # The documentation's site, in site/; a warning fails. The variable silences the theme's notice of its successor.
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1
