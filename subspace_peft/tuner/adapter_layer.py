@@ -51,8 +51,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         if "arrivals" in state:
             state["load_trackers"] = state.pop("arrivals")
         super().__setstate__(state)
-        for name, scale in self.configured_scaling.items():
-            watch(self.subspace_coef[name], scale)
+        for name, coefficients in self.subspace_coef.items():
+            watch(coefficients, self.configured_scaling[name])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the base layer's output with the updates of the active adapters, or of each row's own task."""
