@@ -149,6 +149,13 @@ def test_verbosity(words, environment, level, verbose, quiet, monkeypatch):
         assert found.script == ["script.py", "-q"]
 
 
+def test_a_verb_leaves_a_program_that_calls_it_as_it_was(capsys):
+    subspace_peft.logging.set_verbosity_info()
+    for words in (["cp", "-qq"], ["cache", "rm", "-v"]):
+        main(words)
+        assert subspace_peft.logging.get_verbosity() == logging.INFO
+
+
 def test_levels_are_set_as_in_transformers(capsys):
     log = subspace_peft.logging
     for name in ("debug", "info", "warning", "error"):

@@ -15,7 +15,7 @@ from . import recipes
 from .console import leave, make_printable
 from .language import Flags, in_flags, spoken_warnings
 from .pulse import pulse
-from .verbosity import apply
+from .verbosity import verbosity
 from .verbs import parser as parser
 
 RESUMED = ("build", "update")
@@ -51,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # no verb, or a verb of others without one of these
         arguments.help_of.print_help()
         return 0
-    apply(arguments)
     try:
-        with _spoken(arguments):
+        with verbosity(arguments), _spoken(arguments):
             return int(arguments.run(arguments))
     except KeyboardInterrupt:
         again = "; the same command goes on from the finished modules" if arguments.verb in RESUMED else ""

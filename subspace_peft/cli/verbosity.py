@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ..logging import LEVELS, VARIABLE, set_verbosity
+from ..logging import LEVELS, VARIABLE, get_logger, set_verbosity
 from .parsers import RUNS, grouped
 
 # said as bitsandbytes is imported, of kernels that nothing here needs: (logger, how the record begins)
@@ -45,6 +47,19 @@ def add_verbosity(parser: ArgumentParser, first: bool = False) -> None:
         default=0,
         help="say less: no progress bars; twice: no warnings",
     )
+
+
+@contextmanager
+def verbosity(args: Namespace) -> Iterator[None]:
+    """Say within as much as a verb's arguments ask for, see `apply`; a program that calls the verb stays as it was."""
+    logger = get_logger()
+    level, handlers = logger.level, list(logger.handlers)
+    apply(args)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 def apply(args: Namespace) -> None:
