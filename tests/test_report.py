@@ -237,7 +237,8 @@ def test_any_basis_can_be_reported(builder):
     if builder == "random":
         # it has no sources of its own, so all adapters are new to it
         assert found.numbers["kept"] is None and found.numbers["kept_of_new"] < 0.05
-        assert "left out" in found.verdict[0]
+        assert "which it was not built from: poor." in found.verdict[0] and "left out" in found.verdict[1]
+        assert not found.choices["same"]
     else:
         assert found.numbers["kept"] > 0.5
 

@@ -255,6 +255,22 @@ def test_terms_tables_and_the_copy_button(browser, reported):
     assert page.title() == "Basis report: basis" and "`" not in page.inner_text("body").replace("`x`", "")
 
 
+def test_a_basis_that_was_built_otherwise_is_shown_as_it_is_first(browser, reported):
+    build = ["build", "--builder", "random", "--like", "basis", "--out", "random", "--quiet", "--force"]
+    assert main(build) == 0
+    loras = [f"loras/lora-{i}" for i in range(6)]
+    assert main(["report", "random", "--fleet", *loras, "--out", "random.html", "--quiet", "--force"]) == 0
+    shown = Page(browser, reported.parent / "random.html", 1280)
+    first = float(shown.in_row("m.0.q", "kept").removesuffix(" %"))
+    assert first < 10 and "built otherwise" in shown.page.inner_text("body")
+    assert shown.said("command").startswith("subspace-peft build loras/* -k 4 ")
+    shown.page.focus("#k")
+    shown.page.keyboard.press("ArrowRight")
+    assert float(shown.in_row("m.0.q", "kept").removesuffix(" %")) > 50
+    shown.page.click("#as-built")
+    assert float(shown.in_row("m.0.q", "kept").removesuffix(" %")) == first and shown.errors == []
+
+
 def test_python_adds_up_the_same_bytes(reported, tmp_path):
     folders = [f"loras/lora-{i}" for i in range(3)]
     basis = build_basis(folders, k=5, k_pattern={"q": 3}, progress=False).to_precision("int8")

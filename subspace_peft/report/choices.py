@@ -10,7 +10,7 @@ import torch
 from ..basis import SubspaceBasis
 from ..basis.precision import PRECISIONS
 from ..builders.fleet import Fleet
-from .commands import building_command
+from .commands import building_command, built_alike
 from .curves import MOST
 from .measure_fleet import FleetMeasurement, in_order
 
@@ -22,8 +22,9 @@ def choices_of(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurement) -
 
     That is: ``modules``, per module of the basis its ``shape`` (out, in), its ``size`` (k_out, k_in), the ``spans`` of
     the fleet (at most, where it was not measured), and ``directions`` G; ``bytes_of_entry`` of U and V and
-    ``bytes_of_direction`` of their scales; ``adapters``; ``bytes_of_loras``, theirs together; ``k``, the basis's most
-    frequent one; ``k_most``, up to which the curves go; and ``begin`` and ``out`` of the command.
+    ``bytes_of_direction`` of their scales; ``adapters``; ``bytes_of_loras``, theirs together; ``k``, the basis's
+    largest one; ``k_most``, up to which the curves go; ``same``, whether the basis was built of this fleet as another
+    k of it would be; and ``begin`` and ``out`` of the command that builds one.
 
     Args:
         basis: the reported one.
@@ -52,6 +53,7 @@ def choices_of(basis: SubspaceBasis, fleet: Fleet, measured: FleetMeasurement) -
         "bytes_of_loras": sum(bytes_of_lora(fleet, i, basis) for i in range(len(fleet.sources))),
         "k": max(max(each["size"]) for each in modules.values()),
         "k_most": min(MOST, max(max(each["spans"]) for each in modules.values())),
+        "same": built_alike(basis, fleet),
         **building_command(basis, fleet),
     }
 

@@ -42,6 +42,13 @@ def making_command(basis: Any, sources: Iterable[Any] | None, settings: Mapping[
     return " ".join(words)
 
 
+def built_alike(basis: SubspaceBasis, fleet: Fleet) -> bool:
+    """Return whether a basis was built of a fleet, and of no more, as another k of it would be."""
+    recorded = Counter(str(entry.get("sha256")) for entry in basis.info.get("sources") or [])
+    own = recorded == Counter(str(source.sha256) for source in fleet.sources)
+    return own and basis.info.get("builder") == "adapters" and basis.info.get("version") in (None, 1)
+
+
 def building_command(basis: SubspaceBasis, fleet: Fleet) -> dict[str, str]:
     """Return ``begin`` and ``out`` of the command that builds a basis of the same fleet with another k.
 
@@ -50,15 +57,13 @@ def building_command(basis: SubspaceBasis, fleet: Fleet) -> dict[str, str]:
     """
     options = basis.info.get("build")
     options = options if isinstance(options, Mapping) else {}
-    recorded = Counter(str(entry.get("sha256")) for entry in basis.info.get("sources") or [])
     local = basis.location is not None and (Path(basis.location) / CONFIG_FILE).is_file()
     out = typed(last_part(basis.location)) if basis.location else "my-basis"
     if local and basis.location is not None:
         out = typed(basis.location)
-    own = recorded == Counter(str(source.sha256) for source in fleet.sources)
-    plain = basis.info.get("builder") == "adapters" and not any(options.get(key) is not None for key in SETTLED)
+    plain = built_alike(basis, fleet) and not any(options.get(key) is not None for key in SETTLED)
     more = ["--precision", basis.precision] if basis.precision not in (None, "float32") else []
-    if local and own and plain and basis.info.get("version") in (None, 1):
+    if local and plain:
         return {"begin": " ".join(["subspace-peft build --config", out, *more]), "out": out}
     locations = [source.location for source in fleet.sources]
     if any(not each or each.startswith("in memory") for each in locations):

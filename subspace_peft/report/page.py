@@ -17,9 +17,9 @@ from .._io.places import last_part
 from ..energy import FAITHFUL, mean, percent
 from .chart import Chart, Line, chart
 from .facts import LEFT_OUT, ReportFacts
+from .headlines import headlines
 from .page_data import page_data
 from .terms import TERMS, WORDS
-from .verdict import headlines
 
 FOLDER = Path(__file__).parent / "template"
 SHARES = {

@@ -38,6 +38,7 @@ def page_data(report: ReportFacts) -> str:
         "entry": choices["bytes_of_entry"],
         "direction": choices["bytes_of_direction"],
         "k": choices["k"],
+        "same": choices["same"],
         "begin": choices["begin"],
         "out": choices["out"],
         "exact": read == all_adapters and len(report.curves) == len(modules),

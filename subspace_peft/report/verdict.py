@@ -6,9 +6,7 @@ module needs no torch.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +39,6 @@ NEXT = {
     "poor": "keep these adapters as LoRAs, or build with a larger k",
     UNKNOWN: "",
 }
-PACK = {
-    "faithful": "subspace-peft compress ADAPTER … --basis {place} --out my-bundle",
-    "partial": "subspace-peft compress ADAPTER … --basis {place} --residual 4 --out my-bundle",
-    "poor": "",
-    UNKNOWN: "",
-}
 # by the class of what is kept of adapters left out: what that means for new tasks, and what to do with these. On five
 # new tasks of an independent check a core of k=16 in a fleet's basis ended behind the head alone and behind LoRA;
 # tasks with related ones in the fleet gained
@@ -77,40 +69,7 @@ NEXT_TASKS = {
     "mostly": "train in the basis",
     UNKNOWN: "use LoRA: nothing tells yet what the basis holds of other tasks",
 }
-IN_BASIS = "get_peft_model(model, SubspaceConfig(basis={place!r}))"
-TRAIN = {
-    "unrelated": "get_peft_model(model, LoraConfig(r=8))",
-    "little": "get_peft_model(model, LoraConfig(r=8))",
-    "part": IN_BASIS,
-    "mostly": IN_BASIS,
-    UNKNOWN: "",
-}
 KINDS = {"random": "random directions", "base-weights": "leading directions of the base model's weights"}
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The verdict for one use of a basis: compressing its adapters, or training new tasks in it.
-
-    Attributes:
-        use: what it is about.
-        word: the class of the share, as `subspace_peft.energy` names it; ``unknown`` where it was not measured.
-        share: of energy, or None.
-        of: what it is a share of.
-        beside: what noise or random directions keep, in words.
-        sentence: what it means.
-        advice: what to do.
-        command: what to type for that, with the parts to fill in in capitals; empty where there is none.
-    """
-
-    use: str
-    word: str
-    share: float | None
-    of: str
-    beside: str
-    sentence: str
-    advice: str
-    command: str
 
 
 def verdict_of(basis: SubspaceBasis | str | Path) -> list[str]:
@@ -172,42 +131,14 @@ def verdict(numbers: Mapping[str, Any]) -> list[str]:
     return [*_existing(numbers), *_new(numbers), _next(numbers), *_groups(numbers), LIMITS]
 
 
-def headlines(numbers: Mapping[str, Any], place: str | None = None) -> tuple[Headline, Headline]:
-    """Return the verdict for compression and the one for new tasks.
-
-    Args:
-        numbers: those of `ReportFacts`.
-        place: where the basis is, as it is seen from the working directory.
-    """
-    place = place or "BASIS"
-    kept, null, left_out, random = (numbers[key] for key in ("kept", "null_kept", LEFT_OUT, "random"))
-    known, ahead = _classes(numbers)
-    return (
-        Headline(
-            "Compressing these adapters",
-            known,
-            kept,
-            "of their energy is kept",
-            "" if null is None else f"noise of the same strength: {percent(null)}",
-            COMPRESSED[known] + (f" {FEW}" if kept is not None and like_noise(kept, null) else ""),
-            NEXT[known],
-            PACK[known].format(place=shlex.quote(place)),
-        ),
-        Headline(
-            "Training new tasks",
-            ahead,
-            left_out,
-            "of an adapter's energy is kept by a basis of the others",
-            "" if random is None or left_out is None else f"random directions: {percent(random)}",
-            NEW_TASKS[ahead],
-            NEXT_TASKS[ahead],
-            TRAIN[ahead].format(place=place),
-        ),
-    )
+def kept_of_any(numbers: Mapping[str, Any]) -> float | None:
+    """Return what is kept of the basis's own adapters; of a report on others alone, what is kept of those."""
+    return numbers.get("kept_of_new") if numbers["kept"] is None else numbers["kept"]
 
 
-def _classes(numbers: Mapping[str, Any]) -> tuple[str, str]:
-    kept, left_out = numbers["kept"], numbers[LEFT_OUT]
+def classes(numbers: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the class of what is kept of the adapters, and the one of what is kept of adapters left out."""
+    kept, left_out = kept_of_any(numbers), numbers[LEFT_OUT]
     return (
         UNKNOWN if kept is None else word(kept),
         UNKNOWN if left_out is None else outlook(left_out, numbers["random"]),
@@ -216,7 +147,7 @@ def _classes(numbers: Mapping[str, Any]) -> tuple[str, str]:
 
 def _next(numbers: Mapping[str, Any], new: str | None = None) -> str:
     """Return what to do next: with the adapters, and for new tasks, `new` where it is said already."""
-    known, ahead = _classes(numbers)
+    known, ahead = classes(numbers)
     return f"Next: {'; '.join(filter(None, [NEXT[known], f'for new tasks, {new or NEXT_TASKS[ahead]}']))}."
 
 
@@ -246,7 +177,10 @@ def _left_out(numbers: Mapping[str, Any]) -> str:
 
 
 def _existing(numbers: Mapping[str, Any]) -> list[str]:
-    kept, k = numbers["kept"], numbers["k_for_share"]
+    kept, k, new = numbers["kept"], numbers["k_for_share"], numbers["kept_of_new"]
+    if kept is None and new is not None:
+        said = f"The basis keeps {percent(new)} of the energy of these adapters, which it was not built from"
+        return [f"{said}: {word(new)}. {COMPRESSED[word(new)]}"]
     if kept is None:
         return []
     words = f"{_kept(numbers)} {COMPRESSED[word(kept)]}"

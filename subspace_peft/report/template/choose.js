@@ -127,7 +127,12 @@ const panel = (fleet) => {
     cell.querySelector("rect:last-child").setAttribute("width", share > 0 ? `${Math.max(1.5, 100 * share)}%` : "0");
   };
 
-  const draw = () => {
+  const cellsOf = (row) => ["kept", "left out", "noise"].map((label) => row.querySelector(`td[data-label="${label}"]`));
+  // what the page came with: of the basis itself, which may have been built otherwise
+  const first = new Map([...rows].map(([name, row]) => [name, cellsOf(row).map((cell) => Number(cell.dataset.value))]));
+
+  const draw = (event) => {
+    const asItIs = !event && !fleet.same;
     const ks = fleet.chosen(by(), value(), own);
     for (const module of fleet.measured) {
       const row = rows.get(module.name);
@@ -136,8 +141,9 @@ const panel = (fleet) => {
       row.classList.toggle("chosen", own.has(module.name));
       row.querySelector("input").value = k;
       row.querySelector("output").textContent = sizes[0] === sizes[1] ? sizes[0] : sizes.join(", ");
-      const cells = ["kept", "left out", "noise"].map((label) => row.querySelector(`td[data-label="${label}"]`));
-      fleet.kept(module, k).forEach((share, place) => fill(cells[place], share));
+      const cells = cellsOf(row);
+      const shares = asItIs ? first.get(module.name).map((share) => (share < 0 ? null : share)) : fleet.kept(module, k);
+      shares.forEach((share, place) => fill(cells[place], share));
     }
     const sums = fleet.sums(ks);
     for (const part of ["seen", "left", "null", "random"]) at(`sum-${part}`).textContent = percent(sums[part]);
@@ -164,9 +170,9 @@ const panel = (fleet) => {
     show();
   };
 
-  const show = () => {
+  const show = (event) => {
     for (const [name, slider] of Object.entries(sliders)) slider.parentElement.hidden = name !== by();
-    draw();
+    draw(event);
   };
 
   for (const slider of Object.values(sliders)) slider.addEventListener("input", draw);
@@ -174,19 +180,19 @@ const panel = (fleet) => {
   for (const [name, row] of rows) {
     row.querySelector("input").addEventListener("input", (event) => {
       own.set(name, Number(event.target.value));
-      draw();
+      draw(event);
     });
-    row.querySelector(".own button").addEventListener("click", () => {
+    row.querySelector(".own button").addEventListener("click", (event) => {
       own.delete(name);
       row.querySelector("input").focus();
-      draw();
+      draw(event);
     });
   }
-  at("reset").addEventListener("click", () => {
+  at("reset").addEventListener("click", (event) => {
     own.clear();
-    draw();
+    draw(event);
   });
-  at("as-built").addEventListener("click", asBuilt);
+  at("as-built").addEventListener("click", () => asBuilt());
   at("copy").addEventListener("click", async () => {
     try {
       await navigator.clipboard.writeText(at("command").textContent);
