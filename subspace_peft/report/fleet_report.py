@@ -28,12 +28,13 @@ from .choices import choices_of
 from .commands import making_command
 from .facts import LEFT_OUT, ReportFacts
 from .figures import draw
+from .headlines import headlines
 from .measure_fleet import measure_fleet
 from .numbers import basis_facts, measured_numbers, recorded_numbers
 from .page import page
 from .places import seen_from_here
 from .tables import write_tables
-from .verdict import headlines, verdict
+from .verdict import verdict
 
 SAMPLE = 64
 
