@@ -79,15 +79,14 @@ def train_sources(
 
 def what_lies_where(folder: Path, sources: Sequence[str], held_out: Sequence[TextTask], sizes: Sizes) -> list[str]:
     """Return lines that name the stage's files, and the command that goes on."""
-    first, *others = [task.name for task in held_out]
-    examples = f"{sizes.train} examples to train on in train.json and at most {sizes.test} others in test.json"
-    also = f"; data/{', data/'.join(others)} likewise" if others else ""
+    adapters = ", ".join(Path(each).name for each in sources)
+    new = ", ".join(f"data/{task.name}" for task in held_out)
     return [
         f"In {folder} are now:",
-        "  base/               the MiniLM encoder and its tokenizer, which AutoModel and AutoTokenizer load",
-        f"  loras/              {len(sources)} LoRA adapters of it, one per task: "
-        + ", ".join(Path(each).name for each in sources),
-        f"  data/{first + '/':<15}a task that none of them has seen: {examples}{also}",
-        "                      data/<adapter> has those of each adapter's own task",
-        f"Next: subspace-peft build {folder}/loras/* --out my-basis",
+        "  base     the MiniLM encoder and its tokenizer, which AutoModel and AutoTokenizer load",
+        f"  loras    {len(sources)} LoRA adapters of it, one per task: {adapters}",
+        f"  data     texts and labels of each task, {sizes.train} in train.json and at most {sizes.test} others in"
+        " test.json;",
+        f"           no adapter has seen those of {new}",
+        f"Next: subspace-peft build {folder}/loras/* -k 16 --out my-basis",
     ]

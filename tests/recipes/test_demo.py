@@ -247,7 +247,7 @@ def result(ran):
 def test_the_first_stage_leaves_what_stock_calls_load(ran):
     folder, places, _, _, (said, _) = ran
     assert places["base"] == str(folder / "base")
-    assert said.splitlines()[-1] == f"Next: subspace-peft build {folder}/loras/* --out my-basis"
+    assert said.splitlines()[-1] == f"Next: subspace-peft build {folder}/loras/* -k 16 --out my-basis"
     data = load_dataset("json", data_dir=places["data"][0], cache_dir=str(folder / "cache"))
     assert {name: rows.column_names for name, rows in data.items()} == {
         name: ["text", "label"] for name in ("train", "test")
