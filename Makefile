@@ -31,7 +31,7 @@ define install
 	  echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 	  $(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV)
-	@echo "Installing what \`make $(MAKECMDGOALS)\` needs into $(VENV): 1.6 GB and more, a minute or several."
+	@echo "Installing what \`make $(MAKECMDGOALS)\` needs into $(VENV): 1.6 to 2.5 GB on the disk, more with torch for GPUs."
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(1)]"
 	@touch $@
