@@ -282,3 +282,26 @@ def test_python_adds_up_the_same_bytes(reported, tmp_path):
     alone, task = stored(choices, {name: tuple(each["size"]) for name, each in choices["modules"].items()})
     assert (alone, task) == (size, 4 * sum(m.k_out * m.k_in for m in basis.values()))
     assert choices["begin"] == "subspace-peft build loras/lora-0 loras/lora-1 loras/lora-2 --precision int8"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_page_of_hundreds_of_modules_is_small_and_near(browser, tmp_path, monkeypatch):
+    """Where alternations are run at few k, the shares in between are near those of a build."""
+    monkeypatch.chdir(tmp_path)
+    modules = [f"layers.{layer}.{part}" for layer in range(32) for part in "qkvoudg"]
+    folders = saved_fleet(tmp_path / "loras", fleet(8, out=72, inner=70, ranks=(8,), shared=12), modules=modules)
+    basis = build_basis(folders, k=16, progress=False)
+    file = report_basis(basis, folders, progress=False).save(tmp_path / "report.html")
+    assert file.stat().st_size < 2e6
+    shown = Page(browser, file, 390)
+    names = shown.page.locator("#modules tbody tr").evaluate_all("rows => rows.map(row => row.dataset.module)")
+    assert names == [f"layers.{layer}.{part}" for layer in range(32) for part in sorted("qkvoudg")]
+    for k in (3,):
+        shown.page.locator("#k").evaluate(
+            "(slider, k) => { slider.value = k; slider.dispatchEvent(new Event('input')); }", k
+        )
+        truth = EnergyRecord.of(build_basis(folders, k=k, progress=False).info)
+        for name, share in (("seen", truth.kept), ("left", truth.left_out), ("null", truth.null)):
+            assert float(shown.said(f"sum-{name}").removesuffix(" %")) == pytest.approx(100 * share, abs=4), (k, name)
+    assert shown.errors == [] and shown.page.evaluate("document.documentElement.scrollWidth") <= 390
