@@ -123,8 +123,104 @@ def decaying(parameters: list[nn.Parameter], peak: float) -> tuple[torch.optim.O
 @pytest.mark.parametrize(("peak", "expected"), [(5e-5, LOW), (3e-3, QUIET), (0.1, HIGH)])
 def test_schedules_are_judged_by_their_peak(make, peak, expected):
     model = model_of()
-    found = said(lambda: loop(*make(trained(model), peak)))
-    assert len(found) == bool(expected) and all(f"rate of {peak:g}," in one for one in found)
+    found = said(lambda: loop(*make(trained(model), peak), steps=30))
+    assert len(found) == bool(expected) and all(expected in one for one in found)
+    # a high one is named as it is when it gets there
+    assert expected != LOW or f"rate of {peak:g}," in found[0]
+
+
+def of_its_own(parameters: list[nn.Parameter], peak: float) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr=1.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: peak * min(1.0, step / 10))
+
+
+def multiplied(parameters: list[nn.Parameter], peak: float) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: peak * 1e6 * min(1.0, step / 10))
+
+
+def cyclic(parameters: list[nn.Parameter], peak: float) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-9)
+    return optimizer, torch.optim.lr_scheduler.CyclicLR(optimizer, 1e-9, peak, step_size_up=10, cycle_momentum=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "peak", "expected"),
+    [
+        (of_its_own, 3e-3, QUIET),
+        (of_its_own, 0.1, HIGH),
+        (multiplied, 3e-3, QUIET),
+        (cyclic, 3e-3, QUIET),
+        (cyclic, 5e-5, LOW),
+    ],
+)
+def test_schedules_that_leave_the_rate_they_note_are_judged_by_what_they_reach(make, peak, expected):
+    model = model_of()
+    optimizer, schedule = make(trained(model), peak)
+    # nothing is said of a rate that no step is taken with, nor of one that goes on to rise
+    assert said(lambda: loop(optimizer, schedule, steps=2)) == []
+    found = said(lambda: loop(optimizer, schedule, steps=20))
+    assert len(found) == bool(expected) and all(expected in one for one in found)
+
+
+@pytest.mark.parametrize("rate", [1e-4, 2e-2])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_the_ends_of_the_range_are_within_it(rate, kind, r):
+    # s · √n is not 256 to the last bit for all n, nor is a rate of 32 bits
+    model = model_of(coefficients="factor", k=5, r=r)
+    assert said(lambda: loop(torch.optim.AdamW(trained(model), lr=kind(rate)))) == []
+
+
+def test_a_rate_that_fell_by_hand_is_not_judged_again_when_models_or_groups_come():
+    model = model_of()
+    optimizer = torch.optim.AdamW(trained(model), lr=3e-3)
+    others = []
+
+    def steps() -> None:
+        loop(optimizer)
+        optimizer.param_groups[0]["lr"] = 1e-6
+        others.append(model_of())
+        loop(optimizer)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 1e-6})
+        loop(optimizer)
+
+    assert said(steps) == []
+    optimizer.param_groups.pop()
+    optimizer.add_param_group({"params": trained(others[0]), "lr": 1e-6})
+    assert len(said(lambda: loop(optimizer))) == 1
+
+
+def test_what_is_unfrozen_later_is_judged_then():
+    model = model_of()
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-5)
+    for parameter in coefficients(model):
+        parameter.requires_grad_(False)
+    assert said(lambda: loop(optimizer)) == []
+    for parameter in coefficients(model):
+        parameter.requires_grad_(True)
+    assert len(said(lambda: loop(optimizer))) == 1
+
+
+def test_where_warnings_are_errors_training_can_go_on():
+    model = model_of()
+    optimizer = torch.optim.AdamW(trained(model), lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="above the range"):
+            loop(optimizer)
+        loop(optimizer)
+
+
+def test_nothing_is_read_while_a_graph_is_captured(monkeypatch):
+    model = model_of()
+    optimizer = torch.optim.AdamW(trained(model), lr=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        patch.setattr(learning_rate, "_rate_of", lambda group: pytest.fail("the rate was read"))
+        learning_rate._before_step(optimizer, (), {})
+    assert len(said(lambda: loop(optimizer))) == 1
 
 
 @pytest.mark.parametrize(("rates", "expected"), [([1e-6, 1e-5, 1e-3, 3e-3], QUIET), ([1e-6, 1e-5, 5e-5, 5e-5], LOW)])

@@ -1,8 +1,9 @@
 """Say once where an optimiser's learning rate for coefficients lies outside the range in which they learn.
 
 Coefficients want a rate that the Trainer's default, 5e-5, is far below. So that it is noticed under any trainer and
-in plain loops, with nothing for the user to add, one hook looks at each optimiser before its first step. It holds
-models and optimisers weakly, and costs one look-up per step afterwards.
+in plain loops, with nothing for the user to add, one hook looks at each optimiser before its steps, until the rate
+of each tensor that it holds is judged. It holds models and optimisers weakly, and costs one look-up per step
+afterwards.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._io.warn import warn_caller
-from .coefficients import Coefficients
+from .coefficients import Coefficients, MeanOnly
 
 USUAL_ALPHA = 256.0
 
@@ -51,8 +51,11 @@ OF_CORES = Rates(1e-4, 2e-2, 3e-3, scaled=True)
 # of the fleet's mean alone, whose gain multiplies a matrix that alpha does not scale: best rates were 0.025 … 1.6
 OF_GAINS = Rates(2.5e-2, 1.6, 0.4, scaled=False)
 
+# bounds are met by a rate that float32 or a scale has rounded
+SLACK = 1e-6
+
 _watched: weakref.WeakKeyDictionary[Coefficients, float] = weakref.WeakKeyDictionary()
-_judged: weakref.WeakKeyDictionary[torch.optim.Optimizer, Any] = weakref.WeakKeyDictionary()
+_looks: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Look] = weakref.WeakKeyDictionary()
 _said: set[str] = set()
 _lock = threading.Lock()
 _hook: Any = None
@@ -72,47 +75,88 @@ def watch(coefficients: Coefficients, scale: float) -> None:
             _hook = register_optimizer_step_pre_hook(_before_step)
 
 
+@dataclass
+class _Open:
+    """Coefficients of one range in one parameter group whose rate is yet to be judged."""
+
+    place: int
+    rates: Rates
+    alpha: float
+    tensors: list[torch.Tensor]
+    last: float | None = None
+
+    def judge(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Warn of a rate outside the range.
+
+        Returns:
+            Whether it is judged; if not, it is asked for again before the next step.
+        """
+        # an optimiser may hold what is unfrozen only later
+        if not any(tensor.requires_grad for tensor in self.tensors):
+            return False
+        rate, planned = _rate_of(optimizer.param_groups[self.place])
+        low, high = self.rates.least * (1 - SLACK), self.rates.most * (1 + SLACK)
+        if rate > high:
+            _say(rate, self.rates, self.alpha, optimizer)
+            return True
+        if planned > high:
+            # said once it gets there: `LambdaLR` may have a factor of 1 to multiply rates of its own with
+            return False
+        if max(rate, planned) >= low:
+            return True
+        last, self.last = self.last, rate
+        # a rate that is raised beyond what is noted, by hand or in cycles, is judged once it no longer rises
+        if last is None or rate > max(last, planned):
+            return False
+        _say(max(rate, planned), self.rates, self.alpha, optimizer)
+        return True
+
+
+@dataclass
+class _Look:
+    """What is known of an optimiser: how many groups and tensors it had, which are judged by id, and what is not."""
+
+    size: tuple[int, int]
+    judged: set[int]
+    left: list[_Open]
+
+
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    known, now = _judged.get(optimizer), (len(_watched), len(optimizer.param_groups))
-    if known == now:
+    look, size = _looks.get(optimizer), _size(optimizer)
+    if look is not None and look.size == size and not look.left:
+        return
+    # a rate on the device cannot be read while a graph is captured
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
     with _lock:
-        _judged[optimizer] = _judge(optimizer, known) or now
+        if look is None or look.size != size:
+            judged = set() if look is None else look.judged
+            look = _looks[optimizer] = _Look(size, judged, _unjudged(optimizer, judged))
+        for each in list(look.left):
+            if each.judge(optimizer):
+                look.left.remove(each)
+                look.judged.update(map(id, each.tensors))
 
 
-def _judge(optimizer: torch.optim.Optimizer, before: Any) -> Mapping[int, float] | None:
-    """Warn of rates outside the range.
+def _size(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    groups = optimizer.param_groups
+    return len(groups), sum(len(group["params"]) for group in groups)
 
-    Args:
-        optimizer: what is about to take a step.
-        before: what this returned before the step before.
 
-    Returns:
-        The rates, by place of their groups, of low ones that are yet to be judged, since they may be rising; else
-        None.
-    """
+def _unjudged(optimizer: torch.optim.Optimizer, judged: set[int]) -> list[_Open]:
+    """Return the coefficients that an optimiser holds and that are not `judged`, by group and range."""
     if not _like_adam(optimizer):
-        return None
-    rising = {}
+        return []
+    found: dict[tuple[int, Rates, float], list[torch.Tensor]] = {}
     owners = {id(p): (module, name) for module in list(_watched) for name, p in module.named_parameters()}
     for place, group in enumerate(optimizer.param_groups):
-        rate, planned = _rate_of(group)
-        held = [found for p in group["params"] if p.requires_grad for found in _owners(p, owners)]
-        if rate is None or not held:
-            continue
-        for rates, alpha in {_rates_of(module, name) for module, name in held if _counts(module, name)}:
-            if rate > rates.most:
-                _say(rate, rates, alpha, optimizer)
-            elif rate < rates.least:
-                last = before.get(place) if isinstance(before, Mapping) else None
-                # a loop that raises its rate by hand says so nowhere: it is judged once it no longer does
-                if not planned and (last is None or rate > last):
-                    rising[place] = rate
-                else:
-                    _say(rate, rates, alpha, optimizer)
-    return rising or None
+        for tensor in group["params"]:
+            for module, name in _owners(tensor, owners) if id(tensor) not in judged else ():
+                if _counts(module, name):
+                    found.setdefault((place, *_rates_of(module, name)), []).append(tensor)
+    return [_Open(*key, tensors) for key, tensors in found.items()]
 
 
 def _owners(parameter: Any, owners: Mapping[int, tuple[Coefficients, str]]) -> Iterator[tuple[Coefficients, str]]:
@@ -126,11 +170,7 @@ def _owners(parameter: Any, owners: Mapping[int, tuple[Coefficients, str]]) -> I
 
 def _counts(module: Coefficients, name: str) -> bool:
     """Return whether the rate of this tensor decides: a gain's does where nothing else is trained."""
-    return name != "gain" or _only_gain(module)
-
-
-def _only_gain(module: nn.Module) -> bool:
-    return set(module._parameters) <= {"gain"}
+    return name != "gain" or isinstance(module, MeanOnly)
 
 
 def _rates_of(module: Coefficients, name: str) -> tuple[Rates, float]:
@@ -138,12 +178,11 @@ def _rates_of(module: Coefficients, name: str) -> tuple[Rates, float]:
     return (OF_GAINS if name == "gain" else OF_CORES).at(alpha), alpha
 
 
-def _rate_of(group: Mapping[str, Any]) -> tuple[float | None, bool]:
-    """Return a parameter group's highest rate, and whether a schedule planned it; None where it has none."""
-    # a schedule that warms up begins at 0, and notes here where it goes to
-    values = {key: group.get(key) for key in ("lr", "initial_lr", "max_lr")}
-    rates = [float(value) for value in values.values() if isinstance(value, (int, float, torch.Tensor))]
-    return (max(rates) if rates else None), any(values[key] is not None for key in ("initial_lr", "max_lr"))
+def _rate_of(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Return a parameter group's rate, and the highest that a schedule noted there, or 0."""
+    # a schedule that warms up begins at 0, and notes where it goes to
+    planned = [group[key] for key in ("initial_lr", "max_lr") if group.get(key) is not None]
+    return float(group["lr"]), max(map(float, planned), default=0.0)
 
 
 def _like_adam(optimizer: torch.optim.Optimizer) -> bool:
