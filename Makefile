@@ -20,6 +20,10 @@ help:  ## print this list
 	@echo "PYTHON=python3.12 takes another Python, VENV=folder another environment. On Linux the usual index serves torch"
 	@echo "for NVIDIA GPUs, 2.7 GB to fetch: PIP_EXTRA_INDEX_URL=address of PyTorch's index for CPUs makes it 0.2 GB."
 
+# Releases of constraints.txt need Python 3.11.5; an older one gets the newest that there are for it.
+constraint = $$($(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11, 5))' && echo --constraint constraints.txt || \
+  echo "Python before 3.11.5: the newest releases for it are installed, not those of constraints.txt." >&2)
+
 # Finished installations leave a stamp. One that was interrupted, or whose requirements changed, is done again; an
 # environment that cannot be used, such as one whose Python is gone, is made again from nothing.
 define install
@@ -33,7 +37,7 @@ define install
 	  $(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV)
 	@echo "Installing what \`make $(MAKECMDGOALS)\` needs into $(VENV): 1.6 to 2.5 GB on the disk, more with torch for GPUs."
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(1)]"
+	@$(BIN)/python -m pip install --quiet $(constraint) --editable ".[$(1)]"
 	@touch $@
 endef
 
@@ -58,7 +62,7 @@ test-slow: $(STAMP)  ## the slow tests: recipes, tutorials, real models
 	$(BIN)/python $(PYTEST) -m slow tests
 
 test-peft: $(STAMP)  ## PEFT's own test suite, with rows for this method beside LoRA's
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[peft-suite]"
+	$(BIN)/python -m pip install --quiet $(constraint) --editable ".[peft-suite]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.peft_suite.run
 
 lint: $(STAMP)  ## style, formatting, and who imports whom
@@ -82,10 +86,14 @@ docs: $(STAMP)  ## the documentation's site, in site/
 docs-serve: $(STAMP)  ## the site in a browser, while pages are written
 	$(BIN)/mkdocs serve
 
+# What lies in the folders that are packaged would be published: notes, settings and outputs are no part of it.
 package: $(STAMP)  ## the wheel and the source distribution, in dist/, checked
+	@test ! -e .git || { new=$$(git ls-files --others --exclude-standard) && test -z "$$new" || { \
+	  echo "Not under version control, and would be packaged; add, ignore or move it:" >&2; echo "$$new" >&2; exit 1; }; }
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist .
 	$(BIN)/twine check --strict dist/*
 
 clean:  ## remove the environment and everything that was made
-	rm -rf $(VENV) site dist demo-output .pytest_cache .ruff_cache .hypothesis
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is no environment, and stays as it is" >&2; exit 1; }
+	rm -rf $(VENV) site dist demo-output .nox .pytest_cache .ruff_cache .hypothesis

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 PYTHON = """#!/bin/sh
 case "$*" in
   -V) echo Python 3.4.5 ;;
+  *"3, 11, 5"*) exit ${BEFORE:-0} ;;
   *version_info*) exit ${OLD:-0} ;;
   *ensurepip*) exit ${NO_VENV:-0} ;;
   "-m venv"*) for folder; do :; done; mkdir -p $folder/bin; echo "$*" >> asked; touch $folder/pyvenv.cfg
@@ -64,7 +67,8 @@ def test_make_alone_prints_all_targets(checkout):
 def test_continuous_integration_runs_targets_that_there_are():
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     targets = re.findall(r"^make ([a-z-]+)$", run, flags=re.MULTILINE)
-    assert targets == ["test", "lint", "docs", "package", "test-slow"]
+    # what takes seconds comes first, and what takes longest last
+    assert targets == ["lint", "package", "docs", "test", "test-slow"]
     assert all(re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE) for target in targets)
 
 
@@ -97,6 +101,25 @@ def test_an_installation_is_made_once(checkout):
     assert asked(checkout)[2].endswith("--editable .[demo]"), "the demo's own stamp, in the same environment"
 
 
+def test_a_python_that_the_constraints_are_not_for_gets_the_newest_releases_for_it(checkout):
+    done = make(checkout, ".venv/.installed", BEFORE="1")
+    assert done.returncode == 0 and "the newest releases for it are installed" in done.stderr
+    assert "constraint" not in asked(checkout)[1] and asked(checkout)[1].endswith("--editable .[dev]")
+
+
+def test_the_constraints_are_for_every_python_that_gets_them():
+    """Of what is installed here in the version of `constraints.txt`, nothing needs a later Python."""
+    (least,) = set(re.findall(r"version_info < \((3, 1\d, \d)\)", MAKEFILE))
+    least = least.replace(", ", ".")
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    held, wanted = 0, dict(line.split("==") for line in lines if "==" in line)
+    for each in distributions():
+        if wanted.get(each.name.lower()) == each.version and each.metadata["Requires-Python"]:
+            held += 1
+            assert SpecifierSet(each.metadata["Requires-Python"]).contains(least), each.name
+    assert held or wanted["pytest"] != version("pytest")
+
+
 def test_an_interrupted_installation_is_done_again(checkout):
     assert make(checkout, ".venv/.installed", BREAKS="1").returncode
     assert not (checkout / ".venv" / ".installed").exists()
@@ -122,5 +145,25 @@ def test_an_environment_that_cannot_be_used_is_made_again(checkout):
 def test_a_folder_that_is_no_environment_is_not_cleared(checkout):
     (checkout / "mine").mkdir()
     (checkout / "mine" / "file").touch()
+    done = make(checkout, "VENV=mine", "clean")
+    assert done.returncode and "mine is no environment, and stays as it is" in done.stderr
     make(checkout, "VENV=mine", "mine/.installed")
     assert asked(checkout)[0] == "-m venv mine" and (checkout / "mine" / "file").exists()
+    assert make(checkout, "VENV=mine", "clean").returncode == 0 and not (checkout / "mine").exists()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_what_is_not_under_version_control_is_not_packaged(checkout):
+    (checkout / ".gitignore").write_text(".venv/\nasked\npython\n/dist/\n")
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "All"]):
+        subprocess.run([*git, *words], cwd=checkout, check=True)
+    make(checkout, ".venv/.installed")
+    shutil.copy(checkout / "python", checkout / ".venv/bin/twine")
+    (checkout / "dist").mkdir()
+    (checkout / "recipes").mkdir()
+    (checkout / "recipes" / "key.txt").touch()
+    done = make(checkout, "package")
+    assert done.returncode and done.stderr.splitlines()[1] == "recipes/key.txt" and (checkout / "dist").exists()
+    (checkout / "recipes" / "key.txt").unlink()
+    assert make(checkout, "package").returncode == 0 and not (checkout / "dist").exists()
