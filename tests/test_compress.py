@@ -239,11 +239,7 @@ def test_what_is_refused_and_what_is_left_out(fleet, fleets, tmp_path, capsys):
     assert main(line) == 1 and "--residual" in capsys.readouterr().err
     assert main([*line, "--residual", "4"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "basis and bundle" in said
-        and "the basis is paid for" in said
-        and "residual of rank" not in said.split("\n")[-8]
-    )
+    assert "basis and bundle" in said and "smaller in all" in said and "residual of rank" not in said.split("\n")[-8]
     assert main([*line, "--residual", "4", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in facts["adapters"]] == ["stranger", "lora0"] and facts["residual"] == 4
@@ -251,3 +247,59 @@ def test_what_is_refused_and_what_is_left_out(fleet, fleets, tmp_path, capsys):
         main(["bundle", "extract", str(tmp_path / "cli"), "stranger", "--as-lora", "--out", str(tmp_path / "x")]) == 0
     )
     assert (tmp_path / "x" / "stranger" / "adapter_model.safetensors").is_file()
+
+
+def test_it_takes_what_build_basis_takes(fleet, tmp_path, monkeypatch, capsys):
+    basis, folders = fleet[bert]
+    for number in range(3):
+        shutil.copytree(folders[number], tmp_path / "loras" / f"l{number}")
+    (tmp_path / "fleet.txt").write_text("# the fleet\nloras/l[01]\nloras/l2  # the last one\n")
+    monkeypatch.setattr(
+        "subspace_peft.sources.references._collection", lambda slug, token: [str(tmp_path / "loras" / "l1")]
+    )
+    every = ["l0", "l1", "l2"]
+    for number, (given, names) in enumerate(
+        (
+            (f"{tmp_path}/loras/*", every),
+            (Path(tmp_path, "loras", "*"), every),
+            (f"{tmp_path}/loras/**/adapter_config.json", every),
+            (str(tmp_path / "fleet.txt"), every),
+            ((str(tmp_path / "loras" / "l2"), f"{tmp_path}/loras/l[01]"), ["l2", "l0", "l1"]),
+            ("collection:owner/some-fleet", ["l1"]),
+            (str(tmp_path / "loras" / "l0"), ["l0"]),
+            (PeftModel.from_pretrained(bert(), folders[0], adapter_name="live"), ["live"]),
+        )
+    ):
+        report = compress_fleet(given, basis, tmp_path / f"out{number}", min_energy=0, progress=False)
+        assert [each.name for each in report.adapters] == names and not any(each.refused for each in report.adapters)
+        assert list(open_bundle(tmp_path / f"out{number}")) == names
+    # the shell's pattern that a program passes on, and a list, from the command line
+    for given, count in ((f"{tmp_path}/loras/l[01]", 2), (str(tmp_path / "fleet.txt"), 3)):
+        line = [
+            "compress",
+            given,
+            "--basis",
+            basis.location,
+            "--out",
+            str(tmp_path / f"cli{count}"),
+            "--min-energy",
+            "0",
+        ]
+        assert main([*line, "--quiet"]) == 0 and capsys.readouterr().out.startswith(f"{count} adapters: {count} in ")
+
+
+def test_a_pattern_without_a_match_and_a_place_listed_twice_are_refused_by_name(fleet, tmp_path):
+    basis, folders = fleet[bert]
+    nothing = f"{tmp_path}/nothing/*"
+    with pytest.raises(SubspaceError, match="1 of 1 adapters cannot be compressed") as caught:
+        compress_fleet(nothing, basis, tmp_path / "out", progress=False)
+    assert str(caught.value).count(nothing) == 1 and "matches no folder" in str(caught.value)
+    with pytest.raises(SubspaceError, match="listed twice: list it once"):
+        compress_fleet([folders[0], folders[0]], basis, tmp_path / "out", min_energy=0, progress=False)
+    given = [nothing, folders[0], folders[0], tmp_path / "gone.txt"]
+    report = compress_fleet(given, basis, tmp_path / "out", min_energy=0, skip_bad=True, progress=False)
+    assert [bool(each.refused) for each in report.adapters] == [True, True, False, True]
+    assert list(open_bundle(tmp_path / "out")) == ["lora0"] and report.storage.adapters == 1
+    # a bundle inside the folders that a pattern names would be one of them
+    with pytest.raises(SubspaceError, match="Give another place"):
+        compress_fleet(f"{Path(folders[0]).parent}/lora*", basis, folders[0], min_energy=0, progress=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..convert.project import Projection, project_lora
 from ..energy import mean, percent
 from ..errors import BadFileError, HubUnavailableError, SourceError, SubspaceError
 from ..hub_requests import patient
-from ..sources import Source, is_one_source, open_source
+from ..sources import Source, expand, open_source
 from ..tuner.base_record import hold_against
 from .format import BUNDLE_FILE
 from .named import named_tasks
@@ -147,7 +147,7 @@ class CompressionReport(Shown):
         yield "refused", refused or None
         yield "energy kept", f"{percent(mean(kept))} on average, {percent(min(kept))} at least" if kept else None
         yield "bytes", f"{stored.before:,} → {stored.after:,} with the basis ({stored.basis:,})"
-        yield "smaller from", None if stored.break_even is None else f"{stored.break_even} adapters on"
+        yield "smaller in all", "never" if stored.break_even is None else f"from {stored.break_even:,} adapters on"
         yield "at", short(self.folder)
 
     def _shown_table(self) -> Table:
@@ -169,7 +169,7 @@ class CompressionReport(Shown):
 
 @patient()
 def compress_fleet(
-    loras: Iterable[Any],
+    loras: Any,
     basis: SubspaceBasis | str | Path,
     out: str | Path,
     *,
@@ -193,7 +193,9 @@ def compress_fleet(
     stock LoRA, exactly projection and residual together.
 
     Args:
-        loras: Folders, Hub ids with ``@revision``, state dicts, ``(state_dict, config)`` or PeftModels.
+        loras: One or several, as `build_basis` takes its sources: folders, files, Hub ids, patterns (``loras/*``),
+            text files of such references (``fleet.txt``), Hub collections, state dicts, ``(state_dict, config)`` pairs
+            or live PeftModels.
         basis: The basis, its folder or its Hub id; it has to be stored.
         out: The bundle's folder.
         min_energy: Share of ‖ΔW‖², from 0 to 1, that basis and residual together have to hold. Only the task's own
@@ -239,7 +241,8 @@ def compress_fleet(
         hold_against(basis, base_model)
     packed: dict[str, Packed] = {}
     report: list[CompressedAdapter] = []
-    given = [loras] if is_one_source(loras) else list(loras)
+    given, bad = expand(loras, token=token)
+    report += [CompressedAdapter(each["name"], each["location"], refused=each["reason"]) for each in bad]
     # which names the tasks get is known once they are read
     soon = Planned(BUNDLE, basis.fingerprint)
     check_target(out, soon, overwrite=overwrite, inputs=given, needed=[basis.location])
@@ -249,14 +252,19 @@ def compress_fleet(
         clash = next((task.name for task in tasks if task.name in packed), None)
         if clash is not None:
             other = packed[clash].entry["source"]["location"]
-            what, tasks = replace(what, refused=f"{other} is called {clash!r} as well: rename its folder"), []
+            why = (
+                "it is listed twice: list it once"
+                if other == what.location
+                else f"{other} is called {clash!r} as well: rename its folder"
+            )
+            what, tasks = replace(what, refused=why), []
         packed |= {task.name: task for task in tasks}
         report.append(what)
-    bad = [each for each in report if each.refused]
-    if bad and not (skip_bad and packed):
-        reasons = "\n  ".join(f"{each.location}: {each.refused}" for each in bad)
+    refused = [each for each in report if each.refused]
+    if refused and not (skip_bad and packed):
+        reasons = "\n  ".join(map(reason_of, refused))
         remedy = "" if skip_bad else " Pass skip_bad=True (--skip-bad) to leave them out."
-        raise SubspaceError(f"{len(bad)} of {len(report)} adapters cannot be compressed.{remedy}\n  {reasons}")
+        raise SubspaceError(f"{len(refused)} of {len(report)} adapters cannot be compressed.{remedy}\n  {reasons}")
     if not packed:
         raise SubspaceError("No adapters were given; there is nothing to compress.")
     folder = Path(out)
@@ -324,6 +332,12 @@ def _one(
     except (SourceError, BadFileError, SubspaceError) as error:
         name = Path(named.partition("@")[0]).name or named
         return CompressedAdapter(name, named, refused=str(error)), []
+
+
+def reason_of(each: CompressedAdapter) -> str:
+    """Return where a refused adapter lies, and why it was refused; most reasons name the place themselves."""
+    reason = str(each.refused)
+    return reason if reason.startswith(f"{each.location}: ") else f"{each.location}: {reason}"
 
 
 def _residuals(projection: Projection) -> dict[str, Residual]:

@@ -37,7 +37,12 @@ def add_compress(add: Add) -> None:
             " and what that saves; -v shows every adapter and module."
         ),
     )
-    verb.add_argument("loras", nargs="+", metavar="LORA", help="LoRA folder, or Hub id with @revision")
+    verb.add_argument(
+        "loras",
+        nargs="+",
+        metavar="LORA",
+        help="LoRA folder or file, Hub id with @revision, pattern, list.txt or collection",
+    )
     grouped(verb, SOURCES).add_argument(
         "--basis", required=True, metavar="BASIS", help="folder or Hub id of the basis"
     )
@@ -105,11 +110,13 @@ def compress(args: Namespace) -> int:
 
 def _say_summary(report: CompressionReport, flags: Flags) -> None:
     """Say how many adapters are in the bundle, which are not and why, and which is kept worst."""
+    from ..bundle.compress import reason_of
+
     kept = [each for each in report.adapters if each.total is not None and not each.refused]
     refused = [each for each in report.adapters if each not in kept]
     print(f"{len(report.adapters)} adapters: {len(kept)} in {report.folder}, {len(refused)} refused")
     for each in refused:
-        print(f"  left out: {each.location}: {hints_in_flags(str(each.refused), flags)}")
+        print(f"  left out: {hints_in_flags(reason_of(each), flags)}")
     worst = min(kept, key=lambda each: each.total.kept + each.total.residual, default=None)
     if worst is not None:
         print(f"worst: {_said(worst)}" + ("" if len(kept) == 1 else "; -v shows all"))
@@ -147,4 +154,4 @@ def storage_table(storage: Storage) -> str:
         ("an adapter in the bundle", round(storage.per_adapter_after)),
     ]
     lines = [f"{title:<28}{size:>16,} bytes" for title, size in rows]
-    return "\n".join([*lines, f"{'the basis is paid for':<28}{even}"])
+    return "\n".join([*lines, f"{'smaller in all':<28}{even}"])

@@ -29,8 +29,8 @@ TERMS = {
         " weight, and are left out together."
     ),
     "break-even": (
-        "The number of adapters from which on the basis with a core for each takes fewer bytes than the adapters as"
-        " LoRAs."
+        "The number of adapters from which on all is smaller: the basis with a core for each takes fewer bytes than"
+        " the adapters as LoRAs."
     ),
     "k": (
         "Directions per side of a module: a task then has k × k parameters there. Where the adapters span fewer, the"

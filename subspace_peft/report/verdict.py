@@ -190,8 +190,8 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
     if numbers["bytes_per_lora"] is None:
         return [words]
     if even is None:
-        return [f"{words} A task in it takes no fewer bytes than a LoRA: the basis never pays for itself."]
-    return [f"{words} It pays for its own bytes from {even:,} such adapters on."]
+        return [f"{words} A task in it takes no fewer bytes than a LoRA, so the two are never smaller in all."]
+    return [f"{words} Basis and tasks are smaller in all than the LoRAs from {even:,} adapters on."]
 
 
 def _new(numbers: Mapping[str, Any]) -> list[str]:
