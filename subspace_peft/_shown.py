@@ -7,7 +7,6 @@ closed, is left out, and showing an object never raises.
 from __future__ import annotations
 
 import html
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from .energy import EXPLAINED
 
 WIDTH = 100
+WIDEST_CELL = 200
 MOST_ROWS = 12
 
 Table = tuple[Sequence[str], Iterable[Sequence[Any]], int]  # head, rows, and how many rows there are
@@ -44,8 +44,16 @@ class Shown:
         return told
 
     def __repr__(self) -> str:
-        line = f"{type(self).__name__}({', '.join(f'{label}{self._joint}{value}' for label, value in self._known())})"
-        return textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        known = self._known()
+        lines = [f"{type(self).__name__}("]
+        for place, (label, value) in enumerate(known):
+            label = f"{label}{self._joint}"
+            fact = f"{label}{short(printable(value), WIDTH - len(label) - 5)}{', ' if place + 1 < len(known) else ''}"
+            # lines end between facts, since a text with a line's end in it is another one
+            if len(lines[-1]) + len(fact.rstrip()) >= WIDTH:
+                lines.append("    ")
+            lines[-1] += fact
+        return "\n".join(map(str.rstrip, lines)) + ")"
 
     def _repr_html_(self) -> str:
         parts = [f"<strong>{html.escape(type(self).__name__)}</strong>", table((), self._known())]
@@ -122,6 +130,11 @@ def fingerprint(value: str | None) -> str | None:
     return None if not value else f"{value[:12]}…"
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes for what would control a terminal, turn a line or be refused by an encoding."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def short(text: Any, most: int = 60) -> str | None:
     """Return a text with its middle left out where it is long."""
     if text is None:
@@ -148,7 +161,7 @@ def _counted(value: Any, most: int) -> str | None:
 
 def _row(kind: str, cells: Sequence[Any]) -> str:
     drawn = []
-    for cell in map(str, cells):
+    for cell in (str(short(printable(str(cell)), WIDEST_CELL)) for cell in cells):
         told = f' title="{html.escape(EXPLAINED)}"' if "energy" in cell else ""
         drawn.append(f'<{kind} style="text-align: left; padding: 0 1em 0 0"{told}>{html.escape(cell)}</{kind}>')
     return f"<tr>{''.join(drawn)}</tr>"

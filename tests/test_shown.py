@@ -132,8 +132,33 @@ def test_html_is_escaped_and_capped(name):
     assert repr(Example(name)) == str(Example(name)) == f"Example(name: {name}, count: 30)"
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("one\r\nother\ttab", r"one\r\nother\ttab"),
+        ("\u202eltr", r"\u202eltr"),
+        ("\ud800", r"\ud800"),
+        ("nul\0", r"nul\x00"),
+    ],
+)
+def test_what_would_control_a_terminal_is_escaped(name, shown):
+    for kind in (Example(name), Facts(name=name)):
+        found = Cells(kind._repr_html_())
+        assert shown in found.cells and kind._repr_html_().encode()
+    assert repr(Example(name)) == f"Example(name: {shown}, count: 30)"
+
+
+def test_facts_stand_up_to_values_of_any_length():
+    found = Example("x" * 10**6)
+    assert len(repr(found)) < 2 * _shown.WIDTH and len(found._repr_html_()) < 4000
+
+
 def test_long_lines_are_wrapped_and_half_made_objects_are_shown():
     assert max(map(len, repr(Example("word " * 60)).splitlines())) <= _shown.WIDTH
+    # between facts, and not within one, which a value with two spaces or a path would suffer from
+    config = SubspaceConfig(basis="my  basis in a folder", target_modules="layer.(1|2)  .query", task_type="SEQ_CLS")
+    assert len(repr(config).splitlines()) == 2 and eval(repr(config)) == config
     half = object.__new__(Example)
     assert repr(half) == "Example(state: incomplete)" and "incomplete" in Cells(half._repr_html_()).cells
     for kind in returned():

@@ -124,10 +124,10 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
         return _rebuild, (dict(self.items()), self.info, self.location, self.revision)
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
-        known = EnergyRecord.of(self.info)
         yield "modules", len(self)
         yield "k", self.describe_k().removeprefix("k=")
         yield "base model", short(self.base_model)
+        known = EnergyRecord.of(self.info)
         yield "sources", len(known.sources) or None
         if known.kept is not None:
             # the squared Frobenius norm of the sources' updates

@@ -13,6 +13,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from .._shown import printable
+
 # between letters an underscore is one: names such as `first_task` stay readable
 INLINE = re.compile(r"[\\`*\[\]|<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 # what begins a heading, quotation, list or rule at the start of a line
@@ -72,7 +74,7 @@ def literal(value: Any) -> Markup:
     if not isinstance(value, str):
         return Markup(repr(value))
     plain = value.replace("\\", "\\\\").replace('"', '\\"')
-    return Markup('"' + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain) + '"')
+    return Markup(f'"{printable(plain)}"')
 
 
 def number(value: Any, form: str | None = None) -> str:
