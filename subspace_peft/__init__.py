@@ -14,6 +14,23 @@ from ._on_import import when_imported
 from ._version import __version__
 
 if TYPE_CHECKING:
+    # as `X as X`, which is how a type checker knows that they are meant to be used from here
+    from . import basis as basis
+    from . import builders as builders
+    from . import bundle as bundle
+    from . import cards as cards
+    from . import convert as convert
+    from . import energy as energy
+    from . import errors as errors
+    from . import hub as hub
+    from . import logging as logging
+    from . import modeling as modeling
+    from . import recipes as recipes
+    from . import report as report
+    from . import serve as serve
+    from . import sources as sources
+    from . import tasks as tasks
+    from . import tuner as tuner
     from .basis import ModuleBasis, SubspaceBasis
     from .builders import (
         BuildOptions,
@@ -142,28 +159,29 @@ __all__ = [
     "write_card",
 ]
 
-__getattr__, __dir__ = attach(
-    __name__,
-    _PLACES,
-    modules=(
-        "basis",
-        "builders",
-        "bundle",
-        "cards",
-        "convert",
-        "energy",
-        "errors",
-        "hub",
-        "logging",
-        "modeling",
-        "recipes",
-        "report",
-        "serve",
-        "sources",
-        "tasks",
-        "tuner",
-    ),
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = attach(
+        __name__,
+        _PLACES,
+        modules=(
+            "basis",
+            "builders",
+            "bundle",
+            "cards",
+            "convert",
+            "energy",
+            "errors",
+            "hub",
+            "logging",
+            "modeling",
+            "recipes",
+            "report",
+            "serve",
+            "sources",
+            "tasks",
+            "tuner",
+        ),
+    )
 
 
 def _register() -> None:

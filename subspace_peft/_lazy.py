@@ -1,7 +1,8 @@
 """Names of a package that are loaded when they are first used: what `__init__` modules put in their own place.
 
-Type checkers read the imports under ``if TYPE_CHECKING`` and the literal ``__all__`` beside them;
-`tests/test_public_names.py` holds the three lists against one another.
+Type checkers read the imports under ``if TYPE_CHECKING`` and the literal ``__all__`` beside them, and must not see the
+`__getattr__`: a module with one has every name to them, misspelled ones too. `tests/test_public_names.py` holds the
+three lists against one another.
 """
 
 from __future__ import annotations

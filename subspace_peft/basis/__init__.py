@@ -29,4 +29,5 @@ __all__ = [
     "resolve_reference",
 ]
 
-__getattr__, __dir__ = attach(__name__, _PLACES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = attach(__name__, _PLACES)

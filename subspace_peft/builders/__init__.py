@@ -52,4 +52,5 @@ __all__ = [
     "update_basis",
 ]
 
-__getattr__, __dir__ = attach(__name__, _PLACES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = attach(__name__, _PLACES)

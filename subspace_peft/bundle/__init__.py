@@ -47,8 +47,8 @@ __all__ = [
     "push_bundle",
 ]
 
-_get, __dir__ = attach(__name__, _PLACES)
+if not TYPE_CHECKING:
+    _get, __dir__ = attach(__name__, _PLACES)
 
-
-def __getattr__(name: str) -> Any:
-    return moved_name(__name__, name) if name in NAMES.get("bundle", {}) else _get(name)
+    def __getattr__(name: str) -> Any:
+        return moved_name(__name__, name) if name in NAMES.get("bundle", {}) else _get(name)

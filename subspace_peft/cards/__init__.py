@@ -4,7 +4,7 @@ Facts are gathered where they are known (`basis/card.py`, `tuner/card.py`, `bund
 of the facts alone: the text is in `templates/`, and `markdown.py` escapes values.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._moved import moved_name
 from .facts import (
@@ -41,6 +41,7 @@ __all__ = [
     "task_card",
 ]
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    return moved_name(__name__, name)
+    def __getattr__(name: str) -> Any:
+        return moved_name(__name__, name)

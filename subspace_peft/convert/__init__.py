@@ -34,8 +34,8 @@ __all__ = [
     "project_lora",
 ]
 
-_get, __dir__ = attach(__name__, _PLACES)
+if not TYPE_CHECKING:
+    _get, __dir__ = attach(__name__, _PLACES)
 
-
-def __getattr__(name: str) -> Any:
-    return moved_name(__name__, name) if name in NAMES.get("convert", {}) else _get(name)
+    def __getattr__(name: str) -> Any:
+        return moved_name(__name__, name) if name in NAMES.get("convert", {}) else _get(name)

@@ -39,4 +39,5 @@ __all__ = [
     "verdict_of",
 ]
 
-__getattr__, __dir__ = attach(__name__, _PLACES)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = attach(__name__, _PLACES)

@@ -12,4 +12,5 @@ if TYPE_CHECKING:
 __all__ = ["TaskExports"]
 
 # vLLM imports this package in all of its processes, whether or not its plugin has anything to do there
-__getattr__, __dir__ = attach(__name__, {"TaskExports": "exports"})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = attach(__name__, {"TaskExports": "exports"})

@@ -1,6 +1,6 @@
 """Train and serve in a basis: PEFT's own trio of config, layer and model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft  # noqa: F401  registers this method first, whichever module of this package is imported first
 
@@ -11,6 +11,7 @@ from .model import SubspaceModel
 
 __all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel"]
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> Any:
-    return moved_name(__name__, name)
+    def __getattr__(name: str) -> Any:
+        return moved_name(__name__, name)
