@@ -92,30 +92,6 @@ def test_examples_that_need_nothing_run(command, tmp_path, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "meant"),
-    [
-        (["biuld"], "Did you mean build"),
-        (["exprt-lora"], "Did you mean export-lora"),
-        (["xyzzy"], "`subspace-peft --help` lists them all"),
-        (["bundle", "list"], "Did you mean ls"),
-        (["cache", "remove"], "`subspace-peft cache --help`"),
-    ],
-)
-def test_unknown_verbs_are_answered_with_near_ones(words, meant, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(words)
-    assert stopped.value.code == 2
-    assert meant in capsys.readouterr().err
-
-
-def test_underscores_of_python_are_understood():
-    found = _parsed(["export_lora", "task", "--out", "lora", "--pad_to=vllm", "--no-modules_to_save"])
-    assert (found.verb, found.pad_to, found.modules_to_save) == ("export-lora", "vllm", False)
-    with pytest.raises(SystemExit):
-        _parsed(["inspect", "basis", "--no_such_flag"])
-
-
 # -- how much is said -------------------------------------------------------------------------------------------------
 
 

@@ -171,3 +171,18 @@ def test_what_is_no_value_of_json_is_a_fault_and_no_text(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": "x", "d": [1, True, None]}
     with pytest.raises(TypeError, match="a set is no value of JSON"):
         print_json({"a": {1}})
+
+
+def test_the_demo_prints_json_alone(monkeypatch, capsys):
+    class Recipe:
+        @staticmethod
+        def run_demo(out, **more):
+            print("what it says on its way")
+            return {"base": str(out), "seconds": 1.5}
+
+    monkeypatch.setattr("subspace_peft.recipes.load_recipe", lambda name: Recipe)
+    assert main(["demo", "--out", "there", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"base": "there", "seconds": 1.5} and "on its way" in said.err
+    assert main(["demo", "--out", "there"]) == 0
+    assert capsys.readouterr().out == "what it says on its way\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .._io.hints import hint
 from .._io.untrusted import is_sha256, read_json
 from .._version import __version__
 from ..errors import BadFileError, BasisNotFoundError, DiskError, HubUnavailableError
@@ -87,7 +88,7 @@ def open_stored(
     if there:
         raise BasisNotFoundError(
             f"{folder} holds no {CONFIG_FILE}: it is not a basis. Pass the folder of a basis, or build one with"
-            " `subspace-peft build ADAPTER… --out FOLDER`, into a folder of its own."
+            f" `subspace-peft build ADAPTER… --out FOLDER`, into a folder of its own.{hint(folder)}"
         )
     text = str(path_or_id)
     if only_local(text, revision):

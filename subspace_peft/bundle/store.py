@@ -36,7 +36,7 @@ class FileBytes:
             self.state = state_of(file)
         except OSError as error:
             raise SubspaceError(
-                f"{self.where}: there is no bundle ({error}). Make one with `bundle_tasks`"
+                f"{self.where}: there is no bundle ({error.strerror or error}). Make one with `bundle_tasks`"
                 " (`subspace-peft bundle create`), or pass its folder or Hub id."
             ) from error
         self.size = self.state[1]

@@ -134,9 +134,9 @@ def extract(args: Namespace) -> int:
     from ..bundle import extract_tasks
 
     if not args.tasks and not args.all:
-        raise SubspaceError("bundle extract: name the tasks, or pass --all. `subspace-peft bundle ls` lists them.")
+        raise SubspaceError("name the tasks, or pass --all. `subspace-peft bundle ls` lists them.")
     if args.tasks and args.all:
-        raise SubspaceError(f"bundle extract: give names, as {args.tasks[0]!r}, or --all, not both.")
+        raise SubspaceError(f"give names, as {args.tasks[0]!r}, or --all, not both.")
     _check_revision(args)
     as_lora = True if args.as_lora else False if args.no_residual else None
     folders = extract_tasks(

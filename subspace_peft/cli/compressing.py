@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from ..builders.option_checks import number
 from ..energy import percent
 from .common import (
     DTYPES,
@@ -20,6 +19,7 @@ from .common import (
     print_json,
     said_of_conversion,
 )
+from .flags import numbered
 from .language import Flags, hints_in_flags
 from .parsers import SIZE, SOURCES, STORED, grouped
 
@@ -88,7 +88,7 @@ def compress(args: Namespace) -> int:
         args.loras,
         args.basis,
         args.out,
-        min_energy=number(args.min_energy),
+        min_energy=numbered(args.min_energy, "--min-energy"),
         residual=args.residual,
         skip_bad=args.skip_bad,
         check_base_model=not args.no_base_check,

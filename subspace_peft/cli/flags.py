@@ -62,6 +62,18 @@ def flags_of(option: Field[Any]) -> tuple[str, ...]:
     return (f"--{option.name.replace('_', '-')}",) if flags is None else tuple(flags)
 
 
+def numbered(text: str, flag: str) -> int | float:
+    """Read the number that was given with a flag.
+
+    Raises:
+        SubspaceError: the text is none.
+    """
+    try:
+        return number(text)
+    except SubspaceError as error:
+        raise SubspaceError(f"{flag} {error}") from error
+
+
 def given_options(args: Namespace, kind: type[Options]) -> dict[str, Any]:
     """Return the options that were given on the command line, by name.
 
@@ -74,7 +86,7 @@ def given_options(args: Namespace, kind: type[Options]) -> dict[str, Any]:
         if each.name == "progress":
             value = False if getattr(args, "quiet", 0) else None
         if value is not None:
-            found[each.name] = number(value) if each.metadata["convert"] is number else value
+            found[each.name] = numbered(value, flags_of(each)[0]) if each.metadata["convert"] is number else value
     return found
 
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from . import recipes
 from .console import leave, make_printable
 from .language import Flags, in_flags, spoken_warnings
+from .parsers import left_over
 from .pulse import pulse
 from .verbosity import verbosity
 from .verbs import parser as parser
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
         if not (rank and isinstance(error, ProcessError)):
             who = "" if rank is None else f", process {rank} of {os.environ['WORLD_SIZE']} on {platform.node()}"
-            print(f"subspace-peft {arguments.verb}{who}: {_said(error, arguments.flags)}", file=sys.stderr)
+            print(f"subspace-peft {_named(arguments)}{who}: {_said(error, arguments.flags)}", file=sys.stderr)
         return 1
 
 
@@ -83,11 +84,23 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         letters = found[1] or found[2] or found[3]
         counts[COUNTED[letters[0]]] += len(letters)
         first += 1
+    if argv[first : first + 1] == ["help"]:
+        argv[first:] = [*argv[first + 1 :], "--help"]  # as git and others have it
     if first < len(argv) and not argv[first].startswith("-"):
         argv[first] = argv[first].replace("_", "-")  # a verb as Python's function is called
     if argv[first : first + 1] == ["run"] and argv[first + 1 : first + 2] not in (["-h"], ["--help"]):
         return argparse.Namespace(verb="run", run=recipes.run, script=argv[first + 1 :], flags={}, **counts)
-    return parser().parse_args(argv)
+    top = parser()
+    arguments, left = top.parse_known_args(argv)
+    if left:
+        own = getattr(arguments, "parsed_by", top)
+        own.error(left_over(left, own))
+    return arguments
+
+
+def _named(arguments: argparse.Namespace) -> str:
+    """Return the verb as it was typed: ``bundle ls``."""
+    return " ".join(filter(None, (arguments.verb, getattr(arguments, "what", None))))
 
 
 @contextmanager
@@ -98,7 +111,7 @@ def _spoken(arguments: argparse.Namespace) -> Iterator[None]:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         if arguments.verb not in UNSPOKEN:
-            stack.enter_context(spoken_warnings(arguments.verb, arguments.flags))
+            stack.enter_context(spoken_warnings(_named(arguments), arguments.flags))
         first = os.environ.get("RANK", "0") == "0"
         stack.enter_context(pulse(arguments.verb, first and arguments.verb in WITH_BARS and not arguments.quiet))
         yield

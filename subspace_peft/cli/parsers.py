@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import shutil
+import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .examples import EXAMPLES
 
@@ -20,6 +21,30 @@ SOURCES, SIZE, METHOD = "sources", "size", "how it is built"
 STORED, OUTPUT, BASE = "what is stored", "output", "base model"
 TASKS, HUB, RUNS = "tasks to carry over", "on the Hub", "how it runs"
 GROUPS = (SOURCES, SIZE, METHOD, STORED, TASKS, BASE, HUB, OUTPUT, RUNS)
+
+
+# what people type after other tools → what it is called here
+MEANT = {
+    "check": ("validate",),
+    "convert": ("project", "export-lora"),
+    "copy": ("cp",),
+    "create": ("build", "bundle create"),
+    "delete": ("cache rm",),
+    "doctor": ("env",),
+    "extract": ("bundle extract",),
+    "info": ("inspect", "env"),
+    "list": ("bundle ls", "cache ls"),
+    "ls": ("bundle ls", "cache ls"),
+    "merge": ("export-lora",),
+    "remove": ("cache rm",),
+    "rm": ("cache rm",),
+    "show": ("inspect",),
+    "stats": ("inspect", "report"),
+    "train": ("run",),
+    "upload": ("push",),
+    "verify": ("validate", "cache verify"),
+    "version": ("--version", "env"),
+}
 
 
 class Formatter(argparse.HelpFormatter):
@@ -48,12 +73,27 @@ class Parser(ArgumentParser):
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, formatter_class=Formatter, **more)
         self._optionals.title = "options"
+        self._unknown: list[str] = []
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
         """Parse arguments, ``--base_model`` as ``--base-model``."""
-        return super().parse_known_args(None if args is None else [self._hyphened(each) for each in args], namespace)
+        given = [self._hyphened(each) for each in (sys.argv[1:] if args is None else args)]
+        self._unknown = [each for each in given if self._is_unknown(each)]
+        return super().parse_known_args(given, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and exit; of a required option that is misspelt, how it is spelt."""
+        if self._unknown and message.startswith("the following arguments are required"):
+            message = left_over(self._unknown, self)
+        super().error(message)
+
+    def _is_unknown(self, argument: str) -> bool:
+        flag = argument.partition("=")[0]
+        return (
+            flag.startswith("--") and flag != "--" and not any(k.startswith(flag) for k in self._option_string_actions)
+        )
 
     def _hyphened(self, argument: str) -> str:
         flag, equals, value = argument.partition("=")
@@ -107,11 +147,43 @@ def _verbs(verbs: Any, width: int) -> Iterable[str]:
 def unknown(value: str, known: Iterable[str], prog: str) -> str:
     """Return what is said of a verb that there is not, with those that are near it."""
     known = list(known)
-    near = (
-        difflib.get_close_matches(value, known, 3, 0.5) or [name for name in known if name.startswith(value[:3])][:3]
-    )
-    meant = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"there is no verb {value!r}.{meant} `{prog} --help` lists them all."
+    first, _, rest = value.partition("-")
+    if first in known and rest and len(prog.split()) == 1:
+        near = [f"{first} {rest}"] if f"{first} {rest}" in EXAMPLES else [first]
+    elif value in MEANT and len(prog.split()) == 1:
+        near = list(MEANT[value])
+    else:
+        near = difflib.get_close_matches(value, known, 3, 0.5)
+        near = near or [name for name in known if name.startswith(value[:3])][:3]
+    return f"there is no verb {value!r}.{_meant(near)} `{prog} --help` lists them all."
+
+
+def left_over(words: Sequence[str], parser: ArgumentParser) -> str:
+    """Return what is said of arguments that a verb does not take, with the options that are near them.
+
+    Args:
+        words: the arguments, as they were typed.
+        parser: of the verb.
+    """
+    flag = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    if flag is None:
+        many = any(action.nargs in ("+", "*") for action in parser._actions if not action.option_strings)
+        remedy = " Name all of them in one place, before or after the options." if many else ""
+        count = "argument" if len(words) == 1 else "arguments"
+        return f"{len(words)} {count} too many: {' '.join(words[:3])}{' …' if len(words) > 3 else '.'}{remedy}"
+    known = [each for each in parser._option_string_actions if each not in ("-h", "--help")]
+    letters = flag.lstrip("-").lower()
+    near = [each for each in known if each.lstrip("-").lower() == letters]
+    if len(letters) == 1:
+        near = list(dict.fromkeys([*near, *(each for each in known if each.startswith(f"--{letters}"))]))[:3]
+    long = [each for each in known if each.startswith("--")]
+    near = near or [each for each in long if letters.startswith(each[2:]) or each[2:].startswith(letters)]
+    near = near or difflib.get_close_matches(f"--{letters}".replace("_", "-"), long, 2, 0.7)
+    return f"there is no option {flag}.{_meant(near)} `{parser.prog} --help` lists them all."
+
+
+def _meant(near: Sequence[str]) -> str:
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def grouped(parser: ArgumentParser, title: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import Namespace
+from contextlib import nullcontext, redirect_stdout
 
 from .common import Add, add_json, add_out, print_json, print_table, refuse_idle
 from .parsers import OUTPUT, RUNS, grouped
@@ -67,9 +68,11 @@ def demo(args: Namespace) -> int:
     """Go the whole path on real data."""
     from ..recipes import load_recipe
 
-    results = load_recipe("demo").run_demo(
-        args.out, stage=args.stage, seed=args.seed, quick=args.quick, progress=not args.quiet
-    )
+    # what it says on its way goes beside the JSON, not before it
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        results = load_recipe("demo").run_demo(
+            args.out, stage=args.stage, seed=args.seed, quick=args.quick, progress=not args.quiet
+        )
     return print_json(results) if args.json else 0
 
 

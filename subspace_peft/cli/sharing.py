@@ -128,9 +128,7 @@ def cache(args: Namespace) -> int:
     from ..basis.dependents import dependents_of, named_dependents
 
     if args.what == "rm" and not args.fingerprint and not args.all:
-        raise SubspaceError(
-            "cache rm: give the beginning of a fingerprint, or --all. `subspace-peft cache ls` lists them."
-        )
+        raise SubspaceError("give the beginning of a fingerprint, or --all. `subspace-peft cache ls` lists them.")
     if args.what == "rm" and args.fingerprint:
         refuse_idle(args, "--all", f"beside a fingerprint: only {', '.join(args.fingerprint)} would be removed")
     chosen = [kept.find_entry(start) for start in args.fingerprint] or list(kept.entries())

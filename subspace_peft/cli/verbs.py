@@ -59,7 +59,7 @@ def parser() -> ArgumentParser:
     for name, verb in verbs_of(top).items():
         if name not in SILENT:
             add_verbosity(verb)
-        verb.set_defaults(flags=flags_of_verb(verb))
+        verb.set_defaults(flags=flags_of_verb(verb), parsed_by=verb)
         shorten_usage(verb)
     for name in ("bundle", "cache"):
         shorten_usage(verbs.choices[name])

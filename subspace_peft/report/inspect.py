@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .._io.hints import hint
 from .._shown import Facts
 from ..basis.arrays import StoredReader
 from ..basis.base_weights import NOT_RECORDED, recorded_weights
@@ -41,7 +42,9 @@ def inspect_path(path: str | Path, *, verify: bool = True) -> Facts:
         from ..tasks.pipeline_task import check_one_task
 
         check_one_task(folder)
-        raise SubspaceError(f"{folder}: neither a basis ({CONFIG_FILE}) nor a task (adapter_config.json) is in there.")
+        raise SubspaceError(
+            f"{folder}: neither a basis ({CONFIG_FILE}) nor a task (adapter_config.json) is in there.{hint(folder)}"
+        )
     try:
         basis = open_to_look(folder if folder.exists() else path)
     except BasisNotFoundError as error:

@@ -108,8 +108,9 @@ def load_adapter(
     except ValueError as error:
         raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
     if not isinstance(config, SubspaceConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise SubspaceError(
-            f"{task}: its peft_type is {config.peft_type}, not SUBSPACE. A LoRA is loaded by the model's own"
+            f"{task}: its peft_type is {kind}, not SUBSPACE. A LoRA is loaded by the model's own"
             " load_lora_adapter, or projected into a basis by `project_lora` first."
         )
     # transformers takes an empty name for "default"

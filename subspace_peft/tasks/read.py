@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from .._adapted import active_adapter, unwrapped
+from .._io.hints import hint
 from .._moved import moved_name
 from .._shown import Shown, Table, core_table, fingerprint, short
 from ..basis import ModuleBasis, SubspaceBasis
@@ -116,7 +117,8 @@ def read_tensors(
             raise SubspaceError(f"The model has no adapter {name!r}; it has {', '.join(sorted(task.peft_config))}.")
         config = task.peft_config[name]
         if not isinstance(config, SubspaceConfig):
-            raise SubspaceError(f"adapter {name!r}: its peft_type is {config.peft_type}, not SUBSPACE.")
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise SubspaceError(f"adapter {name!r}: its peft_type is {kind}, not SUBSPACE.")
         config = without_wrappers(config)
         return config, get_peft_model_state_dict(task, adapter_name=name), basis_in(task, name) or config.resolve()
     if adapter_name is not None:
@@ -134,7 +136,8 @@ def read_tensors(
         # PEFT raises this for a folder or repository without an adapter_config.json
         raise SubspaceError(f"{task}: {error}. Pass the folder or Hub id of a saved task.") from error
     if not isinstance(config, SubspaceConfig):
-        raise SubspaceError(f"{task}: its peft_type is {config.peft_type}, not SUBSPACE.")
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise SubspaceError(f"{task}: its peft_type is {kind}, not SUBSPACE.{hint(task)}")
     return config, load_file(weights_of(task, config.loaded_from.folder)), config.resolve()
 
 

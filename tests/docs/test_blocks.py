@@ -110,7 +110,7 @@ def test_a_good_page_has_no_faults_and_all_is_counted(folder: Path, capsys: pyte
         ("<!-- no-run: x -->\n```python\nf(\n```", "SyntaxError"),
         ("<!-- norun: x -->\n```python\n1\n```", "no such mark"),
         ("<!-- varies: x -->\n```text\n1\n```", "no block that printed"),
-        ("```bash\nsubspace-peft build loras/* --oot b\n```", "unrecognized arguments: --oot"),
+        ("```bash\nsubspace-peft build loras/* --oot b\n```", "there is no option --oot. Did you mean --out?"),
         ("```bash\nsubspace-peft inspekt my-basis\n```", "inspekt"),
         ("```bash\nsubspace-peft build loras/* --out b -k 4000\n```", "ends with 1"),
         ("```console\n$ subspace-peft inspect tests-page.md\n```", None),  # what it reads is not there: only parsed
