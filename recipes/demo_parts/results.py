@@ -93,12 +93,13 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     often = {"above": "more often than", "level": "about as often as", "below": "less often than"}[beside_lora]
     noise = ", within the noise" if beside_lora == "level" else ""
     one = "a new task" if len(tasks) == 1 else f"each of {len(tasks)} new tasks"
-    lines = [
-        f"In one sentence: trained in the basis that {adapters} LoRA adapters share, {one} took {ours:,} bytes in"
-        f" place of a LoRA's {lora:,}, and was right {often} the LoRA ({_points(gap)} of accuracy{noise})."
-    ]
+    saved = (
+        f"In one sentence: trained in the basis that {adapters} LoRA adapters share, {one} took {ours:,} bytes beside"
+        f" its last layer, in place of a LoRA's {lora:,}"
+    )
     if results["quick"]:
-        return [*lines, "This was the quick version, on so few examples that its scores mean nothing."]
+        return [f"{saved}.", "This was the quick version, on so few examples that its scores mean nothing."]
+    lines = [f"{saved}, and was right {often} the LoRA ({_points(gap)} of accuracy{noise})."]
     to_random, beside_random = reading(tasks, "this basis", "random basis")
     to_head, beside_head = reading(tasks, "this basis", "head only")
     apart = (
@@ -124,7 +125,7 @@ def headline(results: Mapping[str, Any]) -> list[str]:
 
 
 def _points(gap: float) -> str:
-    return f"{100 * gap:+.1f} points"
+    return f"{round(100 * gap, 1) + 0.0:+.1f} points"  # a -0.0 becomes +0.0
 
 
 def _mean_size(tasks: Sequence[Mapping[str, Any]], name: str) -> int:

@@ -1,18 +1,21 @@
 """A page's code blocks, found by Sybil and evaluated in order, in one namespace and one folder.
 
-    python                 executed; behind `<!-- no-run: reason; given names -->` compiled, and its names resolved
-                           but for those given
+    python                 executed; behind `<!-- given: names -->` with what `given.py` makes of these names (or
+                           files); behind `<!-- no-run: reason; given names -->` compiled, and its names resolved but
+                           for those given
     text behind a block    compared with what the block printed; behind `<!-- varies: reason -->` all but the numbers
-    bash, console          our commands parsed and, where all that they read is there, run; others: make targets,
+    bash                   our commands parsed and, where all that they read is there, run; others: make targets,
                            extras, scripts and their flags
     yaml, json, toml       parsed
     text, or no language   not code
 
-`subspace-peft …` between backticks in a sentence is parsed too, as far as it goes.
+What Python prints has to be shown behind it. `subspace-peft …` and `make …` between backticks in a sentence are parsed
+too, as far as they go.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import io
@@ -30,6 +33,7 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from subspace_peft.cli.language import verbs_of
 
 from . import commands, names
+from .given import MAKERS
 from .stand_ins import Folder
 
 DATA: dict[str, Callable[[str], object]] = {
@@ -37,13 +41,17 @@ DATA: dict[str, Callable[[str], object]] = {
     "json": json.loads,
     "toml": commands.tomllib.loads,
 }
-SHELLS = ("bash", "console")
 PROSE = ("text", "")
-FENCE = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*)[^\n]*\n"))
+MARKS = ("no-run", "varies", "given")
+FENCE = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[^\n]*)\n"))
+# code that no fence holds, so that no region is made of it
+UNFENCED = re.compile(r"\n\n((?: {4}|\t)(?:>>> |\$ |import |from \w+ import|subspace-peft |pip |print\()[^\n]*)")
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 MARK = re.compile(r"<!-- ([\w-]+): ([^\n]+) -->\s*$")
 # what a page says about itself, without saying what to type: `subspace-peft build`, `bundle create|add`
-INLINE = re.compile(r"(?<!`)`(subspace-peft [^`\n]+)`(?!`)")
+INLINE = re.compile(r"(?<!`)`((?:subspace-peft|make) [^`\n]+)`(?!`)")
+# what needs the method to be known, which importing the package makes it; the tests' own process knows it already
+LOADS = re.compile(r"(?:^|\.)(?:(?:Auto)?Peft\w+\.from_pretrained|load_adapter)$")
 
 
 class Page:
@@ -57,6 +65,9 @@ class Page:
     def __init__(self, file: Path, folder: Folder | None = None) -> None:
         self.folder, self.counts = folder, Counter[str]()
         self.printed: tuple[int, str] | None = None  # where the block ended that printed last, and what
+        self.given = False  # whether what the page leaves to its reader has been made
+        self.imported = False  # whether a block that stands before has imported the package
+        self.unseen: tuple[int, str] | None = None  # where the block before ended whose output is not known, and why
         self.document = Document.parse(str(file), self.regions)
 
     def regions(self, document: Document) -> Iterable[Region]:
@@ -68,43 +79,82 @@ class Page:
 
     def evaluate(self, example: Example) -> str | None:
         """Sybil's evaluator: what is wrong with a block, or None."""
-        language, source = example.region.lexemes["language"], str(example.parsed)
+        language, source = example.region.lexemes["language"].strip(), str(example.parsed)
         mark = MARK.search(self.document.text, 0, example.start)
         kind, reason = mark.groups() if mark else (None, None)
-        if kind not in (None, "no-run", "varies"):
-            return f"no such mark as {kind!r}, only no-run and varies"
+        if kind not in (None, *MARKS):
+            return f"no such mark as {kind!r}, only {', '.join(MARKS)}"
         before, self.printed = self.printed, None
+        unseen, self.unseen = self.unseen, None
         if language == "python":
-            given = re.findall(r"\w+", reason.partition("; given ")[2]) if kind == "no-run" else []
-            return self.python(example, source, ran=kind != "no-run", given=given)
-        if language in SHELLS:
-            return self.shell(example, source, language, ran=kind != "no-run")
+            return self.python(example, source, kind, reason)
+        if language == "bash":
+            return self.shell(example, source, ran=kind != "no-run")
         if language in DATA:
             DATA[language](source)
             self.counts["data parsed"] += 1
             return None
         if language not in PROSE:
-            return f"a block of {language!r} is not checked; known are python, bash, console, yaml, json, toml, text"
+            return f"a block of {language!r} is not checked; known are python, bash, yaml, json, toml, text"
         if before is not None and self.follows(before[0], example.start):
             return self.output(before[1], source, varies=kind == "varies")
+        if unseen is not None and self.follows(unseen[0], example.start):
+            return f"nothing can be compared with this output: {unseen[1]}"
         return f"it is no output: no block that printed stands before it ({reason})" if kind == "varies" else None
 
-    def python(self, example: Example, source: str, ran: bool, given: list[str]) -> str | None:
+    def python(self, example: Example, source: str, kind: str | None, reason: str | None) -> str | None:
         """Execute a block, or resolve its names."""
-        if not ran:
+        faults = self.loads_before_import(source)
+        if kind == "no-run":
+            given = re.findall(r"\w+", str(reason).partition("; given ")[2])
             self.counts["Python resolved"] += 1
-            return "; ".join(names.resolve(source, example.namespace, given)) or None
+            self.unseen = example.region.end, "the block is not run"
+            return "; ".join(faults + names.resolve(source, example.namespace, given)) or None
+        if kind == "given":
+            faults += self.give(example.namespace, re.split(r",\s*", str(reason)))
         said = io.StringIO()
         with self.prepared(source), contextlib.redirect_stdout(said):
             PythonEvaluator()(example)
         self.counts["Python executed"] += 1
         self.printed = example.region.end, said.getvalue()
-        return None
+        return "; ".join(faults + self.output_that_is_not_shown(example, said.getvalue())) or None
 
-    def shell(self, example: Example, source: str, language: str, ran: bool) -> str | None:
+    def give(self, namespace: dict[str, object], wanted: list[str]) -> list[str]:
+        """Put what a page leaves to its reader into `namespace`, once for all of its blocks."""
+        page = Path(self.document.path).stem
+        if page not in MAKERS or self.folder is None:
+            return [f"nothing is made for {page}: see given.py"]
+        if not self.given:
+            self.given = True
+            namespace.update(MAKERS[page](self.folder.root))
+            self.folder.own.clear()  # of another basis, perhaps; what is made is what there is
+        return [f"no {name} is made" for name in wanted if name not in namespace and not Path(name).exists()]
+
+    def loads_before_import(self, source: str) -> list[str]:
+        """Return what a fresh process would refuse: a task that is loaded where the method is not known yet."""
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                self.imported |= any(name.name.split(".")[0] == "subspace_peft" for name in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                self.imported |= str(node.module).split(".")[0] == "subspace_peft"
+        called = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        return [
+            f"{name} before subspace_peft is imported" for name in called if LOADS.search(name) and not self.imported
+        ]
+
+    def output_that_is_not_shown(self, example: Example, said: str) -> list[str]:
+        """Return a fault where a block prints and the page does not show it; a Trainer's own lines need not be."""
+        own = [line for line in said.splitlines() if line.strip() and not re.match(r"\{'(?:train_|eval_|loss)", line)]
+        following = re.sub(r"^\s*(?:<!--[^\n]*-->\s*)?", "", self.document.text[example.region.end :])
+        return (
+            ["the page does not show what it prints: " + own[0]] if own and not following.startswith("```text") else []
+        )
+
+    def shell(self, example: Example, source: str, ran: bool) -> str | None:
         """Check the commands of a block, and run those that can be."""
         faults, said, complete = [], [], ran
-        for words in commands.commands(source, language):
+        for words in commands.commands(source):
             ours = commands.after_program(words)
             found = commands.check_other(words) if ours is None else None
             if ours is None:
@@ -124,8 +174,10 @@ class Page:
             said.append(printed)
             if status:
                 faults.append(f"`subspace-peft {' '.join(ours)}` ends with {status}: {errors.strip()}")
-        if complete and language == "bash":
+        if complete:
             self.printed = example.region.end, "".join(said)
+        else:
+            self.unseen = example.region.end, "not all of the commands before it are run"
         return "\n".join(faults) or None
 
     @contextlib.contextmanager
@@ -154,7 +206,10 @@ class Page:
     def inline(self) -> list[str]:
         """Return what is wrong with the commands that stand in sentences and tables."""
         blocks = [(region.start, region.end) for _, region in self.document.regions]
-        faults = []
+        faults = [
+            f"code without a fence is not checked: {found[1].strip()}"
+            for found in UNFENCED.finditer(self.document.text)
+        ]
         for found in INLINE.finditer(self.document.text):
             if not any(start <= found.start() < end for start, end in blocks):
                 self.counts["commands in sentences"] += 1
@@ -164,6 +219,8 @@ class Page:
 
 def check_mention(command: str) -> list[str]:
     """Return what is wrong with a command in a sentence: its verb, its flags and, where it is whole, its arguments."""
+    if command.startswith("make "):
+        return commands.check_other(command.split()) or []
     words = command.replace("\\|", "|").split()[1:]
     known = verbs_of(commands.our_parser())
     if words[0].startswith("-"):

@@ -30,13 +30,9 @@ NOT_RUN = ("push", "demo", "run", "cache rm")
 READ = ("basis", "fleet", "tasks", "config", "from_config", "old_basis", "like", "with_", "facts")
 
 
-def commands(source: str, language: str) -> Iterator[list[str]]:
-    """Yield the words of each command of a block; of a console's, the lines behind a prompt are."""
-    text = source.replace("\\\n", " ")
-    lines = text.splitlines()
-    if language == "console":
-        lines = [line[2:] for line in lines if line.startswith("$ ")]
-    for line in lines:
+def commands(source: str) -> Iterator[list[str]]:
+    """Yield the words of each command of a block."""
+    for line in source.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
         lexer.whitespace_split = True
         words: list[str] = []

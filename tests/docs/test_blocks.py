@@ -113,7 +113,26 @@ def test_a_good_page_has_no_faults_and_all_is_counted(folder: Path, capsys: pyte
         ("```bash\nsubspace-peft build loras/* --oot b\n```", "there is no option --oot. Did you mean --out?"),
         ("```bash\nsubspace-peft inspekt my-basis\n```", "inspekt"),
         ("```bash\nsubspace-peft build loras/* --out b -k 4000\n```", "ends with 1"),
-        ("```console\n$ subspace-peft inspect tests-page.md\n```", None),  # what it reads is not there: only parsed
+        ("```bash\nsubspace-peft inspect tests-page.md\n```", None),  # what it reads is not there: only parsed
+        ("```console\n$ subspace-peft inspect my-basis\n```", "'console' is not checked"),
+        ('```python title="x"\nf(\n```', "is not checked"),
+        ("```{.python}\nf(\n```", "is not checked"),
+        ("``` python\nf(\n```", "SyntaxError"),
+        ("~~~python\nf(\n~~~", "SyntaxError"),
+        ("- a\n\n    ```python\n    f(\n    ```", "SyntaxError"),
+        ("As here:\n\n    subspace-peft inspekt my-basis\n", "code without a fence"),
+        ("```python\nprint(1)\n```\n\nIt prints.", "the page does not show what it prints: 1"),
+        (
+            "```bash\npip install . && subspace-peft inspect my-basis\n```\n\n```text\nall\n```",
+            "nothing can be compared",
+        ),
+        ("<!-- no-run: x -->\n```python\nprint(1)\n```\n\n```text\n2\n```", "nothing can be compared"),
+        (
+            "```python\nfrom peft import PeftModel\n\ndef load(base):\n"
+            '    return PeftModel.from_pretrained(base, "my-task")\n```',
+            "PeftModel.from_pretrained before subspace_peft is imported",
+        ),
+        ("<!-- given: x -->\n```python\n1\n```", "nothing is made for page"),
         ("```bash\nmake damo\n```", "make has no target damo"),
         ('```bash\npip install ".[damo]"\n```', "no extra damo"),
         ("```bash\npip install -c constraint.txt .\n```", "no file constraint.txt"),
@@ -122,6 +141,7 @@ def test_a_good_page_has_no_faults_and_all_is_counted(folder: Path, capsys: pyte
         ("```yaml\na: [\n```", "ParserError"),
         ("```ruby\n1\n```", "is not checked"),
         ("`subspace-peft inspekt my-basis`", "no verb inspekt"),
+        ("`make damo`", "make has no target damo"),
         ("`subspace-peft build loras/* --oot b`", "no --oot"),
         ("`subspace-peft export-lora my-task`", "--out"),
     ],
