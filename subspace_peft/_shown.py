@@ -91,13 +91,13 @@ class Facts(dict[str, Any], Shown):
     def _shown_facts(self) -> Iterable[tuple[str, Any]]:
         told = [key for key in self.FIRST if self.get(key) is not None]
         for key in told:
-            yield key, _counted(self[key], 24)
+            yield key, _in_short(key, self[key])
         if more := sum(value is not None for value in self.values()) - len(told):
             yield "and", f"{more} more"
 
     def _repr_html_(self) -> str:
         keys = dict.fromkeys([*(key for key in self.FIRST if key in self), *self])
-        rows = [(key, _counted(self[key], 60)) for key in keys if self[key] is not None]
+        rows = [(key, _in_short(key, self[key])) for key in keys if self[key] is not None]
         return f"<div><strong>{type(self).__name__}</strong>{table(('key', 'value'), rows, len(rows))}</div>"
 
     __repr__ = Shown.__repr__
@@ -153,10 +153,12 @@ def size(count: float | None) -> str | None:
     return f"{count / 1000**power:,.1f} {('', 'kB', 'MB', 'GB')[power]}"
 
 
-def _counted(value: Any, most: int) -> str | None:
+def _in_short(key: str, value: Any) -> str | None:
     if isinstance(value, (dict, list, tuple, set)):
         return str(len(value))
-    return f"{value:.4g}" if isinstance(value, float) else short(str(value), most)
+    if key.endswith("fingerprint"):
+        return fingerprint(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else short(str(value).removeprefix(f"{key}="))
 
 
 def _row(kind: str, cells: Sequence[Any]) -> str:

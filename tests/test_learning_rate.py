@@ -342,6 +342,21 @@ def test_nothing_is_held_and_a_step_costs_nothing():
     assert [place() for place in places] == [None, None]
 
 
+def test_an_optimiser_that_is_never_judged_is_not_held_by_its_parameters():
+    model = model_of()
+    optimizer = torch.optim.AdamW(trained(model), lr=5e-5)
+    for parameter in coefficients(model):
+        # as where each gradient is used as soon as it is there
+        parameter.use = optimizer.step
+        parameter.requires_grad_(False)
+    loop(optimizer)
+    assert learning_rate._looks[optimizer].left
+    place = weakref.ref(optimizer)
+    del model, optimizer, parameter
+    gc.collect()
+    assert place() is None
+
+
 def test_accelerates_optimisers_are_seen():
     from accelerate import Accelerator
 

@@ -192,6 +192,7 @@ def test_facts_stay_a_dict():
         "share",
         "0.1235",
     ]
+    assert repr(Facts(k="k=6", basis_fingerprint="ab" * 32)) == "Facts(k: 6, basis_fingerprint: abababababab…)"
     assert 'title="' in Facts(energy_kept=0.5)._repr_html_()
     assert json.loads(json.dumps(facts)) == dict(facts) == facts and facts["modules"] == {"a": 1, "b": 2}
 
@@ -281,6 +282,11 @@ def test_what_a_basis_and_a_report_say(results, bases):
     report = re.sub(r"\s+", " ", repr(results["FleetReport"]))
     assert re.search(r"energy kept of them: [\d.]+ %", report) and re.search(r"training new tasks: \w+\)$", report)
     assert repr(results["BuildOptions"]) == "BuildOptions(k=4, seed=3)" and repr(Resources()) == "Resources()"
+
+
+def test_a_printed_model_says_how_large_its_cores_are():
+    model = get_peft_model(bert(), SubspaceConfig(basis="random", k=3, target_modules=["query"]))
+    assert "(default): Core(k_out=3, k_in=3)" in str(model)
 
 
 def test_the_configuration_is_shown_as_it_is_called():

@@ -89,6 +89,10 @@ class Coefficients(nn.Module):
         """The trained tensors' dtype."""
         return next(self.parameters()).dtype
 
+    def extra_repr(self) -> str:
+        """Return the core's shape, for a printed model."""
+        return f"k_out={self.k_out}, k_in={self.k_in}"
+
 
 def _note_loaded(module: Coefficients, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     for name in module._parameters:

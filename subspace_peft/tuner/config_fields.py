@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from peft.config import PeftConfig
 
 from .loaded_from import LoadedFrom
+
+T = TypeVar("T")
 
 
 class Default(int):
@@ -253,7 +255,7 @@ class ConfigFields(PeftConfig):
     )
 
 
-def with_field_texts(cls: Any) -> Any:
+def with_field_texts(cls: type[T]) -> type[T]:
     """Add a section ``Args`` to the docstring of a dataclass, with its fields' types, defaults and texts.
 
     ``python -OO`` leaves classes without a docstring, and so does this.

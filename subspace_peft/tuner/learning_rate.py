@@ -82,8 +82,12 @@ class _Open:
     place: int
     rates: Rates
     alpha: float
-    tensors: list[torch.Tensor]
+    tensors: list[weakref.ref[torch.Tensor]]  # which themselves may hold the optimiser
     last: float | None = None
+
+    def held(self) -> list[torch.Tensor]:
+        """Return the tensors."""
+        return [tensor for each in self.tensors if (tensor := each()) is not None]
 
     def judge(self, optimizer: torch.optim.Optimizer) -> bool:
         """Warn of a rate outside the range.
@@ -92,7 +96,7 @@ class _Open:
             Whether it is judged; if not, it is asked for again before the next step.
         """
         # an optimiser may hold what is unfrozen only later
-        if not any(tensor.requires_grad for tensor in self.tensors):
+        if not any(tensor.requires_grad for tensor in self.held()):
             return False
         rate, planned = _rate_of(optimizer.param_groups[self.place])
         low, high = self.rates.least * (1 - SLACK), self.rates.most * (1 + SLACK)
@@ -137,7 +141,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         for each in list(look.left):
             if each.judge(optimizer):
                 look.left.remove(each)
-                look.judged.update(map(id, each.tensors))
+                look.judged.update(map(id, each.held()))
 
 
 def _size(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
@@ -149,13 +153,13 @@ def _unjudged(optimizer: torch.optim.Optimizer, judged: set[int]) -> list[_Open]
     """Return the coefficients that an optimiser holds and that are not `judged`, by group and range."""
     if not _like_adam(optimizer):
         return []
-    found: dict[tuple[int, Rates, float], list[torch.Tensor]] = {}
+    found: dict[tuple[int, Rates, float], list[weakref.ref[torch.Tensor]]] = {}
     owners = {id(p): (module, name) for module in list(_watched) for name, p in module.named_parameters()}
     for place, group in enumerate(optimizer.param_groups):
         for tensor in group["params"]:
             for module, name in _owners(tensor, owners) if id(tensor) not in judged else ():
                 if _counts(module, name):
-                    found.setdefault((place, *_rates_of(module, name)), []).append(tensor)
+                    found.setdefault((place, *_rates_of(module, name)), []).append(weakref.ref(tensor))
     return [_Open(*key, tensors) for key, tensors in found.items()]
 
 
