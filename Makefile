@@ -16,7 +16,8 @@ DEMO_STAMP := $(VENV)/.installed-demo
 
 help:  ## print this list
 	@echo "make TARGET; on a fresh machine each target first makes $(VENV), by $(PYTHON):"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@while IFS= read -r line; do case "$$line" in \
+	  [a-z]*:*"## "*) printf '  %-11s %s\n' "$${line%%:*}" "$${line##*## }";; esac; done < $(firstword $(MAKEFILE_LIST))
 	@echo "PYTHON=python3.12 takes another Python, VENV=folder another environment. On Linux the usual index serves torch"
 	@echo "for NVIDIA GPUs, 2.7 GB to fetch: PIP_EXTRA_INDEX_URL=address of PyTorch's index for CPUs makes it 0.2 GB."
 
@@ -36,9 +37,10 @@ define install
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
 	  $(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV)
 	@echo "Installing what \`make $(MAKECMDGOALS)\` needs into $(VENV): 1.6 to 2.5 GB on the disk, more with torch for GPUs."
+	@echo "That takes some minutes, in which pip says nothing."
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet $(constraint) --editable ".[$(1)]"
-	@touch $@
+	@echo > $@
 endef
 
 $(STAMP): pyproject.toml constraints.txt

@@ -64,6 +64,14 @@ def test_make_alone_prints_all_targets(checkout):
     assert {"demo", "test", "test-slow", "lint", "docs", "package"} <= set(printed)
 
 
+def test_help_needs_nothing_but_make(checkout):
+    (checkout / "nothing").mkdir()
+    command = [shutil.which("make"), "-C", str(checkout), "--no-print-directory", "SHELL=/bin/sh"]
+    said = subprocess.run(command, capture_output=True, encoding="utf-8", env={"PATH": str(checkout / "nothing")})
+    assert (said.returncode, said.stderr) == (0, "")
+    assert re.search(r"^  demo +the main job", said.stdout, flags=re.MULTILINE)
+
+
 def test_continuous_integration_runs_targets_that_there_are():
     run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     targets = re.findall(r"^make ([a-z-]+)$", run, flags=re.MULTILINE)
@@ -92,7 +100,8 @@ def test_a_machine_without_python_is_told_so(checkout):
 
 
 def test_an_installation_is_made_once(checkout):
-    assert "Installing what `make .venv/.installed` needs" in make(checkout, ".venv/.installed").stdout
+    said = make(checkout, ".venv/.installed").stdout
+    assert "Installing what `make .venv/.installed` needs" in said and "minutes, in which pip says nothing" in said
     assert [line.split("--")[-1] for line in asked(checkout)] == ["-m venv .venv", "editable .[dev]"]
     assert "constraint constraints.txt" in asked(checkout)[1]
     make(checkout, ".venv/.installed")

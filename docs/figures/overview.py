@@ -25,9 +25,9 @@ STYLE = """
   .page { fill: #ffffff; stroke: #d0d7de }
   .lora { fill: #cfd6de; stroke: #8c959f }
   .basis { fill: #0b6b8a }
-  .task { fill: #e58e26 }
-  .bar { fill: #b8c1cb }
-  .ours { fill: #e58e26 }
+  .task { fill: #cc7014 }
+  .bar { fill: #87919c }
+  .ours { fill: #cc7014 }
   .arrow { stroke: #57606a; stroke-width: 3; fill: none; marker-end: url(#head) }
   .head { fill: #57606a }
   .line { stroke: #d0d7de }
@@ -37,7 +37,8 @@ STYLE = """
     .page { fill: #0d1117; stroke: #30363d }
     .lora { fill: #3d4650; stroke: #7d8794 }
     .basis { fill: #2f9dc0 }
-    .bar { fill: #4d5763 }
+    .task, .ours { fill: #e58e26 }
+    .bar { fill: #626d79 }
     .arrow { stroke: #9aa5b1 }
     .head { fill: #9aa5b1 }
     .line { stroke: #30363d }

@@ -90,6 +90,30 @@ def test_the_picture_is_what_its_script_draws():
     ]
 
 
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_can_be_read(scheme: str) -> None:
+    """Text has a contrast of 4.5 to its ground and what the shapes are told by one of 3, as WCAG asks."""
+    light, dark = runpy.run_path(str(FIGURE))["STYLE"].split("@media (prefers-color-scheme: dark)")
+    colours: dict[str, str] = {}
+    for rules in (light,) if scheme == "light" else (light, dark):
+        for names, style in re.findall(r"^ *([.\w, ]+) {([^}]*)}", rules, flags=re.MULTILINE):
+            for name in names.split(", "):
+                found = re.findall(r"(?:^|[ ;])(fill|stroke): (#\w{6})", style)
+                colours |= {f"{name} {part}": colour for part, colour in found}
+    ground = colours[".page fill"]
+    least = {"text fill": 4.5, ".small fill": 4.5, ".lora stroke": 3, ".arrow stroke": 3, ".head fill": 3}
+    least |= {f"{name} fill": 3 for name in (".basis", ".task", ".bar", ".ours")}
+    for name, wanted in least.items():
+        lighter, darker = sorted((luminance(colours[name]), luminance(ground)), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= wanted, (name, colours[name], ground)
+
+
 def test_the_picture_is_described_in_the_same_figures():
     (described,) = re.findall(r'<img src="docs/figures/overview.svg"[^>]* alt="([^"]*)"', README.read_text())
     found = runpy.run_path(str(FIGURE))["figures"]()
