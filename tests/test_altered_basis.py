@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.basis.basis import alive
 from subspace_peft.basis.resolve import resolve_basis
-from subspace_peft.errors import SubspaceError
+from subspace_peft.errors import BadFileError, SubspaceError
 
 from .test_build import fleet
 
@@ -87,3 +88,21 @@ def test_nothing_is_kept_alive_by_it(tmp_path):
     del basis
     gc.collect()
     assert alive(fingerprint) is None
+
+
+def test_a_damaged_copy_does_not_hide_a_whole_one(tmp_path):
+    """Its error may keep the damaged basis alive: a notebook keeps the last one."""
+    basis = fresh(tmp_path, 900)
+    damaged = shutil.copytree(tmp_path / "basis", tmp_path / "damaged")
+    raw = bytearray((damaged / "basis.safetensors").read_bytes())
+    raw[-1] ^= 16
+    (damaged / "basis.safetensors").write_bytes(bytes(raw))
+    asked = basis.fingerprint
+    del basis
+    gc.collect()
+    broken = SubspaceBasis.from_pretrained(damaged)
+    assert alive(asked) is broken
+    with pytest.raises(BadFileError, match="altered or damaged"):
+        dict(broken)
+    found = resolve_basis(str(tmp_path / "basis"), fingerprint=asked)
+    assert found is not broken and len(dict(found)) == len(broken)

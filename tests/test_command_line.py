@@ -245,3 +245,13 @@ def test_bash_completes_verbs_flags_choices_and_places(tmp_path, capsys):
     )
     assert [set(line.split()) for line in done.stdout.splitlines()] == list(wanted.values()), done.stderr
     assert Path(tmp_path, "script").read_text().startswith("# bash: eval")
+
+
+def test_an_empty_place_is_not_the_working_directory(tmp_path, monkeypatch, capsys):
+    """An unset variable in a script, `--out "$OUT"`, would have written a basis over whatever lies here."""
+    monkeypatch.chdir(tmp_path)
+    for line in (["build", "x", "--out", ""], ["compress", "x", "--basis", "b", "--out", " "]):
+        with pytest.raises(SystemExit) as left:
+            main(line)
+        assert left.value.code == 2 and "argument --out: it is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -149,7 +149,7 @@ def test_exports_that_cannot_be(task, tmp_path, arguments, message):
 
 def test_a_lora_is_no_task(fleets, tmp_path):
     for refuse in (lambda: export_lora(fleets[bert][0], tmp_path / "x"), lambda: inspect_path(fleets[bert][0])):
-        with pytest.raises(SubspaceError, match="not SUBSPACE"):
+        with pytest.raises(SubspaceError, match="peft_type is LORA, not SUBSPACE"):
             refuse()
 
 

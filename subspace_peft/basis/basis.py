@@ -17,7 +17,7 @@ from .._shown import Shown, Table, fingerprint, short
 from ..base_names import read_name
 from ..cards import Place
 from ..energy import EnergyRecord, percent
-from ..errors import BasisMismatchError, SubspaceError
+from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..hub import check_repo_id, upload
 from . import cache
 from .alteration import altered, marks_of, rehashed
@@ -97,7 +97,13 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
     # -- mapping ----------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> ModuleBasis:
-        return self._modules.module(name)
+        try:
+            return self._modules.module(name)
+        except BadFileError:
+            # another copy of the basis may be whole: what looks for the fingerprint is to find that one
+            if _alive.get(self.fingerprint) is self:
+                del _alive[self.fingerprint]
+            raise
 
     def __contains__(self, name: object) -> bool:
         return name in self._modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +56,14 @@ def add_json(verb: ArgumentParser) -> None:
 
 def add_out(verb: ArgumentParser, help: str, **more: Any) -> None:
     """Add the flag of the folder to be written."""
-    grouped(verb, OUTPUT).add_argument("--out", metavar="FOLDER", help=help, **more)
+    grouped(verb, OUTPUT).add_argument("--out", metavar="FOLDER", help=help, type=_place, **more)
+
+
+def _place(text: str) -> str:
+    """Return a place to write to. An empty one is the working directory to Python, and an unset variable to a user."""
+    if not text.strip():
+        raise ArgumentTypeError("it is empty, as where a variable is not set. Give a folder; '.' is this one")
+    return text
 
 
 def add_force(verb: ArgumentParser, what: str = "such as another basis, a LoRA or a bundle") -> None:

@@ -135,7 +135,8 @@ def push_saved_task(
         raise SubspaceError(
             f"{folder}: it holds no saved subspace task. Give the folder that `save_pretrained` wrote."
         )
-    pin(config, folder.name, config.resolve(), push_basis_to=push_basis_to, force=force, private=private, token=token)
+    how = {"push_basis_to": push_basis_to, "force": force, "private": private, "token": token}
+    pin(config, folder.name, config.resolve(), live=False, **how)
 
     def write(copy: Path, repo: str) -> None:
         shutil.copyfile(folder / WEIGHTS_FILE, copy / WEIGHTS_FILE)
@@ -172,6 +173,7 @@ def pin(
     force: bool = False,
     private: bool | None = None,
     token: str | bool | None = None,
+    live: bool = True,
 ) -> None:
     """Have `config` refer to its basis on the Hub, at a commit.
 
@@ -183,10 +185,12 @@ def pin(
         force: See above.
         private: See above.
         token: See above.
+        live: Whether the task is a model's adapter, or else a folder.
     """
     if basis is None or config.basis_modules is not None or config.save_basis:
         return
-    remedy = f"make the task self-contained (model.peft_config[{name!r}].save_basis = True)"
+    how = f"model.peft_config[{name!r}].save_basis = True" if live else "save it with save_basis=True in its config"
+    remedy = f"make the task self-contained ({how})"
     place = place_on_hub(
         basis, f"task {name!r}", remedy, push_basis_to=push_basis_to, force=force, private=private, token=token
     )
