@@ -4,6 +4,7 @@ in a browser."""
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 import re
@@ -19,8 +20,11 @@ from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.cli import main
 from subspace_peft.errors import OccupiedError, SourceError, SubspaceError
 from subspace_peft.report import null_basis, report_basis
+from subspace_peft.report.headlines import headlines
 from subspace_peft.report.measure import measure_module
-from subspace_peft.report.verdict import useful_k, verdict
+from subspace_peft.report.page import page
+from subspace_peft.report.pays import break_even_on_record
+from subspace_peft.report.verdict import LIMITS, useful_k, verdict, verdict_of
 from subspace_peft.sources.factors import Factors
 
 from .models import bert
@@ -237,10 +241,66 @@ def test_any_basis_can_be_reported(builder):
     if builder == "random":
         # it has no sources of its own, so all adapters are new to it
         assert found.numbers["kept"] is None and found.numbers["kept_of_new"] < 0.05
-        assert "which it was not built from: poor." in found.verdict[0] and "left out" in found.verdict[1]
+        assert "which it was not built from, beside " in found.verdict[0] and ": poor." in found.verdict[0]
+        # the fleet's own basis would hold them: that one is to be built, and nobody is sent into this one
+        assert "about what random directions do" in found.verdict[1] and "of one left out of it" in found.verdict[1]
+        assert "or build a basis of them; for new tasks, build a basis of these adapters" in found.verdict[2]
+        existing, new = headlines(found.numbers, "b", builder)
+        assert "random directions" in existing.beside and "noise" not in existing.beside
+        assert new.word == "unrelated" and new.command.startswith("subspace-peft build ")
+        assert new.share == existing.share == found.numbers["kept_of_new"]
         assert not found.choices["same"]
     else:
         assert found.numbers["kept"] > 0.5
+
+
+@pytest.mark.parametrize("builder", ["random", "base-weights"])
+def test_a_control_is_called_one_everywhere(builder, tmp_path):
+    states = related(n=2)
+    basis = build_basis(states, k=3, progress=False)
+    basis.info |= {"sources": [], "builder": builder}
+    basis.info.pop("measured")
+    found = report_basis(basis, progress=False)
+    said = verdict_of(basis)
+    assert found.verdict == [*said, LIMITS] and "the control" in said[0]
+    for headline, line in zip(headlines(found.numbers, None, builder), said, strict=False):
+        assert headline.sentence == line and headline.advice in said[2] and headline.advice
+    assert said[0] in html.unescape(page(found))
+
+
+def test_no_basis_is_advised_that_saves_no_bytes():
+    one = related(n=1)
+    basis = build_basis(one, k=4, progress=False)
+    said, found = verdict_of(basis), report_basis(basis, one, progress=False)
+    assert "because they are few" in said[0] and "because they are few" in found.verdict[0]
+    for lines in (said, found.verdict):
+        assert "Next: keep this adapter as a LoRA: a basis is for several; " in lines[2]
+    assert not headlines(found.numbers)[0].command
+    # three adapters whose directions a basis has all: their record tells as much as the report adds up
+    three = [{key: value.float() for key, value in state.items()} for state in related(n=3, noise=1.0)]
+    basis = build_basis(three, k=6, progress=False)
+    found = report_basis(basis, three, progress=False)
+    assert break_even_on_record(basis.info, basis.shapes()) == (found.numbers["break_even"], True)
+    assert found.numbers["break_even"] is None or found.numbers["break_even"] > 3
+    for line in (verdict_of(basis)[2], found.verdict[2]):
+        assert "keep these adapters as LoRAs: basis and tasks together take no fewer bytes" in line
+    assert break_even_on_record({"sources": [{}]}, {}) == (None, False)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_the_record_and_the_report_count_the_same_bytes(precision):
+    states = fleet(n=5, out=40, inner=30, r=2, modules=("a.q", "b.v"))
+    basis = build_basis(states, k=3, progress=False).to_precision(precision)
+    even = report_basis(basis, states, progress=False).numbers["break_even"]
+    assert even and break_even_on_record(basis.info, basis.shapes()) == (even, True)
+
+
+def test_adapters_that_share_nothing_are_not_said_to_fit():
+    states = fleet(n=4, out=40, inner=30, r=4, modules=("a.q",))
+    basis = build_basis(states, k=3, progress=False)
+    said = verdict_of(basis)
+    assert ": poor. It keeps of noise about as much" in said[0] and "they fit" not in said[0].lower()
+    assert said[2].startswith("Next: keep these adapters as LoRAs; ")
 
 
 def test_every_sentence_of_the_verdict():

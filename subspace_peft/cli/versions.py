@@ -148,7 +148,7 @@ def update(args: Namespace) -> int:
         "skipped": new.info["skipped"],
         **new.info["update"],
         "tasks": tasks.write(new),
-        "verdict": verdict_on_record(new.info, str(args.out)),
+        "verdict": verdict_on_record(new.info, str(args.out), new.shapes()),
     }
     if args.json:
         return print_json(facts)

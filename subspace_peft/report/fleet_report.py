@@ -34,7 +34,7 @@ from .numbers import basis_facts, measured_numbers, recorded_numbers
 from .page import page
 from .places import seen_from_here
 from .tables import write_tables
-from .verdict import verdict
+from .verdict import LIMITS, verdict, verdict_on_record
 
 SAMPLE = 64
 
@@ -51,7 +51,7 @@ class FleetReport(Shown, ReportFacts):
             value = self.numbers.get(key)
             yield label, None if value is None else percent(value)
         yield "basis", fingerprint(self.basis.get("fingerprint"))
-        for headline in headlines(self.numbers):
+        for headline in headlines(self.numbers, self.made.get("basis"), self.basis.get("builder")):
             yield headline.use.lower(), headline.word
 
     def _shown_table(self) -> Table:
@@ -222,6 +222,10 @@ def _made(basis: SubspaceBasis, command: str) -> dict[str, str]:
 def _from_config(basis: SubspaceBasis, missing: list[dict[str, str]], made: dict[str, str]) -> FleetReport:
     """Return what the basis's config has on record, where no adapter is at hand."""
     numbers = recorded_numbers(basis)
+    if not numbers["built_from"]:
+        controls = verdict_on_record(basis.info, made["basis"] or None, basis.shapes())
+        how = {"modules": [0, len(basis)], "sources": [0, 0]}
+        return FleetReport(basis_facts(basis), numbers, [*controls, LIMITS], skipped=missing, how=how, made=made)
     words = [
         "None of its source adapters is at hand: this is what its config says. Pass the fleet, sources= (--fleet),"
         " to have it measured.",

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..energy import like_noise, percent
+from ..energy import percent
+from .advice import (
+    UNKNOWN,
+    classes,
+    kept_of_any,
+    kept_of_new_tasks,
+    meaning,
+    new_meaning,
+    new_step,
+    of_others,
+    own_is_better,
+    saves_nothing,
+    step,
+)
 from .facts import LEFT_OUT
-from .verdict import COMPRESSED, FEW, NEW_TASKS, NEXT, NEXT_TASKS, UNKNOWN, classes, kept_of_any
+from .places import typed
+from .verdict import control
 
 # by class, what to type
 PACK = {
@@ -53,36 +66,53 @@ class Headline:
     command: str
 
 
-def headlines(numbers: Mapping[str, Any], place: str | None = None) -> tuple[Headline, Headline]:
+def headlines(
+    numbers: Mapping[str, Any], place: str | None = None, builder: str | None = None
+) -> tuple[Headline, Headline]:
     """Return the verdict for compression and the one for new tasks.
 
     Args:
         numbers: those of `ReportFacts`.
         place: where the basis is, as it is seen from the working directory.
+        builder: of the basis.
     """
     place = place or "BASIS"
-    kept, null, left_out, random = kept_of_any(numbers), *(numbers[key] for key in ("null_kept", LEFT_OUT, "random"))
+    kept, random = kept_of_any(numbers), numbers["random"]
+    if kept is None and numbers.get("built_from") == 0:
+        first, second, measure, train = control(builder, typed(place))
+        return (
+            Headline("Compressing adapters", UNKNOWN, None, "", "", first, measure, ""),
+            Headline("Training new tasks", UNKNOWN, None, "", "", second, train, IN_BASIS.format(place=place)),
+        )
     known, ahead = classes(numbers)
-    new = numbers["kept"] is None and kept is not None
+    new, held = of_others(numbers), kept_of_new_tasks(numbers)
+    chance = "" if random is None else f"random directions: {percent(random)}"
+    null = "" if numbers["null_kept"] is None else f"noise of the same strength: {percent(numbers['null_kept'])}"
+    better = f"; a basis of these: {percent(numbers[LEFT_OUT])} of one left out" if own_is_better(numbers) else ""
+    pack = "" if saves_nothing(numbers) else PACK[known]
     return (
         Headline(
             "Compressing these adapters",
             known,
             kept,
             "of their energy is kept, though it was not built from them" if new else "of their energy is kept",
-            "" if null is None else f"noise of the same strength: {percent(null)}",
-            COMPRESSED[known] + (f" {FEW}" if kept is not None and not new and like_noise(kept, null) else ""),
-            NEXT[known],
-            PACK[known].format(place=shlex.quote(place)),
+            chance if new else null,
+            meaning(numbers),
+            step(numbers),
+            pack.format(place=typed(place)),
         ),
         Headline(
             "Training new tasks",
             ahead,
-            left_out,
-            "of an adapter's energy is kept by a basis of the others",
-            "" if random is None or left_out is None else f"random directions: {percent(random)}",
-            NEW_TASKS[ahead],
-            NEXT_TASKS[ahead],
-            TRAIN[ahead].format(place=place),
+            held,
+            "of these adapters' energy is kept, which it was not built from"
+            if new
+            else "of an adapter's energy is kept by a basis of the others",
+            "" if held is None else chance + better,
+            new_meaning(numbers),
+            new_step(numbers),
+            "subspace-peft build ADAPTER … --out my-basis"
+            if own_is_better(numbers)
+            else TRAIN[ahead].format(place=place),
         ),
     )

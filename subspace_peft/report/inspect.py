@@ -93,7 +93,7 @@ def _basis(basis: StoredBasis, verify: bool) -> dict[str, Any]:
     energies = {f"energy_{key}": value for key in SHARES if (value := getattr(record, key)) is not None}
     bounds = {"energy_kept_at_least": True} if record.at_least else {}
     over = {"energy_over_modules": list(record.over_modules)} if record.over_modules else {}
-    said = {"verdict": verdict_on_record(basis.info, basis.location)}
+    said = {"verdict": verdict_on_record(basis.info, basis.location, shapes)}
     return facts | basis.info.get("measured", {}) | energies | bounds | over | said
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from .choices import stored
 from .facts import LEFT_OUT
 from .measure import ModuleFindings
 from .measure_fleet import FleetMeasurement, sources_on_record
+from .pays import break_even
 from .verdict import useful_k
 
 NUMBERS = (
@@ -34,6 +34,7 @@ NUMBERS = (
     "bytes_of_basis",
     "break_even",
     "sources",
+    "built_from",
     "in_seed_groups",
 )
 
@@ -66,7 +67,6 @@ def measured_numbers(
     facts = basis_facts(basis)
     per_lora = choices["bytes_of_loras"] / choices["adapters"]
     alone, per_task = stored(choices, {name: tuple(each["size"]) for name, each in choices["modules"].items()})
-    saved = per_lora - per_task
     return {
         **_energies(basis, fleet, measured),
         "mean_only": mean(e["mean_only"] for e in entries),
@@ -76,9 +76,9 @@ def measured_numbers(
         "bytes_per_lora": round(per_lora),
         "bytes_per_task": facts["bytes_per_task"],
         "bytes_of_basis": facts["bytes"],
-        # N adapters as LoRAs take N·per_lora bytes, in the basis its own and N·per_task
-        "break_even": None if saved <= 0 else math.ceil(alone / saved),
+        "break_even": break_even(alone, per_lora, per_task),
         "sources": len(fleet.sources),
+        "built_from": len(basis.info.get("sources") or []),
         "in_seed_groups": _in_groups(Counter(fleet.groups)),
     }
 
@@ -131,6 +131,7 @@ def recorded_numbers(basis: SubspaceBasis) -> dict[str, Any]:
         "bytes_per_task": facts["bytes_per_task"],
         "bytes_of_basis": facts["bytes"],
         "sources": sum(groups.values()),
+        "built_from": sum(groups.values()),
         "in_seed_groups": _in_groups(groups),
     }
 

@@ -58,7 +58,7 @@ def page(report: ReportFacts) -> str:
     return environment.get_template("page.html.j2").render(
         report=report,
         title=f"Basis report: {last_part(place) if (place := report.basis['location']) else 'a basis in memory'}",
-        cards=headlines(report.numbers, report.made.get("basis")),
+        cards=headlines(report.numbers, report.made.get("basis"), report.basis.get("builder")),
         rows=_rows(report.numbers),
         charts=[each for each in _charts(report) if each.lines],
         left_out=LEFT_OUT,

@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..energy import EXPLAINED, FAITHFUL, RARE, EnergyRecord, like_noise, outlook, percent, word
+from ..energy import EXPLAINED, FAITHFUL, RARE, EnergyRecord, outlook, percent, word
+from .advice import COMPRESSED, fits_like_noise, meaning, new_meaning, new_step, of_others, own_is_better
+from .advice import step as step_of
 from .facts import LEFT_OUT
+from .pays import break_even_on_record
 from .places import typed
 
 if TYPE_CHECKING:
@@ -22,53 +25,6 @@ LIMITS = (
     " task in it beside the head alone, a random basis of equal size and a LoRA, each with its own learning rate (the"
     " recipes' `compare` does that)."
 )
-UNKNOWN = "unknown"  # the class of what was not measured
-
-# by the class of what is kept of the adapters themselves: what that means, and what to do with them
-COMPRESSED = {
-    "faithful": "Compressed, these adapters answer as they did.",
-    "partial": "Compressed, these adapters lose a part. Measure their scores, or let `compress` keep a residual.",
-    "poor": "Compressed, these adapters are no longer themselves. Keep the LoRAs, or take a larger k.",
-    UNKNOWN: "It was not measured what the basis keeps of adapters.",
-}
-FEW = "They fit because they are few, not because they are related: others will not."
-NEXT = {
-    "faithful": "compress these adapters, `subspace-peft compress`",
-    "partial": "compress these adapters with a residual, `subspace-peft compress --residual RANK`, or build with a"
-    " larger k",
-    "poor": "keep these adapters as LoRAs, or build with a larger k",
-    UNKNOWN: "",
-}
-# by the class of what is kept of adapters left out: what that means for new tasks, and what to do with these. On five
-# new tasks of an independent check a core of k=16 in a fleet's basis ended behind the head alone and behind LoRA;
-# tasks with related ones in the fleet gained
-NEW_TASKS = {
-    "unrelated": (
-        "By its weights, this fleet does not tell where a new task will go: expect of the basis about what a random"
-        " one of equal size gives, and a LoRA to do better."
-    ),
-    "little": (
-        "It holds little of where new tasks go. Tasks of which as little was kept ended behind a LoRA in our own"
-        " measurements, though not behind a random basis of equal size (docs/evidence.md)."
-    ),
-    "part": (
-        "It holds a part of where new tasks go. It may help where examples are few and the fleet has related tasks;"
-        " elsewhere expect a LoRA, and maybe the head alone, to be as good or better."
-    ),
-    "mostly": (
-        "New tasks of this kind lie mostly within it: training in it is the natural choice, with the head alone and a"
-        " LoRA beside it."
-    ),
-    UNKNOWN: "What it holds of new tasks was not measured.",
-}
-NEXT_TASKS = {
-    "unrelated": "use LoRA, or add related adapters to the fleet",
-    "little": "use LoRA, or train a task in the basis beside it and keep the better one",
-    "part": "train a task in the basis beside the head alone and a LoRA, and keep the best; without related tasks in"
-    " the fleet, use LoRA",
-    "mostly": "train in the basis",
-    UNKNOWN: "use LoRA: nothing tells yet what the basis holds of other tasks",
-}
 KINDS = {"random": "random directions", "base-weights": "leading directions of the base model's weights"}
 
 
@@ -88,28 +44,35 @@ def verdict_of(basis: SubspaceBasis | str | Path) -> list[str]:
 
     if not isinstance(basis, SubspaceBasis):
         basis = SubspaceBasis.from_pretrained(basis)
-    return verdict_on_record(basis.info, basis.location, explain=True)
+    return verdict_on_record(basis.info, basis.location, basis.shapes(), explain=True)
 
 
-def verdict_on_record(info: Mapping[str, Any], place: str | None, *, explain: bool = False) -> list[str]:
+def verdict_on_record(
+    info: Mapping[str, Any], place: str | None, sizes: Mapping[str, Any], *, explain: bool = False
+) -> list[str]:
     """Return the lines of `verdict_of` from a basis's ``info``.
 
     Args:
         info: see `SubspaceBasis`.
         place: where the basis is, for the commands.
+        sizes: of its modules, as `SubspaceBasis.shapes` returns them.
         explain: say what energy is.
     """
     record = EnergyRecord.of(info)
     place = typed(place) if place else "BASIS"
-    numbers = {"kept": record.kept, "null_kept": record.null, LEFT_OUT: record.left_out, "random": record.random}
     if not record.sources:
-        kind = KINDS.get(str(info.get("builder")), "directions")
-        return [
-            f"The basis is of no adapters: it has {kind}, the control that every other basis is held against.",
-            "What a basis of others keeps of an adapter left out cannot be said of it: it was built without any.",
-            f"Next: train a task in it as the control of one in a fleet's basis; `subspace-peft report {place} --fleet"
-            " ADAPTER …` says what it keeps of adapters. To have a good task alone, use LoRA.",
-        ]
+        first, second, measure, train = control(info.get("builder"), place)
+        return [first, second, f"Next: {measure}; for new tasks, {train}."]
+    even, known = break_even_on_record(info, sizes)
+    numbers = {
+        "kept": record.kept,
+        "null_kept": record.null,
+        LEFT_OUT: record.left_out,
+        "random": record.random,
+        "break_even": even,
+        "bytes_per_lora": True if known else None,
+        "built_from": len(record.sources),
+    }
     groups = {str(entry.get("seed_group")) for entry in info.get("sources") or () if isinstance(entry, Mapping)}
     if record.left_out is not None:
         return [_kept(numbers, at_least=record.at_least, explain=explain), _left_out(numbers), _next(numbers)]
@@ -122,6 +85,22 @@ def verdict_on_record(info: Mapping[str, Any], place: str | None, *, explain: bo
     return [_kept(numbers, at_least=record.at_least, explain=explain), why, _next(numbers, step)]
 
 
+def control(builder: object, place: str) -> tuple[str, str, str, str]:
+    """Return what can be said of a basis of no adapters: of adapters, of new tasks, and what to do about both.
+
+    Args:
+        builder: on record.
+        place: where the basis is, as it is typed.
+    """
+    kind = KINDS.get(str(builder), "directions")
+    return (
+        f"The basis is of no adapters: it has {kind}, the control that every other basis is held against.",
+        "What a basis of others keeps of an adapter left out cannot be said of it: it was built without any.",
+        f"`subspace-peft report {place} --fleet ADAPTER …` says what it keeps of adapters",
+        "train one in it as the control of one in a fleet's basis; to have a good task alone, use LoRA",
+    )
+
+
 def verdict(numbers: Mapping[str, Any]) -> list[str]:
     """Return sentences about a basis: the three of `verdict_of` with what more a report knows, and the limits of all.
 
@@ -131,24 +110,9 @@ def verdict(numbers: Mapping[str, Any]) -> list[str]:
     return [*_existing(numbers), *_new(numbers), _next(numbers), *_groups(numbers), LIMITS]
 
 
-def kept_of_any(numbers: Mapping[str, Any]) -> float | None:
-    """Return what is kept of the basis's own adapters; of a report on others alone, what is kept of those."""
-    return numbers.get("kept_of_new") if numbers["kept"] is None else numbers["kept"]
-
-
-def classes(numbers: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the class of what is kept of the adapters, and the one of what is kept of adapters left out."""
-    kept, left_out = kept_of_any(numbers), numbers[LEFT_OUT]
-    return (
-        UNKNOWN if kept is None else word(kept),
-        UNKNOWN if left_out is None else outlook(left_out, numbers["random"]),
-    )
-
-
 def _next(numbers: Mapping[str, Any], new: str | None = None) -> str:
     """Return what to do next: with the adapters, and for new tasks, `new` where it is said already."""
-    known, ahead = classes(numbers)
-    return f"Next: {'; '.join(filter(None, [NEXT[known], f'for new tasks, {new or NEXT_TASKS[ahead]}']))}."
+    return f"Next: {'; '.join(filter(None, [step_of(numbers), f'for new tasks, {new or new_step(numbers)}']))}."
 
 
 def _kept(numbers: Mapping[str, Any], *, at_least: bool = False, explain: bool = False) -> str:
@@ -166,7 +130,7 @@ def _kept(numbers: Mapping[str, Any], *, at_least: bool = False, explain: bool =
         + (f" ({EXPLAINED})" if explain else "")
         + (f", beside {' and '.join(beside)}" if beside else "")
         + f": {word(kept)}."
-        + (f" {FEW}" if like_noise(kept, null) else "")
+        + fits_like_noise(numbers)
     )
 
 
@@ -180,10 +144,14 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
     kept, k, new = numbers["kept"], numbers["k_for_share"], numbers["kept_of_new"]
     if kept is None and new is not None:
         said = f"The basis keeps {percent(new)} of the energy of these adapters, which it was not built from"
-        return [f"{said}: {word(new)}. {COMPRESSED[word(new)]}"]
+        random = numbers["random"]
+        beside = "" if random is None else f", beside {percent(random)} that random directions keep of anything"
+        return [f"{said}{beside}: {word(new)}. {meaning(numbers)}"]
     if kept is None:
         return []
     words = f"{_kept(numbers)} {COMPRESSED[word(kept)]}"
+    if new is not None:
+        words += f" Of the adapters here that it was not built from it keeps {percent(new)}."
     if k is not None and word(kept) != "faithful":
         words += f" {percent(FAITHFUL)} take k={k} per side."
     even = numbers["break_even"]
@@ -191,17 +159,24 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
         return [words]
     if even is None:
         return [f"{words} A task in it takes no fewer bytes than a LoRA, so the two are never smaller in all."]
-    return [f"{words} Basis and tasks are smaller in all than the LoRAs from {even:,} adapters on."]
+    return [
+        f"{words} Basis and tasks are smaller in all than the LoRAs from {even:,} {'adapter' if even == 1 else 'adapters'} on."
+    ]
 
 
 def _new(numbers: Mapping[str, Any]) -> list[str]:
     left_out, random, mean = numbers[LEFT_OUT], numbers["random"], numbers["mean_only"]
+    if of_others(numbers):
+        words = f"For new tasks like these, that is what it holds. {new_meaning(numbers)}"
+        if own_is_better(numbers):
+            words += f" A basis of these adapters keeps {percent(left_out)} of one left out of it."
+        return [words]
     if left_out is None:
         return [
             "Of adapters that it was not built from nothing can be said: there are too few sources of own seeds to"
             " leave one out. Pass more, sources= (--fleet)."
         ]
-    words = f"{_left_out(numbers)} {NEW_TASKS[outlook(left_out, random)]}"
+    words = f"{_left_out(numbers)} {new_meaning(numbers)}"
     if mean is not None and outlook(left_out, random) in ("part", "mostly") and mean > left_out / 2:
         words += (
             f" Much of that is the fleet's mean, which alone keeps {percent(mean)}: try `coefficients='none'` with a"

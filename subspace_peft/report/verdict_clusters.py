@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..energy import percent, word
+from .advice import NEXT
 from .places import typed
-from .verdict import NEXT
 
 
 def verdict_of_clusters(facts: Mapping[str, Any], place: str) -> list[str]:
