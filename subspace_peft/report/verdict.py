@@ -159,9 +159,8 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
         return [words]
     if even is None:
         return [f"{words} A task in it takes no fewer bytes than a LoRA, so the two are never smaller in all."]
-    return [
-        f"{words} Basis and tasks are smaller in all than the LoRAs from {even:,} {'adapter' if even == 1 else 'adapters'} on."
-    ]
+    adapters = "adapter" if even == 1 else "adapters"
+    return [f"{words} Basis and tasks are smaller in all than the LoRAs from {even:,} {adapters} on."]
 
 
 def _new(numbers: Mapping[str, Any]) -> list[str]:
