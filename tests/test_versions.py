@@ -55,6 +55,18 @@ def test_the_lowest_constraints_are_the_floors_of_pyproject() -> None:
     assert pins(LOWEST) == floors()
 
 
+def test_a_floor_that_is_said_twice_is_one() -> None:
+    """On Python 3.10, for which trl and diffusers have no such release, the rest of `ecosystem` can be installed."""
+    extras = said_in_pyproject()["optional-dependencies"]
+    said = [Requirement(line) for line in extras["ecosystem"]]
+    for name in ("trl", "diffusers"):
+        (alone,) = map(Requirement, extras[name])
+        (beside,) = (each for each in said if each.name == name)
+        assert alone.specifier == beside.specifier and alone.marker is None
+        assert beside.marker and not beside.marker.evaluate({"python_version": "3.10"})
+        assert beside.marker.evaluate({"python_version": "3.11"})
+
+
 def test_the_versions_developed_with_are_admitted() -> None:
     developed = {canonicalize_name(name): version for name, version in pins(ROOT / "constraints.txt").items()}
     below = {
