@@ -41,6 +41,7 @@ from offline.packages import fetch_all
 from offline.texts import ENCODER, PACKAGES, TextTask, held_out_tasks
 
 from subspace_peft import SubspaceBasis, build_basis
+from subspace_peft._io.progress import begin
 from subspace_peft.convert import export_lora
 from subspace_peft.errors import SubspaceError
 from subspace_peft.report import null_basis
@@ -86,6 +87,7 @@ def run_demo(
                 f"{folder / 'sources'} is an earlier version's: its adapters name their base model by a place in this"
                 " machine's cache. They are trained again, into loras, which takes about a minute."
             )
+        begin("preparing the model and the tasks' texts")
         encoder, tasks = save_base(folder / "base", ENCODER), held_out_tasks()
         for task in tasks:
             save_data(folder / "data" / task.name, task, sizes, seed)
@@ -106,6 +108,7 @@ def run_demo(
             compared[task.name], tests = compare(folder, encoder, task, rows, sizes, seed, progress)
             described.append(task_facts(task, compared[task.name], tests, folder))
         shared.draw_panels(compared, folder / "curves.png", score="validation accuracy")
+        begin("checking the saved tasks in fresh processes")
         results = {
             "seed": seed,
             "quick": quick,

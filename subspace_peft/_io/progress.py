@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -50,6 +51,15 @@ def current() -> str:
 
 
 def open_bar() -> Any:
-    """Return the newest bar, where it is shown and not at its end; else None."""
+    """Return the newest bar, a recipe's own too, where it is shown and not at its end; else None."""
     made = None if _bar is None else _bar()
-    return None if made is None or made.disable else made
+    if made is not None and not made.disable:
+        return made
+    known = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    try:
+        every = list(getattr(known, "_instances", ()))
+    except RuntimeError:  # another thread has just made or closed one
+        return None
+    # one that is only being made has no start yet
+    others = [bar for bar in every if hasattr(bar, "start_t") and not bar.disable]
+    return max(others, key=lambda bar: bar.start_t, default=None)

@@ -19,7 +19,7 @@ from .pulse import pulse
 from .verbosity import verbosity
 from .verbs import parser as parser
 
-RESUMED = ("build", "update")
+RESUMED = {"build": "modules", "update": "modules", "demo": "adapters and runs"}
 UNSPOKEN = ("run", "demo")  # verbs that run scripts, whose warnings are their own
 WITH_BARS = (
     "analyze",
@@ -27,6 +27,7 @@ WITH_BARS = (
     "bundle",
     "complete",
     "compress",
+    "demo",
     "export-lora",
     "migrate",
     "project",
@@ -56,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with verbosity(arguments), _spoken(arguments):
             return int(arguments.run(arguments))
     except KeyboardInterrupt:
-        again = "; the same command goes on from the finished modules" if arguments.verb in RESUMED else ""
+        done = RESUMED.get(arguments.verb)
+        again = f"; the same command goes on from the finished {done}" if done else ""
         print(f"interrupted; nothing half-written is left behind{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
