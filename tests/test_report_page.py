@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import shlex
 import shutil
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft.builders.left_out import left_out_energy
 from subspace_peft.cli import main
 from subspace_peft.energy import EnergyRecord
-from subspace_peft.report import curves, report_basis
-from subspace_peft.report.chart import APART, Line, chart
+from subspace_peft.report import measure_fleet, report_basis
 from subspace_peft.report.choices import stored
-from subspace_peft.report.commands import making_command
-from subspace_peft.report.measure import measure
-from subspace_peft.sources.factors import Factors
 
-from .test_report import related
 from .test_streaming import saved_fleet, shared_fleet
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -32,64 +24,6 @@ MODULES = ("m.0.q", "m.0.v", "m.1.q", "m.1.v", "</script><b>.x")
 
 def fleet(n=6, **options):
     return shared_fleet(**{"n": n, "out": 40, "inner": 30, "ranks": (4,), "shared": 6, **options})
-
-
-# -- curves
-
-
-def factors(states):
-    return [Factors(state["a.q.lora_B.weight"], state["a.q.lora_A.weight"]) for state in states]
-
-
-def test_curves_are_what_builds_of_every_k_keep(monkeypatch):
-    states = related(n=5, noise=1.0)
-    updates, counts, folds = factors(states), [1.0, 1.0, 0.5, 0.5, 1.0], [0, 1, 2, 2, 3]
-    found = measure(updates, counts, folds, [1.0] * 5, (3, 3), 0, alternations=10)[1]
-    assert found.spans == (10, 10) and found.alternated == list(range(1, 10))
-    weights = [count**0.5 / update.norm() for count, update in zip(counts, updates, strict=True)]
-    for k in (1, 2, 5, 9, 10):
-        left_out = left_out_energy(updates, weights, folds, (k, k), 10)
-        assert found.left_out[:, k - 1].tolist() == pytest.approx(left_out, abs=1e-6)
-    assert found.seen[:, -1].tolist() == pytest.approx([1.0] * 5)
-    assert bool((found.seen >= found.plain - 0.2).all()) and float((found.seen - found.plain).mean()) > 1e-4
-    # with less work the gains between are linear, and near
-    rough = measure(updates, counts, folds, [1.0] * 5, (3, 3), 0, alternations=10, work=1)[1]
-    assert rough.alternated == [1, 3] and torch.allclose(rough.seen[:, 2], found.seen[:, 2])
-    off, off_without = ((each - found.seen).mean(0).abs() for each in (rough.seen, found.plain))
-    assert float(off.mean()) < float(off_without.mean()) / 2 and float(off.max()) < 0.05
-    # without alternations there are none to add
-    plain = measure(updates, counts, folds, [1.0] * 5, (3, 3), 0)[1]
-    assert plain.alternated == [] and torch.equal(plain.seen, plain.plain)
-    monkeypatch.setattr(curves, "MOST", 4)
-    assert measure(updates, counts, folds, [1.0] * 5, (3, 3), 0)[1].seen.shape == (5, 4)
-
-
-@pytest.mark.parametrize("last", [2, 3, 9, 17, 33, 64, 100, 128])
-def test_labels_under_a_chart_do_not_run_into_one_another(last):
-    for log in (True, False):
-        xs = range(1, last + 1)
-        made = chart("t", "k", "kept", xs, [Line("a", "fleet", [1 / x for x in xs])], log_x=log, log_y=not log)
-        places = [place for place, _ in made.x_ticks]
-        assert all(after - before >= APART for before, after in itertools.pairwise(places))
-        assert made.x_ticks[0][1] == "1" and made.x_ticks[-1][1] == str(last)
-        numbers = [float(number) for point in made.lines[0]["points"].split() for number in point.split(",")]
-        assert all(0 <= number <= made.width for number in numbers)
-
-
-def test_the_command_that_makes_a_report(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folders = saved_fleet(tmp_path / "loras", fleet(3))
-    absolute = making_command(tmp_path / "my basis", folders, {"sample": 9, "allow_bin": True})
-    assert absolute == "subspace-peft report 'my basis' --fleet loras/* --sample 9 --allow-bin"
-    assert making_command("org/basis", None, {}) == "subspace-peft report org/basis"
-    two = making_command("b", folders[:2], {})
-    assert two == "subspace-peft report b --fleet loras/lora-0 loras/lora-1"
-    assert making_command("b", [{}], {"seed": 3}) == "report_basis('b', sources, seed=3)"
-    # a place elsewhere is named by its last part
-    assert "/" not in making_command("/somewhere/else/basis", None, {}).removeprefix("subspace-peft report ")
-
-
-# -- controls
 
 
 class Page:
@@ -255,6 +189,43 @@ def test_terms_tables_and_the_copy_button(browser, reported):
     assert page.title() == "Basis report: basis" and "`" not in page.inner_text("body").replace("`x`", "")
 
 
+def test_the_page_without_scripts_and_on_paper(browser, reported):
+    context = browser.new_context(java_script_enabled=False, viewport={"width": 390, "height": 844})
+    page = context.new_page()
+    page.goto(reported.as_uri())
+    text = page.inner_text("body")
+    assert "with JavaScript on" in text and "Compressing these adapters" in text and "How this was measured" in text
+    for control in ("#choose", "select", "input", ".own button"):
+        assert page.locator(control).first.is_hidden(), control
+    assert page.locator("#modules .own output").first.inner_text() == "4"
+    context.close()
+    shown = Page(browser, reported, 1280)
+    assert "with JavaScript on" not in shown.page.inner_text("body")
+    shown.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert "Energy is no score" in shown.page.inner_text("#verdict")
+    shown.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert shown.page.evaluate("document.getElementById('verdict').open") is False
+
+
+def test_shares_between_measured_sizes_are_marked(browser, reported, monkeypatch):
+    monkeypatch.setattr(measure_fleet, "WORK", 1)
+    loras = [f"loras/lora-{i}" for i in range(6)]
+    found = report_basis("basis", loras, progress=False)
+    assert {tuple(curve["alternated"]) for curve in found.curves.values()} == {(1, 4)}
+    shown = Page(browser, found.save(reported.parent / "rough.html", overwrite=True), 390)
+    assert shown.said("near") == "" and "≈" not in shown.page.inner_text("body")
+    shown.page.focus("#k")
+    shown.page.keyboard.press("ArrowRight")
+    assert shown.k() == 5 and "of 5 of 5 modules lie between sizes" in shown.said("near")
+    for part in ("seen", "left", "null"):
+        assert shown.said(f"sum-{part}").startswith("≈ ")
+    assert shown.in_row("m.0.q", "kept").startswith("≈ ") and "≈" not in shown.said("sum-random")
+    for key in ("End", "Home"):  # all that is spanned, and one direction: both are known
+        shown.page.keyboard.press(key)
+        assert shown.said("near") == "" and "≈" not in shown.said("sum-seen")
+    assert shown.errors == [] and shown.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_a_basis_that_was_built_otherwise_is_shown_as_it_is_first(browser, reported):
     build = ["build", "--builder", "random", "--like", "basis", "--out", "random", "--quiet", "--force"]
     assert main(build) == 0
@@ -303,5 +274,7 @@ def test_a_page_of_hundreds_of_modules_is_small_and_near(browser, tmp_path, monk
         )
         truth = EnergyRecord.of(build_basis(folders, k=k, progress=False).info)
         for name, share in (("seen", truth.kept), ("left", truth.left_out), ("null", truth.null)):
-            assert float(shown.said(f"sum-{name}").removesuffix(" %")) == pytest.approx(100 * share, abs=4), (k, name)
+            said = shown.said(f"sum-{name}")
+            assert said.startswith("≈ ") and shown.said("near").startswith("≈ At this k the energies of 224 of 224 ")
+            assert float(said.strip("≈ %")) == pytest.approx(100 * share, abs=4), (k, name)
     assert shown.errors == [] and shown.page.evaluate("document.documentElement.scrollWidth") <= 390

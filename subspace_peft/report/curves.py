@@ -33,7 +33,7 @@ class UpdateCurves:
         seen: what a basis of all updates keeps of each.
         left_out: what a basis of the other folds keeps of each; None where there is one fold.
         null: what a basis of noise of the same strength keeps of each one's noise.
-        alternated: the k at which alternations were run; empty where the builder runs none.
+        alternated: the k at which alternations were run in all these bases; empty where the builder runs none.
     """
 
     spans: tuple[int, int]

@@ -132,19 +132,21 @@ def measure(
     longest = max(most, *ks)
     seen = truncated(whole, inside, norms, longest)
     noisy = truncated(null, noise, norms, longest)
-    left_out, alternated_left_out = _of_left_out(inside, norms, weights, folds, longest, own, alternations, work)
+    left_out, here, known = _of_left_out(inside, norms, weights, folds, longest, own, alternations, work)
     count = runs([_widths(whole), _widths(null)], work)
     turned, ran = alternated(whole, inside, norms, seen[:, :most], own, alternations, count)
     # of as many directions on both sides the curves have what a basis of this size keeps
-    here, null_here = alternated_left_out, alternated(null, noise, norms, noisy[:, :most], own, alternations, count)[0]
+    null_here, ran_null = alternated(null, noise, norms, noisy[:, :most], own, alternations, count)
+    known += [(ran, _widths(whole)), (ran_null, _widths(null))]
     square = size[0] == size[1] <= most
     curves = UpdateCurves(
         _widths(whole),
         seen[:, :most],
         turned,
-        None if alternated_left_out is None else alternated_left_out[:, :most],
+        None if here is None else here[:, :most],
         null_here,
-        ran,
+        # all that a basis spans cannot be turned
+        [k for k in range(1, max(_widths(whole))) if all(k in at or k >= max(widths) for at, widths in known)],
     )
     findings = ModuleFindings(
         shape=(out, inner),
@@ -185,13 +187,14 @@ def _of_left_out(
     own: int,
     rounds: int,
     work: float,
-) -> tuple[Shares | None, Shares | None]:
+) -> tuple[Shares | None, Shares | None, list[tuple[list[int], tuple[int, int]]]]:
     """Return what bases of the other folds keep of each fold's updates, without alternations and with them.
 
-    None and None where there is one fold only.
+    And per basis at which k these were run, and its widths. None, None and no basis where there is one fold only.
     """
     if len(set(folds)) < 2:
-        return None, None
+        return None, None, []
+    known = []
     plain, turned = (torch.zeros(len(updates), most, dtype=torch.float64) for _ in range(2))
     bases = {}
     for fold in dict.fromkeys(folds):
@@ -202,8 +205,9 @@ def _of_left_out(
         own_places = [i for i, other in enumerate(folds) if other == fold]
         some, lengths = [updates[i] for i in own_places], [norms[i] for i in own_places]
         plain[own_places] = curve = truncated(basis, some, lengths, most)
-        turned[own_places] = alternated(basis, some, lengths, curve, own, rounds, count)[0]
-    return plain, turned
+        turned[own_places], ran = alternated(basis, some, lengths, curve, own, rounds, count)
+        known.append((ran, _widths(basis)))
+    return plain, turned, known
 
 
 def _widths(basis: Compressed) -> tuple[int, int]:

@@ -28,6 +28,8 @@ def page_data(report: ReportFacts) -> str:
                 "kept": [_whole(curve[key], "kept") for key in ("seen", "left_out", "null")],
                 "parts": [_whole(curve["in_all"][key], "parts") for key in ("seen", "left_out", "null")],
             }
+            if curve["alternated"] and len(curve["alternated"]) < max(curve["spans"]) - 1:
+                module["at"] = curve["alternated"]  # where the curves are a build's; elsewhere they are near
         modules.append(module)
     read, all_adapters = report.how["sources"]
     data = {

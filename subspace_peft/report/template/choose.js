@@ -54,6 +54,11 @@ class Fleet {
     return module.kept.map((curve) => curve && curve[Math.min(k, curve.length) - 1] / this.scales.kept);
   }
 
+  /** Return whether a module's shares at a k lie between sizes that were measured. */
+  between(module, k) {
+    return module.at !== undefined && k < Math.max(...module.spans) && !module.at.includes(k);
+  }
+
   /** Return all sums over modules. */
   sums(ks) {
     const found = { seen: 0, left: 0, null: 0, random: 0, basis: 0, parameters: 0 };
@@ -120,10 +125,12 @@ const panel = (fleet) => {
   const sliders = { k: at("k"), share: at("share") };
   const value = () => Number(sliders[by()].value);
 
-  const fill = (cell, share) => {
+  const said = (share, about) => (about && share !== null ? `≈ ${percent(share)}` : percent(share));
+
+  const fill = (cell, share, about) => {
     if (!cell) return;
     cell.dataset.value = share ?? -1;
-    cell.querySelector("span").textContent = percent(share);
+    cell.querySelector("span").textContent = said(share, about);
     cell.querySelector("rect:last-child").setAttribute("width", share > 0 ? `${Math.max(1.5, 100 * share)}%` : "0");
   };
 
@@ -134,6 +141,7 @@ const panel = (fleet) => {
   const draw = (event) => {
     const asItIs = !event && !fleet.same;
     const ks = fleet.chosen(by(), value(), own);
+    const near = fleet.measured.filter((module) => fleet.between(module, ks.get(module.name)));
     for (const module of fleet.measured) {
       const row = rows.get(module.name);
       const k = ks.get(module.name);
@@ -143,10 +151,16 @@ const panel = (fleet) => {
       row.querySelector("output").textContent = sizes[0] === sizes[1] ? sizes[0] : sizes.join(", ");
       const cells = cellsOf(row);
       const shares = asItIs ? first.get(module.name).map((share) => (share < 0 ? null : share)) : fleet.kept(module, k);
-      shares.forEach((share, place) => fill(cells[place], share));
+      shares.forEach((share, place) => fill(cells[place], share, !asItIs && near.includes(module)));
     }
     const sums = fleet.sums(ks);
-    for (const part of ["seen", "left", "null", "random"]) at(`sum-${part}`).textContent = percent(sums[part]);
+    for (const part of ["seen", "left", "null"]) at(`sum-${part}`).textContent = said(sums[part], near.length > 0);
+    at("sum-random").textContent = percent(sums.random);
+    at("near").textContent = near.length
+      ? `≈ At this k the energies of ${counted(near.length)} of ${counted(fleet.measured.length)} modules lie between` +
+        " sizes that were measured, and may be some tenths of a point off, with hundreds of modules some points: the" +
+        " build says them exactly."
+      : "";
     const about = fleet.exact ? "" : "about ";
     at("sum-stored").textContent = `${about}${counted(sums.stored)} bytes`;
     at("sum-stored").dataset.basis = sums.basis;
@@ -206,6 +220,13 @@ const panel = (fleet) => {
   });
   asBuilt();
 };
+
+document.documentElement.classList.add("live");
+
+// what is folded away is printed as well
+const folded = document.querySelectorAll("details:not([open])");
+addEventListener("beforeprint", () => folded.forEach((each) => (each.open = true)));
+addEventListener("afterprint", () => folded.forEach((each) => (each.open = false)));
 
 const source = document.getElementById("data");
 if (source) panel(new Fleet(JSON.parse(source.textContent)));
