@@ -102,6 +102,8 @@ def test_examples_that_need_nothing_run(command, tmp_path, capsys):
         (["inspect", "x", "-v"], None, "INFO", 1, 0),
         (["-v", "inspect", "x"], None, "INFO", 1, 0),
         (["-v", "inspect", "x", "--verbose"], None, "DEBUG", 2, 0),
+        (["bundle", "-v", "ls", "x"], None, "INFO", 1, 0),
+        (["-v", "cache", "--quiet", "-q", "ls"], None, "ERROR", 0, 1),
         (["-vv", "build", "x"], None, "DEBUG", 2, 0),
         (["build", "x", "-q"], None, "ERROR", 0, 1),
         (["--quiet", "build", "x", "-q"], None, "CRITICAL", 0, 2),
@@ -195,6 +197,7 @@ def test_env_has_no_secret_and_no_home(monkeypatch, capsys, tmp_path):
     assert main(["env", "--no-devices"]) == 0
     page = capsys.readouterr().out
     assert "### Versions" in page and "### Devices" not in page
+    assert "| subspace_peft | " in page and "| HF_TOKEN | set |" in page
     for text in (said, page):
         assert "secret" not in text and "password" not in text and str(home) not in text
 

@@ -13,6 +13,18 @@ SHELLS = ("bash", "zsh", "tcsh")
 # what a value is, by what help calls it
 FOLDERS = ("FOLDER",)
 PLACES = ("ADAPTER", "BASIS", "BUNDLE", "FILE", "LORA", "MODEL", "PATH", "PLACE", "SCRIPT …", "TASK")
+# in shtab's script for bash: places whose names have spaces, of which the shell hands on what was typed, quotes and
+# backslashes included; and options after one that takes several values
+TYPED = 'local typed="${1//\\\\/}"; typed="${typed#[\\"\\\']}"; '
+BASH = (
+    ("compgen -f -- $1", f'{TYPED}compgen -f -- "$typed"'),
+    ("compgen -d -- $1", f'{TYPED}compgen -d -- "$typed"'),
+    (
+        """"$completing_word" == -* &&
+        ( -z "$current_action_compgen" || "$current_action_is_positional" = true ) ]]""",
+        '"$completing_word" == -* ]]',
+    ),
+)
 HOW = """\
 # bash: eval "$(subspace-peft completion bash)" in ~/.bashrc
 # zsh:  subspace-peft completion zsh > a folder of $fpath/_subspace-peft
@@ -50,6 +62,8 @@ def completion(args: Namespace) -> int:
             elif action.metavar in PLACES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
     script = shtab.complete(args.top, args.shell)
+    for own, better in BASH if args.shell == "bash" else ():
+        script = script.replace(own, better)
     print(script if args.shell == "zsh" else f"{HOW}\n{script}")
     return 0
 

@@ -50,6 +50,8 @@ VARIABLES = (
 )
 # said to be set, never what they are
 SECRET = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# what stands in tables as it is, underscores and all
+NAMES = frozenset(("subspace_peft", *PACKAGES, *VARIABLES, *SECRET))
 
 
 def add_env(add: Add) -> None:
@@ -191,5 +193,5 @@ def _table(facts: dict[str, Any]) -> str:
             shown = f"{value:,}"
         elif isinstance(value, list):
             shown = ", ".join(f"{each['name']} ({each['bytes']:,} bytes)" for each in value) or "none"
-        lines.append(f"| {key.replace('_', ' ') if key not in PACKAGES else key} | {shown} |")
+        lines.append(f"| {key if key in NAMES else key.replace('_', ' ')} | {shown} |")
     return "\n".join(lines)

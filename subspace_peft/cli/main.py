@@ -86,6 +86,10 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         letters = found[1] or found[2] or found[3]
         counts[COUNTED[letters[0]]] += len(letters)
         first += 1
+    if argv[first : first + 1] in (["bundle"], ["cache"]):
+        while COUNTS.fullmatch(" ".join(argv[first + 1 : first + 2])):
+            argv.insert(0, argv.pop(first + 1))  # between these and their own verbs, as before them
+            first += 1
     if argv[first : first + 1] == ["help"]:
         argv[first:] = [*argv[first + 1 :], "--help"]  # as git and others have it
     if first < len(argv) and not argv[first].startswith("-"):
