@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import peft
@@ -121,28 +122,49 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 VERBS = ("build", "project", "compress", "update")
+Adapters = Callable[[str, int, Callable[[], object]], Path]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Adapters:
+    """Adapters by a name and a number, each trained once for all verbs, which only read them."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def adapter(name: str, number: int, config: Callable[[], object]) -> Path:
+        if (name, number) not in made:
+            made[name, number] = trained(tmp_path_factory.mktemp("adapters") / f"lora{number}", number, config())
+        return made[name, number]
+
+    return adapter
 
 
 def through(
-    verb: str, folder: Path, other: Path, tmp_path: Path, base: nn.Module | None = None, *, known: bool = True
+    verb: str,
+    pair: Sequence[Path],
+    adapters: Adapters,
+    tmp_path: Path,
+    base: nn.Module | None = None,
+    *,
+    known: bool = True,
 ) -> torch.Tensor:
     """The logits of the model with the first adapter, as what the verb made has it.
 
     Args:
         verb: of `VERBS`.
-        folder: of the adapter.
-        other: of one like it.
+        pair: the adapter's folder, and one like it.
+        adapters: the fixture.
         tmp_path: an empty folder.
         base: the base model that the verb is given.
         known: whether the basis that the adapter is projected on is built from it, among others.
     """
+    folder, other = pair
     targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"] or ["q_proj"]
     more = {"base_model": base}
     basis = tmp_path / "basis"
     if verb == "build":
         build_basis([folder, other], k=32, progress=False, **more).save_pretrained(basis)
     else:
-        plain = [trained(tmp_path / f"plain{n}", 100 + n, lora(target_modules=targets)) for n in range(2)]
+        plain = [adapters(f"plain {targets}", 100 + n, lambda: lora(target_modules=targets)) for n in range(2)]
         if verb == "update":
             old = build_basis(plain, k=6, progress=False)
             update_basis(old, [folder, other], add=26, progress=False, **more).save_pretrained(basis)
@@ -158,28 +180,28 @@ def through(
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("variant", PLAIN)
-def test_a_variant_that_is_sba_keeps_its_function(variant, verb, tmp_path):
-    folder, other = (trained(tmp_path / f"lora{n}", n, PLAIN[variant]()) for n in range(2))
-    got, wanted = through(verb, folder, other, tmp_path), logits(PeftModel.from_pretrained(llama(), folder))
+def test_a_variant_that_is_sba_keeps_its_function(variant, verb, adapters, tmp_path):
+    pair = [adapters(variant, n, PLAIN[variant]) for n in range(2)]
+    got, wanted = through(verb, pair, adapters, tmp_path), logits(PeftModel.from_pretrained(llama(), pair[0]))
     assert (wanted - logits(llama())).abs().max() > 1e-3
     torch.testing.assert_close(got, wanted, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("variant", CONVERTED)
-def test_another_variant_is_refused_and_on_its_base_model_converted(variant, verb, tmp_path):
+def test_another_variant_is_refused_and_on_its_base_model_converted(variant, verb, adapters, tmp_path):
     kind, config = CONVERTED[variant]
-    folder, other = (trained(tmp_path / f"lora{n}", n, config()) for n in range(2))
+    pair = [adapters(variant, n, config) for n in range(2)]
     with pytest.raises(SubspaceError, match=r"[Pp]ass its base model, base_model= \(--base-model\)"):
-        through(verb, folder, other, tmp_path / "refused", known=False)
+        through(verb, pair, adapters, tmp_path / "refused", known=False)
     base = llama()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     got, wanted = (
-        through(verb, folder, other, tmp_path / "taken", base),
-        logits(PeftModel.from_pretrained(llama(), folder)),
+        through(verb, pair, adapters, tmp_path / "taken", base),
+        logits(PeftModel.from_pretrained(llama(), pair[0])),
     )
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    source = open_source(folder, base_model=base)
+    source = open_source(pair[0], base_model=base)
     assert source.converted == kind and source.lost < 1e-4
     # these two are of full rank: what is cut off is stated
     whole = kind != "DORA" and variant != "miss bat"
@@ -190,12 +212,12 @@ def test_another_variant_is_refused_and_on_its_base_model_converted(variant, ver
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("variant", REFUSED)
-def test_what_no_basis_holds_is_refused_by_its_name(variant, verb, tmp_path):
+def test_what_no_basis_holds_is_refused_by_its_name(variant, verb, adapters, tmp_path):
     reason, config = REFUSED[variant]
-    folder, other = (trained(tmp_path / f"lora{n}", n, config()) for n in range(2))
+    pair = [adapters(variant, n, config) for n in range(2)]
     for number, base in enumerate((None, llama())):
         with pytest.raises(SubspaceError, match=reason):
-            through(verb, folder, other, tmp_path / str(number), base, known=False)
+            through(verb, pair, adapters, tmp_path / str(number), base, known=False)
 
 
 # -- fields and tensors
