@@ -5,7 +5,7 @@
     subspace_peft.logging.set_verbosity_info()
 
 By default only warnings and errors are said. Bars of long work are hidden at level ``error`` and above, and after
-`disable_progress_bar`.
+`disable_progress_bar`. What is raised by Python's `warnings` is filtered there, not by these levels.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def set_verbosity_warning() -> None:
 
 
 def set_verbosity_error() -> None:
-    """Say errors only, and show no bars."""
+    """Say errors only, and show no bars; `warnings.filterwarnings` hides what is a `UserWarning`."""
     set_verbosity(logging.ERROR)
 
 
