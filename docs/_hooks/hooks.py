@@ -13,6 +13,16 @@ from links import INCLUDED, ROOT, error_links, links_for_site, notebook_links
 from mkdocs.structure.files import File, Files
 
 COMMAND_LINE = "reference/command-line.md"
+# what a search puts first, and last: a message that is searched for is listed, a name has its reference
+BOOST = {
+    "troubleshooting.md": 12,
+    "how-to/train-a-task.md": 2,
+    "reference/api/config.md": 3,
+    "reference/api/errors.md": 0.5,
+    "evidence.md": 0.5,
+    "changelog.md": 0.3,
+    "architecture.md": 0.5,
+}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -31,6 +41,10 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Mend links that lead from `docs/` to other files of the repository."""
     uri = page.file.src_uri
+    # the longest that fits, a page before its folder
+    boost = next((BOOST[each] for each in sorted(BOOST, key=len, reverse=True) if uri.startswith(each)), None)
+    if boost is not None:
+        page.meta["search"] = {"boost": boost}
     return markdown if page.file.generated_by else links_for_site(markdown, f"docs/{uri}", uri, files, config)
 
 

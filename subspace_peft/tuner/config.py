@@ -47,7 +47,7 @@ SAVED_IF_SET = ("strict", "base_weights", "basis_names", "basis_part")
 @with_field_texts
 @dataclass(repr=False)
 class SubspaceConfig(Shown, ConfigFields):
-    """Configuration of a task in a shared basis: ``ΔW = s · U (g·M/s + C(θ)) V``, of which only θ (and g) is trained.
+    """Configuration of a task in a shared basis: ``ΔW = U (g·M + s·C) V``, of which the core C (and g) is trained.
 
     Plain data: declared fields and checks. A relative `basis` is looked for beside the saved task first, then in the
     working directory. One configuration may be used for several adapters and models; fields that are "filled in when

@@ -15,6 +15,9 @@ from ..loopback import Loopback
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (1280, 390)
+TIMERS = 60_000  # milliseconds
+ERRORS = ("error", "assert")
+LOCAL = ("http://localhost", "http://127.", "https://localhost", "file:")
 
 # What a page itself says. Of elements that reach past the window those are named that hold none that does; what lies
 # in an element that scrolls by itself, such as a wide table's, reaches past nothing.
@@ -29,13 +32,20 @@ async () => {
     && (getComputedStyle(element).overflowX !== 'visible' || scrolls(element.parentElement));
   const wide = width <= innerWidth + 1 ? [] : [...document.body.querySelectorAll('*')].filter(
     (each) => past(each) && ![...each.children].some(past) && !scrolls(each.parentElement));
+  // what reaches past an edge that nothing scrolls to, or is cut off by an element that does not scroll, is lost
+  const text = document.querySelector('article') || document.body;
+  const inside = [...text.querySelectorAll('*')].filter((each) => each.checkVisibility() && each.clientWidth > 1);
+  const hides = (each) => ['hidden', 'clip'].includes(getComputedStyle(each).overflowX);
+  const lost = inside.filter((each) => (hides(each) && each.scrollWidth > each.clientWidth + 1)
+    || (each.getBoundingClientRect().left < -1 && !scrolls(each.parentElement)));
   return {
     width,
+    lost: lost.slice(0, 3).map((each) => each.outerHTML.slice(0, 120)),
     wide: wide.slice(0, 3).map((each) => each.outerHTML.slice(0, 120)),
     nameless: images.filter((image) => !(image.getAttribute('alt') || '').trim()).map((image) => image.src),
     broken: images.filter((image) => !image.naturalWidth).map((image) => image.src),
     anchors: [...document.querySelectorAll('[id], a[name]')].map((each) => each.id || each.name),
-    links: [...document.querySelectorAll('a[href]')].map((each) => each.href),
+    links: [...document.querySelectorAll('a[href], area[href]')].map((each) => each.href),
   };
 }
 """
@@ -72,23 +82,26 @@ def problems(site: Path, widths: Sequence[int] = WIDTHS) -> list[str]:
         widths: of the window, in pixels.
 
     Returns:
-        A line for each thing that is wrong: errors on the console, requests that fail or that leave the loopback,
-        pages wider than the window, images without a description or that do not load, links to pages or anchors that
-        are not there.
+        A line for each thing that is wrong: errors on the console, requests that fail or that leave the loopback, now
+        or within a minute, pages wider than the window, text that is cut off, images without a description or that do
+        not load, links to pages or anchors that are not there or to the writer's own machine.
     """
     found: list[str] = []
     looks: dict[str, dict[str, Any]] = {}
     with served(site) as base, chromium() as browser:
         for width in widths:
             page = browser.new_page(viewport={"width": width, "height": 900})
+            page.clock.install()
             _listen(page, base, found)
             for file in sorted(site.rglob("*.html")):
                 url = base + file.relative_to(site).as_posix()
                 page.goto(url, wait_until="load")
+                page.clock.fast_forward(TIMERS)  # what waits for a timer happens now
                 look = page.evaluate(LOOK)
                 where = f"{url.removeprefix(base)} at {width} px"
                 if look["width"] > width + 1:
                     found.append(f"{where}: {look['width']} px wide, by {look['wide']}")
+                found += [f"{where}: cut off: {each}" for each in look["lost"]]
                 found += [f"{where}: image without a description: {each}" for each in look["nameless"]]
                 found += [f"{where}: image that does not load: {each}" for each in look["broken"]]
                 looks[url] = look
@@ -119,10 +132,11 @@ def _listen(page: Any, base: str, found: list[str]) -> None:
     page.route(lambda url: not url.startswith((base, "data:", "blob:")), leave)
     page.on("requestfailed", fail)
     page.on("response", answer)
+    page.on("websocket", lambda socket: found.append(f"{where()}: connection that stays open: {socket.url}"))
     page.on("pageerror", lambda error: found.append(f"{where()}: error in a script: {error}"))
     page.on(
         "console",
-        lambda said: found.append(f"{where()}: error on the console: {said.text}") if said.type == "error" else None,
+        lambda said: found.append(f"{where()}: error on the console: {said.text}") if said.type in ERRORS else None,
     )
 
 
@@ -131,6 +145,8 @@ def _dead_links(site: Path, base: str, looks: dict[str, dict[str, Any]]) -> Iter
         for link in dict.fromkeys(look["links"]):
             target, anchor = urldefrag(link)
             if not target.startswith(base):
+                if target.startswith(LOCAL):
+                    yield f"{url.removeprefix(base)}: link to a machine of its reader: {link}"
                 continue
             target = target + "index.html" if target.endswith("/") else target
             if not (site / unquote(target.removeprefix(base))).is_file():

@@ -84,6 +84,26 @@ def test_the_search_finds_pages(site):
         assert base in result.evaluate("link => link.href")
 
 
+@browser
+def test_the_search_works_where_the_pages_are_opened_from_the_folder(site):
+    pytest.importorskip("playwright", reason="the extra `dev` is not installed")
+    asked: list[str] = []
+    with chromium() as started:
+        page = started.new_page(viewport={"width": 1280, "height": 900})
+        page.on("request", lambda request: asked.append(request.url))
+        for words, expected in (
+            ("KeyError SUBSPACE", "troubleshooting.html"),
+            ("k_pattern", "reference/api/building.html"),
+        ):
+            page.goto((site / "how-to" / "index.html").as_uri())
+            page.keyboard.press("/")  # the theme's key for the search
+            page.keyboard.type(words)
+            result = page.locator(".md-search-result__link").first
+            result.wait_for(timeout=20_000)
+            assert (site / expected).as_uri() in result.evaluate("link => link.href")
+    assert len(asked) > 10 and not [each for each in asked if not each.startswith(("file:", "data:", "blob:"))]
+
+
 # -- each of the checks can fail --------------------------------------------------------------------------------------
 
 PAGE = "<!doctype html><html><head><meta name=viewport content='width=device-width'><link rel=icon href='data:,'>"
@@ -108,6 +128,30 @@ MADE = {
     "outside.html": (
         "<script src='https://example.org/a.js'></script>",
         ["outside.html: request that leaves the loopback: https://example.org/a.js", "outside.html: error on"],
+    ),
+    "late.html": (
+        "<script>setTimeout(() => { fetch('https://example.org/late'); console.assert(false, 'hm') }, 20000)</script>",
+        ["late.html: request that leaves the loopback: https://example.org/late", "late.html: error "],
+    ),
+    "socket.html": (
+        "<script>new WebSocket('ws://127.0.0.1:1/x')</script>",
+        ["socket.html: connection that stays open: ws://127.0.0.1:1/x", "socket.html: error on the console"],
+    ),
+    "cut.html": (
+        "<div style='overflow:hidden'><div style='width:800px'>-</div></div>",
+        ["cut.html at 390 px: cut off: "],
+    ),
+    "hidden.html": (
+        "<style>body { overflow-x: hidden }</style><p style='width:800px'>wide</p>",
+        ["hidden.html at 390 px: 8"],
+    ),
+    "left.html": (
+        "<p style='margin-left:-300px'>left</p>",
+        ["left.html at 1280 px: cut off: <p", "left.html at 390 px: cut off: <p"],
+    ),
+    "local.html": (
+        "<a href='http://localhost:8000/x'>mine</a>",
+        ["local.html: link to a machine of its reader: http://localhost:8000/x"],
     ),
     "nameless.html": (
         "<img src=dot.svg>",
