@@ -215,7 +215,7 @@ def difference(one: str, other: str) -> str:
         return f"a folder{alike} and a Hub id, and a folder may hold anything"
     if relation(one, other) == UNKNOWN:
         return "by its name another owner's or a quantised copy, which a name does not prove"
-    return "two models on the Hub"
+    return "two different models"
 
 
 REMEDY = "If they are one model, say which: base_model_name= (--base-model-name)."

@@ -20,7 +20,7 @@ from subspace_peft import (
     project_lora,
     update_basis,
 )
-from subspace_peft.base_names import DIFFERENT, SAME, UNKNOWN, read_name, relation
+from subspace_peft.base_names import DIFFERENT, SAME, UNKNOWN, difference, read_name, relation
 from subspace_peft.builders import plan_build, rebuild_basis
 from subspace_peft.cli.main import main
 from subspace_peft.errors import BasisMismatchError, SourceError, SubspaceError
@@ -258,3 +258,7 @@ def test_the_model_at_hand_names_sources_that_name_none_where_it_has_a_hub_id(tm
             build_basis(folders, k=2, base_model=model, progress=False)
     else:
         assert build_basis(folders, k=2, base_model=model, progress=False).base_model == "org/other"
+
+
+def test_names_without_an_owner_are_not_said_to_be_on_the_hub():
+    assert difference("mybert", "mylm") == "two different models"
