@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
 from tqdm import tqdm
 
 from subspace_peft._io import progress
 from subspace_peft.cli import pulse
-from subspace_peft.cli.main import RESUMED, WITH_BARS, main
+from subspace_peft.cli.main import RESUMED, main
 
 
 class Terminal(io.StringIO):
@@ -57,6 +58,48 @@ def test_a_bar_that_is_closed_or_hidden_is_none():
     assert progress.open_bar() is not bar
 
 
+def test_a_result_stands_alone_in_its_line(terminal):
+    with redirect_stderr(terminal), redirect_stdout(terminal), pulse.pulse("project", True):
+        wait_for("loading what project needs (", terminal)
+        print("energy kept")
+        wait_for("loading what project needs (", terminal, terminal.getvalue().count("loading") + 1)
+        print("a warning", file=sys.stderr)
+    assert [drawn(line) for line in terminal.getvalue().split("\n")] == ["energy kept", "a warning", ""]
+
+
+def drawn(line: str) -> str:
+    """Return what a terminal shows of a line with carriage returns."""
+    shown = ""
+    for part in line.split("\r"):
+        shown = part + shown[len(part) :]
+    return shown.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("demo", True),
+        ("record-base b --base-model m", True),
+        ("validate b", True),
+        ("push b org/b", True),
+        ("validate b -q", False),
+        ("run script.py", False),
+    ],
+)
+def test_every_verb_but_run_says_what_it_is_doing(words, shown, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def stand_in(verb, shown):
+        asked.append(shown)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(sys.modules["subspace_peft.cli.main"], "pulse", stand_in)
+    assert main(words.split()) == 130
+    assert asked == [shown]
+
+
 def test_nothing_is_said_in_a_file(terminal):
     with redirect_stderr(io.StringIO()) as file, pulse.pulse("demo", True):
         time.sleep(0.1)
@@ -64,7 +107,6 @@ def test_nothing_is_said_in_a_file(terminal):
 
 
 def test_the_demo_says_what_it_is_doing_and_goes_on_when_interrupted(monkeypatch, capsys):
-    assert "demo" in WITH_BARS
     monkeypatch.setattr("subspace_peft.cli.recipes.demo", interrupt)
     monkeypatch.setattr("subspace_peft.recipes.load_recipe", interrupt)
     assert main(["demo"]) == 130
@@ -73,3 +115,19 @@ def test_the_demo_says_what_it_is_doing_and_goes_on_when_interrupted(monkeypatch
 
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("words", "bars"), [([], True), (["-q"], False)])
+def test_quiet_hides_the_hubs_bars_of_uploads(words, bars, monkeypatch, tmp_path):
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    enable_progress_bars()
+    seen = []
+
+    def stand_in(*_: object) -> str:
+        seen.append(not are_progress_bars_disabled())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subspace_peft.cli.sharing._push", stand_in)
+    assert main(["push", str(tmp_path), "org/basis", *words]) == 130
+    assert seen == [bars] and not are_progress_bars_disabled()

@@ -21,19 +21,6 @@ from .verbs import parser as parser
 
 RESUMED = {"build": "modules", "update": "modules", "demo": "adapters and runs"}
 UNSPOKEN = ("run", "demo")  # verbs that run scripts, whose warnings are their own
-WITH_BARS = (
-    "analyze",
-    "build",
-    "bundle",
-    "complete",
-    "compress",
-    "demo",
-    "export-lora",
-    "migrate",
-    "project",
-    "report",
-    "update",
-)
 COUNTED = {"v": "verbose_first", "q": "quiet_first"}
 COUNTS = re.compile(r"-(v+|q+)|--(v)erbose|--(q)uiet")
 
@@ -119,7 +106,8 @@ def _spoken(arguments: argparse.Namespace) -> Iterator[None]:
         if arguments.verb not in UNSPOKEN:
             stack.enter_context(spoken_warnings(_named(arguments), arguments.flags))
         first = os.environ.get("RANK", "0") == "0"
-        stack.enter_context(pulse(arguments.verb, first and arguments.verb in WITH_BARS and not arguments.quiet))
+        shown = first and arguments.verb != "run" and not arguments.quiet
+        stack.enter_context(pulse(arguments.verb, shown))
         yield
 
 

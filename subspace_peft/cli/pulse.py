@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
 
 from .._io import progress
 
@@ -26,38 +27,71 @@ def pulse(verb: str, shown: bool) -> Iterator[None]:
         yield
         return
     progress.begin(f"loading what {verb} needs")
-    end = threading.Event()
-    thread = threading.Thread(target=_beat, args=(end,), daemon=True)
+    line, end = _Line(sys.stderr), threading.Event()
+    thread = threading.Thread(target=_beat, args=(line, end), daemon=True)
     thread.start()
+    out = _Clearing(sys.stdout, line) if sys.stdout is not None and sys.stdout.isatty() else sys.stdout
     try:
-        yield
+        with redirect_stdout(out), redirect_stderr(_Clearing(sys.stderr, line)):
+            yield
     finally:
         end.set()
         thread.join()
+        line.clear()
 
 
-def _beat(end: threading.Event) -> None:
-    begun = spoke = time.monotonic()
-    phase, width = progress.current(), 0
+class _Line:
+    """The line of a terminal on which is said what is being done, until anything else is written.
+
+    Attributes:
+        spoke: when something was last written.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._width, self._lock = stream, 0, threading.Lock()
+        self.spoke = time.monotonic()
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            self._stream.write(f"\r{text:<{self._width}}")
+            self._stream.flush()
+            self._width, self.spoke = len(text), time.monotonic()
+
+    def clear(self) -> None:
+        """Take away what stands there: it is no part of the result."""
+        with self._lock:
+            if self._width:
+                self._stream.write(f"\r{'':<{self._width}}\r")
+                self._stream.flush()
+            self._width, self.spoke = 0, time.monotonic()
+
+
+class _Clearing:
+    """A stream that takes the line away before it writes."""
+
+    def __init__(self, stream: Any, line: _Line) -> None:
+        self._own, self._line = stream, line
+
+    def write(self, text: str) -> int:
+        self._line.clear()
+        return int(self._own.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+def _beat(line: _Line, end: threading.Event) -> None:
+    begun, phase = time.monotonic(), progress.current()
     while not end.wait(TICK):
         now = time.monotonic()
         if progress.current() != phase:
             phase, begun = progress.current(), now
         bar = progress.open_bar()
         if bar is not None and time.time() - bar.start_t > progress.DELAY:
-            width = 0
-            if now - spoke > SILENCE:
-                spoke = now
+            if now - line.spoke > SILENCE:
+                line.clear()
                 bar.refresh()
                 # a bar that has never been drawn, as it thinks, would leave what is drawn now behind at its end
                 bar.last_print_t = time.time()
-        elif now - spoke > SILENCE:
-            spoke = now
-            said = f"{phase} ({now - begun:.0f} s)"
-            sys.stderr.write(f"\r{said:<{width}}")
-            sys.stderr.flush()
-            width = len(said)
-    if width:
-        # what stood there is no part of the result
-        sys.stderr.write(f"\r{'':<{width}}\r")
-        sys.stderr.flush()
+        elif now - line.spoke > SILENCE:
+            line.say(f"{phase} ({now - begun:.0f} s)")

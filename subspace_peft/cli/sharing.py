@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -79,7 +81,7 @@ def add_cache(add: Add) -> None:
 def push(args: Namespace) -> int:
     """Upload a basis, a task or a bundle."""
     folder = Path(args.folder).expanduser()
-    with noted_uploads() as uploads:
+    with noted_uploads() as uploads, _bars_of_the_hub(not args.quiet):
         kind = _push(folder, args)
     # a basis that goes along is uploaded before
     last = uploads[-1]
@@ -90,6 +92,21 @@ def push(args: Namespace) -> int:
     for each in uploads:
         print(each.url)
     return 0
+
+
+@contextmanager
+def _bars_of_the_hub(shown: bool) -> Iterator[None]:
+    """Hide huggingface_hub's bars of uploads within, unless they are wanted."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _push(folder: Path, args: Namespace) -> str:
