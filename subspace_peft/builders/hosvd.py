@@ -83,6 +83,26 @@ class Compressed:
                 factor = torch.tensor([factors[i] for i in some], dtype=torch.float64)
                 yield some, (L * factor[:, None, None]) @ T
 
+    def moment(
+        self, u: torch.Tensor | None, v: torch.Tensor | None, *, output: bool, fixed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the eigenvalues, ascending, and vectors of ``Σ w² (C_i v)(C_i v)ᵀ``, of u's side or likewise of v's.
+
+        Args:
+            u: (w_out, a) float64; not used where `output`.
+            v: (w_in, b) float64; not used elsewhere.
+            output: whether it is u's side.
+            fixed: how many leading coordinates are left out.
+        """
+        side = self.out if output else self.inner
+        moment = torch.zeros(side.Q.shape[1], side.Q.shape[1], dtype=torch.float64)
+        for _, cores in self.cores(self.weights, *((None, v) if output else (u, None))):
+            flat = cores.transpose(0, 1).flatten(1) if output else cores.flatten(0, 1).T
+            moment += flat @ flat.T
+        moment = moment[fixed:, fixed:]
+        values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+        return values, vectors
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -260,15 +280,10 @@ def turned(
     """
     old = u if output else v
     assert old is not None
-    moment = torch.zeros(len(old), len(old), dtype=torch.float64)
-    for _, cores in compressed.cores(compressed.weights, *((None, v) if output else (u, None))):
-        flat = cores.transpose(0, 1).flatten(1) if output else cores.flatten(0, 1).T
-        moment += flat @ flat.T
     free = old.shape[1] - fixed
     if not free:
         return old
-    moment = moment[fixed:, fixed:]
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
+    values, vectors = compressed.moment(u, v, output=output, fixed=fixed)
     # seen through the other side's few directions, the fleet may span fewer than asked for: then keep what there is
     if int((values > NULL * values[-1]).sum()) < free:
         return old

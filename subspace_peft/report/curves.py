@@ -15,6 +15,7 @@ import torch
 
 from ..builders.hosvd import Compressed, alternate
 from ..sources.factors import Factors
+from .stacked import by_rank, stacked
 
 MOST = 128  # directions that curves go up to
 # cubes of the subspaces' widths that alternations may cost in the bases of a module, and of all modules: 0.3 and 10 s
@@ -82,18 +83,19 @@ def alternated(
     if not rounds:
         return curve, []
     widths = basis.out.Q.shape[1], basis.inner.Q.shape[1]
+    basis = stacked(basis)
+    seen = by_rank([(basis.out.Q.T @ update.B, update.A @ basis.inner.Q) for update in updates])
+    squares = torch.tensor(norms, dtype=torch.float64).square()
     # all that is spanned cannot be turned
     gains = {max(widths): torch.zeros(len(updates), dtype=torch.float64)}
 
     def run(k: int) -> None:
         u, v = (torch.eye(width, min(k, width), dtype=torch.float64) for width in widths)
         u, v = alternate(basis, u, v, rounds)
-        U, V = basis.out.Q @ u, basis.inner.Q @ v
-        kept = [
-            float(((U.T @ update.B) @ (update.A @ V)).square().sum()) / norm**2
-            for update, norm in zip(updates, norms, strict=True)
-        ]
-        gains[k] = torch.tensor(kept, dtype=torch.float64) - curve[:, k - 1]
+        held = torch.zeros(len(updates), dtype=torch.float64)
+        for places, left, right in seen:
+            held[places] = ((u.T @ left) @ (right @ v)).square().sum((1, 2))
+        gains[k] = held / squares - curve[:, k - 1]
 
     ran: list[int] = []
     k: int | None = min(own, max(widths), curve.shape[1])
