@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.text import read_text
+from .._lazy import collecting_later
 from ..energy import percent
 from ..errors import SubspaceError
 from .common import DTYPES, Add, add_force, add_json, add_out, print_json, refuse_idle
@@ -93,7 +94,8 @@ def add_bundle(add: Add) -> None:
 
 def create(args: Namespace) -> int:
     """Pack saved tasks into a bundle."""
-    import torch
+    with collecting_later():
+        import torch
 
     from ..bundle import bundle_tasks
 

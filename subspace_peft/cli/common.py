@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.progress import begin
+from .._lazy import collecting_later
 from ..errors import HubUnavailableError, SubspaceError
 from ..hub import looks_like_path, only_local
 from ..hub_requests import ask
@@ -85,7 +86,8 @@ def base_model(name: str | None) -> Any:
             f"--base-model {name}: there is no such folder. Give a model's folder, or its id on the Hub."
         )
     begin(f"loading the base model {name}")
-    from transformers import AutoModel
+    with collecting_later():
+        from transformers import AutoModel
 
     try:
         return ask(name, lambda: AutoModel.from_pretrained(name))

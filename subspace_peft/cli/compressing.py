@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from .._lazy import collecting_later
 from ..energy import percent
 from .common import (
     DTYPES,
@@ -80,7 +81,8 @@ def add_compress(add: Add) -> None:
 
 def compress(args: Namespace) -> int:
     """Turn a fleet of LoRAs into a bundle."""
-    import torch
+    with collecting_later():
+        import torch
 
     from ..bundle import compress_fleet
 

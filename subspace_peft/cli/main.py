@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import platform
 import re
@@ -40,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # no verb, or a verb of others without one of these
         arguments.help_of.print_help()
         return 0
+    if argv is None and arguments.verb not in UNSPOKEN:
+        # the process ends with this: Python would go through all objects once more before, for seconds after PEFT
+        atexit.register(gc.freeze)
     try:
         with verbosity(arguments), _spoken(arguments):
             return int(arguments.run(arguments))

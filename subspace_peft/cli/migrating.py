@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.progress import begin
+from .._lazy import collecting_later
 from ..errors import SubspaceError
 from .common import Add, add_force, add_json, add_out, print_json
 from .parsers import SOURCES, TASKS, grouped
@@ -51,7 +52,9 @@ def add_drift(group: Any) -> None:
 def migrate(args: Namespace) -> int:
     """Carry tasks over; all of them or none."""
     from ..basis import SubspaceBasis
-    from ..convert.migrate import MAX_DRIFT
+
+    with collecting_later():
+        from ..convert.migrate import MAX_DRIFT
 
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
     tasks = Carried(args.tasks, args.out, bound, not args.quiet, args.old_basis, args.force)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.progress import begin
+from .._lazy import collecting_later
 from ..basis.layout import k_range
 from ..builders.options import CompleteOptions, Resources, UpdateOptions
 from ..energy import percent
@@ -101,8 +102,10 @@ def update(args: Namespace) -> int:
     from ..basis import SubspaceBasis
     from ..builders import update_basis
     from ..builders.resume import forget
-    from ..convert.migrate import MAX_DRIFT
     from ..report.verdict import verdict_on_record
+
+    with collecting_later():
+        from ..convert.migrate import MAX_DRIFT
 
     if bool(args.tasks) != bool(args.tasks_out):
         raise SubspaceError("Give both, --tasks and --tasks-out: which tasks to carry over, and where to.")
@@ -200,7 +203,8 @@ def complete(args: Namespace) -> int:
 
 def record_base(args: Namespace) -> int:
     """Record a basis's base weights."""
-    from ..tuner.base_record import record_base_model
+    with collecting_later():
+        from ..tuner.base_record import record_base_model
 
     record_base_model(args.basis, base_model(args.base_model), overwrite=args.force)
     return inspect(Namespace(path=args.basis, no_verify=True, json=args.json, verbose=args.verbose))
