@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,15 @@ def test_env_has_no_secret_and_no_home(monkeypatch, capsys, tmp_path):
     assert "| subspace_peft | " in page and "| HF_TOKEN | set |" in page
     for text in (said, page):
         assert "secret" not in text and "password" not in text and str(home) not in text
+
+
+def test_env_of_a_torch_that_is_broken(monkeypatch, capsys, tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so: cannot open')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "torch")
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"]["problem"] == "OSError: libcudart.so: cannot open"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -147,6 +147,13 @@ def _hub() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
+    try:
+        return _devices_of_torch()
+    except Exception as error:  # a torch that cannot be imported, or a broken driver, is what the report is about
+        return {"cpu_cores": os.cpu_count(), "problem": _said(f"{type(error).__name__}: {error}")}
+
+
+def _devices_of_torch() -> dict[str, Any]:
     import torch
 
     cuda = []
