@@ -303,6 +303,14 @@ def test_adapters_that_share_nothing_are_not_said_to_fit():
     assert said[2].startswith("Next: keep these adapters as LoRAs; ")
 
 
+def test_a_page_of_an_updated_basis_without_its_sources_says_what_its_record_does():
+    folder = Path(__file__).parent / "saved" / "v0.1.0" / "bases" / "updated"
+    found, said = report_basis(folder, progress=False), verdict_of(folder)
+    assert "keeps at least " in said[0] and "keeps at least " in found.verdict[1]
+    assert said[1] == found.verdict[2] and "not measured" in said[1]
+    assert "kept, at least" in headlines(found.numbers)[0].of
+
+
 def test_every_sentence_of_the_verdict():
     base = {
         "kept": 0.6,

@@ -27,7 +27,7 @@ class ReportFacts:
             ``random`` and ``mean_only``; ``k_for_share``, ``above`` (output and input directions above the null,
             medians), ``k_for_new_tasks`` (see `useful_k`), ``break_even`` adapters, ``bytes_per_lora``,
             ``bytes_per_task``, ``bytes_of_basis``, ``sources``, ``built_from`` (how many adapters the basis was built
-            from), ``in_seed_groups``. None where it could not be measured.
+            from), ``in_seed_groups``; ``at_least`` where ``kept`` is a bound. None where it could not be measured.
         verdict: sentences.
         modules: the findings of every module measured.
         sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen`` and ``mean_only``.

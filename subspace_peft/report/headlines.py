@@ -95,7 +95,8 @@ def headlines(
             "Compressing these adapters",
             known,
             kept,
-            "of their energy is kept, though it was not built from them" if new else "of their energy is kept",
+            f"of their energy is kept{', at least' if numbers.get('at_least') else ''}"
+            + (", though it was not built from them" if new else ""),
             chance if new else null,
             meaning(numbers),
             step(numbers),

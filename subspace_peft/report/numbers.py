@@ -125,6 +125,7 @@ def recorded_numbers(basis: SubspaceBasis) -> dict[str, Any]:
     return {
         **dict.fromkeys(NUMBERS),
         "kept": found.kept,
+        "at_least": found.at_least,
         "null_kept": found.null,
         LEFT_OUT: found.left_out,
         "random": found.random,

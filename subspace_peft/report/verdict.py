@@ -25,6 +25,7 @@ LIMITS = (
     " task in it beside the head alone, a random basis of equal size and a LoRA, each with its own learning rate (the"
     " recipes' `compare` does that)."
 )
+NOT_MEASURED = "What a basis of the others keeps of an adapter left out was not measured with this one."
 KINDS = {"random": "random directions", "base-weights": "leading directions of the base model's weights"}
 
 
@@ -80,7 +81,7 @@ def verdict_on_record(
         why = "Of an adapter left out nothing can be said: no other one is left, or all began from one random A."
         step = "use LoRA: one adapter tells nothing of others"
     else:
-        why = "What a basis of the others keeps of an adapter left out was not measured with this one."
+        why = NOT_MEASURED
         step = f"see `subspace-peft report {place}`, which measures that, before you train in it"
     return [_kept(numbers, at_least=record.at_least, explain=explain), why, _next(numbers, step)]
 
@@ -149,7 +150,7 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
         return [f"{said}{beside}: {word(new)}. {meaning(numbers)}"]
     if kept is None:
         return []
-    words = f"{_kept(numbers)} {COMPRESSED[word(kept)]}"
+    words = f"{_kept(numbers, at_least=bool(numbers.get('at_least')))} {COMPRESSED[word(kept)]}"
     if new is not None:
         words += f" Of the adapters here that it was not built from it keeps {percent(new)}."
     if k is not None and word(kept) != "faithful":
@@ -170,6 +171,8 @@ def _new(numbers: Mapping[str, Any]) -> list[str]:
         if own_is_better(numbers):
             words += f" A basis of these adapters keeps {percent(left_out)} of one left out of it."
         return [words]
+    if left_out is None and numbers["bytes_per_lora"] is None and (numbers["sources"] or 0) > 1:
+        return [NOT_MEASURED]  # from the record alone
     if left_out is None:
         return [
             "Of adapters that it was not built from nothing can be said: there are too few sources of own seeds to"
