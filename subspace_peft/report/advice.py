@@ -22,6 +22,7 @@ COMPRESSED = {
 }
 FEW = "They fit because they are few, not because they are related: others will not."
 LIKE_NOISE = "It keeps of noise about as much: it holds nothing that these adapters share."
+FITS = {"faithful": FEW, "partial": FEW, "poor": LIKE_NOISE}  # where noise is kept as well
 NEXT = {
     "faithful": "compress these adapters, `subspace-peft compress`",
     "partial": "compress these adapters with a residual, `subspace-peft compress --residual RANK`, or build with a"
@@ -135,7 +136,7 @@ def fits_like_noise(numbers: Mapping[str, Any]) -> str:
     # a lone adapter's noise is kept as it is itself, whether that was measured or not
     if not (like_noise(kept, numbers["null_kept"]) or numbers.get("built_from") == 1):
         return ""
-    return f" {LIKE_NOISE if word(kept) == 'poor' else FEW}"
+    return f" {FITS[word(kept)]}"
 
 
 def new_meaning(numbers: Mapping[str, Any]) -> str:
