@@ -104,3 +104,14 @@ def test_underscores_of_python_are_understood():
     assert (found.verb, found.pad_to, found.modules_to_save) == ("export-lora", "vllm", False)
     with pytest.raises(SystemExit):
         _parsed(["inspect", "basis", "--no_such_flag"])
+
+
+def test_a_refused_adapter_is_said_in_the_words_of_flags(capsys):
+    from types import SimpleNamespace
+
+    from subspace_peft.cli.compressing import _say_summary
+
+    reason = "the basis keeps 73.2 % of its energy, less than min_energy=0.9: allow a residual"
+    refused = SimpleNamespace(total=None, refused=reason, location="loras/x")
+    _say_summary(SimpleNamespace(adapters=[refused], folder="b", min_energy=0.9), {})
+    assert "less than --min-energy 0.9: allow" in capsys.readouterr().out

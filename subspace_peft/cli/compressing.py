@@ -118,10 +118,12 @@ def _say_summary(report: CompressionReport, flags: Flags) -> None:
     refused = [each for each in report.adapters if each not in kept]
     print(f"{len(report.adapters)} adapters: {len(kept)} in {report.folder}, {len(refused)} refused")
     for each in refused:
-        print(f"  left out: {hints_in_flags(reason_of(each), flags)}")
+        # some reasons name files, whose names may hold anything
+        reason = reason_of(each).replace(f"min_energy={report.min_energy}:", f"--min-energy {report.min_energy}:")
+        print(f"  left out: {hints_in_flags(reason, flags)}")
     worst = min(kept, key=lambda each: each.total.kept + each.total.residual, default=None)
     if worst is not None:
-        print(f"worst: {_said(worst)}" + ("" if len(kept) == 1 else "; -v shows all"))
+        print(_said(worst) if len(kept) == 1 else f"worst: {_said(worst)}; -v shows all")
 
 
 def _say_adapters(report: CompressionReport) -> None:
