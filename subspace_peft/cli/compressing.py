@@ -148,7 +148,8 @@ def _said(each: CompressedAdapter) -> str:
 
 def storage_table(storage: Storage) -> str:
     """Return the storage report in a few lines."""
-    even = "never" if storage.break_even is None else f"from {storage.break_even:,} adapters on"
+    plural = "" if storage.break_even == 1 else "s"
+    even = "never" if storage.break_even is None else f"from {storage.break_even:,} adapter{plural} on"
     rows = [
         (f"{storage.adapters:,} adapters before", storage.before),
         ("basis", storage.basis),

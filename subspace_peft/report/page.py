@@ -176,7 +176,7 @@ def _rows(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [(f"bytes of {words}", f"{numbers[key]:,}") for key, words in SIZES.items() if numbers[key] is not None]
     if numbers["bytes_per_lora"] is not None:
         even = numbers["break_even"]
-        rows.append(("smaller in all", f"from {even:,} adapters on" if even else "never"))
+        rows.append(("smaller in all", f"from {even:,} adapter{'' if even == 1 else 's'} on" if even else "never"))
     rows.append(("adapters", f"{numbers['sources']:,}"))
     rows.append(("of them in groups of one random start", f"{numbers['in_seed_groups']:,}"))
     return rows
