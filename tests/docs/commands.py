@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from subspace_peft.cli.language import verbs_of
-from subspace_peft.cli.main import main, parser
+from subspace_peft.cli.main import _parsed, main, parser
 
 try:
     import tomllib
@@ -127,7 +127,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            return our_parser().parse_args(arguments), []
+            return _parsed([*arguments]), []  # as the program itself does, whose messages these are
     except SystemExit as stop:
         return None, [said.getvalue().strip().splitlines()[-1]] if stop.code else []
 
