@@ -309,6 +309,9 @@ def test_a_page_of_an_updated_basis_without_its_sources_says_what_its_record_doe
     assert "keeps at least " in said[0] and "keeps at least " in found.verdict[1]
     assert said[1] == found.verdict[2] and "not measured" in said[1]
     assert "kept, at least" in headlines(found.numbers)[0].of
+    shown = found._repr_html_()
+    assert shown.index("<strong>Compressing these adapters</strong>: poor, 55.8 %") < shown.index("<table")
+    assert "<strong>Training new tasks</strong>: unknown. Next: use LoRA" in shown
 
 
 def test_every_sentence_of_the_verdict():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -34,6 +35,7 @@ from .numbers import basis_facts, measured_numbers, recorded_numbers
 from .page import page
 from .places import seen_from_here
 from .tables import write_tables
+from .terms import WORDS
 from .verdict import LIMITS, verdict, verdict_on_record
 
 SAMPLE = 64
@@ -60,6 +62,16 @@ class FleetReport(Shown, ReportFacts):
             for entry in self.sources
         )
         return ("adapter", "energy kept", "left out", "norm of ΔW"), rows, len(self.sources)
+
+    def _repr_html_(self) -> str:
+        if not hasattr(self, "numbers"):  # half made
+            return super()._repr_html_()
+        told = []
+        for each in headlines(self.numbers, self.made.get("basis"), self.basis.get("builder")):
+            share = "" if each.share is None else f", {percent(each.share)} {each.of}"
+            said = f"{WORDS.get(each.word, each.word)}{share}. Next: {each.advice.replace('`', '')}"
+            told.append(f"<p><strong>{html.escape(each.use)}</strong>: {html.escape(said)}.</p>")
+        return f"<div>{''.join(told)}{super()._repr_html_()}</div>"
 
     def save(self, place: str | Path, *, files: bool = False, overwrite: bool = False) -> Path:
         """Write the report as one HTML file, readable offline.
