@@ -132,10 +132,7 @@ def test_what_was_left_out_took_no_part(monkeypatch):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_a_bar_counts_the_bases_where_progress_is_wanted(progress, monkeypatch, capsys):
-    from subspace_peft.builders import clusters as module
-
-    original = module.tqdm
-    monkeypatch.setattr(module, "tqdm", lambda **given: original(**{**given, "delay": 0, "mininterval": 0}))
+    monkeypatch.setattr("subspace_peft._io.progress.DELAY", 0)
     build_clusters(states(TWO), 2, k=OWN, progress=progress)
     assert ("comparing clusters" in capsys.readouterr().err) == progress
 

@@ -29,7 +29,11 @@ from .checks import (
 )
 
 # what `inspect --json` says and did not say then
-SAID_SINCE = {"energy_kept_at_least", "energy_over_modules", "base_model_names", "base_weights"}
+SAID_SINCE = {"energy_kept_at_least", "energy_over_modules", "base_model_names", "base_weights"} | {
+    "base_weights_recorded",
+    "k_range",
+    "verdict",
+}
 
 
 @pytest.mark.parametrize("folder", folders("bases"))
