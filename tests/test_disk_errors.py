@@ -169,7 +169,8 @@ def test_the_command_line_says_it_before_the_work(
     words["TASK"] = str(projection.save_pretrained(tmp_path / "task"))
     assert main([words.get(word, word) for word in command]) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"subspace-peft {command[0]}: ") and "Traceback" not in err
+    verb = " ".join(command[:2] if command[0] == "bundle" else command[:1])
+    assert err.startswith(f"subspace-peft {verb}: ") and "Traceback" not in err
     if command[0] != "inspect":
         assert "[Errno" not in err
         assert "where a folder is needed" in err if place.startswith("file") else "the name is too long" in err

@@ -118,8 +118,12 @@ def test_an_alpha_without_factors_is_no_whole_file():
 @pytest.mark.parametrize("verb", ["build", "compress"])
 def test_modules_to_save_are_matched_by_pefts_rule(verb, tmp_path):
     # `norm` means post_attention_layernorm as well
-    folder, other = (trained(tmp_path / f"lora{n}", n, lora(modules_to_save=["norm"])) for n in range(2))
-    got, wanted = through(verb, folder, other, tmp_path), logits(PeftModel.from_pretrained(llama(), folder))
+    pair = [trained(tmp_path / f"lora{n}", n, lora(modules_to_save=["norm"])) for n in range(2)]
+
+    def adapters(name, number, config):
+        return trained(tmp_path / f"lora{number}", number, config())
+
+    got, wanted = through(verb, pair, adapters, tmp_path), logits(PeftModel.from_pretrained(llama(), pair[0]))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
 
 

@@ -167,6 +167,7 @@ CALLS = {
 @pytest.mark.parametrize("words", CALLS)
 def test_what_a_call_says_is_on_the_page(words, place, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setattr("subspace_peft.tuner.learning_rate._said", set())  # it is said once in a process
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
