@@ -165,7 +165,7 @@ const panel = (fleet) => {
     at("sum-stored").textContent = `${about}${counted(sums.stored)} bytes`;
     at("sum-stored").dataset.basis = sums.basis;
     at("sum-loras").textContent = `${counted(fleet.loras)} bytes`;
-    at("sum-even").textContent = sums.even === null ? "never" : `from ${counted(sums.even)} adapters on`;
+    at("sum-even").textContent = sums.even === null ? "never" : `from ${counted(sums.even)} ${sums.even === 1 ? "adapter" : "adapters"} on`;
     at("sum-parameters").textContent = about + counted(sums.parameters);
     at("k-said").textContent = sliders.k.value;
     at("share-said").textContent = percent(Number(sliders.share.value));
