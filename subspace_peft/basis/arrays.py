@@ -24,7 +24,7 @@ from .layout import (
     not_orthonormal,
     stored_problem,
 )
-from .stored import CONFIG_FILE, StoredBasis
+from .stored import StoredBasis, check_digest, check_sides
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "i1"}
 Raw = tuple[str, tuple[int, ...], bytes]  # dtype in safetensors' words, shape, bytes
@@ -63,18 +63,12 @@ class StoredReader:
             raise BadFileError(
                 f"{file}: cannot be read ({error}). The file is damaged or incomplete: fetch or build it again."
             ) from error
-        if not {"U", "V"} <= raw.keys():
-            raise BadFileError(f"{file}: module {name!r} has no U and V. The file is damaged: build it again.")
+        check_sides(file, name, raw)
         try:
             check_raw(name, raw, stored.precision)
         except SubspaceError as error:
             raise BadFileError(f"{file}: {error}") from None
-        digest, said = digest_of(raw), stored.entries[name]["sha256"]
-        if digest != said:
-            raise BadFileError(
-                f"{file}: module {name!r} has sha256 {digest}, but {CONFIG_FILE} says {said}. The file "
-                "was altered or damaged after it was written: fetch or build it again."
-            )
+        check_digest(file, name, digest_of(raw), stored.entries)
         return raw
 
     def verify(self) -> Iterator[str]:

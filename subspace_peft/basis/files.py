@@ -26,6 +26,8 @@ from .stored import (
     NOT_INFO,
     TENSORS_FILE,
     StoredBasis,
+    check_digest,
+    check_sides,
     open_stored,
     read_stored,
 )
@@ -68,19 +70,13 @@ class FileModules(ModuleStore):
             raise BadFileError(
                 f"{self.file}: cannot be read ({error}). The file is damaged or incomplete: fetch or build it again."
             ) from error
-        if not {"U", "V"} <= present.keys():
-            raise BadFileError(f"{self.file}: module {name!r} has no U and V. The file is damaged: build it again.")
+        check_sides(self.file, name, present)
         try:
             module = ModuleBasis(**present) if self.precision is None else restored(present, self.precision, name)
             module.check(name)
         except SubspaceError as error:
             raise BadFileError(f"{self.file}: {error}") from None
-        digest, said = stored_digest(present), self.entries[name]["sha256"]
-        if digest != said:
-            raise BadFileError(
-                f"{self.file}: module {name!r} has sha256 {digest}, but {CONFIG_FILE} says {said}. The file "
-                "was altered or damaged after it was written: fetch or build it again."
-            )
+        check_digest(self.file, name, stored_digest(present), self.entries)
         return present, module
 
 

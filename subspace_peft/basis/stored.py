@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,22 @@ def check_header(file: Path, modules: dict[str, dict[str, Any]], precision: str 
             f"{file}: cannot be read ({error}). The file is missing, truncated or not a safetensors file: fetch or"
             " build the basis again."
         ) from error
+
+
+def check_sides(file: Path, name: str, tensors: Collection[str]) -> None:
+    """Raise BadFileError if U or V is not among the names of a module's `tensors`."""
+    if not {"U", "V"} <= set(tensors):
+        raise BadFileError(f"{file}: module {name!r} has no U and V. The file is damaged: build it again.")
+
+
+def check_digest(file: Path, name: str, digest: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise BadFileError if a module's tensors have another sha256, `digest`, than its entry in the config says."""
+    said = entries[name]["sha256"]
+    if digest != said:
+        raise BadFileError(
+            f"{file}: module {name!r} has sha256 {digest}, but {CONFIG_FILE} says {said}. The file "
+            "was altered or damaged after it was written: fetch or build it again."
+        )
 
 
 def _expected(shape: dict[str, int], precision: str | None) -> dict[str, list[int | None]]:
