@@ -21,7 +21,7 @@ from subspace_peft.cli import main
 from subspace_peft.errors import OccupiedError, SourceError, SubspaceError
 from subspace_peft.report import null_basis, report_basis
 from subspace_peft.report.headlines import headlines
-from subspace_peft.report.measure import measure_module
+from subspace_peft.report.measure import measure
 from subspace_peft.report.page import page
 from subspace_peft.report.pays import break_even_on_record
 from subspace_peft.report.verdict import LIMITS, useful_k, verdict, verdict_of
@@ -71,7 +71,7 @@ def test_everything_measured_is_what_dense_algebra_gives(folds):
     dense = deltas(states)
     source_weights = [1.0, 0.5, 0.5, 1.0]
     weights = [v**0.5 / float(d.norm()) for v, d in zip(source_weights, dense, strict=True)]
-    found = measure_module(factors(states), source_weights, folds, [0.1, 0.2, 0.3, 0.4], (5, 3), seed=0)
+    found = measure(factors(states), source_weights, folds, [0.1, 0.2, 0.3, 0.4], (5, 3), seed=0)[0]
     assert (found.shape, found.kept) == ((20, 16), [0.1, 0.2, 0.3, 0.4])
     total = sum(w * w * float(d.square().sum()) for w, d in zip(weights, dense, strict=True))
     moment = sum(w * w * d @ d.T for w, d in zip(weights, dense, strict=True))
@@ -100,8 +100,8 @@ def test_everything_measured_is_what_dense_algebra_gives(folds):
 
 def test_the_null_has_the_strengths_and_nothing_in_common():
     states = related(n=8)
-    found = measure_module(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)
-    again = measure_module(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)
+    found = measure(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)[0]
+    again = measure(factors(states), [1.0] * 8, list(range(8)), [1.0] * 8, (3, 3), seed=1)[0]
     assert found == again
     # energies are shares: both add up to one, the fleet's in three directions
     assert sum(found.spectrum_out) == pytest.approx(1) and sum(found.null_out) == pytest.approx(1)
@@ -114,7 +114,7 @@ def test_the_null_has_the_strengths_and_nothing_in_common():
 
 
 def test_one_fold_leaves_nothing_out():
-    found = measure_module(factors(fleet(n=2)), [0.5, 0.5], [0, 0], [1.0, 1.0], (2, 2), seed=0)
+    found = measure(factors(fleet(n=2)), [0.5, 0.5], [0, 0], [1.0, 1.0], (2, 2), seed=0)[0]
     assert found.left_out_here == [None, None] and found.mean_only == [None, None]
     assert all(math.isnan(value) for value in found.left_out)
 
@@ -145,7 +145,7 @@ def test_a_fleet_that_shares_is_told_from_one_that_does_not():
 
 
 def test_findings_have_their_old_names():
-    found = measure_module(factors(related(n=3)), [1.0] * 3, [0, 1, 2], [1.0] * 3, (2, 2), seed=0)
+    found = measure(factors(related(n=3)), [1.0] * 3, [0, 1, 2], [1.0] * 3, (2, 2), seed=0)[0]
     with pytest.warns(FutureWarning, match="is now called left_out;"):
         assert found.unseen is found.left_out
     with pytest.warns(FutureWarning, match="is now called left_out_here;"):

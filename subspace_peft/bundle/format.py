@@ -105,7 +105,9 @@ def parse_header(data: bytes, size: int, where: str) -> tuple[dict[str, TensorRa
     """
     try:
         header = json.loads(data)
-        metadata = header.pop("__metadata__")
+        metadata = header.pop("__metadata__", None) or {}
+        if "bank" not in metadata:
+            raise ValueError("it is another safetensors file, without a bundle's index of tasks")
         pieces = {name: _piece(name, entry, 8 + len(data), size) for name, entry in header.items()}
         index = json.loads(metadata["bank"])
         if "config" not in index:

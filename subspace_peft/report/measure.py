@@ -81,19 +81,6 @@ class ModuleFindings:
         return self.left_out_here
 
 
-def measure_module(
-    updates: Sequence[Factors],
-    source_weights: Sequence[float],
-    folds: Sequence[int],
-    kept: Sequence[float],
-    size: tuple[int, int],
-    seed: int,
-    alternations: int = 0,
-) -> ModuleFindings:
-    """Return the findings of `measure`, without its curves."""
-    return measure(updates, source_weights, folds, kept, size, seed, alternations)[0]
-
-
 def measure(
     updates: Sequence[Factors],
     source_weights: Sequence[float],

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 from subspace_peft import (
     SubspaceConfig,
@@ -183,3 +184,10 @@ def test_what_cannot_be_loaded(bundle, fleets, bases, tmp_path):
     assert load_task(bert(), bundle, "task0", basis=copy).peft_config["task0"].basis == str(copy)
     with pytest.raises(SubspaceError, match="is a file"):
         extract_task(bundle, "task0", Path(bundle.location) / BUNDLE_FILE)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "pytorch's"])
+def test_another_programs_file_is_said_to_be_one(metadata, tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata=metadata)
+    with pytest.raises(BadFileError, match="another safetensors file, without a bundle's index of tasks"):
+        open_bundle(tmp_path / "model.safetensors")
