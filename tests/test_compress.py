@@ -14,8 +14,8 @@ from torch import nn
 
 from subspace_peft import SubspaceBasis, build_basis, compress_fleet, export_lora, load_task, open_bundle, project_lora
 from subspace_peft.bundle.compress import enough, shares
-from subspace_peft.bundle.residual import residual_of
 from subspace_peft.cli import main
+from subspace_peft.convert.residual import residual_of
 from subspace_peft.errors import SubspaceError
 from subspace_peft.sources import open_source
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from subspace_peft import SubspaceConfig, TaskBank, export_lora
 from subspace_peft.basis.cache import cache_home
-from subspace_peft.convert.export import VLLM_RANKS
+from subspace_peft.convert.factored import VLLM_RANKS
 from subspace_peft.errors import BasisMismatchError, SubspaceError
 from subspace_peft.serve import TaskExports
 from subspace_peft.serve.vllm_resolver import make_resolver, register

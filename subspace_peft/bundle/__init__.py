@@ -10,7 +10,8 @@ from .._moved import NAMES, moved_name
 
 if TYPE_CHECKING:
     from .bundle import Bundle, open_bundle
-    from .compress import CompressionReport, compress_fleet
+    from .compress import compress_fleet
+    from .compression_report import CompressionReport
     from .index import BundledTask
     from .load import extract_task, extract_tasks, load_task
     from .migrate import migrate_bundle
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "Bundle": "bundle",
     "BundledTask": "index",
-    "CompressionReport": "compress",
+    "CompressionReport": "compression_report",
     "add_tasks": "write",
     "bundle_tasks": "write",
     "compress_fleet": "compress",

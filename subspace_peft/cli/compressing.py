@@ -25,7 +25,7 @@ from .language import Flags, hints_in_flags
 from .parsers import SIZE, SOURCES, STORED, grouped
 
 if TYPE_CHECKING:
-    from ..bundle.compress import CompressedAdapter, CompressionReport, Storage
+    from ..bundle.compression_report import CompressedAdapter, CompressionReport, Storage
 
 
 def add_compress(add: Add) -> None:
@@ -112,7 +112,7 @@ def compress(args: Namespace) -> int:
 
 def _say_summary(report: CompressionReport, flags: Flags) -> None:
     """Say how many adapters are in the bundle, which are not and why, and which is kept worst."""
-    from ..bundle.compress import reason_of
+    from ..bundle.compression_report import reason_of
 
     kept = [each for each in report.adapters if each.total is not None and not each.refused]
     refused = [each for each in report.adapters if each not in kept]

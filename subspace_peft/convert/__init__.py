@@ -9,13 +9,14 @@ from .._lazy import attach
 from .._moved import NAMES, moved_name
 
 if TYPE_CHECKING:
-    from .export import Export, export_lora
+    from .export import export_lora
     from .gguf import export_gguf
+    from .lora_files import Export
     from .migrate import Migration, migrate_task
     from .project import Projection, project_lora
 
 _PLACES = {
-    "Export": "export",
+    "Export": "lora_files",
     "Migration": "migrate",
     "Projection": "project",
     "export_gguf": "gguf",

@@ -14,7 +14,7 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target, replacing
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tasks.read import read_task
-from .export import lora_factors
+from .factored import lora_factors
 
 ROTATED = re.compile(r"blk\.\d+\.attn_(q|k)\.weight")
 

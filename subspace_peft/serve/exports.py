@@ -19,7 +19,7 @@ from ..base_names import SAME, read_name, relation
 from ..basis import SubspaceBasis, resolve_basis
 from ..basis.cache import cache_home
 from ..basis.module import tensor_bytes
-from ..convert.export import write_lora
+from ..convert.lora_files import write_lora
 from ..errors import BasisMismatchError, SubspaceError
 from ..tasks.bank_file import read_index, read_rows
 from ..tasks.read import Parts, SavedTask, read_task

@@ -1,0 +1,105 @@
+"""Compute a task's LoRA factors, all of one rank: exact, or truncated by an SVD of nothing larger than a core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .._io.warn import warn_caller
+from ..basis import ModuleBasis
+from ..errors import SubspaceError
+from ..sources import Factors
+from ..tasks.read import SavedTask
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredTask:
+    """A task's LoRA factors.
+
+    Attributes:
+        factors: Module → ``(B, A)``, (out, r) and (r, in).
+        r: Their rank, the same in all modules: the lower ones are filled up with zeros.
+        kept: The energy ‖B A‖² of all modules together.
+        total: The energy ‖ΔW‖² of the task; more than `kept` where a lower rank was asked for.
+    """
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    r: int
+    kept: float
+    total: float
+
+
+def factored(read: SavedTask, rank: int | None, pad_to: int | str | None, dtype: torch.dtype) -> FactoredTask:
+    """Compute the factors of every module of a task; arguments, warnings and errors are those of `export_lora`."""
+    factors, kept, total = {}, 0.0, 0.0
+    for name, core in read.cores.items():
+        S = torch.linalg.svdvals(core)
+        if name in read.residual:
+            factors[name], S = _with_residual(lora_factors(read.modules[name], core), read.residual[name], rank)
+        else:
+            factors[name] = lora_factors(read.modules[name], core, rank)
+        total += float(S.square().sum())
+        kept += float(S[:rank].square().sum())
+    most = max(B.shape[1] for B, _ in factors.values())
+    if rank is not None and rank > most:
+        warn_caller(
+            f"export_lora: rank={rank} (--rank {rank}) has no effect: the task's rank is {most}. pad_to="
+            " (--pad-to) fills up to a higher one."
+        )
+    r = _padded(most, pad_to)
+    filled = {}
+    for name, (B, A) in factors.items():
+        fill = r - B.shape[1]
+        B, A = torch.nn.functional.pad(B, (0, fill)), torch.nn.functional.pad(A, (0, 0, 0, fill))
+        filled[name] = B.to(dtype), A.to(dtype)
+    return FactoredTask(filled, r, kept, total)
+
+
+def lora_factors(
+    module: ModuleBasis, core: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute LoRA factors of ``U core V``, or of its best approximation of a given rank.
+
+    Args:
+        module: The basis of the module, with orthonormal U and V.
+        core: (k_out, k_in), in units of ΔW.
+        rank: The rank of the approximation; None is exact.
+
+    Returns:
+        ``(B, A)``, (out, r) and (r, in) float64.
+    """
+    U, V = module.U.double(), module.V.double()
+    core = core.double()
+    if rank is not None and rank < min(core.shape):
+        P, S, Th = torch.linalg.svd(core, full_matrices=False)
+        return U @ (P[:, :rank] * S[:rank]), Th[:rank] @ V
+    return (U @ core, V) if core.shape[1] <= core.shape[0] else (U, core @ V)
+
+
+def _with_residual(
+    projected: tuple[torch.Tensor, torch.Tensor], residual: tuple[torch.Tensor, torch.Tensor], rank: int | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return ``(B, A)`` of the sum, or of its best approximation of rank `rank`, and the sum's singular values."""
+    B, A = (torch.cat([one, two.double()], dim) for one, two, dim in zip(projected, residual, (1, 0), strict=True))
+    P, S, T = Factors(B, A).canonical()
+    return ((B, A) if rank is None or rank >= B.shape[1] else (P[:, :rank] * S[:rank], T[:, :rank].T)), S
+
+
+def _padded(rank: int, pad_to: int | str | None) -> int:
+    if pad_to is None:
+        return rank
+    if pad_to == "vllm":
+        fits = [r for r in VLLM_RANKS if r >= rank]
+        if not fits:
+            raise SubspaceError(
+                f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this task needs {rank}: pass rank= as well."
+            )
+        return fits[0]
+    if not isinstance(pad_to, int) or isinstance(pad_to, bool) or pad_to < rank:
+        raise SubspaceError(
+            f"pad_to={pad_to!r}: the task has rank {rank}; give at least that, or 'vllm', or a smaller rank=."
+        )
+    return pad_to
