@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+# real packages are fetched once for all runs of the tests, not once per test
+REAL_CACHE = ROOT / ".cache" / "subspace_peft"
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -15,9 +15,8 @@ from subspace_peft.errors import SubspaceError
 from subspace_peft.recipes import copy_recipe, list_recipes, recipe_files, recipe_folder
 
 from .. import fresh
+from .conftest import REAL_CACHE, ROOT
 
-ROOT = Path(__file__).parents[2]
-REAL_CACHE = ROOT / ".cache" / "subspace_peft"
 RECIPES = ["data", "demo", "glue", "image_classification", "mistral"]
 
 

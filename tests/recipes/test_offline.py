@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, Au
 
 from subspace_peft.errors import BadFileError, SubspaceError
 
-REAL_CACHE = Path(__file__).parents[2] / ".cache" / "subspace_peft"
+from .conftest import REAL_CACHE
 
 
 @pytest.fixture
