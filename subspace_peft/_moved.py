@@ -76,7 +76,7 @@ MODULES: dict[str, str | tuple[str, ...]] = {
     "tuner.hotswap": "tasks.hotswap",
     "tuner.injected": "tasks.adapter_io",
     "tuner.kinds": "tuner.layer_kinds",
-    "tuner.mixed": "tuner.row_batch",
+    "tuner.mixed": ("tuner.row_names", "tuner.row_batch"),
     "tuner.push": "tasks.push",
     "tuner.quantised": "tuner.bnb",
     "tuner.registration": ("tuner.peft_type", "_peft_hooks"),
@@ -176,6 +176,7 @@ NAMES: dict[str, dict[str, str]] = {
         "BasisReference": "cards.facts:BasisReferenceFacts",
         "BundledTask": "cards.facts:BundledTaskFacts",
     },
+    "tuner.row_batch": {"task_names_passed": "tuner.row_names"},
     "tuner.injection": {"Plan": "tuner.plan:InjectionPlan"},
     "tuner.arrivals": {"Arrivals": "tuner.load_tracker:LoadTracker"},
     "tuner": {

@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from .._adapted import active_adapter
-from .._io.atomic import write_aside
-from .._io.occupied import BANK
 from .._shown import Shown, Table, fingerprint
-from .._version import __version__
 from ..basis.module_names import unwrapped_name
-from ..basis.overwriting import Planned, replacing
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.base_check import require_same_base
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import as_named_in
 from ..tuner.renaming import named_as, without_wrappers
-from ..tuner.row_batch import BASE, Group, TaskNames, task_names_passed
-from ..tuner.row_context import CHANGES
+from ..tuner.row_batch import BASE, Group, TaskNames
+from ..tuner.row_names import task_names_passed
 from .arguments import check_known
-from .bank_file import FORMAT_VERSION, read_index
+from .bank_file import read_all, write_rows
+from .bank_rows import RowLayout, TaskRows
 from .read import SavedTask, read_task
 from .write import PREFIX, core_tensors, write_task
-
-EMPTY = 0  # the slot of zeros, for rows of the base model
 
 
 class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
@@ -75,24 +67,31 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
                 f"There is no subspace adapter {self.adapter!r} in this model, whose basis a bank could use."
             )
         self.config = config
-        self.layers: dict[str, SubspaceLayer] = {}
-        start = 0
-        for name, layer in model.named_modules():
-            if isinstance(layer, SubspaceLayer) and self.adapter in layer.subspace_coef:
-                k_out, k_in = layer.r[self.adapter]
-                self.layers[unwrapped_name(name).removeprefix("base_model.model.")] = layer
-                layer.bank, layer.bank_place = self, (start, k_in, k_out)
-                start += k_in * k_out
+        self.layers: dict[str, SubspaceLayer] = {
+            unwrapped_name(name).removeprefix(PREFIX): layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, SubspaceLayer) and self.adapter in layer.subspace_coef
+        }
+        self.layout = RowLayout({module: layer.r[self.adapter] for module, layer in self.layers.items()})
+        for module, place in self.layout.places():
+            self.layers[module].bank, self.layers[module].bank_place = self, place
         first = next(iter(self.layers.values()))
-        self.rows = torch.zeros(capacity + 1, start, device=first.subspace_U[self.adapter].device)
-        self.slots: dict[str, int] = {}
-        self.free: list[int] = []
+        self._held = TaskRows(self.layout.width, capacity, first.subspace_U[self.adapter].device)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The rows of all slots (slots, parameters), of which the first is zero."""
+        return self._held.tensor
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """Task → its row."""
+        return self._held.slots
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
-        with CHANGES:
-            row = self.rows[self._slot(name)].clone()
+        row = self._held.copy_of(name)
         return {module: self._part(row, layer).T.clone() for module, layer in self.layers.items()}
 
     def __iter__(self) -> Iterator[str]:
@@ -142,12 +141,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         row = torch.cat([cores[module].to(self.rows).T.reshape(-1) for module in self.layers])
         if not torch.isfinite(row).all():
             raise BadFileError(f"Task {name!r} holds NaN or infinite values. Leave it out, or train it again.")
-        # the row is written before it has a name: a failure on the way leaves the earlier task of this name
-        with CHANGES:
-            slot = self.slots.get(name)
-            slot = self._take() if slot is None else slot
-            self.rows[slot] = row
-            self.slots[name] = slot
+        self._held.put([name], row[None])
 
     def remove(self, name: str) -> None:
         """Remove a task.
@@ -155,11 +149,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         Raises:
             SubspaceError: The bank has no task of that name.
         """
-        with CHANGES:
-            slot = self._slot(name)
-            del self.slots[name]
-            self.rows[slot].zero_()
-            self.free.append(slot)
+        self._held.remove(name)
 
     def detach(self) -> None:
         """Take the bank out of the model's layers; the tasks stay in the bank."""
@@ -196,21 +186,6 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
                 " that it was made for."
             )
 
-    def _slot(self, name: str) -> int:
-        if name not in self.slots:
-            raise SubspaceError(f"There is no task {name!r} in the bank, which holds {len(self)}.")
-        return self.slots[name]
-
-    def _take(self) -> int:
-        if self.free:
-            return self.free.pop()
-        slot = len(self.slots) + 1
-        if slot == len(self.rows):
-            grown = torch.zeros(2 * len(self.rows), self.rows.shape[1], dtype=self.rows.dtype, device=self.rows.device)
-            grown[: len(self.rows)] = self.rows
-            self.rows = grown
-        return slot
-
     def _part(self, rows: torch.Tensor, layer: SubspaceLayer) -> torch.Tensor:
         start, k_in, k_out = layer.bank_place
         return rows[..., start : start + k_in * k_out].unflatten(-1, (k_in, k_out))
@@ -240,13 +215,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
 
     def gather(self, names: Sequence[str]) -> torch.Tensor:
         """Return the rows of these names (n, parameters) as they are now; of names that are not the bank's, zeros."""
-        if torch.compiler.is_compiling():
-            return self._rows_of(names)
-        with CHANGES:
-            return self._rows_of(names)
-
-    def _rows_of(self, names: Sequence[str]) -> torch.Tensor:
-        return self.rows[torch.tensor([self.slots.get(name, EMPTY) for name in names], device=self.rows.device)]
+        return self._held.of(names)
 
     def group(self, layer: SubspaceLayer, names: TaskNames, whole: bool) -> Group:
         """Return the rows of a batch whose tasks are in this bank, for `row_batch.prepare`.
@@ -294,24 +263,15 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             OccupiedError: `file` is something else, or has tasks that this bank lacks, and `overwrite` is off.
             OSError: The disk refuses; an earlier file stays.
         """
-        with CHANGES:
-            names = list(self.slots)
-            rows = self.rows[[self.slots[name] for name in names]].to("cpu", dtype).contiguous()
-        index = {
-            "format_version": FORMAT_VERSION,
-            "subspace_peft_version": __version__,
-            "tasks": names,
+        names, rows = self._held.all()
+        about = {
             "basis_fingerprint": self.config.basis_fingerprint,
-            "modules": {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()},
+            "modules": {module: list(size) for module, size in self.layout.cores.items()},
             "weight_shapes": self.config.weight_shapes,
             **({"basis_names": self.config.basis_names} if self.config.basis_names else {}),
             "base_model_name_or_path": self.config.base_model_name_or_path,
         }
-        metadata = {"bank": json.dumps(index)}
-        planned = Planned(BANK, self.config.basis_fingerprint, frozenset(names))
-        with replacing(file, planned, overwrite=overwrite):
-            write_aside(Path(file), lambda path: save_file({"cores": rows}, path, metadata=metadata))
-        return Path(file)
+        return write_rows(file, about, names, rows.to("cpu", dtype), overwrite=overwrite)
 
     def load(self, file: str | Path, *, cores_only: bool = False) -> list[str]:
         """Add every task of a file that `save` or `bundle_tasks` wrote, replacing those of the same names.
@@ -330,52 +290,15 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             BasisMismatchError: Its tasks are on another basis, or have other modules or sizes.
             SubspaceError: Some of its tasks have trained modules or a residual, and `cores_only` is off.
         """
-        index = read_index(Path(file))
-        names, apart = list(index["tasks"]), list(index.get("apart", []))
-        modules = named_as(self.layers, as_named_in(self.model, index["modules"]))
-        own = {module: list(layer.r[self.adapter]) for module, layer in self.layers.items()}
-        for name in apart:
-            modules_of = as_named_in(self.model, index["entries"][name].get("modules", modules))
-            modules_of = named_as(self.layers, modules_of)
-            if index["basis_fingerprint"] == self.config.basis_fingerprint and modules == own != modules_of:
-                raise BasisMismatchError(
-                    f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with"
-                    " `load_task`, or make a bundle without it."
-                )
-        if apart and not cores_only:
-            raise SubspaceError(
-                f"{file}: {len(apart)} of its {len(names) + len(apart)} tasks, such as {apart[0]!r}, have trained"
-                " modules or a residual, which a bank does not hold. Load these as adapters, with `load_task`; or"
-                " take their cores alone, with cores_only=True."
-            )
-        if index["basis_fingerprint"] != self.config.basis_fingerprint or modules != own:
-            raise BasisMismatchError(
-                f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this"
-                f" bank's on {self.config.basis_fingerprint} in {len(own)}. They belong to another model or basis."
-            )
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                rows = tensors.get_tensor("cores")
-                more = [tensors.get_tensor(f"{number}/core") for number in range(len(apart))]
-                rows = torch.cat([rows, *(row[None].to(rows) for row in more)])
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise BadFileError(f"{file}: not a readable bank ({error}). Fetch or save it again.") from error
-        if not torch.isfinite(rows).all():
-            raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
-        if list(modules) != list(own):
-            parts = dict(zip(modules, rows.split([a * b for a, b in modules.values()], dim=1), strict=True))
-            rows = torch.cat([parts[module] for module in own], dim=1)
-        names += apart
-        rows = rows.to(self.rows)
-        with CHANGES:
-            taken = [self.slots[name] if name in self.slots else self._named(name) for name in names]
-            self.rows[torch.tensor(taken, dtype=torch.long)] = rows
+        names, rows = read_all(
+            Path(file),
+            self.layout.cores,
+            self.config.basis_fingerprint,
+            lambda modules: named_as(self.layers, as_named_in(self.model, modules)),
+            cores_only=cores_only,
+        )
+        self._held.put(names, rows)
         return names
-
-    def _named(self, name: str) -> int:
-        slot = self._take()
-        self.slots[name] = slot
-        return slot
 
     def save_task(self, name: str, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write one task as a stock PEFT adapter folder, with `core` coefficients.

@@ -29,7 +29,7 @@ from .module_names import rename_keys
 from .peft_type import PREFIX
 from .plan import InjectionPlan
 from .renaming import by_layer_names, under_model_names
-from .row_batch import task_names_passed
+from .row_names import task_names_passed
 from .targets import outer_modules, target_names
 
 _injecting = threading.RLock()
