@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
 
-import subspace_peft.basis.basis as basis_objects
+import subspace_peft.basis.living as living
 from subspace_peft import SubspaceConfig, TaskBank, add_tasks, bundle_tasks, load_task, open_bundle, push_bundle
 from subspace_peft.bundle import bundle as opened
 from subspace_peft.bundle import store
@@ -84,7 +84,7 @@ def folder(bases, tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(bases[bert], name, getattr(bases[bert], name))
     # and may have moved; another object of the same basis, which was pushed, may be alive as well
     bases[bert].save_pretrained(tmp_path / "basis")
-    monkeypatch.setitem(basis_objects._alive, bases[bert].fingerprint, bases[bert])
+    monkeypatch.setitem(living._alive, bases[bert].fingerprint, bases[bert])
     bank = TaskBank(get_peft_model(bert(), SubspaceConfig(basis=bases[bert].location)))
     draw = torch.Generator().manual_seed(0)
     sizes = {module: layer.r["default"] for module, layer in bank.layers.items()}

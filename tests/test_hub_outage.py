@@ -26,7 +26,7 @@ from subspace_peft import (
     open_bundle,
     project_lora,
 )
-from subspace_peft.basis.basis import _alive
+from subspace_peft.basis.living import _alive
 from subspace_peft.bundle import bundle as opened
 from subspace_peft.bundle import store
 from subspace_peft.errors import BasisNotFoundError, HubOfflineError, HubUnavailableError, SourceError, SubspaceError

@@ -230,7 +230,7 @@ def moved(place, tmp_path, monkeypatch) -> Path:
     """Everything in another folder, on another machine."""
     shutil.copytree(place.folder, tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved" / "out", ignore_errors=True)
-    monkeypatch.setattr("subspace_peft.basis.basis._alive", {})
+    monkeypatch.setattr("subspace_peft.basis.living._alive", {})
     monkeypatch.setattr("subspace_peft.basis.resolve.alive", lambda _: None)
     monkeypatch.setattr("subspace_peft.basis.recorded.alive", lambda _: None)
     return tmp_path / "moved"

@@ -14,8 +14,9 @@ from typing import Any
 from .._io.atomic import write_text_aside
 from .._io.untrusted import is_sha256, read_json
 from .base_weights import KEY, WeightSample, joined, read_sample
-from .basis import SubspaceBasis, alive
+from .basis import SubspaceBasis
 from .cache import cache_home
+from .living import alive
 
 
 def note_file(fingerprint: str) -> Path:

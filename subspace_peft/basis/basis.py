@@ -1,9 +1,8 @@
-"""The shared bases of all target modules of one base model: algebra, fingerprint, saving and loading."""
+"""The shared bases of all target modules of one base model: provenance, fingerprint, saving and loading."""
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,28 @@ import torch
 from .._io.occupied import BASIS
 from .._io.warn import warn_caller
 from .._moved import moved_name
-from .._shown import Shown, Table, fingerprint, short
+from .._shown import fingerprint, short
 from ..base_names import read_name
 from ..cards import Place
 from ..energy import EnergyRecord, percent
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..hub import check_repo_id, upload
-from . import cache
-from .alteration import altered, marks_of, rehashed
-from .card import write_card
-from .files import BasisRecord, open_basis, write_basis
-from .layout import combine_digests, describe_k
+from . import cache, living
+from .alteration import altered, marks_of
+from .derived import cast, rounded, truncated
+from .files import BasisRecord, open_basis
+from .folder import write_with_card
+from .layout import combine_digests
+from .living import alive as alive  # its place in earlier versions
 from .locations import add_note
-from .matching import ModuleNames
 from .module import ModuleBasis
-from .module_names import plain_name
-from .module_store import MemoryModules, ModuleStore
+from .modules_by_name import ModulesByName
 from .overwriting import Planned, replacing
-from .precision import PRECISIONS, RoundedModules, reduced, summary
-from .recorded_energy import moved_sources, rounded_info
-from .source_places import local_info, shared_info
+from .precision import RoundedModules
+from .source_places import local_info
 
 
-class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
+class SubspaceBasis(ModulesByName):
     """A mapping from module name to `ModuleBasis`, with its provenance and a fingerprint; immutable.
 
     As in a dict, ``len(basis)`` is how many modules it has, ``name in basis`` asks for one by its exact name (`find`
@@ -75,8 +73,7 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
     ) -> None:
         if not modules:
             raise SubspaceError("A basis needs at least one module.")
-        self._other_names: Mapping[str, str] = {}
-        self._modules = modules if isinstance(modules, ModuleStore) else MemoryModules(modules)
+        super().__init__(modules)
         self.info: dict[str, Any] = dict(info or {})
         if self.precision is None:
             # modules that are given as they are stored: what the info says of others would make the file unreadable
@@ -89,30 +86,17 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
                 module.check(name)
             digests = {name: module.digest() for name, module in modules.items()}
         self.digests = dict(digests)
-        self._names: ModuleNames | None = None
         self.fingerprint = combine_digests(self.digests)
         self._marks = marks_of(self._modules)
-        _alive.setdefault(self.fingerprint, self)
-
-    # -- mapping ----------------------------------------------------------------------------------------------------
+        living.add(self)
 
     def __getitem__(self, name: str) -> ModuleBasis:
         try:
-            return self._modules.module(name)
+            return super().__getitem__(name)
         except BadFileError:
             # another copy of the basis may be whole: what looks for the fingerprint is to find that one
-            if _alive.get(self.fingerprint) is self:
-                del _alive[self.fingerprint]
+            living.drop(self)
             raise
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._modules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SubspaceBasis) and other.fingerprint == self.fingerprint
@@ -142,112 +126,16 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
         yield "fingerprint", fingerprint(self.fingerprint)
         yield "at", short(self.location or "in memory") + (f"@{self.revision[:7]}" if self.revision else "")
 
-    def _shown_table(self) -> Table:
-        shapes = self.shapes()
-        rows = ((name, f"{s['out']} × {s['in']}", f"{s['k_out']}, {s['k_in']}") for name, s in shapes.items())
-        return ("module", "out × in", "k out, k in"), rows, len(shapes)
-
-    @property
-    def file(self) -> Path | None:
-        """The file on this machine that holds the tensors, or None for a basis in memory."""
-        return self._modules.file
-
-    # -- facts ------------------------------------------------------------------------------------------------------
+    def _altered(self) -> list[str]:
+        """Return the modules that were changed in place since the basis got its fingerprint."""
+        return altered(self._modules, self._marks, self.digests)
 
     @property
     def base_model(self) -> str | None:
         """Name or path of the base model that the sources were trained on."""
         return self.info.get("base_model_name_or_path")
 
-    @property
-    def precision(self) -> str | None:
-        """What U and V are stored as, where that is not the dtype in which they are given, else None.
-
-        See `to_precision`.
-        """
-        return self._modules.precision
-
-    def stored(self, name: str) -> Mapping[str, torch.Tensor]:
-        """Return a module's tensors as they are in the file, by name; the module's digest is of these."""
-        self._modules.check_name(name)
-        return self._modules.stored(name)
-
-    def shapes(self) -> dict[str, dict[str, int]]:
-        """Return ``{"out", "in", "k_out", "k_in", "directions"}`` per module; no tensor is read from a file for it."""
-        return self._modules.shapes()
-
-    def describe_k(self) -> str:
-        """Return ``k=16``, or ``k=8…16`` where modules or sides differ."""
-        return describe_k(self.shapes())
-
-    def find(self, module_name: str, part: str | None = None, *, converted: bool = True) -> str | None:
-        """Return the basis's name for a model's module: the same, or one that differs by leading parts; else None.
-
-        A task head adds a prefix to its backbone's module names: ``encoder.layer.0.query`` and
-        ``bert.encoder.layer.0.query`` are the same weight. Wrappers' names, such as ``_orig_mod``, count for nothing.
-        Where there is none, names from before and after transformers renamed a module are the same, too.
-
-        Args:
-            module_name: the module's.
-            part: of a pipeline's basis the part that the model is, such as ``text_encoder_2``; None: any.
-            converted: whether transformers' conversion tables are asked, those of all models.
-
-        Raises:
-            BasisMismatchError: several of the basis's modules match.
-        """
-        if self._names is None:
-            self._names = ModuleNames(self._modules)
-        said = self._other_names.get(module_name) or self._other_names.get(plain_name(module_name))
-        found = said or self._names.find(module_name, part)
-        return self._names.converted(module_name) if found is None and converted else found
-
-    def named(self, names: Mapping[str, str]) -> SubspaceBasis:
-        """Return this basis, which also finds its modules by further names: name → the basis's own."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other._other_names = {name: own for name, own in names.items() if own in self._modules}
-        return other
-
-    # -- algebra ----------------------------------------------------------------------------------------------------
-
-    def project(self, delta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the cores ``C = Uᵀ ΔW Vᵀ`` of updates, the least-squares optimum in this basis.
-
-        Args:
-            delta: per module, ΔW (out, in) or its factors ``(B, A)``, (out, r) and (r, in).
-
-        Returns:
-            Per module of the basis, C (k_out, k_in).
-
-        Raises:
-            BasisMismatchError: the basis does not have a module, or a shape does not fit; names it.
-        """
-        cores = {}
-        for name, value in delta.items():
-            key = self.find(name)
-            if key is None:
-                raise BasisMismatchError(
-                    f"The basis has no module {name!r}; it has {len(self)}, such as {next(iter(self))!r}. Project only"
-                    " modules that the basis was built for, or build one from sources that adapt it."
-                )
-            try:
-                cores[key] = self[key].project(value)
-            except BasisMismatchError as error:
-                raise BasisMismatchError(f"Module {name!r}: {error}") from None
-        return cores
-
-    def reconstruct(self, cores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the updates ``ΔW = U C V`` (out, in) that cores (k_out, k_in) stand for, per module.
-
-        `project(reconstruct(C))` is C up to rounding.
-
-        Raises:
-            BasisMismatchError: the basis does not have a module, or a core's shape does not fit.
-        """
-        missing = [name for name in cores if name not in self._modules]
-        if missing:
-            raise BasisMismatchError(f"The basis has no module {missing[0]!r}; these cores belong to another basis.")
-        return {name: self[name].reconstruct(core) for name, core in cores.items()}
+    # -- other bases made of it -------------------------------------------------------------------------------------
 
     def truncate(self, k: int | tuple[int, int]) -> SubspaceBasis:
         """Return a basis of the leading `k` (or ``(k_out, k_in)``) directions of every module, held in memory.
@@ -257,24 +145,11 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
         Raises:
             SubspaceError: a size is below 1.
         """
-        k_out, k_in = (k, k) if isinstance(k, int) else k
-        modules = {name: module.truncate(k_out, k_in) for name, module in self.items()}
-        info = {**self.info, "truncated_from": self.fingerprint, "k": [k_out, k_in]}
-        # the energies measured are those of the larger basis; of sources whose cores are stored they follow
-        for key in ("measured", "precision"):
-            info.pop(key, None)
-        if "sources" in info:
-            info["sources"] = moved_sources(self.info, self, modules)
-        return SubspaceBasis(modules, info)
+        return SubspaceBasis(*truncated(self, self.info, self.fingerprint, k))
 
     def to(self, dtype: torch.dtype) -> SubspaceBasis:
         """Return this basis in another float dtype, in memory; its bytes differ, and so does its fingerprint."""
-        modules = {
-            name: ModuleBasis(**{key: value.to(dtype) for key, value in module.tensors().items()})
-            for name, module in self.items()
-        }
-        info = {key: value for key, value in self.info.items() if key != "precision"}
-        return SubspaceBasis(modules, {**info, "cast_from": self.fingerprint})
+        return SubspaceBasis(*cast(self, self.info, self.fingerprint, dtype))
 
     def to_precision(self, precision: str) -> SubspaceBasis:
         """Return this basis as `save_pretrained` then stores it: U and V in half or a quarter of the bytes.
@@ -298,19 +173,10 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
             SubspaceError: there is no such precision; the basis has a lower one already; rounding leaves a module too
                 far from orthonormal.
         """
-        if precision not in PRECISIONS:
-            raise SubspaceError(f"There is no precision {precision!r}; choose one of {', '.join(PRECISIONS)}.")
         if precision == (self.precision or "float32"):
             return self
-        if self.precision is not None:
-            raise SubspaceError(
-                f"This basis is stored as {self.precision} already, and {precision} would round it twice. Take the"
-                f" float32 basis it was made from, {self.info.get('precision', {}).get('of')}."
-            )
-        made = {name: reduced(module, precision, name) for name, module in self.items()}
-        modules = RoundedModules(precision, {name: stored for name, (stored, _) in made.items()})
-        said = summary(precision, self.fingerprint, {name: lost for name, (_, lost) in made.items()})
-        return SubspaceBasis(modules, rounded_info(self.info, self, modules, said), digests=modules.digests())
+        modules, info = rounded(self, self.info, self.fingerprint, precision, self.precision)
+        return SubspaceBasis(modules, info, digests=modules.digests())
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -392,17 +258,8 @@ class SubspaceBasis(Shown, Mapping[str, ModuleBasis]):
 
     def _write(self, folder: Path, place: Place | None = None) -> Path:
         """Write the files into `folder`, and a card that loads the basis from `place`, or else from the folder."""
-        if wrong := rehashed(self._modules, self.digests):
-            raise SubspaceError(
-                f"{len(wrong)} modules of the basis were changed in place since it got its fingerprint (such as"
-                f" {wrong[0]!r}): it is another basis now. If that is wanted, make it one, SubspaceBasis(dict(basis),"
-                " basis.info), and save that; else load or build it again."
-            )
-        info = shared_info(self.info, folder.resolve() if place is None else None, self.fingerprint)
-        record = BasisRecord(self._modules, info, self.digests, self.location, self.revision)
-        path = write_basis(record, folder)
-        write_card(record, folder, place or Place.of_folder(folder))
-        return path
+        record = BasisRecord(self._modules, self.info, self.digests, self.location, self.revision)
+        return write_with_card(record, folder, place)
 
     @classmethod
     def from_pretrained(
@@ -459,24 +316,6 @@ def _rebuild_stored(
 ) -> Any:
     stored = RoundedModules(precision, modules)
     return SubspaceBasis(stored, info, location=location, revision=revision, digests=stored.digests())
-
-
-# Bases alive in this process, by fingerprint: a second task on the same basis finds it without a path.
-_alive: weakref.WeakValueDictionary[str, SubspaceBasis] = weakref.WeakValueDictionary()
-
-
-def alive(fingerprint: str) -> SubspaceBasis | None:
-    """Return a basis with this fingerprint that some part of this process holds, or None."""
-    found = _alive.get(fingerprint)
-    if found is None or not (wrong := altered(found._modules, found._marks, found.digests)):
-        return found
-    _alive.pop(fingerprint, None)
-    warnings.warn(
-        f"A basis in this process was changed in place (module {wrong[0]!r}) and no longer is {fingerprint}: it is not"
-        " used for tasks that ask for that one. What uses it already computes with the changed values.",
-        stacklevel=2,
-    )
-    return None
 
 
 def basis_of(record: BasisRecord) -> SubspaceBasis:

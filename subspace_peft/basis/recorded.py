@@ -15,9 +15,9 @@ from pathlib import Path
 from .._io.places import is_absolute, last_part, relative_place
 from .._io.untrusted import read_json
 from ..hub import only_local
-from .basis import alive
 from .cache import cache_home
 from .files import CONFIG_FILE
+from .living import alive
 from .locations import add_note, read_notes
 
 

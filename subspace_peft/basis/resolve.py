@@ -12,9 +12,10 @@ from .._moved import moved_name
 from ..errors import BadFileError, BasisMismatchError, BasisNotFoundError, HubUnavailableError
 from ..hub import only_local
 from . import cache
-from .basis import SubspaceBasis, alive, basis_of
+from .basis import SubspaceBasis, basis_of
 from .basis_reference import BasisReference
 from .files import record_of
+from .living import alive
 from .locations import read_notes
 from .recorded import candidates
 

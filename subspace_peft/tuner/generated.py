@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.basis import alive
 from ..basis.controls import base_weight_module, random_module, with_random_directions
+from ..basis.living import alive
 from ..errors import SubspaceError
 from .base_check import probe, same_weights
 from .config import SubspaceConfig

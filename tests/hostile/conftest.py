@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from subspace_peft.basis.basis import _alive
+from subspace_peft.basis.living import _alive
 
 from .make import make_files
 
