@@ -27,7 +27,7 @@ from subspace_peft._io.occupied import export_mark
 from subspace_peft.basis.dependents import dependents_of
 from subspace_peft.bundle import extract_task, migrate_bundle, open_bundle
 from subspace_peft.cli import main
-from subspace_peft.convert.project import Projection
+from subspace_peft.convert.projection import Projection
 from subspace_peft.errors import OccupiedError, SubspaceError
 from subspace_peft.tasks.adapter_io import save_adapter
 

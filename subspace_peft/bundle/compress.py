@@ -17,7 +17,8 @@ from .._moved import moved_name
 from ..base_names import said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
-from ..convert.project import Projection, project_lora
+from ..convert.project import project_lora
+from ..convert.projection import Projection
 from ..convert.residual import Residual, residual_of
 from ..energy import percent
 from ..errors import BadFileError, HubUnavailableError, SourceError, SubspaceError

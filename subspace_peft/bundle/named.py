@@ -9,7 +9,7 @@ from typing import Any
 
 from .._adapted import unwrapped
 from .._io.digest import file_sha256
-from ..convert.project import Projection
+from ..convert.projection import Projection
 from ..errors import SubspaceError
 from ..hub import split_revision
 from ..tasks.bank import TaskBank

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from .gguf import export_gguf
     from .lora_files import Export
     from .migrate import Migration, migrate_task
-    from .project import Projection, project_lora
+    from .project import project_lora
+    from .projection import Projection
 
 _PLACES = {
     "Export": "lora_files",
     "Migration": "migrate",
-    "Projection": "project",
+    "Projection": "projection",
     "export_gguf": "gguf",
     "export_lora": "export",
     "migrate_task": "migrate",
