@@ -109,7 +109,7 @@ def test_what_is_loaded_is_projection_plus_residual(make, fleet, tmp_path):
     export_lora(task, tmp_path / "lora")
     written = deltas(make, tmp_path / "lora")
     for name, core in task.cores.items():
-        B, A = task.residual[name]
+        B, A = task.own[name]
         assert B.shape[1] == part.residual_rank
         wanted = task.modules[name].reconstruct(core.double()) + B.double() @ A.double()
         torch.testing.assert_close(written[name], wanted, atol=1e-5, rtol=1e-4)

@@ -13,7 +13,7 @@ from torch import nn
 
 from subspace_peft import SubspaceConfig
 from subspace_peft.tuner import layer_kinds as kinds
-from subspace_peft.tuner.fused import add_update, linear_with_update
+from subspace_peft.tuner.fused import Terms, add_update, linear_with_update
 
 
 class Two(nn.Module):
@@ -44,68 +44,80 @@ def path(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-def operands(dtype: torch.dtype, bias: bool, rows: tuple[int, ...] = (2, 3)) -> tuple[Any, ...]:
+def operands(dtype: torch.dtype, bias: bool, rows: tuple[int, ...] = (2, 3), own: int = 0) -> tuple[Any, ...]:
+    """Return x, W, b and the update's terms, with `own` directions of the task's own."""
     draw = torch.Generator().manual_seed(1)
 
     def make(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draw, dtype=dtype)
 
     x, C = make(*rows, 6).requires_grad_(), make(2, 3).requires_grad_()
-    return x, make(5, 6), make(5) if bias else None, make(3, 6), C, make(5, 2), 0.7
+    more = (make(5, own).requires_grad_(), make(own, 6).requires_grad_(), 0.3) if own else ()
+    return x, make(5, 6), make(5) if bias else None, Terms(make(5, 2), C, make(3, 6), 0.7, *more)
 
 
-def chain(x: Any, W: Any, b: Any, V: Any, C: Any, U: Any, scale: float) -> torch.Tensor:
-    return F.linear(x, W, b) + scale * F.linear(F.linear(F.linear(x, V), C), U)
+def chain(x: Any, W: Any, b: Any, terms: Terms) -> torch.Tensor:
+    result = F.linear(x, W, b) + terms.scale * F.linear(F.linear(F.linear(x, terms.V), terms.C), terms.U)
+    return result if terms.v is None else result + terms.own * F.linear(F.linear(x, terms.v), terms.u)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(7,), (2, 3), (2, 1, 3), (0,)], ids=str)
 @pytest.mark.parametrize("fused", ["with base", "in place"])
-def test_outputs_and_gradients_are_the_plain_chains(fused, rows, bias):
-    x, W, b, V, C, U, scale = operands(torch.float64, bias, rows)
-    one = linear_with_update(x, W, b, V, C, U, scale) if fused == "with base" else None
-    one = add_update(F.linear(x, W, b), x, V, C, U, scale) if one is None else one
-    other = chain(x, W, b, V, C, U, scale)
+@pytest.mark.parametrize("own", [0, 1, 2])
+def test_outputs_and_gradients_are_the_plain_chains(fused, rows, bias, own):
+    x, W, b, terms = operands(torch.float64, bias, rows, own)
+    one = linear_with_update(x, W, b, terms) if fused == "with base" else None
+    one = add_update(F.linear(x, W, b), x, terms) if one is None else one
+    other = chain(x, W, b, terms)
     torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(add_update(F.linear(x, W, b), x, terms), other)
     seed = torch.randn(other.shape, dtype=torch.float64)
-    mine, wanted = (torch.autograd.grad((out * seed).sum(), (x, C)) for out in (one, other))
+    mine, wanted = (torch.autograd.grad((out * seed).sum(), (x, *terms.trained)) for out in (one, other))
     torch.testing.assert_close(mine, wanted)
 
 
-def test_numerical_gradients_and_second_derivatives_are_refused():
-    x, W, b, V, C, U, scale = operands(torch.float64, True)
+@pytest.mark.parametrize("own", [0, 2])
+def test_numerical_gradients_and_second_derivatives_are_refused(own):
+    x, W, b, terms = operands(torch.float64, True, own=own)
 
-    def run(x: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-        return linear_with_update(x, W, b, V, C, U, scale)
+    def run(x: torch.Tensor, C: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        return linear_with_update(x, W, b, terms._replace(C=C, **dict(zip("uv", more, strict=False))))
 
-    assert torch.autograd.gradcheck(run, (x, C))
-    for out in (run(x, C), add_update(F.linear(x, W, b), x, V, C, U, scale)):
+    assert torch.autograd.gradcheck(run, (x, *terms.trained))
+    for out in (run(x, *terms.trained), add_update(F.linear(x, W, b), x, terms)):
         (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
 
 
 def test_only_what_needs_a_gradient_gets_one():
-    x, W, b, V, C, U, scale = operands(torch.float32, True)
-    linear_with_update(x.detach(), W, b, V, C, U, scale).sum().backward()
-    assert C.grad is not None and x.grad is None
-    linear_with_update(x, W, b, V, C.detach(), U, scale).sum().backward()
+    x, W, b, terms = operands(torch.float32, True, own=1)
+    linear_with_update(x.detach(), W, b, terms).sum().backward()
+    assert all(each.grad is not None for each in terms.trained) and x.grad is None
+    held = terms._replace(C=terms.C.detach(), u=terms.u.detach(), v=terms.v.detach())
+    linear_with_update(x, W, b, held).sum().backward()
     assert x.grad is not None
+    terms.u.grad = terms.v.grad = None
+    linear_with_update(x, W, b, terms._replace(v=terms.v.detach())).sum().backward()
+    assert terms.u.grad is not None and terms.v.grad is None
 
 
 def test_k_wide_activations_are_all_that_is_kept():
-    x, W, b, V, C, U, scale = operands(torch.float32, True, (50,))
+    x, W, b, terms = operands(torch.float32, True, (50,))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear_with_update(x, W, b, V, C, U, scale)
-    own = {tensor.data_ptr() for tensor in (W, V, C, U)}
+        linear_with_update(x, W, b, terms)
+    own = {tensor.data_ptr() for tensor in (W, terms.V, terms.C, terms.U)}
     assert [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in own] == [(50, 3)]
 
 
 @pytest.mark.parametrize("coefficients", ["core", "factor", "diagonal", "directions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_step_is_that_of_the_plain_layers(coefficients, dtype, path, monkeypatch):
-    model = adapted(dtype=dtype, coefficients=coefficients)
+@pytest.mark.parametrize("extra_rank", [0, 2])
+def test_a_training_step_is_that_of_the_plain_layers(coefficients, dtype, extra_rank, path, monkeypatch):
+    model = adapted(dtype=dtype, coefficients=coefficients, extra_rank=extra_rank)
     x = torch.randn(4, 6, dtype=dtype)
 
     def step() -> dict[str, torch.Tensor]:

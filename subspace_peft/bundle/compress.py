@@ -188,7 +188,7 @@ def _one(
         for task, of in zip(named_tasks([projection]), list(projection.parts.values()) or [projection], strict=True):
             own = {source.split(key)[1]: residuals[key].factors(rank) for key in of.source.keys if rank}
             share = shares(of, residuals, rank)[0]
-            named_task = replace(task, task=replace(task.task, residual=own))
+            named_task = replace(task, task=replace(task.task, own=own))
             packed.append(pack(named_task, dtype, energy_kept=share.kept, energy_residual=share.residual))
         parts = [each.name for each in packed] if len(packed) > 1 else []
         return replace(what, parts=parts, bytes_after=sum(each.entry["bytes"] for each in packed)), packed

@@ -88,7 +88,7 @@ def pack(
     row = torch.cat([task.cores[module].T.reshape(-1) for module in modules]).to(dtype)
     tensors = {"core": row}
     tensors |= {f"extra/{key}": value for key, value in sorted(task.extras.items())}
-    for module, (B, A) in sorted(task.residual.items()):
+    for module, (B, A) in sorted(task.own.items()):
         tensors |= {f"B/{module}": B.to(dtype), f"A/{module}": A.to(dtype)}
     for key, value in tensors.items():
         if value.dtype not in NAMES:
@@ -102,8 +102,8 @@ def pack(
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     data = b"".join(tensor_bytes(tensors[key]) for key in order)
     more = {"source": named.source, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **entry}
-    if task.residual:
-        more["residual_rank"] = max(B.shape[1] for B, _ in task.residual.values())
+    if task.own:
+        more["residual_rank"] = max(B.shape[1] for B, _ in task.own.values())
     if metrics is not None:
         more["metrics"] = dict(metrics)
     config = _config(task, name, id2label)

@@ -37,8 +37,8 @@ def factored(read: SavedTask, rank: int | None, pad_to: int | str | None, dtype:
     factors, kept, total = {}, 0.0, 0.0
     for name, core in read.cores.items():
         S = torch.linalg.svdvals(core)
-        if name in read.residual:
-            factors[name], S = _with_residual(lora_factors(read.modules[name], core), read.residual[name], rank)
+        if name in read.own:
+            factors[name], S = _with_residual(lora_factors(read.modules[name], core), read.own[name], rank)
         else:
             factors[name] = lora_factors(read.modules[name], core, rank)
         total += float(S.square().sum())

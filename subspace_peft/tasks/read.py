@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +17,10 @@ from .._shown import Shown, Table, core_table, fingerprint, short
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module import module_shape
 from ..errors import BasisMismatchError, SubspaceError
-from ..tuner.coefficients import make_coefficients
+from ..tuner.coefficients import OWN, make_coefficients
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import basis_in
+from ..tuner.own_directions import own_update, split_own
 from ..tuner.renaming import without_wrappers
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
 from .arguments import check_hub
@@ -34,22 +36,28 @@ class SavedTask(Shown):
         cores: Module → ``s·C(θ) + g·M`` (k_out, k_in) float64, the core in units of ΔW.
         modules: Module → the part of the basis that it uses.
         extras: Further saved tensors by key, such as those of a classifier (`modules_to_save`).
-        residual: Module → ``(B, A)``, (out, r) and (r, in), whose product is added to ``U core V`` where a bundle
-            keeps it; see `compress_fleet`.
+        own: Module → ``(B, A)``, (out, φ) and (φ, in), whose product is added to ``U core V``: the task's own
+            directions beside the basis, trained with `extra_rank` or kept by `project_lora` and `compress_fleet`.
     """
 
     config: SubspaceConfig
     cores: dict[str, torch.Tensor]
     modules: Mapping[str, ModuleBasis]
     extras: dict[str, torch.Tensor]
-    residual: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    own: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def residual(self) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The earlier name of `own`."""
+        warnings.warn("SavedTask.residual is now called SavedTask.own.", FutureWarning, stacklevel=2)
+        return self.own
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
         yield "coefficients", self.config.coefficients
         yield "modules", len(self.cores)
         yield "base model", short(self.config.base_model_name_or_path)
         yield "further tensors", len(self.extras) or None
-        yield "modules with a residual", len(self.residual) or None
+        yield "modules with own directions", len(self.own) or None
         yield "basis", fingerprint(self.config.basis_fingerprint)
 
     def _shown_table(self) -> Table:
@@ -72,7 +80,7 @@ class SavedTask(Shown):
             weight_shapes=None if shapes is None else now(shapes),
             basis_names=None if keys is None else now(keys),
         )
-        return SavedTask(config, now(self.cores), now(self.modules), self.extras, now(self.residual))
+        return SavedTask(config, now(self.cores), now(self.modules), self.extras, now(self.own))
 
 
 def read_task(
@@ -168,8 +176,13 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], basis:
         known = {name: shapes[key] for name, key in keys.items()}
         sizes = {name: config.sizes.used(name, shape["k_out"], shape["k_in"]) for name, shape in known.items()}
         parts_of = Parts(sizes, basis, keys)
-    cores = {name: _core(config, name, known[name], parts_of, parts) for name, parts in coefficients.items()}
-    return SavedTask(config, cores, parts_of, extras)
+    cores, own_parts = {}, {}
+    for name, parts in coefficients.items():
+        core, extra = split_own(parts)
+        cores[name] = _core(config, name, known[name], parts_of, core)
+        if extra:
+            own_parts[name] = own_update(*(extra[key] for key in OWN), config.alpha)
+    return SavedTask(config, cores, parts_of, extras, own_parts)
 
 
 def _check_in_memory(task: Any, **given: Any) -> None:

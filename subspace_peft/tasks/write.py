@@ -21,6 +21,7 @@ from ..cards import Place
 from ..errors import SubspaceError
 from ..tuner.card import published
 from ..tuner.config import SubspaceConfig
+from ..tuner.own_directions import own_tensors
 from ..tuner.task_file import BASIS_KEY, WEIGHTS_FILE
 
 README_FILE = "README.md"
@@ -144,6 +145,26 @@ def core_tensors(config: SubspaceConfig, cores: Mapping[str, torch.Tensor]) -> d
     for module, core in cores.items():
         scale = config.sizes.scale(module, {"k_out": core.shape[0], "k_in": core.shape[1]})
         tensors[f"{PREFIX}{module}.subspace_coef.weight"] = (core.double() / scale).float()
+    return tensors
+
+
+def own_tensors_of(
+    config: SubspaceConfig, own: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return own directions as a task's file holds them, float32.
+
+    Args:
+        config: The task's configuration, whose `extra_rank` and pattern say how many each module has.
+        own: Module → ``(B, A)``, (out, r) and (r, in), in units of ΔW.
+
+    Returns:
+        Key → tensor, of every module that the configuration gives own directions.
+    """
+    tensors = {}
+    for module, (B, A) in own.items():
+        rank = config.sizes.extra_of(module, {"out": B.shape[0], "in": A.shape[1]})
+        for name, value in own_tensors(B, A, rank, config.alpha).items() if rank else ():
+            tensors[f"{PREFIX}{module}.subspace_coef.{name}"] = value
     return tensors
 
 

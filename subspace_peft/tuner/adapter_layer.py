@@ -46,8 +46,8 @@ class AdapterLayer(nn.Module, SubspaceLayer):
         return {**self.__dict__, "bases": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # a layer that an earlier version pickled lacks one attribute, and has another under its earlier name
-        state = {"bases": {}, "row_slot": RowSlot(), **state}
+        # a layer that an earlier version pickled lacks some attributes, and has another under its earlier name
+        state = {"bases": {}, "row_slot": RowSlot(), "extra_rank": {}, "extra_scaling": {}, **state}
         if "arrivals" in state:
             state["load_trackers"] = state.pop("arrivals")
         super().__setstate__(state)

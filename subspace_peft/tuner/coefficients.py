@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +13,56 @@ from ..errors import BadFileError
 from .load_tracker import LoadTracker
 
 KINDS = ("core", "factor", "diagonal", "directions", "none")
+USUAL_ALPHA = 256.0  # a config's default, at which scales and rates were measured
+OWN = ("extra_U", "extra_V")  # the trained tensors of a task's own directions
+
+
+class Trained(NamedTuple):
+    """What a task has trained in one module, as a forward pass uses it.
+
+    Attributes:
+        core: ``C(θ) + g·M`` (k_out, k_in).
+        extra_U: (out, φ), or None without own directions.
+        extra_V: (φ, in), or None.
+    """
+
+    core: torch.Tensor
+    extra_U: torch.Tensor | None
+    extra_V: torch.Tensor | None
 
 
 class Coefficients(nn.Module):
     """The trained parameters of one task in one module.
 
-    A call gives the core ``C(θ) + g·M`` (k_out, k_in). Every trained tensor lies on this module and is used inside its
-    call, so that hooks which gather or onload parameters (ZeRO, FSDP, CPU offload) see it.
+    A call gives the core ``C(θ) + g·M`` (k_out, k_in) and the own directions. Every trained tensor lies on this module
+    and is used inside its call, so that hooks which gather or onload parameters (ZeRO, FSDP, CPU offload) see it.
 
     Attributes:
         steps: how many parameters one Adam step moves the core by; the scale makes that step's size the same for all.
         gain: (1,) trained gain g of the mean core, or None.
+        extra_U: (out, φ) the task's own directions beside U, or None.
+        extra_V: (φ, in) those beside V, or None.
     """
 
     def __init__(self, k_out: int, k_in: int, steps: int, mean_gain: str) -> None:
         super().__init__()
         self.k_out, self.k_in, self.steps = k_out, k_in, steps
         self.gain = nn.Parameter(torch.zeros(1)) if mean_gain == "trainable" else None
+        self.extra_U: nn.Parameter | None = None
+        self.extra_V: nn.Parameter | None = None
         self._origin: tuple[LoadTracker, str] | None = None
+
+    @property
+    def extra_rank(self) -> int:
+        """How many directions of its own the task has here, φ."""
+        # coefficients that an earlier version pickled have no such attribute
+        own = self._parameters.get("extra_V")
+        return 0 if own is None else own.shape[0]
+
+    def add_own(self, out_features: int, in_features: int, rank: int) -> None:
+        """Add `rank` directions of the task's own to each side, zero until `start_own` or a file fills them."""
+        self.extra_U = nn.Parameter(torch.zeros(out_features, rank))
+        self.extra_V = nn.Parameter(torch.zeros(rank, in_features))
 
     def expect(self, tracker: LoadTracker, module: str) -> None:
         """Note in `tracker` which of the trained tensors of `module` come from its file."""
@@ -78,11 +110,13 @@ class Coefficients(nn.Module):
             if parameter.device.type != "meta":
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> torch.Tensor:
-        """Return ``C(θ) + g·M`` as `core` does, in a tensor of its own."""
-        core = self.core(mean, directions)
+    def forward(self, mean: torch.Tensor | None = None, directions: torch.Tensor | None = None) -> Trained:
+        """Return ``C(θ) + g·M`` as `core` does, and the own directions, in tensors of their own."""
         # a parameter itself may be emptied by such hooks once this call is over
-        return core.clone() if isinstance(core, nn.Parameter) else core
+        core = _copied(self.core(mean, directions))
+        if not self.extra_rank:
+            return Trained(core, None, None)
+        return Trained(core, _copied(self.extra_U), _copied(self.extra_V))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,8 +124,13 @@ class Coefficients(nn.Module):
         return next(self.parameters()).dtype
 
     def extra_repr(self) -> str:
-        """Return the core's shape, for a printed model."""
-        return f"k_out={self.k_out}, k_in={self.k_in}"
+        """Return the core's shape and the number of own directions, for a printed model."""
+        own = f", extra_rank={self.extra_rank}" if self.extra_rank else ""
+        return f"k_out={self.k_out}, k_in={self.k_in}{own}"
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    return value.clone() if isinstance(value, nn.Parameter) else value
 
 
 def _note_loaded(module: Coefficients, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -190,7 +229,7 @@ class Directions(Coefficients):
 
 
 class MeanOnly(Coefficients):
-    """``C = 0``: only the mean core's gain is trained. The control that a fleet's basis has to beat."""
+    """``C = 0``: of the core only the mean's gain is trained. The control that a fleet's basis has to beat."""
 
     def __init__(self, k_out: int, k_in: int, mean_gain: str) -> None:
         super().__init__(k_out, k_in, 1, mean_gain)
@@ -203,7 +242,16 @@ class MeanOnly(Coefficients):
         """Set nothing: this kind has no θ."""
 
 
-def make_coefficients(kind: str, k_out: int, k_in: int, *, r: int, directions: int, mean_gain: str) -> Coefficients:
+def make_coefficients(
+    kind: str,
+    k_out: int,
+    k_in: int,
+    *,
+    r: int,
+    directions: int,
+    mean_gain: str,
+    own: tuple[int, int, int] | None = None,
+) -> Coefficients:
     """Return the coefficients of one module, at zero.
 
     Args:
@@ -213,7 +261,15 @@ def make_coefficients(kind: str, k_out: int, k_in: int, *, r: int, directions: i
         r: rank, for `factor`.
         directions: how many direction tensors the basis has, for `directions`.
         mean_gain: ``trainable`` adds the trained gain g of the mean core.
+        own: out, in and the number φ of the task's own directions; None for none.
     """
+    made = _made(kind, k_out, k_in, r, directions, mean_gain)
+    if own is not None and own[2]:
+        made.add_own(*own)
+    return made
+
+
+def _made(kind: str, k_out: int, k_in: int, r: int, directions: int, mean_gain: str) -> Coefficients:
     if kind == "none":
         return MeanOnly(k_out, k_in, mean_gain)
     if kind == "core":

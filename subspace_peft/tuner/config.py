@@ -41,13 +41,15 @@ NAMED = ("target_modules", "basis_modules", "basis_names", "weight_shapes")  # f
 # true of one process only, like PEFT's own `runtime_config`
 NOT_SAVED = ("loaded_from", "taken_basis", "filled_targets")
 # saved only where they say something: earlier versions do not know them
-SAVED_IF_SET = ("strict", "base_weights", "basis_names", "basis_part")
+SAVED_IF_SET = ("strict", "base_weights", "basis_names", "basis_part", "extra_rank", "extra_rank_pattern")
 
 
 @with_field_texts
 @dataclass(repr=False)
 class SubspaceConfig(Shown, ConfigFields):
     """Configuration of a task in a shared basis: ``ΔW = U (g·M + s·C) V``, of which the core C (and g) is trained.
+
+    With `extra_rank` the task has directions of its own beside the basis, ``+ s'·u v``, for what the basis lacks.
 
     Plain data: declared fields and checks. A relative `basis` is looked for beside the saved task first, then in the
     working directory. One configuration may be used for several adapters and models; fields that are "filled in when
@@ -111,7 +113,16 @@ class SubspaceConfig(Shown, ConfigFields):
     @property
     def sizes(self) -> TaskSizes:
         """The fields that decide the trained tensors' sizes and scale."""
-        return TaskSizes(self.coefficients, self.k, self.rank_pattern, self.r, self.alpha, self.mean_gain)
+        return TaskSizes(
+            self.coefficients,
+            self.k,
+            self.rank_pattern,
+            self.r,
+            self.alpha,
+            self.mean_gain,
+            self.extra_rank,
+            self.extra_rank_pattern,
+        )
 
     @property
     def basis_reference(self) -> BasisReference:

@@ -144,6 +144,17 @@ def _sizes_by_pattern(value: Any) -> str | None:
     return None
 
 
+def _own_by_pattern(value: Any) -> str | None:
+    if not isinstance(value, Mapping):
+        return "give a dict, end of a module's name → extra_rank"
+    for pattern, rank in value.items():
+        if problem := _one_pattern(pattern):
+            return f"[{str(pattern)[:80]!r}]: {problem}"
+        if not is_whole(rank, least=0):
+            return f"[{str(pattern)[:80]!r}]={_short(rank)}: give a whole number from 0 to {MOST_DIRECTIONS:,}"
+    return None
+
+
 def _layers(value: Any) -> bool:
     return all(is_whole(i, least=0) for i in (value if isinstance(value, (list, tuple, set, range)) else [value]))
 
@@ -202,6 +213,8 @@ CHECKS: dict[str, Check] = {
     "k": _none_or(_size),
     "r": _size,
     "rank_pattern": _sizes_by_pattern,
+    "extra_rank": _be(lambda value: is_whole(value, least=0), f"give a whole number from 0 to {MOST_DIRECTIONS:,}"),
+    "extra_rank_pattern": _own_by_pattern,
     # beyond these, s or M / s leaves the range of float32
     "alpha": _be(
         lambda value: is_finite(value) and 1e-12 <= value <= 1e12, "give a number above 0, from 1e-12 to 1e12"

@@ -99,6 +99,25 @@ class ConfigFields(PeftConfig):
             "help": "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA."
         },
     )
+    extra_rank: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "Directions of the task's own beside the basis, per module: u (out × extra_rank) and v (extra_rank ×"
+                " in) are trained together with the coefficients, at the same learning rate, as a LoRA of that rank"
+                " would be. 1 or 2 help a task that is unlike the basis's; 0: none."
+            )
+        },
+    )
+    extra_rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": (
+                "Another extra_rank for some modules, as in `rank_pattern`; 0 for none there. With extra_rank=0 only"
+                " the modules named here have directions of the task's own."
+            )
+        },
+    )
     r: int = field(default=DEFAULT_R, metadata={"help": "Rank of the `factor` coefficients."})
     alpha: float = field(
         default=256.0,

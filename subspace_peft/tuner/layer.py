@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import nn
@@ -15,9 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from ..basis import ModuleBasis, SubspaceBasis
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
+from .fused import Terms
 from .injection import source_index
 from .learning_rate import watch
 from .load_tracker import LoadTracker
+from .own_directions import start_own
 from .plan import InjectionPlan
 from .row_batch import RowBank
 from .row_context import RowSlot
@@ -36,6 +37,8 @@ class SubspaceLayer(BaseTunerLayer):
         scaling: adapter → s, as `set_scale` and others may have changed it.
         configured_scaling: adapter → s as its config has it.
         r: adapter → (k_out, k_in).
+        extra_rank: adapter → how many directions of its own it has here, φ.
+        extra_scaling: adapter → s', the factor of these directions' ``u v``, as its config has it.
         bases: adapter → its whole basis, which others find by its fingerprint as long as an adapter uses it; not there
             where the task's own file brings the tensors, nor in copies of the model.
         basis_key: adapter → fingerprint and size of the basis, by which adapters find one to share.
@@ -56,6 +59,8 @@ class SubspaceLayer(BaseTunerLayer):
         "scaling",
         "configured_scaling",
         "r",
+        "extra_rank",
+        "extra_scaling",
         "bases",
         "basis_key",
         "load_trackers",
@@ -78,6 +83,8 @@ class SubspaceLayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.configured_scaling: dict[str, float] = {}
         self.r: dict[str, tuple[int, int]] = {}
+        self.extra_rank: dict[str, int] = {}
+        self.extra_scaling: dict[str, float] = {}
         self.bases: dict[str, SubspaceBasis] = {}
         self.basis_key: dict[str, tuple[Any, ...]] = {}
         self.load_trackers: dict[str, tuple[LoadTracker, str, set[str]]] = {}
@@ -105,8 +112,11 @@ class SubspaceLayer(BaseTunerLayer):
             r=config.r,
             directions=0 if directions is None else directions.shape[0],
             mean_gain=config.mean_gain,
+            own=(U.shape[0], V.shape[1], config.sizes.extra_of(key, {"out": U.shape[0], "in": V.shape[1]})),
         )
         scale = default_scale(config.alpha, coefficients)
+        self.extra_rank[adapter_name] = coefficients.extra_rank
+        self.extra_scaling[adapter_name] = config.sizes.extra_scale
         self.scaling[adapter_name] = self.configured_scaling[adapter_name] = scale
         self.r[adapter_name] = (U.shape[1], V.shape[0])
         self.subspace_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -209,6 +219,10 @@ class SubspaceLayer(BaseTunerLayer):
                     core = core - module.M
         core = None if core is None else core.cpu() / self.scaling[adapter_name]
         coefficients.start(core, None if directions is None else directions.cpu())
+        if coefficients.extra_rank and not config.loaded:
+            by_rows = kind_of(self) != "embedding"
+            side = self.subspace_V[adapter_name] if by_rows else self.subspace_U[adapter_name].T
+            start_own(coefficients, side, config.alpha, by_rows=by_rows)
         if not config.init_weights and not config.loaded:
             coefficients.perturb()
 
@@ -243,6 +257,32 @@ class SubspaceLayer(BaseTunerLayer):
         mean = self.subspace_M.get(adapter)
         return None if mean is None else mean / self.configured_scaling[adapter], self.subspace_G.get(adapter)
 
+    def own_part(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the own directions' part of ΔW at the present scale as factors, detached, float32 or wider.
+
+        Returns:
+            ``(B, A)``, (out, φ) and (φ, in); None without own directions.
+        """
+        coefficients = self.subspace_coef[adapter]
+        if not coefficients.extra_rank:
+            return None
+        u, v = (value.detach() for value in (coefficients.extra_U, coefficients.extra_V))
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        return u.to(dtype) * self._own_scaling(adapter), v.to(dtype)
+
+    def _own_scaling(self, adapter: str) -> float:
+        """Return the factor of ``u v`` at the present scale: `set_scale` and the like scale the whole of a task."""
+        return self.extra_scaling[adapter] * (self.scaling[adapter] / self.configured_scaling[adapter])
+
+    def _terms(self, adapter: str, dtype: torch.dtype) -> Terms:
+        """Return what a forward pass multiplies with, in `dtype`, with gradients to the coefficients."""
+        U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
+        core, u, v = self.subspace_coef[adapter](*self._frozen(adapter))
+        if u is None or v is None:
+            return Terms(U, core.to(dtype), V, self.scaling[adapter])
+        own = self._own_scaling(adapter)
+        return Terms(U, core.to(dtype), V, self.scaling[adapter], u.to(dtype), v.to(dtype), own)
+
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """Return ``V x`` (…, k_in) for the layer's input and V (k_in, in), in V's dtype."""
         raise NotImplementedError(type(self).__name__)
@@ -262,13 +302,15 @@ class SubspaceLayer(BaseTunerLayer):
     def _dropped(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
         return self.subspace_dropout[adapter](x)
 
+    def _entered(self, x: torch.Tensor, terms: Terms) -> torch.Tensor:
+        """Return ``[V; v] x`` (…, k_in + φ)."""
+        return self.enter(x, terms.inner)
+
     def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        """Return ``result + s · U C V x``, in result's dtype."""
-        dtype = result.dtype
-        U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
-        core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
-        h = self.enter(self._dropped(x, adapter), V)
-        return result + self.leave(F.linear(h, core * self.scaling[adapter]), U)
+        """Return ``result + (s · U C V + s' · u v) x``, in result's dtype."""
+        terms = self._terms(adapter, result.dtype)
+        h = self._entered(self._dropped(x, adapter), terms)
+        return result + self.leave(terms.through(h), terms.outer)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return ΔW in the base weight's layout and the coefficients' dtype, as PEFT's own layers do."""
@@ -282,7 +324,10 @@ class SubspaceLayer(BaseTunerLayer):
         """
         U, V, core = self.subspace_U[adapter], self.subspace_V[adapter], self._core(adapter) * self.scaling[adapter]
         dtype = torch.promote_types(U.dtype, torch.float32)
-        return self.as_weight((U.to(dtype) @ core.to(dtype)) @ V.to(dtype))
+        delta = (U.to(dtype) @ core.to(dtype)) @ V.to(dtype)
+        if (own := self.own_part(adapter)) is not None:
+            delta = torch.addmm(delta, own[0].to(dtype), own[1].to(dtype))
+        return self.as_weight(delta)
 
     # -- scale, as PEFT's LoRA layers have it -----------------------------------------------------------------------
 

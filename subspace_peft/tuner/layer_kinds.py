@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapter_layer import AdapterLayer
-from .fused import add_out, add_update, linear_with_update
+from .fused import Terms, add_out, add_update, linear_with_update
 from .plan import InjectionPlan
 from .targets import kind_of
 
@@ -50,10 +50,7 @@ class Linear(AdapterLayer):
             or _is_watched(base)
         ):
             return None
-        dtype = x.dtype
-        U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
-        core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
-        return linear_with_update(x, base.weight, base.bias, V, core, U, self.scaling[adapter])
+        return linear_with_update(x, base.weight, base.bias, self._terms(adapter, x.dtype))
 
     def _is_guarded(self, result: torch.Tensor) -> bool:
         # autograd forbids to change a view that a custom function gave, as backward hooks and 8-bit layers do
@@ -64,9 +61,7 @@ class Linear(AdapterLayer):
         if torch.compiler.is_compiling() or not result.is_contiguous() or self._is_guarded(result):
             return super()._add_update(result, x, adapter)
         dtype = result.dtype
-        U, V = self.subspace_U[adapter].to(dtype), self.subspace_V[adapter].to(dtype)
-        core = self.subspace_coef[adapter](*self._frozen(adapter)).to(dtype)
-        return add_update(result, self._dropped(x, adapter).to(dtype), V, core, U, self.scaling[adapter])
+        return add_update(result, self._dropped(x, adapter).to(dtype), self._terms(adapter, dtype))
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -121,6 +116,11 @@ class Embedding(AdapterLayer):
         # some models scale what they look up, as part of the layer
         scale = getattr(self.get_base_layer(), "embed_scale", None)
         return h if scale is None else h * torch.as_tensor(scale).to(h)
+
+    def _entered(self, x: torch.Tensor, terms: Terms) -> torch.Tensor:
+        # looked up one beside the other: side by side first would copy V, of which a batch reads a few columns
+        sides = [terms.V] if terms.v is None else [terms.V, terms.v]
+        return torch.cat([self.enter(x, side) for side in sides], -1)
 
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Return ``U z`` (…, out)."""

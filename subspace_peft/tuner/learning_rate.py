@@ -19,9 +19,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._io.warn import warn_caller
-from .coefficients import Coefficients, MeanOnly
-
-USUAL_ALPHA = 256.0
+from .coefficients import USUAL_ALPHA, Coefficients, MeanOnly
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _owners(parameter: Any, owners: Mapping[int, tuple[Coefficients, str]]) -> I
 
 def _counts(module: Coefficients, name: str) -> bool:
     """Return whether the rate of this tensor decides: a gain's does where nothing else is trained."""
-    return name != "gain" or isinstance(module, MeanOnly)
+    return name != "gain" or (isinstance(module, MeanOnly) and not module.extra_rank)
 
 
 def _rates_of(module: Coefficients, name: str) -> tuple[Rates, float]:

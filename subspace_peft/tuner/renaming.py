@@ -111,6 +111,7 @@ def _rename(config: SubspaceConfig, renamed: Mapping[str, str]) -> None:
     origin = config.loaded_from
     assert origin is not None and origin.modules is not None
     sized = {name: config.sizes.k_of(name) for name in renamed}
+    own = {name: config.sizes.extra_asked(name) for name in renamed}
     config.target_modules = set(renamed.values())
     for key in ("basis_modules", "basis_names", "weight_shapes"):
         if (value := getattr(config, key)) is not None:
@@ -121,6 +122,9 @@ def _rename(config: SubspaceConfig, renamed: Mapping[str, str]) -> None:
     moved = {renamed[name]: k for name, k in sized.items() if config.sizes.k_of(renamed[name]) != k and k is not None}
     if moved:
         config.rank_pattern = {**moved, **config.rank_pattern}
+    asked = config.sizes.extra_asked
+    if moved := {renamed[name]: rank for name, rank in own.items() if asked(renamed[name]) != rank}:
+        config.extra_rank_pattern = {**moved, **config.extra_rank_pattern}
 
 
 def by_layer_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

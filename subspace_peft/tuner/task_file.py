@@ -21,7 +21,7 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]
 Carried = Mapping[str, Mapping[str, Any]]
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
-COEFFICIENT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_coef\.(?P<name>[a-z]+)$")
+COEFFICIENT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_coef\.(?P<name>[a-z]+|extra_[UV])$")
 BASIS_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_(?P<name>[UVMG])$")
 
 
@@ -211,11 +211,17 @@ def _check_shapes(
         expected = sizes.expected(module, shape)
         if parts != expected:
             raise BasisMismatchError(
-                f"{file}: module {module!r} has coefficients {parts}, but {sizes.coefficients!r} coefficients in this"
+                f"{file}: module {module!r} has coefficients {parts}, but {sizes.coefficients!r} coefficients"
+                f"{_own_in_words(sizes, module, shape)} in this"
                 f" basis (k_out={shape['k_out']}, k_in={shape['k_in']}) are {expected}. The config, the weights and"
                 " the basis do not belong together: fetch the task again, or pass the basis it was trained on."
             )
     return modules
+
+
+def _own_in_words(sizes: TaskSizes, module: str, shape: Mapping[str, int]) -> str:
+    rank = sizes.extra_of(module, shape)
+    return f" with extra_rank={rank}" if rank else ""
 
 
 def _check_numbers(file: Path, carried: Carried | None, key: str, value: torch.Tensor) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peft.utils.other import get_pattern_key
 
 from ..basis import ModuleBasis
-from .coefficients import default_scale, make_coefficients
+from .coefficients import OWN, default_scale, make_coefficients
+from .own_directions import own_scale
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class TaskSizes:
         r: rank of the `factor` coefficients.
         alpha: the scale's numerator.
         mean_gain: how the mean core is used: ``none``, ``fixed`` or ``trainable``.
+        extra_rank: how many directions of its own the task has per module, φ.
+        extra_rank_pattern: another φ for some modules, as in `rank_pattern`; 0 for none.
     """
 
     coefficients: str
@@ -33,6 +36,29 @@ class TaskSizes:
     r: int
     alpha: float
     mean_gain: str
+    extra_rank: int = 0
+    extra_rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def extra_scale(self) -> float:
+        """The factor s' of the own directions' ``u v`` in ΔW."""
+        return own_scale(self.alpha)
+
+    def extra_of(self, name: str, shape: Mapping[str, int]) -> int:
+        """Return how many directions of its own the task has in the module `name`: no more than fit.
+
+        Args:
+            name: the module.
+            shape: of the basis's module, as `SubspaceBasis.shapes` has it.
+        """
+        rank = self.extra_asked(name)
+        return min(rank, shape["out"], shape["in"]) if rank else 0
+
+    def extra_asked(self, name: str) -> int:
+        """Return how many directions of its own the configuration asks for in the module `name`."""
+        if not self.extra_rank_pattern:
+            return self.extra_rank
+        return self.extra_rank_pattern.get(get_pattern_key(self.extra_rank_pattern.keys(), name), self.extra_rank)
 
     def k_of(self, name: str) -> int | None:
         """Return the k asked for in the module `name`, or None for all that the basis has."""
@@ -64,7 +90,10 @@ class TaskSizes:
             "directions": {"weight": (shape.get("directions", 0),)},
             "none": {},
         }[self.coefficients]
-        return expected | ({"gain": (1,)} if self.mean_gain == "trainable" else {})
+        expected |= {"gain": (1,)} if self.mean_gain == "trainable" else {}
+        if rank := self.extra_of(name, shape):
+            expected |= dict(zip(OWN, ((shape["out"], rank), (rank, shape["in"])), strict=True))
+        return expected
 
     def scale(self, name: str, shape: Mapping[str, int]) -> float:
         """Return the scale s of the module `name`, for a basis module of the sizes in `shape`."""

@@ -1,0 +1,105 @@
+"""A task's own directions beside the basis, ``s'·u v``: their scale, their start, and the way from and to factors.
+
+One learning rate trains them and the core. The core's scale makes an Adam step of rate η move ΔW by at most alpha·η,
+and the rates that are good there are a few times those that are good for a LoRA's factors. So u and v are stored in
+larger units than a LoRA's B and A: with ``B = a·u`` and ``A = a·v`` one step of the same rate moves the LoRA's factors
+a times as far. At another alpha users change the rate by 256 / alpha, and the units go along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .coefficients import OWN, USUAL_ALPHA, Coefficients
+
+# of u v in ΔW, and of v's rows at the start, at the usual alpha: measured, docs/evidence.md, "Own directions"
+OWN_SCALE = 0.22
+OWN_NORM = 1.7
+
+
+def own_scale(alpha: float) -> float:
+    """Return s', the factor of ``u v`` in ΔW."""
+    return OWN_SCALE * (alpha / USUAL_ALPHA) ** 2
+
+
+def own_norm(alpha: float) -> float:
+    """Return the norm of the rows of v, or of u's columns in an embedding, at the start."""
+    return OWN_NORM * USUAL_ALPHA / alpha
+
+
+def start_own(coefficients: Coefficients, basis: torch.Tensor, alpha: float, *, by_rows: bool) -> None:
+    """Set one side to random directions orthogonal to the basis and to one another, and the other side to zero.
+
+    The update is zero then, and both sides get gradients after one step. As in LoRA the random side is the input's,
+    but in an embedding the output's: of the input's one, each token would have a parameter for itself.
+
+    Args:
+        coefficients: with own directions.
+        basis: the random side's: V (k_in, in); or Uᵀ (k_out, out).
+        alpha: the task's.
+        by_rows: whether the random side is v.
+    """
+    zero, drawn = coefficients.extra_U, coefficients.extra_V
+    if not by_rows:
+        zero, drawn = drawn, zero
+    assert zero is not None and drawn is not None
+    if drawn.device.type == "meta":
+        return
+    with torch.no_grad():
+        zero.zero_()
+        rank, size = coefficients.extra_rank, basis.shape[1]
+        rows = torch.randn(rank, size)
+        # where the basis spans all but a few directions, the rest of them may have any
+        if size - basis.shape[0] >= rank:
+            fixed = basis.detach().float().cpu()
+            for _ in range(2):  # once leaves float32's rounding of it
+                rows = rows - (rows @ fixed.T) @ fixed
+        rows = torch.linalg.qr(rows.T).Q.T * own_norm(alpha)
+        drawn.copy_(rows if by_rows else rows.T)
+
+
+def own_update(extra_U: torch.Tensor, extra_V: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a task's own part of ΔW as factors ``(B, A)``, (out, φ) and (φ, in) float64, from its trained tensors."""
+    return extra_U.detach().double() * own_scale(alpha), extra_V.detach().double()
+
+
+def own_tensors(B: torch.Tensor, A: torch.Tensor, rank: int, alpha: float) -> dict[str, torch.Tensor]:
+    """Return trained tensors whose own part of ΔW is ``B A``, or its best approximation of rank `rank`.
+
+    The rows of ``extra_V`` are orthogonal and have the norm that they start with, so that training goes on as from a
+    start; where ``B A`` has a smaller rank, the last ones are orthonormal fillers whose side of U is zero.
+
+    Args:
+        B: (out, r).
+        A: (r, in).
+        rank: how many directions the module has, φ.
+        alpha: the task's.
+
+    Returns:
+        ``extra_U`` (out, φ) and ``extra_V`` (φ, in), float32.
+    """
+    out, size = B.shape[0], A.shape[1]
+    Q, R = torch.linalg.qr(B.double())
+    P, L = torch.linalg.qr(A.double().T)
+    left, S, right = torch.linalg.svd(R @ L.T, full_matrices=False)
+    kept = min(rank, len(S))
+    norm = own_norm(alpha)
+    U, V = torch.zeros(out, rank, dtype=torch.float64), torch.zeros(rank, size, dtype=torch.float64)
+    U[:, :kept] = (Q @ left[:, :kept]) * (S[:kept] / (own_scale(alpha) * norm))
+    V[:kept] = (P @ right[:kept].T).T
+    if kept < rank:
+        # of a seed, so that one task always gives one file
+        more = torch.randn(size, rank - kept, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        V[kept:] = torch.linalg.qr(torch.cat([V[:kept].T, more], 1)).Q[:, kept:].T
+    return {"extra_U": U.float(), "extra_V": (V * norm).float()}
+
+
+def split_own(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a module's trained tensors by name, those of its core, and those of its own directions."""
+    return (
+        {name: value for name, value in parts.items() if name not in OWN},
+        {name: value for name, value in parts.items() if name in OWN},
+    )

@@ -1,0 +1,310 @@
+"""Identities of a task's own directions, `extra_rank`: a table over layer kind × coefficients × mean gain × φ."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from subspace_peft import SubspaceConfig, SubspaceError
+from subspace_peft.errors import BadFileError, BasisMismatchError
+from subspace_peft.tasks.read import read_task
+from subspace_peft.tasks.write import core_tensors, own_tensors_of, write_task
+from subspace_peft.tuner import SubspaceLayer
+from subspace_peft.tuner.coefficients import KINDS
+from subspace_peft.tuner.own_directions import own_norm, own_scale, own_tensors, own_update
+
+from .models import inputs, randomise
+
+TABLE = [*itertools.product([kind for kind in KINDS if kind != "none"], ["none", "fixed"]), ("none", "trainable")]
+
+
+def adapted(make, basis, coefficients="core", mean_gain="none", **config):
+    given = {"r": 3, "alpha": 8.0, "extra_rank": 2, **config}
+    wanted = SubspaceConfig(basis=basis, coefficients=coefficients, mean_gain=mean_gain, **given)
+    return get_peft_model(make(), wanted).eval()
+
+
+def logits(model, x=None):
+    with torch.no_grad():
+        return model(inputs() if x is None else x).logits
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
+
+
+@pytest.mark.parametrize(("coefficients", "gain"), TABLE)
+def test_the_start_has_no_effect_and_both_sides_learn(kind, bases, coefficients, gain):
+    torch.manual_seed(0)
+    model = adapted(kind, bases[kind], coefficients, gain, alpha=256.0)
+    plain = adapted(kind, bases[kind], coefficients, gain, alpha=256.0, extra_rank=0)
+    torch.testing.assert_close(logits(model), logits(plain))
+    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".extra_" in name}
+    for layer in layers(model):
+        own = layer.subspace_coef["default"]
+        # orthogonal to the basis and to one another, of one norm
+        v, V = own.extra_V.detach(), layer.subspace_V["default"]
+        torch.testing.assert_close(v @ v.T, own_norm(256.0) ** 2 * torch.eye(2), atol=1e-4, rtol=1e-4)
+        assert (v @ V.T).abs().max() < 1e-5 and not own.extra_U.any()
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(inputs()).logits.square().sum().backward()
+        optimiser.step()
+    assert len(before) == 2 * len(layers(model))
+    now = dict(model.named_parameters())
+    assert all(not torch.equal(now[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(("coefficients", "gain"), TABLE)
+def test_delta_is_the_cores_plus_its_own(kind, bases, coefficients, gain):
+    model = randomise(adapted(kind, bases[kind], coefficients, gain))
+    for layer in layers(model):
+        x = torch.randn(4, layer.in_features)
+        with torch.no_grad():
+            delta = layer(x) - layer.base_layer(x)
+            core = layer._core("default") * layer.scaling["default"]
+        own = layer.subspace_coef["default"]
+        part = own_scale(8.0) * own.extra_U @ own.extra_V
+        dense = layer.subspace_U["default"] @ core @ layer.subspace_V["default"] + part
+        weight = layer.get_delta_weight("default")
+        torch.testing.assert_close(weight.T if layer.fan_in_fan_out else weight, dense, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(delta, x @ dense.T, atol=1e-5, rtol=1e-4)
+        B, A = layer.own_part("default")
+        torch.testing.assert_close(B @ A, part)
+        assert (B @ A).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(("coefficients", "gain"), TABLE)
+def test_merge_and_unmerge(kind, bases, coefficients, gain):
+    model = randomise(adapted(kind, bases[kind], coefficients, gain))
+    before = [layer.get_base_layer().weight.clone() for layer in layers(model)]
+    expected = logits(model)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    model.unmerge_adapter()
+    for layer, old in zip(layers(model), before, strict=True):
+        torch.testing.assert_close(layer.get_base_layer().weight, old, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("coefficients", "gain"), TABLE)
+@pytest.mark.parametrize("save_basis", [False, True], ids=["reference", "self-contained"])
+def test_saved_and_loaded_it_is_the_same_task(kind, bases, coefficients, gain, save_basis, tmp_path):
+    model = randomise(adapted(kind, bases[kind], coefficients, gain, save_basis=save_basis))
+    model.save_pretrained(tmp_path / "a")
+    loaded = PeftModel.from_pretrained(kind(), tmp_path / "a").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "b")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    task = read_task(tmp_path / "a")
+    for layer in layers(model):
+        B, A = task.own[layer.key]
+        core = task.modules[layer.key].U.double() @ task.cores[layer.key] @ task.modules[layer.key].V.double()
+        weight = layer.get_delta_weight("default")
+        torch.testing.assert_close(
+            (core + B @ A).float(), weight.T if layer.fan_in_fan_out else weight, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_a_task_read_and_written_again_computes_the_same(kind, bases, tmp_path):
+    model = randomise(adapted(kind, bases[kind]))
+    model.save_pretrained(tmp_path / "a")
+    task = read_task(tmp_path / "a")
+    tensors = {**core_tensors(task.config, task.cores), **own_tensors_of(task.config, task.own), **task.extras}
+    write_task(tmp_path / "b", task.config, tensors)
+    again = PeftModel.from_pretrained(kind(), tmp_path / "b").eval()
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_factors_are_stored_in_the_gauge_of_a_start(rank):
+    torch.manual_seed(0)
+    B, A = torch.randn(9, 3, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
+    made = own_tensors(B, A, rank, 100.0)
+    u, v = own_update(made["extra_U"], made["extra_V"], 100.0)
+    P, S, T = torch.linalg.svd(B @ A, full_matrices=False)
+    best = (P[:, :rank] * S[:rank]) @ T[:rank]
+    torch.testing.assert_close(u @ v, best, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        v @ v.T, own_norm(100.0) ** 2 * torch.eye(rank, dtype=torch.float64), atol=1e-4, rtol=1e-5
+    )
+    assert tuple(made["extra_U"].shape) == (9, rank) and made["extra_V"].dtype == torch.float32
+
+
+def test_one_rate_moves_them_as_far_at_any_alpha():
+    # halving alpha and doubling the rate is the same training, of core and own directions alike
+    for alpha in (1.0, 64.0, 256.0, 1000.0):
+        step = own_scale(alpha) * (1 / alpha) * own_norm(alpha)
+        assert step == pytest.approx(own_scale(256.0) * (1 / 256.0) * own_norm(256.0))
+        assert own_scale(alpha) / alpha**2 == pytest.approx(own_scale(256.0) / 256.0**2)
+
+
+def test_patterns_say_which_modules_have_them(kind, bases, tmp_path):
+    names = [layer.key for layer in layers(adapted(kind, bases[kind]))]
+    model = randomise(adapted(kind, bases[kind], extra_rank=0, extra_rank_pattern={names[0]: 3}))
+    assert [layer.extra_rank["default"] for layer in layers(model)] == [3] + [0] * (len(names) - 1)
+    model.save_pretrained(tmp_path)
+    assert sum("extra_" in key for key in load_file(tmp_path / "adapter_model.safetensors")) == 2
+    assert torch.equal(logits(PeftModel.from_pretrained(kind(), tmp_path).eval()), logits(model))
+    assert list(read_task(tmp_path).own) == [names[0]]
+    without = adapted(kind, bases[kind], extra_rank=1, extra_rank_pattern={names[0]: 0})
+    assert [layer.extra_rank["default"] for layer in layers(without)] == [0] + [1] * (len(names) - 1)
+
+
+def test_no_more_directions_than_fit(kind, bases):
+    model = adapted(kind, bases[kind], extra_rank=10_000)
+    for layer in layers(model):
+        assert layer.extra_rank["default"] == min(layer.in_features, layer.out_features)
+
+
+def test_a_task_without_them_is_saved_as_before(kind, bases, tmp_path):
+    model = adapted(kind, bases[kind], extra_rank=0)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "extra_rank" not in saved and "extra_rank_pattern" not in saved
+    assert not any("extra_" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_scale_scales_them_along(kind, bases):
+    model = randomise(adapted(kind, bases[kind]))
+    full = [layer.get_delta_weight("default") for layer in layers(model)]
+    for layer in layers(model):
+        layer.set_scale("default", 0.5)
+    for layer, delta in zip(layers(model), full, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), 0.5 * delta)
+        x = torch.randn(3, layer.in_features)
+        with torch.no_grad():
+            moved = layer(x) - layer.base_layer(x)
+        torch.testing.assert_close(
+            moved, x @ (0.5 * delta if layer.fan_in_fan_out else 0.5 * delta.T), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_several_adapters_with_and_without_them_add_up(kind, bases):
+    model = adapted(kind, bases[kind])
+    model.add_adapter("plain", SubspaceConfig(basis=bases[kind], alpha=8.0))
+    model.add_adapter("wide", SubspaceConfig(basis=bases[kind], alpha=8.0, extra_rank=3))
+    randomise(model)
+    names = ["default", "plain", "wide"]
+    model.base_model.set_adapter(names)
+    for layer in layers(model):
+        x = torch.randn(4, layer.in_features)
+        delta = sum(layer.get_delta_weight(name) for name in names)
+        with torch.no_grad():
+            moved = layer(x) - layer.base_layer(x)
+        torch.testing.assert_close(moved, x @ (delta if layer.fan_in_fan_out else delta.T), atol=1e-5, rtol=1e-4)
+    model.delete_adapter("wide")
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(kind()))
+
+
+class Convolved(nn.Module):
+    """An embedding, a strided convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.conv, self.last = nn.Embedding(50, 12), nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.Linear(12, 5)
+
+    def forward(self, tokens: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return self.last(self.words(tokens)).mean() + self.conv(image).square().mean((1, 2, 3)).mean()
+
+
+@pytest.mark.parametrize("coefficients", ["core", "factor", "diagonal"])
+def test_embeddings_and_convolutions(coefficients, tmp_path):
+    torch.manual_seed(1)
+    config = SubspaceConfig(
+        basis="random", k=3, target_modules=["words", "conv", "last"], coefficients=coefficients, extra_rank=2
+    )
+    model = get_peft_model(Convolved(), config)
+    tokens, image = torch.randint(0, 50, (4, 7)), torch.randn(2, 3, 8, 8)
+    words = model.base_model.model.words.subspace_coef["default"]
+    assert words.extra_U.abs().min() > 0 and not words.extra_V.any()
+    assert torch.equal(model(tokens, image), Convolved()(tokens, image))
+    model(tokens, image).backward()
+    assert words.extra_V.grad.abs().max() > 0
+    assert model.base_model.model.conv.subspace_coef["default"].extra_U.grad is not None
+    randomise(model)
+    for name, x in (("words", tokens), ("conv", image), ("last", torch.randn(3, 12))):
+        layer = getattr(model.base_model.model, name)
+        dense = Convolved()
+        getattr(dense, name).weight.data += layer.get_delta_weight("default")
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), getattr(dense, name)(x), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        expected = model(tokens, image)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Convolved(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(tokens, image), expected)
+        torch.testing.assert_close(again.merge_and_unload()(tokens, image), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"extra_rank": -1}, "extra_rank=-1: give a whole number from 0"),
+        ({"extra_rank": 1.5}, "extra_rank=1.5: give a whole number"),
+        ({"extra_rank": True}, "extra_rank=True: give a whole number"),
+        ({"extra_rank_pattern": {"query": -1}}, r"extra_rank_pattern\['query'\]=-1: give a whole number"),
+        ({"extra_rank_pattern": {"(": 1}}, "extra_rank_pattern"),
+        ({"extra_rank_pattern": 2}, "give a dict"),
+    ],
+)
+def test_wrong_values_are_named(wrong, says):
+    with pytest.raises(SubspaceError, match=says):
+        SubspaceConfig(basis="random", **wrong)
+
+
+@pytest.fixture
+def saved(kind, bases, tmp_path):
+    model = randomise(adapted(kind, bases[kind]))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (lambda t, k: t[k].view(-1).__setitem__(0, float("nan")), BadFileError, "NaN or infinite"),
+        (lambda t, k: t.pop(k), BasisMismatchError, "with extra_rank=2"),
+        (lambda t, k: t.__setitem__(k, t[k][:1].contiguous()), BasisMismatchError, "with extra_rank=2"),
+        (lambda t, k: t.__setitem__(k.replace("extra_V", "extra_W"), t.pop(k)), BasisMismatchError, "extra_rank=2"),
+    ],
+    ids=["nan", "one side missing", "wrong size", "unknown name"],
+)
+def test_damaged_files_are_refused(kind, saved, damage, error, says):
+    file = saved / "adapter_model.safetensors"
+    tensors = load_file(file)
+    damage(tensors, next(key for key in tensors if key.endswith("extra_V")))
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(error, match=says):
+        PeftModel.from_pretrained(kind(), saved)
+
+
+def test_a_config_that_does_not_know_of_them_is_refused(kind, saved):
+    file = saved / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["extra_rank"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(BasisMismatchError, match="extra_U"):
+        PeftModel.from_pretrained(kind(), saved)
+
+
+def test_mixed_with_a_lora(kind, bases):
+    from peft import PeftMixedModel
+
+    model = PeftMixedModel(kind(), SubspaceConfig(basis=bases[kind], extra_rank=1, alpha=8.0), "own")
+    model.add_adapter("lora", LoraConfig(target_modules=model.peft_config["own"].target_modules))
+    model.set_adapter(["own", "lora"])
+    randomise(model)
+    model.eval()
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
