@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -153,6 +155,33 @@ def test_rank_pattern_gives_modules_a_k_of_their_own(basis, tmp_path):
         SubspaceConfig(rank_pattern={"x": 0})
     generated = SubspaceConfig(basis="random", k=4, rank_pattern={"lin": 2}, target_modules=TARGETS, save_basis=True)
     assert get_peft_model(Small(), generated).base_model.model.lin.r["default"] == (2, 2)
+
+
+@pytest.mark.parametrize("made", [None, "random", "base-weights"])
+def test_rank_pattern_gives_each_side_a_size_of_its_own(made, basis, tmp_path):
+    pattern = {"conv": (2, 4), "l.n": [3, 1], "point": 2}
+    where = {"basis": basis} if made is None else {"basis": made, "target_modules": TARGETS, "save_basis": True}
+    config = SubspaceConfig(**where, k=5, rank_pattern=pattern)
+    model = randomise(get_peft_model(Small(), config))
+    sizes = {name: model.base_model.model.get_submodule(name).r["default"] for name in TARGETS}
+    assert sizes == {"embed": (5, 5), "conv": (2, 4), "point": (2, 2), "lin": (3, 1)}
+    model.save_pretrained(tmp_path / "task")
+    saved = json.loads((tmp_path / "task" / "adapter_config.json").read_text())
+    assert saved["rank_pattern"] == {"conv": [2, 4], "l.n": [3, 1], "point": 2}
+    again = PeftModel.from_pretrained(Small(), tmp_path / "task")
+    assert torch.equal(outputs(again), outputs(model))
+    assert again.peft_config["default"].rank_pattern == config.rank_pattern
+
+
+@pytest.mark.parametrize("k", [[2], [2, 3, 4], [2, 0], [2, None], [True, 2], [2.0, 2], "24", []])
+def test_what_is_no_pair_of_sizes_is_refused(k):
+    with pytest.raises(SubspaceError, match=r"rank_pattern\['x'\]=.*give a whole number .*\[k_out, k_in\]"):
+        SubspaceConfig(rank_pattern={"x": k})
+
+
+def test_a_side_that_the_basis_does_not_have_is_said(basis):
+    with pytest.warns(UserWarning, match=r"rank_pattern\['lin'\]=\[2, 99\]: the basis has no more than"):
+        get_peft_model(Small(), SubspaceConfig(basis=basis, rank_pattern={"lin": [2, 99]}))
 
 
 @pytest.mark.parametrize("bias", ["all", "subspace_only"])

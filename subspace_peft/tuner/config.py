@@ -83,6 +83,8 @@ class SubspaceConfig(Shown, ConfigFields):
         if self.layers_pattern and self.layers_to_transform is None:
             raise SubspaceError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         check_choices(vars(self))
+        # as JSON gives it back, so that the same sizes compare as equal
+        self.rank_pattern = {key: k if isinstance(k, int) else list(k) for key, k in self.rank_pattern.items()}
         if self.id2label is not None:
             # JSON makes texts of the indices
             self.id2label = {int(index): str(label) for index, label in self.id2label.items()}

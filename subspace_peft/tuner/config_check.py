@@ -132,14 +132,15 @@ def _patterns(value: Any) -> str | None:
 
 def _sizes_by_pattern(value: Any) -> str | None:
     if not isinstance(value, Mapping):
-        return "give a dict, end of a module's name → k"
+        return "give a dict, end of a module's name → k, or [k_out, k_in]"
     for pattern, k in value.items():
         if problem := _one_pattern(pattern):
             return f"[{str(pattern)[:80]!r}]: {problem}"
-        if not is_whole(k):
+        pair = isinstance(k, (list, tuple)) and len(k) == 2
+        if not all(map(is_whole, k if pair else [k])):
             return (
                 f"[{str(pattern)[:80]!r}]={_short(k)}: give a whole number of at least 1 and at most"
-                f" {MOST_DIRECTIONS:,}"
+                f" {MOST_DIRECTIONS:,}, or two of them, [k_out, k_in]"
             )
     return None
 

@@ -93,10 +93,13 @@ class ConfigFields(PeftConfig):
             "help": "How many of the basis's directions to use, the leading ones. None: all (16 for generated ones)."
         },
     )
-    rank_pattern: dict[str, int] = field(
+    rank_pattern: dict[str, int | list[int]] = field(
         default_factory=dict,
         metadata={
-            "help": "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA."
+            "help": (
+                "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA; or"
+                " → [k_out, k_in], where its two sides differ."
+            )
         },
     )
     extra_rank: int = field(

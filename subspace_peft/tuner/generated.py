@@ -37,9 +37,9 @@ def made_before(config: SubspaceConfig, layers: Mapping[str, nn.Module]) -> Subs
     shapes = basis.shapes()
     for name, layer in layers.items():
         out, inner = sizes(layer)
-        k = min(config.sizes.k_of(name) or GENERATED_K, out, inner)
-        m = k if config.coefficients == "directions" else 0
-        if shapes[name] != {"out": out, "in": inner, "k_out": k, "k_in": k, "directions": m}:
+        k_out, k_in = (min(k, out, inner) for k in config.sizes.asked(name) or (GENERATED_K, GENERATED_K))
+        m = max(k_out, k_in) if config.coefficients == "directions" else 0
+        if shapes[name] != {"out": out, "in": inner, "k_out": k_out, "k_in": k_in, "directions": m}:
             return None
     found = probe(layers, basis, {name: name for name in layers}, config.sizes)
     known = config.base_probe
@@ -54,10 +54,10 @@ def generate(config: SubspaceConfig, layers: Mapping[str, nn.Module]) -> Subspac
     """
     made: dict[str, ModuleBasis] = {}
     for name, layer in layers.items():
-        k = config.sizes.k_of(name) or GENERATED_K
+        k_out, k_in = config.sizes.asked(name) or (GENERATED_K, GENERATED_K)
         out, inner = sizes(layer)
         if config.basis == "random":
-            module = random_module(name, out, inner, k, k, config.seed)
+            module = random_module(name, out, inner, k_out, k_in, config.seed)
         elif not readable(layer):
             raise SubspaceError(
                 f"basis='base-weights': the weight of {name!r} ({type(base_of(layer)).__name__}) cannot be read back"
@@ -65,8 +65,8 @@ def generate(config: SubspaceConfig, layers: Mapping[str, nn.Module]) -> Subspac
                 " `build_basis(builder='base-weights', …)`, and pass that."
             )
         else:
-            module = base_weight_module(base_weight(layer), k)
+            module = base_weight_module(base_weight(layer), max(k_out, k_in)).truncate(k_out, k_in)
         if config.coefficients == "directions":
-            module = with_random_directions(name, module, k, config.seed)
+            module = with_random_directions(name, module, max(k_out, k_in), config.seed)
         made[name] = module
     return SubspaceBasis(made, {"builder": config.basis, "base_model_name_or_path": config.base_model_name_or_path})

@@ -36,14 +36,19 @@ def warn_of_ignored_fields(config: SubspaceConfig, basis: SubspaceBasis, names: 
 def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str]) -> list[str]:
     """Return what is to be said of numbers of directions that no module has."""
     shapes, said = basis.shapes(), []
-    most = {name: max(shapes[key]["k_out"], shapes[key]["k_in"]) for name, key in names.items()}
+    sides = {name: (shapes[key]["k_out"], shapes[key]["k_in"]) for name, key in names.items()}
     by_pattern: dict[str | None, list[str]] = {}
     for name in names:
         key = get_pattern_key(config.rank_pattern, name)
         by_pattern.setdefault(key if key in config.rank_pattern else None, []).append(name)
     for pattern, modules in by_pattern.items():
         k = config.k if pattern is None else config.rank_pattern[pattern]
-        if k is not None and all(most[name] < k for name in modules):
+        asked = config.sizes.asked(modules[0])
+        # more than the larger side has, or of two sizes one that its side does not have
+        beyond = max if isinstance(k, int) else min
+        if asked is not None and all(
+            beyond(has - most for has, most in zip(sides[name], asked, strict=True)) < 0 for name in modules
+        ):
             has = describe_k({name: shapes[names[name]] for name in modules})
             field = f"k={k}" if pattern is None else f"rank_pattern[{pattern!r}]={k}"
             where = "these modules have no more" if config.generated else "the basis has no more"

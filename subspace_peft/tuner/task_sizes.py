@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peft.utils.other import get_pattern_key
@@ -22,7 +22,8 @@ class TaskSizes:
     Attributes:
         coefficients: the kind of coefficients.
         k: how many of the basis's directions are used; None for all.
-        rank_pattern: another k for some modules: end of the name, or a regular expression for it → k.
+        rank_pattern: another k for some modules: end of the name, or a regular expression for it → k, or
+            (k_out, k_in).
         r: rank of the `factor` coefficients.
         alpha: the scale's numerator.
         mean_gain: how the mean core is used: ``none``, ``fixed`` or ``trainable``.
@@ -32,7 +33,7 @@ class TaskSizes:
 
     coefficients: str
     k: int | None
-    rank_pattern: Mapping[str, int]
+    rank_pattern: Mapping[str, int | Sequence[int]]
     r: int
     alpha: float
     mean_gain: str
@@ -60,14 +61,19 @@ class TaskSizes:
             return self.extra_rank
         return self.extra_rank_pattern.get(get_pattern_key(self.extra_rank_pattern.keys(), name), self.extra_rank)
 
-    def k_of(self, name: str) -> int | None:
-        """Return the k asked for in the module `name`, or None for all that the basis has."""
+    def k_of(self, name: str) -> int | Sequence[int] | None:
+        """Return the k, or (k_out, k_in), asked for in the module `name`, or None for all that the basis has."""
         return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.k)
+
+    def asked(self, name: str) -> tuple[int, int] | None:
+        """Return the (k_out, k_in) asked for in the module `name`, or None for all that the basis has."""
+        k = self.k_of(name)
+        return None if k is None else (k, k) if isinstance(k, int) else (k[0], k[1])
 
     def used(self, name: str, k_out: int, k_in: int) -> tuple[int, int]:
         """Return the (k_out, k_in) that the task uses of a basis module: the leading k of each side, or all."""
-        k = self.k_of(name)
-        return (k_out, k_in) if k is None else (min(k, k_out), min(k, k_in))
+        k = self.asked(name)
+        return (k_out, k_in) if k is None else (min(k[0], k_out), min(k[1], k_in))
 
     def part(self, name: str, module: ModuleBasis) -> ModuleBasis:
         """Return the part of a basis module that the task uses in the module `name`."""
