@@ -57,7 +57,8 @@ TABLE: dict[str, tuple[str, str, dict[str, set[type]]]] = {
     ),
     "project": (
         "project LORA --basis basis --out task -q",
-        "basis energy_kept energy_random fingerprint modules out relative_error source verdict",
+        """basis energy_kept energy_random energy_with_own fingerprint modules out own_directions own_parameters
+        relative_error source verdict""",
         {"energy_kept": SHARE, "relative_error": SHARE},
     ),
     "task": (

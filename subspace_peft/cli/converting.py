@@ -29,7 +29,8 @@ def add_project(add: Add) -> None:
         help="turn a LoRA into coefficients",
         description=(
             "Project a LoRA on a basis and say how much of its energy (the squared Frobenius norm of its update) the"
-            " basis keeps. With --out the coefficients are written as a task, which PEFT loads."
+            " basis keeps. With --out the coefficients are written as a task, which PEFT loads; with --extra-rank or"
+            " --extra-budget what the basis lacks goes along, in directions of the task's own."
         ),
     )
     verb.add_argument("lora", metavar="LORA", help="LoRA folder, or Hub id with @revision")
@@ -39,6 +40,14 @@ def add_project(add: Add) -> None:
     add_no_base_check(verb)
     add_base_model_name(verb)
     add_reading(verb)
+    size = grouped(verb, SIZE)
+    size.add_argument("--extra-rank", type=int, help="directions of the task's own per module, for what is not kept")
+    size.add_argument(
+        "--extra-budget",
+        type=int,
+        metavar="N",
+        help="parameters of all own directions together, given to the modules where they keep most",
+    )
     add_out(verb, "write the coefficients as a task")
     add_force(verb)
     add_json(verb)
@@ -83,6 +92,7 @@ def project(args: Namespace) -> int:
     from ..basis import SubspaceBasis
     from ..basis.overwriting import Planned, check_target
     from ..convert import project_lora
+    from ..convert.projection import said_of_directions
 
     if args.out is None:
         refuse_idle(args, "--force", "without --out: nothing is written")
@@ -98,6 +108,8 @@ def project(args: Namespace) -> int:
         allow_bin=args.allow_bin,
         base_model=base_model(args.base_model),
         part=args.part,
+        extra_rank=args.extra_rank,
+        extra_budget=args.extra_budget,
     )
     facts = projection.to_dict()
     if args.out:
@@ -107,10 +119,18 @@ def project(args: Namespace) -> int:
     if args.json:
         return print_json(facts)
     if args.verbose:
+        own = projection.energy_own if projection.own else {}
         for name, share in projection.energy.items():
-            print(f"  {percent(share):>7}  {name}")
+            more = f"  {percent(own[name]):>7} in {projection.own_directions[name]} of its own" if own else ""
+            print(f"  {percent(share):>7}{more}  {name}")
+    more = ""
+    if projection.own:
+        more = (
+            f", {percent(projection.energy_with_own)} with own directions"
+            f" ({said_of_directions(projection.own_directions)}, {projection.own_parameters:,} parameters)"
+        )
     print(
-        f"energy kept {percent(projection.energy_kept)} (random directions {percent(projection.energy_random)}),"
+        f"energy kept {percent(projection.energy_kept)} (random directions {percent(projection.energy_random)}){more},"
         f" relative error {projection.relative_error:.3f}: {projection.verdict}"
         f"{said_of_conversion(projection.source.converted, projection.source.lost)}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..sources import Source, open_source
 from ..sources.guesses import warn_of_guesses
 from ..sources.lora import is_embedding, is_saved_module, saved_modules
 from .projection import Projection, projection_of
+from .residual import directions_of
 
 
 def project_lora(
@@ -31,8 +33,14 @@ def project_lora(
     allow_bin: bool = False,
     base_model: nn.Module | None = None,
     part: str | None = None,
+    extra_rank: int | None = None,
+    extra_budget: int | None = None,
 ) -> Projection:
     """Project an existing LoRA onto a basis, in closed form: ``C = (UᵀB)(AVᵀ)`` per module.
+
+    What the basis does not keep goes, where asked for, into directions of the task's own: the leading singular
+    triples of ``ΔW − U C V``, the best approximation that so many directions give. With as many as that has, the task
+    is the LoRA, exactly.
 
     Args:
         lora: Folder, Hub id with ``@revision``, state dict, ``(state_dict, config)`` or live PeftModel.
@@ -45,14 +53,20 @@ def project_lora(
             a LoRA; it is left as it was.
         part: Of a pipeline's basis the part that the LoRA is of, such as ``text_encoder_2``, where its modules' names
             do not tell.
+        extra_rank: Directions of the task's own in every module; None: none, or with `extra_budget` any number.
+        extra_budget: How many parameters these may have in all (a direction has out + in): they go to the modules
+            where a parameter keeps most energy, up to `extra_rank` in each.
 
     Raises:
         SourceError: The LoRA cannot be read.
         BasisMismatchError: The basis lacks a module or has it in another shape, or the base models differ, by their
             names or by the weights on record.
         SubspaceError: Every ``lora_B`` is zero; the LoRA has trained tensors that a task cannot hold (single token
-            embeddings, biases of the base model); or `base_model_name` is another model on the Hub than the basis's.
+            embeddings, biases of the base model); `base_model_name` is another model on the Hub than the basis's; or
+            `extra_rank` or `extra_budget` is out of range.
     """
+    _check_whole("extra_rank", extra_rank, 0, "0 for none; 1 to 4 are usual")
+    _check_whole("extra_budget", extra_budget, 1, "the parameters of all own directions together")
     source = open_source(lora, token=token, allow_bin=allow_bin, base_model=base_model)
     _check_extras(source)
     warn_of_guesses([source])
@@ -100,7 +114,17 @@ def project_lora(
     projection = projection_of(source, basis, places, cores)
     if not any(source.norm(name) for name in places):
         raise SubspaceError(f"{source.location}: every lora_B is zero, so there is nothing to project.")
-    return projection
+    if extra_budget is None and not extra_rank:
+        return projection
+    own = directions_of(projection, extra_rank, extra_budget)
+    return replace(projection, own=own)
+
+
+def _check_whole(name: str, value: Any, least: int, what: str) -> None:
+    """Raise `SubspaceError` unless an argument is None or a whole number that is large enough."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        flag = name.replace("_", "-")
+        raise SubspaceError(f"{name}={value!r} (--{flag} {value}): give a whole number, at least {least}: {what}.")
 
 
 def _outer(source: Source, places: Mapping[str, str]) -> str:

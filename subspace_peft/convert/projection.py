@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ..basis.overwriting import check_target
 from ..basis.pipeline_parts import split_part
 from ..energy import of_source, percent, share_of, word
 from ..errors import SubspaceError
-from ..sources import Source
+from ..sources import Factors, Source
 from ..sources.lora import saved_modules
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ class Projection(Shown):
         cores: Module of the basis → ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) float64, the least-squares optimum.
         energy: Module of the basis → ‖C‖² / ‖ΔW‖², the share kept (1 for a module whose ΔW is zero).
         energy_random: The share that a random basis of the same size keeps on average.
-        energy_kept: The share over all modules together.
+        energy_kept: The share over all modules together, which the basis keeps.
         places: Module of the LoRA → module of the basis.
+        own: Module of the basis → ``(B, A)``, (out, φ) and (φ, in) float64, of the task's own directions: the best
+            approximation of ``ΔW − U C V``. Modules that have none are left out; see `project_lora`.
     """
 
     source: Source
@@ -47,17 +49,53 @@ class Projection(Shown):
     energy_random: float
     energy_kept: float
     places: dict[str, str]
+    own: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
         yield "source", short(self.source.location)
         yield "modules", len(self.cores)
-        yield "energy kept", f"{percent(self.energy_kept)} ({self.verdict})"
+        verdict = f" ({self.verdict})"
+        yield "energy kept", percent(self.energy_kept) + ("" if self.own else verdict)
         yield "by a random basis", percent(self.energy_random)
+        yield "with own directions", percent(self.energy_with_own) + verdict if self.own else None
+        yield "own directions", said_of_directions(self.own_directions) if self.own else None
         yield "basis", fingerprint(self.basis.fingerprint)
 
     def _shown_table(self) -> Table:
-        rows = ((name, percent(each)) for name, each in self.energy.items())
-        return ("module", "energy kept"), rows, len(self.energy)
+        rows = (
+            (name, percent(each), *([percent(self.energy_own[name]), self.own_directions[name]] if self.own else []))
+            for name, each in self.energy.items()
+        )
+        more = ("in own directions", "own directions") if self.own else ()
+        return ("module", "energy kept", *more), rows, len(self.energy)
+
+    @property
+    def own_directions(self) -> dict[str, int]:
+        """Module of the basis → how many directions of its own the task has there."""
+        return {name: self.own[name][0].shape[1] if name in self.own else 0 for name in self.cores}
+
+    @property
+    def energy_own(self) -> dict[str, float]:
+        """Module of the basis → the share of ‖ΔW‖² that is in the task's own directions."""
+        shares = {}
+        for name, place in self.places.items():
+            square = Factors(*self.own[place]).norm() ** 2 if place in self.own else 0.0
+            # stored bases are orthonormal to float32's precision, so both together may seem to hold a little more
+            shares[place] = min(square / self.source.norm(name) ** 2, 1 - self.energy[place]) if square else 0.0
+        return shares
+
+    @property
+    def energy_with_own(self) -> float:
+        """The share over all modules that the basis and the task's own directions keep together."""
+        if not self.own:
+            return self.energy_kept
+        norms = {place: self.source.norm(name) for name, place in self.places.items()}
+        return of_source({place: self.energy[place] + share for place, share in self.energy_own.items()}, norms)
+
+    @property
+    def own_parameters(self) -> int:
+        """The parameters of the task's own directions, out + in for each."""
+        return sum(B.numel() + A.numel() for B, A in self.own.values())
 
     @property
     def parts(self) -> dict[str, Projection]:
@@ -70,20 +108,22 @@ class Projection(Shown):
         # those of no part are in each, which no task can be made of then
         others = tuple(key for key in source.other_keys if split_part(source.plain(key))[0] in ("", part))
         own = replace(source, keys=keys, other_keys=others)
-        return projection_of(own, self.basis, {name: self.places[name] for name in keys}, self.cores)
+        places = {name: self.places[name] for name in keys}
+        directions = {place: self.own[place] for place in places.values() if place in self.own}
+        return replace(projection_of(own, self.basis, places, self.cores), own=directions)
 
     @property
     def relative_error(self) -> float:
-        """‖ΔW − U C V‖ / ‖ΔW‖ over all modules."""
-        return math.sqrt(max(0.0, 1 - self.energy_kept))
+        """‖ΔW − U C V‖ / ‖ΔW‖ over all modules, less what the task's own directions hold."""
+        return math.sqrt(max(0.0, 1 - self.energy_with_own))
 
     @property
     def verdict(self) -> str:
-        """Class of the energy kept: ``faithful``, ``partial`` or ``poor``.
+        """Class of the energy kept, own directions included: ``faithful``, ``partial`` or ``poor``.
 
         Measure the task's own score before relying on it.
         """
-        return word(self.energy_kept)
+        return word(self.energy_with_own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the tensors, as JSON values."""
@@ -93,6 +133,9 @@ class Projection(Shown):
             "fingerprint": self.basis.fingerprint,
             "energy_kept": self.energy_kept,
             "energy_random": self.energy_random,
+            "energy_with_own": self.energy_with_own,
+            "own_directions": self.own_directions,
+            "own_parameters": self.own_parameters,
             "relative_error": self.relative_error,
             "verdict": self.verdict,
             "modules": self.energy,
@@ -117,20 +160,17 @@ class Projection(Shown):
             SubspaceError: The basis lives in memory only; or `folder` is a file.
             OSError: The disk refuses; an earlier folder stays as it was.
         """
-        from ..tasks.write import core_tensors, planned_task, write_task
+        from ..tasks.write import planned_task, task_tensors, write_task
 
         if len(parts := self.parts) > 1:
             tasks = {part: projection.as_task() for part, projection in parts.items()}
             for part, task in tasks.items():
                 check_target(Path(folder, part), planned_task(task.config), overwrite=overwrite)
             for part, task in tasks.items():
-                tensors = {**core_tensors(task.config, task.cores), **task.extras}
-                write_task(Path(folder, part), task.config, tensors, overwrite=overwrite)
+                write_task(Path(folder, part), task.config, task_tensors(task), overwrite=overwrite)
             return Path(folder)
         task = self.as_task()
-        return write_task(
-            folder, task.config, {**core_tensors(task.config, task.cores), **task.extras}, overwrite=overwrite
-        )
+        return write_task(folder, task.config, task_tensors(task), overwrite=overwrite)
 
     def as_task(self) -> SavedTask:
         """Return the projection as a task.
@@ -159,11 +199,13 @@ class Projection(Shown):
             cores,
             Parts({name: tuple(core.shape) for name, core in cores.items()}, self.basis, keys),
             _extras(self.source),
+            {name: self.own[key] for name, key in keys.items() if key in self.own},
         )
 
     def _config(self, keys: dict[str, str]) -> SubspaceConfig:
         from ..tuner import SubspaceConfig
         from ..tuner.module_names import other_names
+        from ..tuner.own_directions import own_fields
 
         source = self.source.config
         kept = {
@@ -180,12 +222,21 @@ class Projection(Shown):
             target_modules=sorted(keys),
             base_model_name_or_path=self.source.base_model,
             inference_mode=True,
+            **own_fields({name: self.own_directions[key] for name, key in keys.items()}),
             **kept,
         )
         config.basis_names = other_names(self.basis, keys)
         shapes = {self.source.split(key)[1]: self.source.weight_shape(key) for key in self.source.keys}
         config.weight_shapes = {name: shape for name, shape in shapes.items() if shape is not None} or None
         return config
+
+
+def said_of_directions(directions: Mapping[str, int]) -> str:
+    """Return in words how many directions of its own a task has, by module → directions."""
+    have = [rank for rank in directions.values() if rank]
+    if len(have) == len(directions) and len(set(have)) == 1:
+        return f"{have[0]} per module"
+    return f"{sum(have):,} in {len(have)} of {len(directions)} modules"
 
 
 def projection_of(

@@ -23,6 +23,7 @@ from ..tuner.card import published
 from ..tuner.config import SubspaceConfig
 from ..tuner.own_directions import own_tensors
 from ..tuner.task_file import BASIS_KEY, WEIGHTS_FILE
+from .read import SavedTask
 
 README_FILE = "README.md"
 PREFIX = "base_model.model."  # PEFT's, before the name of every module of the base model
@@ -132,6 +133,23 @@ def saved_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
         made[f"{PREFIX}{unwrapped_name(key).removeprefix(PREFIX)}"] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     return made
+
+
+def task_tensors(task: SavedTask) -> dict[str, torch.Tensor]:
+    """Return all tensors of a task with `core` coefficients as its file holds them: cores, own directions, extras.
+
+    Raises:
+        SubspaceError: A module has more directions of its own than the task's configuration says, which would be lost.
+    """
+    config = task.config
+    for module, (B, A) in task.own.items():
+        rank = config.sizes.extra_of(module, {"out": B.shape[0], "in": A.shape[1]})
+        if rank < min(B.shape[1], *(B.shape[0], A.shape[1])):
+            raise SubspaceError(
+                f"module {module!r} has {B.shape[1]} directions of the task's own, and its configuration says {rank}:"
+                " give it extra_rank= or extra_rank_pattern= to match."
+            )
+    return {**core_tensors(config, task.cores), **own_tensors_of(config, task.own), **task.extras}
 
 
 def core_tensors(config: SubspaceConfig, cores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,8 @@ a times as far. At another alpha users change the rate by 256 / alpha, and the u
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,6 +97,31 @@ def own_tensors(B: torch.Tensor, A: torch.Tensor, rank: int, alpha: float) -> di
         more = torch.randn(size, rank - kept, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         V[kept:] = torch.linalg.qr(torch.cat([V[:kept].T, more], 1)).Q[:, kept:].T
     return {"extra_U": U.float(), "extra_V": (V * norm).float()}
+
+
+def own_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the fields of a configuration that give every module its number of own directions.
+
+    Args:
+        ranks: module → directions, of all modules of the task.
+
+    Returns:
+        `extra_rank`, what most modules have, and `extra_rank_pattern` for the others.
+    """
+    counts = Counter(ranks.values())
+    usual = max(counts, key=lambda rank: (counts[rank], rank), default=0)
+    others = {name for name, rank in ranks.items() if rank != usual}
+    # a pattern is the end of a name, or a regular expression: one module's name may fit another module
+    fits = re.compile("|".join(rf"(?:.*\.)?(?:{_pattern(name)})" for name in others)) if others else None
+    named = [name for name in ranks if fits is not None and fits.fullmatch(name)]
+    # of several that fit the first one counts: no name fits a longer one, nor one of its length with fewer dots
+    named.sort(key=lambda name: (-len(name), name.count(".")))
+    pattern = {_pattern(name): ranks[name] for name in named}
+    return {"extra_rank": usual, "extra_rank_pattern": pattern}
+
+
+def _pattern(name: str) -> str:
+    return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
 
 
 def split_own(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
