@@ -308,3 +308,14 @@ def test_mixed_with_a_lora(kind, bases):
     model.eval()
     expected = logits(model)
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_has_no_effect_is_said(kind, bases):
+    names = [layer.key for layer in layers(adapted(kind, bases[kind]))]
+    for given, says in (
+        ({"extra_rank": 10_000}, "extra_rank=10000: .* has no more than"),
+        ({"extra_rank_pattern": {"nowhere": 1}}, "no adapted module is called nowhere"),
+        ({"extra_rank": 2, "extra_rank_pattern": dict.fromkeys(names, 1)}, "extra_rank=2 has no effect"),
+    ):
+        with pytest.warns(UserWarning, match=says):
+            adapted(kind, bases[kind], **given)

@@ -78,8 +78,8 @@ def load(folder: Path, kind: str | None, dtype: torch.dtype = torch.float32) -> 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given).eval()
 
 
-def adapted(folders: dict[str, Path], base: nn.Module) -> PeftModel:
-    config = SubspaceConfig(basis=str(folders["basis"]), task_type="CAUSAL_LM")
+def adapted(folders: dict[str, Path], base: nn.Module, **given: int) -> PeftModel:
+    config = SubspaceConfig(basis=str(folders["basis"]), task_type="CAUSAL_LM", **given)
     return randomise(get_peft_model(base, config), std=0.01).eval()
 
 
@@ -129,13 +129,14 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_gradients_are_those_of_the_dequantised_weights_before_and_after_an_evaluation(folders, kind):
-    model = adapted(folders, load(folders["base"], kind))
+@pytest.mark.parametrize("own", [0, 2])
+def test_gradients_are_those_of_the_dequantised_weights_before_and_after_an_evaluation(folders, kind, own):
+    model = adapted(folders, load(folders["base"], kind), extra_rank=own)
     plain = load(folders["base"], None)
     for name, given in model.base_model.model.named_modules():
         if isinstance(given, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
             plain.get_submodule(name.replace(".base_layer", "")).weight.data.copy_(base_weight(given))
-    expected = gradients(adapted(folders, plain))
+    expected = gradients(adapted(folders, plain, extra_rank=own))
     # 8-bit layers round their inputs too
     tolerance = 0.05 if kind == "8bit" else 1e-4
     for _ in range(2):
@@ -186,8 +187,9 @@ def rounding_bound(kind: str, weight: torch.Tensor) -> torch.Tensor:
     return (blocks * HALF_GAP[kind] + slack).expand(-1, 64).reshape(weight.shape)
 
 
-def test_merging_rounds_within_bounds_and_unmerging_is_exact(folders, tmp_path, kind):
-    model = adapted(folders, load(folders["base"], kind))
+@pytest.mark.parametrize("own", [0, 2])
+def test_merging_rounds_within_bounds_and_unmerging_is_exact(folders, tmp_path, kind, own):
+    model = adapted(folders, load(folders["base"], kind), extra_rank=own)
     model.save_pretrained(tmp_path / "task")
     before = logits(model)
     with model.disable_adapter():

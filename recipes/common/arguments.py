@@ -45,6 +45,7 @@ class CommonArguments:
         "core", "what is trained in the basis"
     )
     k: int | None = argument(None, "train in the leading k directions; all by default")
+    extra_rank: int = argument(0, "directions of the task's own per module, trained beside the basis")
     mean_gain: Literal["none", "fixed", "trainable"] = argument("none", "the fleet's mean update")
     r: int = argument(8, "rank of LoRA, and of the factor coefficients")
     alpha: float = argument(256.0, "scale of the coefficients, see SubspaceConfig")

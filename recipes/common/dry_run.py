@@ -32,13 +32,14 @@ def planned_numbers(
     r: int = 8,
     directions: int = 0,
     mean_gain: str = "none",
+    extra_rank: int = 0,
     head: str | None = "classifier",
 ) -> dict[str, Any]:
     """Return the trained parameters per row of `methods`, and the bytes of the basis.
 
     Args:
         model: the base model with its head; on the meta device it costs no memory.
-        target_modules, layers, layers_pattern, coefficients, r, mean_gain: as in `methods`.
+        target_modules, layers, layers_pattern, coefficients, r, mean_gain, extra_rank: as in `methods`.
         k: of the basis; a smaller layer has as many directions as its own side.
         directions: of the basis, for the `directions` coefficients.
         head: the head's name, or a part of it; None where there is none.
@@ -64,10 +65,18 @@ def planned_numbers(
             f" of {type(model).__name__}. Name modules that it has; `print(model)` lists them."
         )
 
-    def inside(kind: str, gain: str) -> int:
+    def inside(kind: str, gain: str, own: int = 0) -> int:
         total = 0
         for out, inner in shapes:
-            made = make_coefficients(kind, min(k, out), min(k, inner), r=r, directions=directions, mean_gain=gain)
+            made = make_coefficients(
+                kind,
+                min(k, out),
+                min(k, inner),
+                r=r,
+                directions=directions,
+                mean_gain=gain,
+                own=(out, inner, min(own, out, inner)),
+            )
             total += sum(parameter.numel() for parameter in made.parameters())
         return total
 
@@ -78,7 +87,10 @@ def planned_numbers(
         "VeRA": sum(out + 256 for out, _ in shapes),
     }
     if coefficients != "none":
-        rows |= {"random basis": inside(coefficients, "none"), "this basis": inside(coefficients, mean_gain)}
+        rows |= {
+            "random basis": inside(coefficients, "none", extra_rank),
+            "this basis": inside(coefficients, mean_gain, extra_rank),
+        }
     return {
         "modules": len(shapes),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -196,6 +208,7 @@ def print_plan(
         head=head,
         directions=args.directions,
         mean_gain=args.mean_gain,
+        extra_rank=args.extra_rank,
         **where,
     )
     basis = planned_numbers(model, k=args.basis_k, head=head, **where)["basis_bytes"]

@@ -158,6 +158,7 @@ def methods(
     r: int = 8,
     alpha: float | None = None,
     mean_gain: str = "none",
+    extra_rank: int = 0,
     head: bool = True,
     sweep: int = 0,
     **where: Any,
@@ -168,8 +169,9 @@ def methods(
         basis: the basis under test. Where it has no mean core (one not built from adapters) the mean-only row is left
             out.
         random: the control of equal size; None leaves its row out.
-        coefficients, k, alpha, mean_gain: of "this basis"; the random basis has the same kind, `k` and `alpha`. With
-            ``coefficients="none"`` the mean-only row is all there is of the basis, and the last two rows are left out.
+        coefficients, k, alpha, mean_gain, extra_rank: of "this basis"; the random basis has the same kind, `k`,
+            `alpha` and `extra_rank`. With ``coefficients="none"`` the mean-only row is all there is of the basis, and
+            the last two rows are left out.
         r: LoRA's rank, and that of the `factor` coefficients.
         head: whether there is a trained head beside the adapter. Without one, as with every causal language model, the
             first row is the base model, untrained.
@@ -188,7 +190,7 @@ def methods(
         rows.append(in_basis("mean only", basis, modules, MEAN_RATES, **given, **mean))
     rows += [lora(r, modules), vera(256, modules, name="VeRA")]
     if coefficients != "none":
-        kind = {**given, "coefficients": coefficients}
+        kind = {**given, "coefficients": coefficients, **({"extra_rank": extra_rank} if extra_rank else {})}
         if random is not None:
             rows.append(in_basis("random basis", random, modules, **kind))
         rows.append(in_basis("this basis", basis, modules, **kind, mean_gain=mean_gain))

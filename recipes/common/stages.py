@@ -214,6 +214,7 @@ def compared_methods(
         r=args.r,
         alpha=args.alpha,
         mean_gain=args.mean_gain,
+        extra_rank=args.extra_rank,
         sweep=args.sweep,
         **where,
     )

@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 
 from .._io.warn import warn_caller
 from ..basis import SubspaceBasis
-from ..basis.module_store import describe_k
+from ..basis.module_store import describe_k, names_of
 from .config import Default, SubspaceConfig
 
 SEED = SubspaceConfig.seed
@@ -55,6 +55,7 @@ def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str
             said.append(f"{field}: {where} than {has}, which is used")
     if config.k is not None and None not in by_pattern:
         said.append(f"k={config.k} has no effect: rank_pattern gives every module its own")
+    said += _own(config, shapes, names)
     if config.coefficients == "factor":
         ranks = {
             min(config.sizes.used(name, shapes[key]["k_out"], shapes[key]["k_in"])) for name, key in names.items()
@@ -63,6 +64,24 @@ def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str
         if config.r > max(ranks) and not isinstance(config.r, Default):
             size = f"{max(ranks)}" if len(ranks) == 1 else f"{min(ranks)}…{max(ranks)}"
             said.append(f"r={config.r}: the cores are of rank {size} at most, which is used")
+    return said
+
+
+def _own(config: SubspaceConfig, shapes: Mapping[str, Mapping[str, int]], names: Mapping[str, str]) -> list[str]:
+    """Return what is to be said of own directions: more than fit, patterns without a module, where there are none."""
+    said, sizes = [], config.sizes
+    asked = {name: sizes.extra_asked(name) for name in names}
+    most = {name: sizes.extra_of(name, shapes[key]) for name, key in names.items()}
+    if cut := [name for name, rank in asked.items() if rank > most[name]]:
+        said.append(
+            f"extra_rank={asked[cut[0]]}: {names_of(cut, 3)} has no more than {most[cut[0]]} dimensions on one side,"
+            " which is used"
+        )
+    reached = {get_pattern_key(config.extra_rank_pattern, name) for name in names}
+    if unused := [pattern for pattern in config.extra_rank_pattern if pattern not in reached]:
+        said.append(f"extra_rank_pattern: no adapted module is called {names_of(unused, 3)}, which has no effect")
+    if config.extra_rank and names and not any(rank == config.extra_rank for rank in asked.values()):
+        said.append(f"extra_rank={config.extra_rank} has no effect: extra_rank_pattern gives every module its own")
     return said
 
 

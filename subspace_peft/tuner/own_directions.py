@@ -1,9 +1,10 @@
 """A task's own directions beside the basis, ``s'·u v``: their scale, their start, and the way from and to factors.
 
-One learning rate trains them and the core. The core's scale makes an Adam step of rate η move ΔW by at most alpha·η,
-and the rates that are good there are a few times those that are good for a LoRA's factors. So u and v are stored in
-larger units than a LoRA's B and A: with ``B = a·u`` and ``A = a·v`` one step of the same rate moves the LoRA's factors
-a times as far. At another alpha users change the rate by 256 / alpha, and the units go along.
+One learning rate trains them and the core. The core's scale makes an Adam step of rate η move ΔW by at most alpha·η. For
+the own part two sizes count: ``s'·‖v‖``, by which a step of u moves ΔW, and ``1/‖v‖``, by which a step of v turns v.
+Both are set so that the rates that are good for a core are good for u and v: they are a little below the best ones of a
+LoRA of rank 1, whose size is s = 2 and ‖A‖ = 1/√3. At another alpha users change the rate by 256 / alpha, and both
+sizes go along.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 
 from .coefficients import OWN, USUAL_ALPHA, Coefficients
 
-# of u v in ΔW, and of v's rows at the start, at the usual alpha: measured, docs/evidence.md, "Own directions"
-OWN_SCALE = 0.22
-OWN_NORM = 1.7
+# of u v in ΔW, and of v's rows at the start, at the usual alpha: the middle of a broad plateau, docs/evidence.md
+OWN_SCALE = 4.0
+OWN_NORM = 0.5
 
 
 def own_scale(alpha: float) -> float:

@@ -11,6 +11,7 @@ COEFFICIENTS: tuple[dict[str, Any], ...] = (
     {"coefficients": "core"},
     {"coefficients": "factor", "r": 2},
     {"coefficients": "diagonal"},
+    {"coefficients": "core", "extra_rank": 2},
 )
 RANDOM: dict[str, Any] = {"basis": "random", "k": 4}
 
@@ -26,6 +27,9 @@ CUSTOM = (
     ("EmbConv1D", {"target_modules": ["conv1d"], "coefficients": "factor", "r": 2}),
     ("EmbConv1D", {"target_modules": ["conv1d"], "coefficients": "diagonal"}),
     ("EmbConv1D", {"target_modules": ["emb"]}),
+    ("MLP", {"target_modules": ["lin0", "lin1"], "extra_rank": 2}),
+    ("EmbConv1D", {"target_modules": ["emb", "conv1d"], "extra_rank": 2}),
+    ("Conv2d", {"target_modules": ["conv2d", "lin0"], "extra_rank": 1, "alpha": 8.0}),
     # these tests train with plain SGD and a learning rate for LoRA's scale of 1: with ours, convolutions diverge
     ("Conv2d", {"target_modules": ["conv2d"], "alpha": 8.0}),
     ("Conv2d", {"target_modules": ["conv2d", "lin0"], "coefficients": "factor", "r": 2, "alpha": 8.0}),
@@ -69,6 +73,7 @@ def batch_rows() -> list[tuple[str, SubspaceConfig, SubspaceConfig]]:
     given = {**RANDOM, "target_modules": ["lin0"], "init_weights": False}
     return [
         ("Subspace mixed adapter", SubspaceConfig(**given), SubspaceConfig(**given, coefficients="diagonal")),
+        ("Subspace own directions", SubspaceConfig(**given, extra_rank=2), SubspaceConfig(**given)),
         ("Subspace mixed basis", SubspaceConfig(**given), SubspaceConfig(**{**given, "k": 3}, seed=1)),
     ]
 
