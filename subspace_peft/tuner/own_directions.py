@@ -1,10 +1,10 @@
 """A task's own directions beside the basis, ``s'·u v``: their scale, their start, and the way from and to factors.
 
-One learning rate trains them and the core. The core's scale makes an Adam step of rate η move ΔW by at most alpha·η. For
-the own part two sizes count: ``s'·‖v‖``, by which a step of u moves ΔW, and ``1/‖v‖``, by which a step of v turns v.
-Both are set so that the rates that are good for a core are good for u and v: they are a little below the best ones of a
-LoRA of rank 1, whose size is s = 2 and ‖A‖ = 1/√3. At another alpha users change the rate by 256 / alpha, and both
-sizes go along.
+One learning rate trains them and the core. The core's scale makes an Adam step of rate η move ΔW by at most alpha·η.
+For the own part two sizes count: ``s'·‖v‖``, by which a step of u moves ΔW, and ``1/‖v‖``, by which a step of v turns
+v. Both are set so that the rates that are good for a core are good for u and v: a LoRA of rank 1, whose sizes are s = 2
+and ‖A‖ = 1/√3, learns best at rates a little above those. At another alpha users change the rate by 256 / alpha, and
+both sizes go along.
 """
 
 from __future__ import annotations
