@@ -2,7 +2,7 @@
 
 One learning rate trains them and the core. The core's scale makes an Adam step of rate η move ΔW by at most alpha·η.
 For the own part two sizes count: ``s'·‖v‖``, by which a step of u moves ΔW, and ``1/‖v‖``, by which a step of v turns
-v. Both are set so that the rates that are good for a core are good for u and v: a LoRA of rank 1, whose sizes are s = 2
+v. Both are set so that the rates that are good for a core are good for u and v: a LoRA of rank 1, of s = 2
 and ‖A‖ = 1/√3, learns best at rates a little above those. At another alpha users change the rate by 256 / alpha, and
 both sizes go along.
 """
