@@ -27,7 +27,11 @@ from .test_layer_kinds import Small, lora, outputs
 def deltas(make, folder) -> dict[str, torch.Tensor]:
     """Module → ΔW (out, in) as PEFT computes it, of a stock LoRA; a convolution's as a matrix, an embedding's
     transposed."""
-    model = PeftModel.from_pretrained(make(), folder)
+    return updates(make, PeftModel.from_pretrained(make(), folder))
+
+
+def updates(make, model) -> dict[str, torch.Tensor]:
+    """The same of a live model."""
     found = {}
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight"):

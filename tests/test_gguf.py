@@ -105,6 +105,33 @@ def test_a_lora_merged_as_llama_cpp_does_is_our_model(task, tmp_path, source):
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_own_directions_go_along(tmp_path):
+    config = SubspaceConfig(
+        basis="random",
+        k=3,
+        target_modules=["q_proj", "down_proj"],
+        extra_rank=2,
+        extra_rank_pattern={"layers.0.self_attn.q_proj": 0},
+        task_type="CAUSAL_LM",
+    )
+    model = randomise(get_peft_model(llama(), config), std=0.05).eval()
+    write_gguf(tmp_path / "base.gguf", llama())
+    export_gguf(model, tmp_path / "lora.gguf", tmp_path / "base.gguf")
+    facts, updates = read_lora(tmp_path / "lora.gguf")
+    assert facts["adapter.lora.alpha"] == 5 and len(updates) == 4
+    write_gguf(tmp_path / "merged.gguf", llama(), updates)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="merged.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(X).logits, model(X).logits, atol=1e-5, rtol=1e-4)
+        assert (model(X).logits - llama()(X).logits).abs().max() > 0.01
+    # the best approximation of core and own directions together
+    export_gguf(model, tmp_path / "cut.gguf", tmp_path / "base.gguf", rank=2)
+    _, cut = read_lora(tmp_path / "cut.gguf")
+    for name, whole in updates.items():
+        S = np.linalg.svd(whole, compute_uv=False)
+        assert np.linalg.norm(whole - cut[name]) == pytest.approx(np.linalg.norm(S[2:]), rel=1e-3, abs=1e-5)
+
+
 def test_a_smaller_rank_is_a_truncation(task, tmp_path):
     write_gguf(tmp_path / "base.gguf", llama())
     for rank in (1, 3):

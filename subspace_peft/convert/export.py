@@ -50,13 +50,13 @@ def export_lora(
     """Write a task as a stock PEFT LoRA folder, or as a LoRA file of diffusers.
 
     With k_in ≤ k_out, ``lora_A = V`` and ``lora_B = s·U·C``; else ``lora_A = s·C·V`` and ``lora_B = U``: the same ΔW,
-    without an SVD. A smaller `rank` takes the SVD of the core alone, which is optimal since U and V are orthonormal.
+    without an SVD. Own directions stand beside these, so that the rank is k + φ. A smaller `rank` takes the SVD of the
+    core alone, which is optimal since U and V are orthonormal, or with own directions one of (k + φ) × (k + φ).
     Every module gets the same rank, filled up with zeros, and ``lora_alpha = r``, so that no patterns are needed.
 
     Args:
         task: Folder or Hub id of a saved task; the folder of a pipeline's task, whose parts are all exported; a live
-            PeftModel, exported at its configured scale (`set_scale` aside); or a `SavedTask`, such as a bundle's,
-            whose residual is included.
+            PeftModel, exported at its configured scale (`set_scale` aside); or a `SavedTask`, such as a bundle's.
         out: The folder to write, made where it does not exist.
         adapter_name: The adapter of a live model; the active one by default.
         basis: The basis, its folder or its Hub id; by default the place that the task's config names.

@@ -35,12 +35,9 @@ class FactoredTask:
 def factored(read: SavedTask, rank: int | None, pad_to: int | str | None, dtype: torch.dtype) -> FactoredTask:
     """Compute the factors of every module of a task; arguments, warnings and errors are those of `export_lora`."""
     factors, kept, total = {}, 0.0, 0.0
-    for name, core in read.cores.items():
-        S = torch.linalg.svdvals(core)
-        if name in read.own:
-            factors[name], S = _with_residual(lora_factors(read.modules[name], core), read.own[name], rank)
-        else:
-            factors[name] = lora_factors(read.modules[name], core, rank)
+    for name in read.cores:
+        B, A, S = task_factors(read, name, rank)
+        factors[name] = B, A
         total += float(S.square().sum())
         kept += float(S[:rank].square().sum())
     most = max(B.shape[1] for B, _ in factors.values())
@@ -79,13 +76,29 @@ def lora_factors(
     return (U @ core, V) if core.shape[1] <= core.shape[0] else (U, core @ V)
 
 
-def _with_residual(
-    projected: tuple[torch.Tensor, torch.Tensor], residual: tuple[torch.Tensor, torch.Tensor], rank: int | None
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return ``(B, A)`` of the sum, or of its best approximation of rank `rank`, and the sum's singular values."""
-    B, A = (torch.cat([one, two.double()], dim) for one, two, dim in zip(projected, residual, (1, 0), strict=True))
+def task_factors(
+    read: SavedTask, name: str, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute LoRA factors of one module of a task, own directions and all, or of its best approximation.
+
+    The factors of the core and those of the own directions stand side by side: rank k + φ, exact. A lower one is
+    reached by thin QRs of both sides and an SVD of (k + φ) × (k + φ).
+
+    Args:
+        read: The task.
+        name: The module.
+        rank: The rank of the approximation; None is exact.
+
+    Returns:
+        ``B`` (out, r), ``A`` (r, in), and the singular values of the whole update ``U core V + B_own A_own``, float64.
+    """
+    core = read.cores[name]
+    if name not in read.own:
+        return *lora_factors(read.modules[name], core, rank), torch.linalg.svdvals(core)
+    pairs = lora_factors(read.modules[name], core), read.own[name]
+    B, A = (torch.cat([pair[side].double() for pair in pairs], 1 - side) for side in (0, 1))
     P, S, T = Factors(B, A).canonical()
-    return ((B, A) if rank is None or rank >= B.shape[1] else (P[:, :rank] * S[:rank], T[:, :rank].T)), S
+    return (B, A, S) if rank is None or rank >= B.shape[1] else (P[:, :rank] * S[:rank], T[:, :rank].T, S)
 
 
 def _padded(rank: int, pad_to: int | str | None) -> int:

@@ -14,7 +14,7 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target, replacing
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tasks.read import read_task
-from .factored import lora_factors
+from .factored import task_factors
 
 ROTATED = re.compile(r"blk\.\d+\.attn_(q|k)\.weight")
 
@@ -76,8 +76,8 @@ def export_gguf(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, facts["llama.block_count"])
     tensors: dict[str, torch.Tensor] = {}
     r = 0
-    for module, core in read.cores.items():
-        B, A = lora_factors(read.modules[module], core, rank)
+    for module in read.cores:
+        B, A, _ = task_factors(read, module, rank)
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name not in shapes or shapes[name] != (len(B), A.shape[1]):
             raise BasisMismatchError(
