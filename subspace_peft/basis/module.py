@@ -159,7 +159,10 @@ class ModuleBasis(Shown):
             # directions whose weight lay outside the kept block shrink and are made unit-norm again; those of which
             # nothing is left stay, as zeros, so that the number of coefficients does not depend on the values in G
             norms = cut.flatten(1).norm(dim=1)[:, None, None]
-            G = torch.where(norms > 1e-6, cut / norms.clamp_min(1e-6), torch.zeros_like(cut)).contiguous()
+            lost = self.G[:, a:].flatten(1).any(1) | self.G[:, :, b:].flatten(1).any(1)
+            unit = torch.where(norms > 1e-6, cut / norms.clamp_min(1e-6), torch.zeros_like(cut))
+            # one that loses nothing stays bit for bit: a task that keeps its size on a grown basis stays what it was
+            G = torch.where(lost[:, None, None], unit, cut).contiguous()
         return replace(
             self,
             U=self.U[:, :a].contiguous(),

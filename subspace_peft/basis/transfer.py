@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import BasisMismatchError
 from .module import ModuleBasis
+
+Own = tuple[torch.Tensor, torch.Tensor]  # (B, A) of an update B A
 
 
 class Transfer:
@@ -53,20 +57,49 @@ class Transfer:
         """Return the new core (…, k_out', k_in') float64 of an old one (…, k_out, k_in)."""
         return self.left @ core.double() @ self.right
 
-    def drift(self, old: torch.Tensor, new: torch.Tensor) -> float:
-        """Return ``‖U C V − U' C' V'‖_F / ‖U C V‖_F`` of an old core C and a new one C'.
+    def drift(self, old: torch.Tensor, new: torch.Tensor, own: Own | None = None, own_now: Own | None = None) -> float:
+        """Return ``‖ΔW − ΔW'‖_F / ‖ΔW‖_F`` of an update before, ``U C V + B A``, and now, ``U' C' V' + B' A'``.
 
         0 where both are zero, infinite where only the old one is. Nothing of size out × in is formed.
+
+        Args:
+            old: the core C.
+            new: the core C'.
+            own: ``(B, A)``, (out, r) and (r, in), of the task's own directions before; None for none.
+            own_now: ``(B', A')`` now; the same object where they are what they were.
         """
         # U and V are orthonormal, so the norm of U C V is that of C
-        size = float(old.double().norm())
-        if self.leading:
+        size = float(old.double().norm()) if own is None else self.size(old, own)
+        if self.leading and own_now is own:
             lost = float((self.core(old) - new.double()).norm())
         else:
-            # the difference is B A with B = [U C, −U' C'] (out, k_in + k_in') and A = [V; V'] (k_in + k_in', in); with
-            # thin QR of both, its norm is that of R_B R_Aᵀ, which is small
-            B = torch.cat([self.old.U.double() @ old.double(), -(self.new.U.double() @ new.double())], 1)
-            A = torch.cat([self.old.V, self.new.V.to(self.old.V.dtype)]).double()
-            R = [torch.linalg.qr(side, mode="r")[1] for side in (B, A.T)]
-            lost = float((R[0] @ R[1].T).norm())
+            pairs = [
+                (self.old.U.double() @ old.double(), self.old.V),
+                (-(self.new.U.double() @ new.double()), self.new.V),
+            ]
+            if own_now is not own:
+                pairs += [] if own is None else [own]
+                pairs += [] if own_now is None else [(-own_now[0], own_now[1])]
+            lost = norm_of_sum(pairs)
         return lost / size if size else (0.0 if lost == 0 else float("inf"))
+
+    def size(self, old: torch.Tensor, own: Own | None = None) -> float:
+        """Return ``‖U C V + B A‖_F`` of an old core C and a task's own directions."""
+        if own is None:
+            return float(old.double().norm())
+        return norm_of_sum([(self.old.U.double() @ old.double(), self.old.V), own])
+
+
+def norm_of_sum(pairs: Sequence[Own]) -> float:
+    """Return ``‖Σ B_i A_i‖_F``, without cancellation and without anything of size out × in.
+
+    The sum is B A with ``B = [B_1 …]`` and ``A = [A_1; …]``; with thin QR of both its norm is that of R_B R_Aᵀ, which
+    is small.
+
+    Args:
+        pairs: ``(B_i, A_i)``, (out, r_i) and (r_i, in), of any float dtype.
+    """
+    B = torch.cat([each.double() for each, _ in pairs], 1)
+    A = torch.cat([each.double() for _, each in pairs])
+    R = [torch.linalg.qr(side, mode="r")[1] for side in (B, A.T)]
+    return float((R[0] @ R[1].T).norm())

@@ -12,7 +12,8 @@ from .._io.progress import progress_bar
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..basis.transfer import Transfer
-from ..convert.migrate import MAX_DRIFT, drifts_of, moved_config, moves_of, used_moves
+from ..convert.migrate import MAX_DRIFT
+from ..convert.moves import check_leading, drifts_of, drop_own, inside, keep_sizes, moved_config, moves_of, used_moves
 from ..errors import SubspaceError
 from ..tasks.read import Parts, SavedTask
 from .bundle import Bundle, open_bundle
@@ -26,6 +27,7 @@ def migrate_bundle(
     basis: SubspaceBasis | str | Path,
     out: str | Path,
     *,
+    pad: bool = True,
     max_drift: float = MAX_DRIFT,
     old_basis: SubspaceBasis | str | Path | None = None,
     overwrite: bool = False,
@@ -34,13 +36,14 @@ def migrate_bundle(
 ) -> tuple[Bundle, dict[str, dict[str, float]]]:
     """Write a bundle of the same tasks on another basis; see `migrate_task`.
 
-    Cores are padded or projected. Trained modules, residuals and the entries of the index (scores, origin, energies)
-    go along.
+    Cores are padded or projected. Trained modules, own directions and the entries of the index (scores, origin,
+    energies) go along; own directions that the new basis contains become part of the core.
 
     Args:
         bundle: Folder, file or Hub id of a bundle, or an open one.
         basis: The basis to migrate to, its folder or its Hub id; it has to be stored.
         out: The folder to write; another one than the bundle's.
+        pad: See `migrate_task`; without it the cores stay as they are.
         max_drift: Largest share of the norm of a module's ``U core V`` that may change; the default admits rounding
             only.
         old_basis: The bundle's own basis, its folder or its Hub id; by default the place that the bundle names.
@@ -69,7 +72,7 @@ def migrate_bundle(
     check_target(out, planned, overwrite=overwrite, needed=[found.location, new.location])
     dtype = found.dtype
     packed, drifts = [], {}
-    for name, moved, each in _carried(found, new, max_drift, old_basis, progress):
+    for name, moved, each in _carried(found, new, max_drift, pad, old_basis, progress):
         drifts[name] = each
         entry = {key: value for key, value in found.entry(name).items() if key not in ("config", "modules", "sha256")}
         packed.append(pack(Named(name, moved, entry.pop("source", {})), dtype, **entry))
@@ -82,6 +85,7 @@ def bundle_drifts(
     bundle: str | Path | Bundle,
     basis: SubspaceBasis,
     *,
+    pad: bool = True,
     max_drift: float = MAX_DRIFT,
     old_basis: SubspaceBasis | str | Path | None = None,
     progress: bool = True,
@@ -91,16 +95,17 @@ def bundle_drifts(
     Args:
         bundle: See `migrate_bundle`.
         basis: The basis to migrate to, which may live in memory only.
+        pad: See `migrate_bundle`.
         max_drift: See `migrate_bundle`.
         old_basis: See `migrate_bundle`.
         progress: See `migrate_bundle`.
     """
-    carried = _carried(open_bundle(bundle), basis, max_drift, old_basis, progress)
+    carried = _carried(open_bundle(bundle), basis, max_drift, pad, old_basis, progress)
     return {name: drifts for name, _, drifts in carried}
 
 
 def _carried(
-    bundle: Bundle, new: SubspaceBasis, max_drift: float, old_basis: Any, progress: bool
+    bundle: Bundle, new: SubspaceBasis, max_drift: float, pad: bool, old_basis: Any, progress: bool
 ) -> Iterator[tuple[str, SavedTask, dict[str, float]]]:
     """Yield name, task on the new basis, and drifts of the cores as they are stored."""
     dtype = bundle.dtype
@@ -111,12 +116,22 @@ def _carried(
         # tasks of one size share the slow part, reading both bases
         moves = known[key] if key in known else known.setdefault(key, moves_of(task, new, name))
         config = moved_config(task.config, new, moves)
+        own, absorbed = dict(task.own), inside(task, moves) if pad else {}
+        if not pad:
+            check_leading(task, moves, f"task {name!r}")
+            keep_sizes(config, moves)
+        elif absorbed:
+            # directions beyond those that it used hold its own part
+            config.k, config.rank_pattern = None, {}
+            own = {module: pair for module, pair in own.items() if module not in absorbed}
+            drop_own(config, absorbed, own)
         used = used_moves(config, moves)
         cores = {module: used[module].core(core) for module, core in task.cores.items()}
+        cores |= {module: cores[module] + core for module, core in absorbed.items()}
         stored = {module: core.to(dtype).double() for module, core in cores.items()}
         sizes = {module: tuple(core.shape) for module, core in cores.items()}
         named = new.named(task.config.basis_names or {})
         modules = Parts(sizes, new, {module: str(named.find(module)) for module in cores})
-        moved = dataclasses.replace(task, config=config, cores=cores, modules=modules)
+        moved = dataclasses.replace(task, config=config, cores=cores, modules=modules, own=own)
         drifts, _ = drifts_of(task, dataclasses.replace(moved, cores=stored), used, f"task {name!r}", max_drift)
         yield name, moved, drifts

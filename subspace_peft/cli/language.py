@@ -23,6 +23,7 @@ NAMES = {
     "--branch": ("revision=",),
     "--message": ("commit_message=",),
     "--as-lora": ("as_lora=True",),
+    "--no-pad": ("pad=False",),
     "--no-residual": ("as_lora=False",),
     "--old-basis": ("basis=", "old_basis="),
     "--tasks": ("cores=",),

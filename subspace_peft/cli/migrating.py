@@ -32,15 +32,20 @@ def add_migrate(add: Add) -> None:
         "--basis", required=True, metavar="BASIS", help="folder or Hub id of the basis to carry them to"
     )
     sources.add_argument("--old-basis", metavar="BASIS", help="where their own basis is, if not where they say")
-    add_drift(grouped(verb, TASKS))
+    add_carrying(grouped(verb, TASKS))
     add_out(verb, "where to write them, each under its own name", required=True)
     add_force(verb)
     add_json(verb)
     verb.set_defaults(run=migrate)
 
 
-def add_drift(group: Any) -> None:
-    """Add the flag that bounds how much carrying over may change a task."""
+def add_carrying(group: Any) -> None:
+    """Add the flags that say how tasks are carried over: how much may change, and whether they grow along."""
+    group.add_argument(
+        "--no-pad",
+        action="store_true",
+        help="keep tensors byte for byte, on a basis that begins with the tasks' own, instead of padding with zeros",
+    )
     group.add_argument(
         "--max-drift",
         type=float,
@@ -57,7 +62,7 @@ def migrate(args: Namespace) -> int:
         from ..convert.migrate import MAX_DRIFT
 
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
-    tasks = Carried(args.tasks, args.out, bound, not args.quiet, args.old_basis, args.force)
+    tasks = Carried(args.tasks, args.out, bound, not args.quiet, args.old_basis, args.force, not args.no_pad)
     new = SubspaceBasis.from_pretrained(args.basis)
     tasks.check_folders(new.fingerprint, needed=[args.basis, args.old_basis])
     begin("carrying tasks over")
@@ -95,11 +100,13 @@ class Carried:
         progress: bool,
         old_basis: str | None = None,
         overwrite: bool = False,
+        pad: bool = True,
     ) -> None:
         from ..bundle.format import BUNDLE_FILE
         from ..hub import split_revision
 
-        self.out, self.max_drift, self.progress, self.old_basis = Path(out or "."), max_drift, progress, old_basis
+        self.out, self.progress, self.old_basis = Path(out or "."), progress, old_basis
+        self.how = {"max_drift": max_drift, "pad": pad, "old_basis": old_basis}
         self.overwrite = overwrite
         self.bundles: dict[str, str] = {}
         self.tasks: dict[str, tuple[str, dict[str, str]]] = {}
@@ -154,9 +161,9 @@ class Carried:
         from ..convert import migrate_task
 
         for folder in self.bundles.values():
-            bundle_drifts(folder, basis, max_drift=self.max_drift, old_basis=self.old_basis, progress=self.progress)
+            bundle_drifts(folder, basis, progress=self.progress, **self.how)
         for name, (repo, hub) in self.tasks.items():
-            self.done[name] = migrate_task(repo, basis, max_drift=self.max_drift, old_basis=self.old_basis, **hub)
+            self.done[name] = migrate_task(repo, basis, **self.how, **hub)
 
     def write(self, basis: Any) -> list[dict[str, Any]]:
         """Write all of them; returns the facts that `--json` prints of each."""
@@ -172,10 +179,9 @@ class Carried:
                 folder,
                 basis,
                 self.out / name,
-                max_drift=self.max_drift,
-                old_basis=self.old_basis,
                 overwrite=self.overwrite,
                 progress=self.progress,
+                **self.how,
             )
             worst: dict[str, float] = {}
             for each in drifts.values():

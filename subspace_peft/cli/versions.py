@@ -29,7 +29,7 @@ from .common import (
 )
 from .flags import add_options, given_options
 from .inspecting import inspect
-from .migrating import Carried, add_drift, say_carried
+from .migrating import Carried, add_carrying, say_carried
 from .parsers import OUTPUT, TASKS, grouped
 
 
@@ -53,7 +53,7 @@ def add_update(add: Add) -> None:
         "--tasks", nargs="+", default=[], metavar="TASK", help="tasks and bundles on the basis to carry over"
     )
     carried.add_argument("--tasks-out", metavar="FOLDER", help="where to write them, each under its own name")
-    add_drift(carried)
+    add_carrying(carried)
     add_out(verb, "where to write the new version", required=True)
     add_force(verb)
     add_json(verb)
@@ -112,6 +112,8 @@ def update(args: Namespace) -> int:
     given = given_options(args, UpdateOptions)
     if not args.tasks and "k" not in given:
         refuse_idle(args, "--max-drift", "without --tasks or -k: a basis that grows keeps all of what it has")
+    if not args.tasks:
+        refuse_idle(args, "--no-pad", "without --tasks: no task is carried over")
     if "k" in given:
         for flag in ("--add", "--add-in"):
             refuse_idle(args, flag, "with -k, which fits all directions from scratch")
@@ -122,7 +124,7 @@ def update(args: Namespace) -> int:
     resources = Resources(work_folder=beside, **given_options(args, Resources))
     old = SubspaceBasis.from_pretrained(args.basis)
     bound = MAX_DRIFT if args.max_drift is None else args.max_drift
-    tasks = Carried(args.tasks, args.tasks_out, bound, resources.progress, overwrite=args.force)
+    tasks = Carried(args.tasks, args.tasks_out, bound, resources.progress, overwrite=args.force, pad=not args.no_pad)
     tasks.check_folders(needed=[args.out])
     inputs = [args.basis, *args.sources, *args.tasks]
     _check_out(args, old, needed=[args.basis] if args.tasks else [], inputs=inputs, options=options)

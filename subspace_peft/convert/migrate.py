@@ -5,9 +5,8 @@ The loss is measured on the parameters that are written.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,28 @@ import torch
 from .._shown import Shown, Table, fingerprint
 from ..basis import SubspaceBasis
 from ..basis.module import module_shape
-from ..basis.module_store import names_of
 from ..basis.transfer import Transfer
-from ..errors import BasisMismatchError, SubspaceError
-from ..tasks.read import SavedTask, assemble, read_tensors
-from ..tasks.write import write_task
+from ..errors import SubspaceError
+from ..tasks.read import SavedTask, assemble, read_task, read_tensors
+from ..tasks.write import PREFIX, core_tensors, own_tensors_of, write_task
 from ..tuner import SubspaceConfig
-from ..tuner.base_check import PROBED_SIDE
 from ..tuner.card import MEASURED, digest_of
+from ..tuner.coefficients import OWN
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY
+from .moves import (
+    check_leading,
+    drifts_of,
+    drop_own,
+    inside,
+    keep_sizes,
+    moved_config,
+    moves_of,
+    plain_config,
+    used_moves,
+)
+from .same_kind import Coefficients, same_kind
 
 MAX_DRIFT = 1e-5
-ALIKE = 1e-5  # relative difference that float32's rounding may make between two equal cores
-
-Coefficients = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,6 +99,7 @@ def migrate_task(
     task: Any,
     basis: SubspaceBasis | str | Path,
     *,
+    pad: bool = True,
     max_drift: float = MAX_DRIFT,
     adapter_name: str | None = None,
     old_basis: SubspaceBasis | str | None = None,
@@ -104,7 +112,13 @@ def migrate_task(
 
     To a basis grown by `update_basis` or filled up by `complete_basis`, this is exact for all kinds of coefficients:
     the new basis begins with the old directions, so the parameters are padded with zeros, and multiplied by s/s' where
-    the number of directions changes the scale. A task with a `k` of its own keeps it and its parameters.
+    the number of directions changes the scale. A task with a `k` of its own keeps it and its parameters. With
+    ``pad=False`` every task does: its tensors stay byte for byte, and its configuration says how many of the new
+    basis's directions it uses, so that its outputs stay bit for bit.
+
+    Directions of its own (`extra_rank`) stay as they are where the new basis does not contain them. Where it does, as
+    after `update_basis` with the task as a source, they become part of the core, and the coefficients `core`: nothing
+    is lost, and the task is smaller.
 
     To another basis, `core`, `factor` and `none` are projected, and so are `directions` if the basis has the
     projections of the old direction tensors. Otherwise, and always with `diagonal`, the task gets `core` coefficients;
@@ -112,8 +126,10 @@ def migrate_task(
     core.
 
     Args:
-        task: Folder or Hub id of a saved task, which may carry its own basis; or a live PeftModel.
+        task: Folder or Hub id of a saved task, which may carry its own basis; a live PeftModel; or a `SavedTask`,
+            whose coefficients become `core`.
         basis: The basis to migrate to, its folder or its Hub id.
+        pad: Whether the task also gets the new directions, which it can then be trained in; else its tensors stay.
         max_drift: Largest share of the norm of a module's ΔW that may change; the default admits rounding only.
         adapter_name: The adapter of a live model; the active one by default.
         old_basis: The task's own basis, its folder or its Hub id; by default the place that its config names.
@@ -122,199 +138,99 @@ def migrate_task(
 
     Raises:
         BasisMismatchError: The new basis lacks a module of the task, or has it in another shape.
-        SubspaceError: A module drifts by more than `max_drift`; also the errors of `read_task`.
+        SubspaceError: A module drifts by more than `max_drift`; with ``pad=False`` the new basis does not begin with
+            the task's own; also the errors of `read_task`.
     """
     if not max_drift >= 0:
         raise SubspaceError(f"max_drift={max_drift}: give 0 or more, as a share of ‖ΔW‖.")
     if token is not None and isinstance(task, (str, Path)):
         hub = {**hub, "token": token}
-    config, tensors, own = read_tensors(task, adapter_name=adapter_name, basis=old_basis, **hub)
-    tensors = {key: value.detach().cpu() for key, value in tensors.items()}
-    old = assemble(config, tensors, own)
+    config, tensors, old = _read(task, adapter_name, old_basis, hub)
     new = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
     what = str(task) if isinstance(task, (str, Path)) else "the model's task"
     moves = moves_of(old, new, what)
-    coefficients: dict[str, Coefficients] = {name: {} for name in old.cores}
-    for key, value in tensors.items():
-        if found := COEFFICIENT_KEY.match(key):
-            coefficients[found["module"]][found["name"]] = value
     moved_to = moved_config(config, new, moves)
-    used = used_moves(moved_to, moves)
-    shapes = {name: module_shape(move.new) for name, move in moves.items()}
-    made = {
-        name: _same_kind(config, moved_to, name, each, used[name], shapes[name]) for name, each in coefficients.items()
-    }
-    converted = None
-    if any(each is None for each in made.values()):
-        converted = config.coefficients
-        moved_to.coefficients, moved_to.mean_gain = "core", "none"
-        for name, core in old.cores.items():
-            made[name] = {"weight": used[name].core(core) / moved_to.sizes.scale(name, shapes[name])}
-    written = {
-        f"base_model.model.{name}.subspace_coef.{part}": value.float().contiguous()
-        for name, each in made.items()
-        for part, value in (each or {}).items()
-    }
+    if pad:
+        written, converted = _moved(config, tensors, old, moved_to, moves)
+    else:
+        check_leading(old, moves, what)
+        keep_sizes(moved_to, moves)
+        written, converted = {key: value for key, value in tensors.items() if COEFFICIENT_KEY.match(key)}, None
     others = {
         key: value.contiguous()
         for key, value in tensors.items()
         if not COEFFICIENT_KEY.match(key) and not BASIS_KEY.match(key)
     }
+    used = used_moves(moved_to, moves)
     drift, total = drifts_of(old, assemble(moved_to, written, new), used, what, max_drift)
     moved_to.card = _card(config, tensors, written, total)
     return Migration(moved_to, {**others, **written}, drift, total, converted)
 
 
-def moves_of(old: SavedTask, new: SubspaceBasis, what: str) -> dict[str, Transfer]:
-    """Compute the transfer of every module of a task from the part of its basis that it uses to a new basis.
-
-    Args:
-        old: The task.
-        new: The basis to migrate to.
-        what: The task, for messages.
-
-    Returns:
-        Module → transfer to the whole of the new basis's module.
-
-    Raises:
-        BasisMismatchError: The new basis lacks a module, or has it in another shape.
-    """
-    new = new.named(old.config.basis_names or {})
-    absent = [name for name in old.cores if new.find(name) is None]
-    if absent:
-        raise BasisMismatchError(
-            f"{what}: {len(absent)} of its modules are not in the new basis, such as {names_of(absent, 3)}; it has"
-            f" {names_of(new, 3)}. Migrate it to a version of its own basis."
-        )
-    return {name: Transfer(old.modules[name], new[str(new.find(name))], name) for name in old.cores}
+def _read(
+    task: Any, adapter_name: str | None, basis: SubspaceBasis | str | None, hub: dict[str, Any]
+) -> tuple[SubspaceConfig, dict[str, torch.Tensor], SavedTask]:
+    """Return a task's configuration, its tensors by key, and what they stand for."""
+    if isinstance(task, SavedTask):
+        read = read_task(task, adapter_name=adapter_name, basis=basis, **hub)
+        config = plain_config(read)
+        tensors = {**core_tensors(config, read.cores), **own_tensors_of(config, read.own), **read.extras}
+        return config, tensors, replace(read, config=config)
+    config, tensors, own_basis = read_tensors(task, adapter_name=adapter_name, basis=basis, **hub)
+    tensors = {key: value.detach().cpu() for key, value in tensors.items()}
+    return config, tensors, assemble(config, tensors, own_basis)
 
 
-def moved_config(config: SubspaceConfig, new: SubspaceBasis, moves: Mapping[str, Transfer]) -> SubspaceConfig:
-    """Make the task's configuration on the new basis."""
-    moved = copy.deepcopy(config)
-    moved.basis, moved.basis_revision, moved.basis_fingerprint = new, new.revision, new.fingerprint
-    moved.basis_modules = moved.save_basis = moved.bundle = moved.loaded_from = None
-    if not all(move.leading for move in moves.values()):
-        # the leading k of other directions would be another choice than the one that was made
-        moved.k, moved.rank_pattern = None, {}
-    if not all(_probed_alike(move) for move in moves.values()):
-        moved.base_probe = None
-    return moved
-
-
-def used_moves(moved: SubspaceConfig, moves: Mapping[str, Transfer]) -> dict[str, Transfer]:
-    """Restrict every module's transfer to the part of the new basis that the task uses."""
-    return {name: Transfer(move.old, moved.sizes.part(name, move.new), name) for name, move in moves.items()}
-
-
-def drifts_of(
-    old: SavedTask, now: SavedTask, moves: Mapping[str, Transfer], what: str, max_drift: float
-) -> tuple[dict[str, float], float]:
-    """Measure which share of ΔW's norm a migration changes.
-
-    Args:
-        old: The task before.
-        now: The task afterwards, its cores as they are stored.
-        moves: Module → transfer to the part of the new basis that the task uses.
-        what: The task, for messages.
-        max_drift: Largest share that may change in a module.
-
-    Returns:
-        Module → share, and the share over all modules together.
-
-    Raises:
-        SubspaceError: A module drifts by more than `max_drift`.
-    """
-    drift, lost, total = {}, 0.0, 0.0
-    for name, core in old.cores.items():
-        drift[name] = moves[name].drift(core, now.cores[name])
-        square = float(core.square().sum())
-        lost, total = lost + drift[name] ** 2 * square if square else lost, total + square
-    worst = max(drift, key=drift.__getitem__)
-    if drift[worst] > max_drift:
-        raise SubspaceError(
-            f"{what}: on the new basis module {worst!r} would change by {drift[worst]:.3g} of its update's norm, more"
-            f" than max_drift={max_drift:g}. Grow the basis with `update_basis(…, add=…)`"
-            " (`subspace-peft update --add`), which loses nothing, give it a larger k, or allow more with"
-            " max_drift= (--max-drift)."
-        )
-    return drift, (lost / total) ** 0.5 if total else 0.0
-
-
-def _probed_alike(move: Transfer) -> bool:
-    sides = ((move.old.k_out, move.new.k_out), (move.old.k_in, move.new.k_in))
-    return move.leading and all(old == new or old >= PROBED_SIDE for old, new in sides)
-
-
-def _same_kind(
+def _moved(
     config: SubspaceConfig,
-    moved: SubspaceConfig,
-    name: str,
-    numbers: Coefficients,
-    move: Transfer,
-    shape: Mapping[str, int],
-) -> Coefficients | None:
-    """Compute trained parameters of the same kind in the new basis.
+    tensors: Mapping[str, torch.Tensor],
+    old: SavedTask,
+    moved_to: SubspaceConfig,
+    moves: Mapping[str, Transfer],
+) -> tuple[dict[str, torch.Tensor], str | None]:
+    """Return a task's trained tensors on the new basis by key, and the kind that it had, if it has another one now.
 
     Args:
-        config: The task's configuration.
-        moved: Its configuration on the new basis.
-        name: The module.
-        numbers: The module's trained parameters, by name.
-        move: Transfer to the part of the new basis that the task uses.
-        shape: Sizes of the new basis's module.
-
-    Returns:
-        The parameters by name, float64; None if the new basis cannot hold this kind exactly.
+        config: Its configuration.
+        tensors: All of its tensors.
+        old: What they stand for.
+        moved_to: Its configuration on the new basis; changed where the kind, or the own directions, are others there.
+        moves: Module → transfer to the whole of the new basis's module.
     """
-    ratio = config.sizes.scale(name, module_shape(move.old)) / moved.sizes.scale(name, shape)
-    old, new = move.old, move.new
-    if config.mean_gain != "none" and not (
-        old.M is not None and new.M is not None and _alike(move.core(old.M), new.M.double())
-    ):
-        return None
-    gain = {"gain": numbers["gain"].double()} if "gain" in numbers else {}
-    if config.coefficients == "none":
-        return gain
-    sizes = moved.sizes.expected(name, shape)
-    if config.coefficients == "core":
-        return {"weight": move.core(numbers["weight"]) * ratio, **gain}
-    if config.coefficients == "factor":
-        return {**_factors(numbers, move, sizes["down"][0], ratio), **gain}
-    if config.coefficients == "diagonal":
-        k = min(old.k_out, old.k_in)
-        core = torch.zeros(old.k_out, old.k_in, dtype=torch.float64)
-        core[:k, :k] = torch.diag(numbers["weight"].double())
-        core = move.core(core) * ratio
-        found = core.diagonal().clone()
-        core.diagonal().zero_()
-        return {"weight": found, **gain} if float(core.norm()) <= ALIKE * float(found.norm()) else None
-    if config.coefficients != "directions" or old.G is None or new.G is None or len(new.G) < len(old.G):
-        return None
-    images, targets = move.core(old.G), new.G[: len(old.G)].double()
-    along = (images * targets).sum((1, 2))
-    if not _alike(images, along[:, None, None] * targets):
-        return None
-    weight = torch.zeros(len(new.G), dtype=torch.float64)
-    weight[: len(old.G)] = numbers["weight"].double() * along * ratio
-    return {"weight": weight, **gain}
-
-
-def _factors(numbers: Coefficients, move: Transfer, r: int, ratio: float) -> Coefficients:
-    up, down = move.left @ numbers["up"].double(), numbers["down"].double() @ move.right
-    up = up * ratio
-    have = up.shape[1]
-    if r < have:
-        P, S, Th = torch.linalg.svd(up @ down, full_matrices=False)
-        return {"up": P[:, :r] * S[:r], "down": Th[:r]}
-    # where r is more than the old basis had directions: rows for the new ones, which `up` leaves at zero, as at the
-    # start of training
-    rows = torch.eye(down.shape[1], dtype=torch.float64).flip(0)[: r - have]
-    return {"up": torch.nn.functional.pad(up, (0, r - have)), "down": torch.cat([down, rows])}
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return float((one - other).norm()) <= ALIKE * max(float(one.norm()), 1e-300)
+    coefficients: dict[str, Coefficients] = {name: {} for name in old.cores}
+    own: dict[str, Coefficients] = {name: {} for name in old.cores}
+    for key, value in tensors.items():
+        if found := COEFFICIENT_KEY.match(key):
+            (own if found["name"] in OWN else coefficients)[found["module"]][found["name"]] = value
+    absorbed = inside(old, moves)
+    if absorbed:
+        # directions beyond those that it used hold its own part
+        moved_to.k, moved_to.rank_pattern = None, {}
+        left = [name for name, (B, A) in old.own.items() if name not in absorbed and B.any() and A.any()]
+        gone = [name for name in old.own if name in absorbed or not left]
+        drop_own(moved_to, gone, left)
+        own = {name: {} if name in gone else each for name, each in own.items()}
+    used = used_moves(moved_to, moves)
+    shapes = {name: module_shape(move.new) for name, move in moves.items()}
+    made = {
+        name: same_kind(config, moved_to, name, each, used[name], shapes[name]) for name, each in coefficients.items()
+    }
+    converted = None
+    plain = config.coefficients == "core" and config.mean_gain == "none"
+    if any(each is None for each in made.values()) or (absorbed and not plain):
+        converted = config.coefficients
+        moved_to.coefficients, moved_to.mean_gain = "core", "none"
+    if converted is not None or absorbed:
+        for name, core in old.cores.items():
+            moved = used[name].core(core)
+            moved = moved + absorbed[name] if name in absorbed else moved
+            made[name] = {"weight": moved / moved_to.sizes.scale(name, shapes[name])}
+    written = {
+        f"{PREFIX}{name}.subspace_coef.{part}": value.float().contiguous()
+        for name, each in made.items()
+        for part, value in {**(each or {}), **own[name]}.items()
+    }
+    return written, converted
 
 
 def _card(
