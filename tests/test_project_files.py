@@ -158,11 +158,11 @@ def test_each_kind_builder_and_merge_has_a_row_in_the_tests_that_are_named():
 
 
 def test_a_kind_that_nothing_is_known_of_moves_to_no_other_basis_as_itself():
-    """A kind without a rule of its own in `_same_kind` is never taken for the last one there."""
-    from subspace_peft.convert import migrate
+    """A kind without a rule of its own in `same_kind` is never taken for the last one there."""
+    from subspace_peft.convert import same_kind
 
-    source = Path(migrate.__file__).read_text(encoding="utf-8")
-    body = source.partition("def _same_kind(")[2].partition("\ndef ")[0]
+    source = Path(same_kind.__file__).read_text(encoding="utf-8")
+    body = source.partition("def same_kind(")[2].partition("\ndef ")[0]
     named = re.findall(r'config\.coefficients [!=]= "(\w+)"', body)
     assert sorted(named) == sorted(KINDS) and re.search(r'!= "directions"[^\n]*:\n        return None', body)
 
