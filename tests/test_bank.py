@@ -144,13 +144,15 @@ def test_what_a_bank_cannot_hold_is_refused(bases, fleets, tmp_path):
 
     cases = [
         (saved("a", basis=str(tmp_path / "other")), BasisMismatchError, other.fingerprint),
-        (saved("b", basis=place, k=3), BasisMismatchError, r"\(3, 3\)"),
         (saved("c", basis=place, target_modules=["query"]), BasisMismatchError, "nothing"),
         (saved("d", basis=place, modules_to_save=["classifier"]), SubspaceError, "classifier"),
     ]
     for folder, error, message in cases:
         with pytest.raises(error, match=message):
             bank.add("x", folder)
+    small = TaskBank(get_peft_model(bert(), SubspaceConfig(basis=place, k=3)))
+    with pytest.raises(BasisMismatchError, match=r"\(6, 6\) in module .*this bank \(3, 3\)"):
+        small.add("x", saved("b", basis=place))
     with pytest.raises(SubspaceError, match="means the base model"):
         bank.add("__base__", saved("e", basis=place))
     bank.add("good", tmp_path / "e")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .._adapted import active_adapter
+from .._io.untrusted import is_whole
 from .._shown import Shown, Table, fingerprint
 from ..basis.module_names import unwrapped_name
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
@@ -19,27 +20,33 @@ from ..tuner.base_check import require_same_base
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import as_named_in
+from ..tuner.own_directions import own_fields
 from ..tuner.renaming import named_as, without_wrappers
 from ..tuner.row_batch import BASE, Group, TaskNames
 from ..tuner.row_names import task_names_passed
 from .arguments import check_known
-from .bank_file import read_all, write_rows
-from .bank_rows import RowLayout, TaskRows
+from .bank_file import write_rows
+from .bank_load import read_all
+from .bank_rows import Pair, RowLayout, TaskRows, filled, padded
 from .read import SavedTask, read_task
-from .write import PREFIX, core_tensors, write_task
+from .write import PREFIX, core_tensors, own_tensors_of, write_task
 
 
 class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
     """A mapping of tasks on one basis, stored as the rows of one tensor and served in mixed batches.
 
-    A row holds a task's core of every module, transposed to (k_in, k_out), one after the other, in units of ΔW. As a
-    mapping, the bank gives a task's cores: module → (k_out, k_in) float32; ``len(bank)`` is how many tasks it has,
-    ``name in bank`` asks for one, and iteration gives their names.
+    A row holds a task's core of every module, transposed to (k_in, k_out), one after the other, in units of ΔW, and
+    then its own directions. As a mapping, the bank gives a task's cores: module → (k_out, k_in) float32; `own` gives
+    its own directions. ``len(bank)`` is how many tasks it has, ``name in bank`` asks for one, and iteration gives
+    their names.
 
     The rows of a batch name their tasks, in ``with bank.tasks([...]):`` or in stock `adapter_names=[...]`, where they
     mix freely with the model's own adapters and ``__base__``. Adding, replacing and removing a task moves the bytes of
     that task only, without PEFT's walk over all modules. A bank holds no modules that were trained whole
     (`modules_to_save`).
+
+    Tasks with fewer own directions than the bank has room for, or with a smaller core, one of the basis's leading
+    directions, are filled up with zeros.
 
     Examples:
         >>> model = PeftModel.from_pretrained(base_model, "tasks/first")
@@ -53,12 +60,21 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         model: A PeftModel, or any other model with subspace layers.
         adapter: The adapter whose basis, modules and sizes the tasks of the bank have; the active one by default.
         capacity: Number of tasks that the bank has room for at first; it doubles when it is full.
+        extra_rank: How many own directions a task may have per module. None: as many as the adapter has, in each
+            module. Every task takes up this room, extra_rank × (out + in) parameters per module.
 
     Raises:
-        SubspaceError: The model has no such adapter.
+        SubspaceError: The model has no such adapter, or `extra_rank` is no such number.
     """
 
-    def __init__(self, model: nn.Module, adapter: str | None = None, *, capacity: int = 64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str | None = None,
+        *,
+        capacity: int = 64,
+        extra_rank: int | None = None,
+    ) -> None:
         self.model = model
         self.adapter = adapter or active_adapter(model)
         config = getattr(model, "peft_config", {}).get(self.adapter)
@@ -66,17 +82,25 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             raise SubspaceError(
                 f"There is no subspace adapter {self.adapter!r} in this model, whose basis a bank could use."
             )
+        if extra_rank is not None and not is_whole(extra_rank, least=0):
+            raise SubspaceError(f"extra_rank={extra_rank!r}: give a whole number of own directions, 0 for none.")
         self.config = config
         self.layers: dict[str, SubspaceLayer] = {
             unwrapped_name(name).removeprefix(PREFIX): layer
             for name, layer in model.named_modules()
             if isinstance(layer, SubspaceLayer) and self.adapter in layer.subspace_coef
         }
-        self.layout = RowLayout({module: layer.r[self.adapter] for module, layer in self.layers.items()})
-        for module, place in self.layout.places():
-            self.layers[module].bank, self.layers[module].bank_place = self, place
+        own = {module: self._room(layer, extra_rank) for module, layer in self.layers.items()}
+        self.layout = RowLayout({module: layer.r[self.adapter] for module, layer in self.layers.items()}, own)
+        for module, layer in self.layers.items():
+            layer.bank, layer.bank_place = self, module
         first = next(iter(self.layers.values()))
-        self._held = TaskRows(self.layout.width, capacity, first.subspace_U[self.adapter].device)
+        self._held = TaskRows(self.layout, capacity, first.subspace_U[self.adapter].device)
+
+    def _room(self, layer: SubspaceLayer, extra_rank: int | None) -> tuple[int, int, int]:
+        out, size = layer.subspace_U[self.adapter].shape[0], layer.subspace_V[self.adapter].shape[1]
+        rank = layer.extra_rank.get(self.adapter, 0) if extra_rank is None else extra_rank
+        return min(rank, out, size), out, size
 
     @property
     def rows(self) -> torch.Tensor:
@@ -91,8 +115,27 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
-        row = self._held.copy_of(name)
-        return {module: self._part(row, layer).T.clone() for module, layer in self.layers.items()}
+        return self._cores_in(self._held.copy_of(name))
+
+    def _cores_in(self, row: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {module: self.layout.core(row, module).T.clone() for module in self.layers}
+
+    def own(self, name: str) -> dict[str, Pair]:
+        """Return a task's own directions.
+
+        Returns:
+            Module → ``(B, A)``, (out, φ) and (φ, in) float32, in units of ΔW, without the directions that fill up the
+            bank's room; only of modules where the task has any.
+
+        Raises:
+            SubspaceError: The bank has no task of that name.
+        """
+        return self._own_in(self._held.copy_of(name))
+
+    def _own_in(self, row: torch.Tensor) -> dict[str, Pair]:
+        parts = {module: self.layout.own_part(row, module) for module in self.layout.own}
+        found = {module: filled(part) for module, part in parts.items() if part is not None}
+        return {module: pair for module, pair in found.items() if len(pair[1])}
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self.slots))
@@ -110,38 +153,64 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         yield "room for", len(self.rows) - 1
         yield "modules", len(self.layers)
         yield "parameters per task", f"{self.rows.shape[1]:,}"
+        yield "room for own directions", max((rank for rank, _, _ in self.layout.own.values()), default=0) or None
         yield "basis", fingerprint(self.config.basis_fingerprint)
 
     def _shown_table(self) -> Table:
         names = list(self)
         return ("task",), ((name,) for name in names), len(names)
 
-    def add(self, name: str, task: Any = None, **hub: Any) -> None:
+    def add(self, name: str, task: Any = None, *, own: Mapping[str, Pair] | None = None, **hub: Any) -> None:
         """Add a task, or replace the one of that name.
 
         Args:
             name: The name by which rows of a batch ask for the task.
-            task: The folder or Hub id of a saved task; or its cores, module → (k_out, k_in) in units of ΔW, such as
-                those of another bank. None takes the model's own adapter of this name.
+            task: The folder or Hub id of a saved task, or a `SavedTask`; or a task's cores, module → (k_out, k_in) in
+                units of ΔW, such as those of another bank. None takes the model's own adapter of this name.
+            own: Beside cores, the own directions: module → ``(B, A)``, (out, φ) and (φ, in) in units of ΔW, as the
+                method `own` gives them. A saved task and an adapter bring theirs.
             **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub; and `basis`, where its basis
                 is.
 
         Raises:
             BadFileError: The task holds NaN or infinite values.
-            BasisMismatchError: The task is on another basis, or has other modules or sizes.
+            BasisMismatchError: The task is on another basis, or has other modules, larger sizes or more own directions
+                than the bank has room for.
             SubspaceError: The task holds trained modules that a bank cannot serve, or the name means the base model.
         """
         if name == BASE:
             raise SubspaceError(f"{BASE!r} means the base model; give the task another name.")
         if task is None or isinstance(task, Mapping):
             check_known(hub, ())
-        cores = task if isinstance(task, Mapping) else self._read(name, task, hub)
-        cores = named_as(self.layers, as_named_in(self.model, cores))
-        self._fits(name, cores)
-        row = torch.cat([cores[module].to(self.rows).T.reshape(-1) for module in self.layers])
+        if own is not None and not isinstance(task, Mapping):
+            raise SubspaceError(
+                f"Task {name!r}: own= belongs to cores, module → (k_out, k_in). A saved task and an adapter have their"
+                " own directions with them: leave it out."
+            )
+        if isinstance(task, Mapping):
+            cores = task
+        else:
+            read = self._read(name, task, hub)
+            cores, own = read.cores, read.own
+        if strange := sorted({*(own or {})}.difference(cores)):
+            raise BasisMismatchError(
+                f"Task {name!r} has own directions in module {strange[0]!r}, and no core. Give both by the same names."
+            )
+        # renamed together: which names are meant is told from all of them
+        parts = self._named({module: (core, (own or {}).get(module)) for module, core in cores.items()})
+        cores = {module: core for module, (core, _) in parts.items()}
+        row = self.layout.row(
+            name,
+            cores if isinstance(task, Mapping) else padded(cores, self.layout),
+            {module: pair for module, (_, pair) in parts.items()},
+        )
         if not torch.isfinite(row).all():
             raise BadFileError(f"Task {name!r} holds NaN or infinite values. Leave it out, or train it again.")
         self._held.put([name], row[None])
+
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values by the names that this model has for their modules."""
+        return named_as(self.layers, as_named_in(self.model, values))
 
     def remove(self, name: str) -> None:
         """Remove a task.
@@ -157,7 +226,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             if layer.bank is self:
                 layer.bank = None
 
-    def _read(self, name: str, task: Any, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _read(self, name: str, task: Any, hub: dict[str, Any]) -> SavedTask:
         read = read_task(self.model, adapter_name=name) if task is None else read_task(task, **hub)
         if read.config.basis_fingerprint != self.config.basis_fingerprint:
             raise BasisMismatchError(
@@ -173,22 +242,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
                 f" {'It is an adapter of this model already' if task is None else how}: rows of the same batches name"
                 " it as they name the bank's tasks, and get its own modules."
             )
-        return read.cores
-
-    def _fits(self, name: str, cores: Mapping[str, torch.Tensor]) -> None:
-        wanted = {module: layer.r[self.adapter] for module, layer in self.layers.items()}
-        given = {module: tuple(core.shape) for module, core in cores.items()}
-        if given != wanted:
-            wrong = sorted(module for module in {*given, *wanted} if given.get(module) != wanted.get(module))
-            raise BasisMismatchError(
-                f"Task {name!r} has {given.get(wrong[0], 'nothing')} in module {wrong[0]!r}, this bank"
-                f" {wanted.get(wrong[0], 'nothing')}. All tasks of a bank have the modules and sizes of the adapter"
-                " that it was made for."
-            )
-
-    def _part(self, rows: torch.Tensor, layer: SubspaceLayer) -> torch.Tensor:
-        start, k_in, k_out = layer.bank_place
-        return rows[..., start : start + k_in * k_out].unflatten(-1, (k_in, k_out))
+        return read
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -233,27 +287,31 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
                 f"The adapter {self.adapter!r}, whose basis this bank uses, was deleted. Make a new bank on another"
                 " adapter."
             )
-        U, V = layer.subspace_U[self.adapter], layer.subspace_V[self.adapter]
         key = names.keys[id(layer)]
         _, gathered = names.gathered[key]
         if whole:
-            return Group(None, self._part(gathered, layer).to(U.device), U, V)
+            return self._group(layer, None, gathered)
         if key not in names.selected:
             # selected once for all layers of one basis and size
             others = {BASE, *names.present[key][0]}
             places = torch.tensor([i for i, name in enumerate(names) if name not in others], device=gathered.device)
             names.selected[key] = places, gathered[places]
-        places, selected = names.selected[key]
-        return Group(places.to(U.device), self._part(selected, layer).to(U.device), U, V)
+        return self._group(layer, *names.selected[key])
+
+    def _group(self, layer: SubspaceLayer, places: torch.Tensor | None, rows: torch.Tensor) -> Group:
+        U, V = layer.subspace_U[self.adapter], layer.subspace_V[self.adapter]
+        cores, own = self.layout.core(rows, layer.bank_place), self.layout.own_part(rows, layer.bank_place)
+        places = None if places is None else places.to(U.device)
+        return Group(places, cores.to(U.device), U, V, None if own is None else own.to(U.device))
 
     # -- files and adapters -------------------------------------------------------------------------------------------
 
     def save(self, file: str | Path, dtype: torch.dtype = torch.float32, *, overwrite: bool = False) -> Path:
-        """Write all tasks into one safetensors file: ``cores`` (tasks, parameters), and an index in its metadata.
+        """Write all tasks into one safetensors file; its format is described with the other files.
 
         Args:
             file: The file to write.
-            dtype: The dtype of the stored cores.
+            dtype: The dtype of the stored cores and own directions.
             overwrite: Replace another file, or a bank with tasks that this one lacks.
 
         Returns:
@@ -263,7 +321,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             OccupiedError: `file` is something else, or has tasks that this bank lacks, and `overwrite` is off.
             OSError: The disk refuses; an earlier file stays.
         """
-        names, rows = self._held.all()
+        names, rows, wide = self._held.all()
         about = {
             "basis_fingerprint": self.config.basis_fingerprint,
             "modules": {module: list(size) for module, size in self.layout.cores.items()},
@@ -271,7 +329,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             **({"basis_names": self.config.basis_names} if self.config.basis_names else {}),
             "base_model_name_or_path": self.config.base_model_name_or_path,
         }
-        return write_rows(file, about, names, rows.to("cpu", dtype), overwrite=overwrite)
+        return write_rows(file, about, self.layout, names, rows.to("cpu", dtype), wide, overwrite=overwrite)
 
     def load(self, file: str | Path, *, cores_only: bool = False) -> list[str]:
         """Add every task of a file that `save` or `bundle_tasks` wrote, replacing those of the same names.
@@ -279,29 +337,25 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         Args:
             file: The file. Of a bundle in a folder it is ``folder/bundle.safetensors``, of a bundle on the Hub
                 `open_bundle(…).download()`.
-            cores_only: Take only the cores of tasks whose trained modules or residuals a bank cannot hold, instead of
-                refusing the file.
+            cores_only: Leave out of a task what a bank cannot hold, trained modules and more own directions than it
+                has room for, instead of refusing the file.
 
         Returns:
             The names of the tasks.
 
         Raises:
             BadFileError: The file is damaged, or it is not a bank's.
-            BasisMismatchError: Its tasks are on another basis, or have other modules or sizes.
-            SubspaceError: Some of its tasks have trained modules or a residual, and `cores_only` is off.
+            BasisMismatchError: Its tasks are on another basis, or have other modules, larger sizes, or more own
+                directions than this bank has room for, and `cores_only` is off.
+            SubspaceError: Some of its tasks have trained modules, and `cores_only` is off.
         """
-        names, rows = read_all(
-            Path(file),
-            self.layout.cores,
-            self.config.basis_fingerprint,
-            lambda modules: named_as(self.layers, as_named_in(self.model, modules)),
-            cores_only=cores_only,
-        )
+        fingerprint = self.config.basis_fingerprint
+        names, rows = read_all(Path(file), self.layout, fingerprint, self._named, cores_only=cores_only)
         self._held.put(names, rows)
         return names
 
     def save_task(self, name: str, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write one task as a stock PEFT adapter folder, with `core` coefficients.
+        """Write one task as a stock PEFT adapter folder, with `core` coefficients and its own directions.
 
         Args:
             name: The task.
@@ -316,7 +370,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             OSError: The disk refuses; the folder stays as it was.
         """
         task = self.as_task(name)
-        return write_task(folder, task.config, core_tensors(task.config, task.cores), overwrite=overwrite)
+        return write_task(folder, task.config, _tensors_of(task), overwrite=overwrite)
 
     def load_adapter(self, name: str) -> None:
         """Make one task an adapter of the model, to train it further or to merge it.
@@ -327,11 +381,12 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         if name in self.model.peft_config:
             raise SubspaceError(f"The model has an adapter {name!r} already: delete it first.")
         task = self.as_task(name)
-        tensors = core_tensors(task.config, task.cores)
+        tensors = _tensors_of(task)
         self.model.add_adapter(name, task.config)
         with torch.no_grad():
-            for layer, tensor in zip(self.layers.values(), tensors.values(), strict=True):
-                layer.subspace_coef[name].weight.copy_(tensor)
+            for module, layer in self.layers.items():
+                for each, parameter in layer.subspace_coef[name].named_parameters():
+                    parameter.copy_(tensors[f"{PREFIX}{module}.subspace_coef.{each}"])
 
     def as_task(self, name: str) -> SavedTask:
         """Return a task as `read_task` would, with `core` coefficients and without its part of the basis.
@@ -339,7 +394,8 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         Raises:
             SubspaceError: There is no such task.
         """
-        cores = {module: core.cpu().double() for module, core in self[name].items()}
+        row = self._held.copy_of(name).cpu().double()
+        cores, own = self._cores_in(row), self._own_in(row)
         config = dataclasses.replace(
             without_wrappers(self.config),
             coefficients="core",
@@ -352,5 +408,10 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             card=None,
             target_modules=set(self.layers),
             modules_to_save=None,
+            **own_fields({module: len(own[module][1]) if module in own else 0 for module in self.layers}),
         )
-        return SavedTask(config, cores, {}, {})
+        return SavedTask(config, cores, {}, {}, own)
+
+
+def _tensors_of(task: SavedTask) -> dict[str, torch.Tensor]:
+    return core_tensors(task.config, task.cores) | own_tensors_of(task.config, task.own)

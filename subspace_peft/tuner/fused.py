@@ -77,7 +77,7 @@ class _AddUpdate(torch.autograd.Function):
     @once_differentiable  # h comes without its own history: second derivatives would silently be wrong
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         flat = grad.reshape(-1, grad.shape[-1])
-        left, inner, trained = _gradients(ctx, flat, first=2)
+        left, inner, trained = _gradients(ctx, ctx.saved_tensors, flat, first=2)
         grad_x = (left @ inner).view(ctx.shape) if ctx.needs_input_grad[1] else None
         return grad, grad_x, *trained, None
 
@@ -102,11 +102,12 @@ class _LinearWithUpdate(torch.autograd.Function):
     @once_differentiable  # h comes without its own history: second derivatives would silently be wrong
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         flat = grad.reshape(-1, grad.shape[-1])
-        left, inner, trained = _gradients(ctx, flat, first=3)
+        saved = ctx.saved_tensors  # a checkpoint lets them be asked for once
+        left, inner, trained = _gradients(ctx, saved, flat, first=3)
         grad_x = None
         if ctx.needs_input_grad[0]:
             # added to in place: as a summand of its own it would cost one more pass over the activations
-            grad_x = (flat @ ctx.saved_tensors[-1]).addmm_(left, inner).view(ctx.shape)
+            grad_x = (flat @ saved[-1]).addmm_(left, inner).view(ctx.shape)
         return grad_x, None, None, *trained, None
 
 
@@ -127,15 +128,18 @@ def _keep(ctx: Any, x: torch.Tensor, terms: Terms, made: tuple[torch.Tensor, ...
     ctx.scale, ctx.own, ctx.shape, ctx.extra = terms.scale, terms.own, x.shape, terms.v is not None
 
 
-def _gradients(ctx: Any, flat: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+def _gradients(
+    ctx: Any, saved: tuple[torch.Tensor, ...], flat: torch.Tensor, first: int
+) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
     """Return what ``[V; v]`` is multiplied with for the gradient of x, ``[V; v]``, and the gradients of C, u and v.
 
     Args:
         ctx: of the forward pass.
+        saved: its saved tensors.
         flat: (rows, out), the gradient of the output.
         first: the place of C among the arguments.
     """
-    h, inner, outer, C, *rest = ctx.saved_tensors
+    h, inner, outer, C, *rest = saved
     k_out, k_in = C.shape
     grad_z = flat @ outer
     grad_core = (grad_z[:, :k_out] if ctx.extra else grad_z).mul_(ctx.scale)

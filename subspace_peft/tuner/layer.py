@@ -22,6 +22,7 @@ from .own_directions import start_own
 from .plan import InjectionPlan
 from .row_batch import RowBank
 from .row_context import RowSlot
+from .row_own import product
 from .targets import kind_of, sizes
 
 
@@ -45,7 +46,7 @@ class SubspaceLayer(BaseTunerLayer):
         load_trackers: adapter → tracker of the tensors from its own file, the module's name there, the basis
             tensors that it has to bring; gone after the first forward pass.
         bank: further tasks on the basis of one of the adapters, or None.
-        bank_place: where in a row of the bank this layer's core begins, and its (k_in, k_out).
+        bank_place: the layer's name in the bank.
         row_slot: what batches of several tasks know the layer by.
     """
 
@@ -89,7 +90,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.basis_key: dict[str, tuple[Any, ...]] = {}
         self.load_trackers: dict[str, tuple[LoadTracker, str, set[str]]] = {}
         self.bank: RowBank | None = None
-        self.bank_place = (0, 0, 0)
+        self.bank_place = ""
         self.row_slot = RowSlot()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -291,9 +292,21 @@ class SubspaceLayer(BaseTunerLayer):
         """Return ``U z`` in the layout of the layer's output, for z (…, k_out) and U (out, k_out)."""
         raise NotImplementedError(type(self).__name__)
 
+    def enter_rows(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Return ``A_row x`` (n, …, φ) for each row of the input and its own A (n, φ, in), in A's dtype."""
+        raise NotImplementedError(type(self).__name__)
+
+    def leave_rows(self, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Return ``B_row z`` in the output's layout, for z (n, …, φ) and each row's own Bᵀ (n, φ, out)."""
+        return product(z, B)
+
     def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Return `result` plus ``U z`` in result's dtype; `result` may be changed where no gradient is asked for."""
         return result + self.leave(z, U).to(result.dtype)
+
+    def add_rows(self, result: torch.Tensor, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Return `result` plus ``B_row z``, as `add_out` does."""
+        return result + self.leave_rows(z, B).to(result.dtype)
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """Return ΔW, given as (out, in), in the base weight's layout."""

@@ -11,6 +11,7 @@ from torch import nn
 from .adapter_layer import AdapterLayer
 from .fused import Terms, add_out, add_update, linear_with_update
 from .plan import InjectionPlan
+from .row_own import product
 from .targets import kind_of
 
 
@@ -21,15 +22,27 @@ class Linear(AdapterLayer):
         """Return ``V x`` (…, k_in), in V's dtype."""
         return F.linear(x.to(V.dtype), V)
 
+    def enter_rows(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Return ``A_row x`` (n, …, φ), in A's dtype."""
+        return product(x, A.transpose(1, 2))
+
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Return ``U z`` (…, out)."""
         return F.linear(z, U)
 
     def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Return `result` plus ``U z``; in place where no gradient is asked for."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not result.is_contiguous():
+        if not _can_be_changed(result):
             return super().add_out(result, z, U)
         add_out(result, z.reshape(-1, z.shape[-1]), U, 1.0)
+        return result
+
+    def add_rows(self, result: torch.Tensor, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Return `result` plus ``B_row z``; in place where no gradient is asked for."""
+        if not _can_be_changed(result):
+            return super().add_rows(result, z, B)
+        z = z.reshape(len(z), -1, z.shape[-1]).to(result.dtype)
+        result.view(len(result), -1, result.shape[-1]).baddbmm_(z, B.to(result.dtype))
         return result
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -62,6 +75,10 @@ class Linear(AdapterLayer):
             return super()._add_update(result, x, adapter)
         dtype = result.dtype
         return add_update(result, self._dropped(x, adapter).to(dtype), self._terms(adapter, dtype))
+
+
+def _can_be_changed(result: torch.Tensor) -> bool:
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and result.is_contiguous()
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -97,9 +114,23 @@ class Conv2d(AdapterLayer):
         kernel = V.view(V.shape[0], base.in_channels, *base.kernel_size)
         return base._conv_forward(x.to(V.dtype), kernel, None).movedim(1, -1)
 
+    def enter_rows(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Return ``A_row x``: one convolution in which each row is a group, (n, height, width, φ)."""
+        base = self.get_base_layer()
+        x, padding = x.to(A.dtype), base.padding
+        if base.padding_mode != "zeros":
+            x, padding = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        kernels = A.reshape(-1, base.in_channels, *base.kernel_size)
+        h = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels, None, base.stride, padding, base.dilation, len(x))
+        return h.view(*A.shape[:2], *h.shape[2:]).movedim(1, -1)
+
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Return ``U z``: channels second, (batch, out, height, width)."""
         return F.linear(z, U).movedim(-1, 1)
+
+    def leave_rows(self, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Return ``B_row z``: channels second, (n, out, height, width)."""
+        return product(z, B).movedim(-1, 1)
 
     def as_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """Return ΔW in the layout of the base weight: (out, in, height, width)."""
@@ -112,7 +143,14 @@ class Embedding(AdapterLayer):
 
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """Return ``V x``: rows of Vᵀ, looked up."""
-        h = F.embedding(x, V.T)
+        return self._scaled(F.embedding(x, V.T))
+
+    def enter_rows(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Return ``A_row x``: columns of each row's own A, looked up, (n, …, φ)."""
+        tokens = x.reshape(len(x), 1, -1).expand(-1, A.shape[1], -1)
+        return self._scaled(A.gather(2, tokens).movedim(1, -1).reshape(*x.shape, A.shape[1]))
+
+    def _scaled(self, h: torch.Tensor) -> torch.Tensor:
         # some models scale what they look up, as part of the layer
         scale = getattr(self.get_base_layer(), "embed_scale", None)
         return h if scale is None else h * torch.as_tensor(scale).to(h)

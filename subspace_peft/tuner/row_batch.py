@@ -1,4 +1,7 @@
-"""Batches in which every row has its own task: one product with V, one with the rows' cores, one with U."""
+"""Batches in which every row has its own task: one product with V, one with the rows' cores, one with U.
+
+Where tasks have directions of their own, a batched product with each of their sides comes beside these.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from .._shown import Shown
 from ..base_names import BASE as BASE
 from ..errors import SubspaceError
 from .row_context import CHANGES, RowSlot, note_gradients, weight_changes
+from .row_own import OwnRows, product, stacked
 
 TRAINING = "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
 
@@ -26,16 +30,19 @@ class Group(Shown):
         rows: (n,) their places in the batch; None where the whole batch is one group.
         cores: (n, k_in, k_out) each row's core, transposed, scale folded in; zero for rows without a task.
         U, V: the basis, (out, k_out) and (k_in, in).
+        own: the rows' own directions; None where no row has any.
     """
 
     rows: torch.Tensor | None
     cores: torch.Tensor
     U: torch.Tensor
     V: torch.Tensor
+    own: OwnRows | None = None
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
         yield "rows", len(self.cores)
         yield "core", " × ".join(map(str, self.cores.shape[1:]))
+        yield "own directions", None if self.own is None else self.own.A.shape[1]
 
 
 class RowBank(Protocol):
@@ -46,7 +53,10 @@ class RowBank(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
     def gather(self, names: Sequence[str]) -> torch.Tensor:
-        """Return the bank's rows of these names (n, parameters); of names that it does not have, zeros."""
+        """Return the bank's rows of these names (n, parameters); of names that it does not have, zeros.
+
+        Where none of the tasks has own directions, the rows may end before these.
+        """
         ...
 
     def group(self, layer: RowLayer, names: TaskNames, whole: bool) -> Group:
@@ -74,16 +84,32 @@ class RowLayer(Protocol):
 
     def _core(self, adapter: str) -> torch.Tensor: ...
 
+    def own_part(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the own directions' part of ΔW; see `SubspaceLayer`."""
+        ...
+
     def enter(self, x: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
         """Return ``V x``; see `SubspaceLayer`."""
+        ...
+
+    def enter_rows(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Return ``A_row x`` for each row; see `SubspaceLayer`."""
         ...
 
     def leave(self, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Return ``U z``; see `SubspaceLayer`."""
         ...
 
+    def leave_rows(self, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Return ``B_row z`` for each row; see `SubspaceLayer`."""
+        ...
+
     def add_out(self, result: torch.Tensor, z: torch.Tensor, U: torch.Tensor) -> torch.Tensor:
         """Return ``result + U z``; see `SubspaceLayer`."""
+        ...
+
+    def add_rows(self, result: torch.Tensor, z: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """Return ``result + B_row z`` for each row; see `SubspaceLayer`."""
         ...
 
 
@@ -198,12 +224,14 @@ def _group(layer: RowLayer, names: Sequence[str], tasks: list[str], whole: bool)
     place = {task: number for number, task in enumerate(tasks, start=1)}
     rows = None if whole else torch.tensor([i for i, name in enumerate(names) if name in place], device=U.device)
     chosen = [place.get(name, 0) for name in names] if whole else [place[name] for name in names if name in place]
-    cores = torch.stack(stack).transpose(1, 2)[torch.tensor(chosen, device=U.device)].contiguous()
-    return Group(rows, cores, U, V)
+    each = torch.tensor(chosen, device=U.device)
+    cores = torch.stack(stack).transpose(1, 2)[each].contiguous()
+    own = stacked([None, *map(layer.own_part, tasks)])
+    return Group(rows, cores, U, V, None if own is None else own.of(each))
 
 
 def add_updates(layer: RowLayer, result: torch.Tensor, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """Add each row's own update to `result`: ``result + s U C_row V x``.
+    """Add each row's own update to `result`: ``result + (s U C_row V + B_row A_row) x``.
 
     Args:
         layer: the adapter layer.
@@ -219,19 +247,24 @@ def add_updates(layer: RowLayer, result: torch.Tensor, x: torch.Tensor, names: S
     for group in prepare(layer, names):
         given = x if group.rows is None else x.index_select(0, group.rows)
         h = layer.enter(given, group.V.to(dtype))
-        z = _through(h, group)
+        z = product(h, group.cores.to(h.dtype))
         if group.rows is None:
             result = layer.add_out(result, z, group.U.to(z.dtype))
         else:
             result = result.index_add(0, group.rows, layer.leave(z, group.U.to(z.dtype)).to(dtype))
+        if group.own is not None:
+            result = _add_own(layer, result, given, group.rows, group.own.to(dtype))
     note_gradients(layer.row_slot, result, names.graded)
     return result
 
 
-def _through(h: torch.Tensor, group: Group) -> torch.Tensor:
-    """Multiply each row of h (rows, …, k_in) by its own core: (rows, …, k_out)."""
-    z = torch.bmm(h.reshape(len(h), -1, h.shape[-1]), group.cores.to(h.dtype))
-    return z.reshape(*h.shape[:-1], -1)
+def _add_own(
+    layer: RowLayer, result: torch.Tensor, x: torch.Tensor, rows: torch.Tensor | None, own: OwnRows
+) -> torch.Tensor:
+    z = layer.enter_rows(x, own.A)
+    if rows is None:
+        return layer.add_rows(result, z, own.B)
+    return result.index_add(0, rows, layer.leave_rows(z, own.B).to(result.dtype))
 
 
 def check_rows(layer: RowLayer, x: torch.Tensor, names: Sequence[str]) -> None:
