@@ -124,7 +124,7 @@ def test_what_has_to_be_extended_is_named_and_there():
         "KINDS": "subspace_peft/tuner/coefficients.py",
         "make_coefficients": "subspace_peft/tuner/coefficients.py",
         "TaskSizes": "subspace_peft/tuner/task_sizes.py",
-        "_same_kind": "subspace_peft/convert/migrate.py",
+        "same_kind": "subspace_peft/convert/same_kind.py",
         "_from_files": "subspace_peft/sources/open.py",
         "_from_state_dict": "subspace_peft/sources/open.py",
         "ForeignKeys": "subspace_peft/sources/diffusers_kohya.py",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .dry_run import BuildPlan, plan_build, plan_rebuild
     from .options import BuildOptions, CompleteOptions, Resources, UpdateOptions
     from .rebuild import rebuild_basis, sources_on_record
+    from .refit import RefitPlan, plan_refit, refit_basis
     from .update import update_basis
 
 _PLACES = {
@@ -23,6 +24,7 @@ _PLACES = {
     "BuildPlan": "dry_run",
     "Clusters": "clusters",
     "CompleteOptions": "options",
+    "RefitPlan": "refit",
     "Resources": "options",
     "UpdateOptions": "options",
     "build_basis": "build",
@@ -30,7 +32,9 @@ _PLACES = {
     "complete_basis": "complete",
     "plan_build": "dry_run",
     "plan_rebuild": "dry_run",
+    "plan_refit": "refit",
     "rebuild_basis": "rebuild",
+    "refit_basis": "refit",
     "sources_on_record": "rebuild",
     "update_basis": "update",
 }
@@ -40,6 +44,7 @@ __all__ = [
     "BuildPlan",
     "Clusters",
     "CompleteOptions",
+    "RefitPlan",
     "Resources",
     "UpdateOptions",
     "build_basis",
@@ -47,7 +52,9 @@ __all__ = [
     "complete_basis",
     "plan_build",
     "plan_rebuild",
+    "plan_refit",
     "rebuild_basis",
+    "refit_basis",
     "sources_on_record",
     "update_basis",
 ]

@@ -9,7 +9,7 @@ import torch
 from ..basis import ModuleBasis
 from ..basis.module import fix_signs
 from ..sources.factors import Factors
-from .hosvd import Compressed, Pair, Side, alternate, pair_of, turned
+from .hosvd import NULL, Compressed, Pair, Side, alternate, pair_of
 from .streaming import NULL_BESIDE
 
 
@@ -43,6 +43,16 @@ def exact_beside(
     seen = [([i], (out.Q.T @ (P * S))[None], (T.T @ inner.Q)[None]) for i, (P, S, T) in enumerate(parts)]
     total = sum(w * w * float((S * S).sum()) for (_, S, _), w in zip(parts, weights, strict=True))
     return Compressed(out, inner, seen, [1.0] * len(parts), list(weights), total)
+
+
+def nothing_beside(fixed: tuple[torch.Tensor, torch.Tensor]) -> Compressed:
+    """Return no updates, seen in the given directions alone.
+
+    Args:
+        fixed: orthonormal columns (out, a) and (in, b) float64.
+    """
+    sides = [Side(each, torch.zeros(each.shape[1], dtype=torch.float64), lambda k: 1.0) for each in fixed]
+    return Compressed(sides[0], sides[1], [], [], [], 0.0)
 
 
 def grow(
@@ -86,20 +96,27 @@ def grow(
 def refit(compressed: Compressed, k: tuple[int, int], alternations: int) -> Pair:
     """Fit U and V of at most k columns and rows to all updates alike, by HOSVD and alternations.
 
+    Where the updates span fewer directions, there are fewer: none are made up.
+
     Args:
         compressed: the updates, the old basis's cores among them.
         k: directions of the output and the input side.
         alternations: at most this many rounds.
     """
-    widths = compressed.out.Q.shape[1], compressed.inner.Q.shape[1]
-    u, v = (torch.eye(width, min(size, width), dtype=torch.float64) for width, size in zip(widths, k, strict=True))
-    u, v = turned(compressed, u, None, output=True), turned(compressed, None, v, output=False)
+    u, v = (_leading(compressed, size, output=output) for size, output in zip(k, (True, False), strict=True))
     u, v = alternate(compressed, u, v, alternations)
     U, V = (
         fix_signs(torch.linalg.qr(side.Q @ turn)[0]).float()
         for side, turn in ((compressed.out, u), (compressed.inner, v))
     )
     return pair_of(compressed, U, V)
+
+
+def _leading(compressed: Compressed, k: int, *, output: bool) -> torch.Tensor:
+    """Return the leading eigenvectors of one side's second moment (w, ≤ k) float64, those that hold any energy."""
+    values, vectors = compressed.moment(None, None, output=output)
+    alive = int((values > NULL * values[-1]).sum())
+    return vectors.flip(1)[:, : max(1, min(k, alive))]
 
 
 def orthogonal_to(columns: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

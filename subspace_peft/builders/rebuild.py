@@ -113,12 +113,12 @@ def read_record(
     if not isinstance(arguments, dict) or not is_sha256(lineage[-1].get("fingerprint")):
         raise SubspaceError(f"{old.location}: its basis_config.json has no record of how it was updated.")
     given = _options(UpdateOptions, arguments)
-    sources = _sources(old, given, base_model, resources, version=old.info["version"])
     if arguments.get("tasks"):
         raise SubspaceError(
             f"{old.location}: it was fitted to the cores of {arguments['tasks']} tasks as well, which it does not"
-            " record. Call `update_basis` with them again."
+            " record. Call `update_basis`, or `plan_refit`, with them again."
         )
+    sources = _sources(old, given, base_model, resources, version=old.info["version"])
     parent = lineage[-1]
     before = resolve_basis(
         parent.get("location"),

@@ -25,6 +25,7 @@ from .memory import GUESSED_K, MemoryPlan
 from .options import Resources, UpdateOptions
 from .reader import Reader
 from .resume import WorkFolder
+from .task_cores import by_basis_name
 from .update_module import OldModule, update_module
 from .update_record import after_refit, record, source_weights_of
 
@@ -180,7 +181,7 @@ def prepare_update(
     plan = MemoryPlan(
         fleet, "adapters", _most_directions(old, changed, options), None, options.weights, resources.memory
     )
-    tasks = [_by_basis_name(old, each) for each in cores]
+    tasks = [by_basis_name(old, each, "cores") for each in cores]
     kept = None
     if resources.work_folder is not None:
         hashes = [{key: tensor_sha256(core) for key, core in each.items()} for each in tasks]
@@ -291,21 +292,3 @@ def _misfit(source: Source, basis: SubspaceBasis) -> str | None:
                 " It belongs to another base model."
             )
     return None
-
-
-def _by_basis_name(basis: SubspaceBasis, cores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a task's cores by the basis's names, padded to its sizes, in float64."""
-    shapes, found = basis.shapes(), {}
-    for name, core in cores.items():
-        key = basis.find(name)
-        size = None if key is None else (shapes[key]["k_out"], shapes[key]["k_in"])
-        if key is None or size is None or any(n > m for n, m in zip(core.shape, size, strict=True)):
-            raise SubspaceError(
-                f"cores: module {name!r} has a core {tuple(core.shape)}, the basis {size or 'no such module'}. Give"
-                " cores of tasks on this very basis."
-            )
-        # a task that uses the leading directions only
-        padded = torch.zeros(size, dtype=torch.float64)
-        padded[: core.shape[0], : core.shape[1]] = core
-        found[key] = padded
-    return found

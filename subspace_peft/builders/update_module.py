@@ -27,12 +27,16 @@ class OldModule:
         module: its tensors.
         source_weights: how much each of its sources counts.
         tasks: cores (k_out, k_in) of tasks that have to be kept as well, in units of ΔW.
+        task_weights: how much each of these counts; None for alike.
+        fit_sources: whether a refit is to its sources' stored cores too.
     """
 
     name: str
     module: ModuleBasis
     source_weights: list[float]
     tasks: list[torch.Tensor]
+    task_weights: list[float] | None = None
+    fit_sources: bool = True
 
 
 def update_module(
@@ -74,7 +78,7 @@ def update_module(
         if k is None:
             pair = grow(compressed, old.module, add, add_in, alternations)
         else:
-            pair = refit(_with_old(compressed, old), k, alternations)
+            pair = refit(with_old(compressed, old), k, alternations)
         # a share of energy takes as many directions as it takes
         width *= 2
     a, b = old.module.k_out, old.module.k_in
@@ -94,7 +98,7 @@ def update_module(
             before[place] = share_of(square, task.norms[place] ** 2)
     source_weights = torch.zeros(len(plan.fleet.sources), dtype=torch.float64)
     source_weights[task.members] = torch.tensor(task.source_weights, dtype=torch.float64)
-    module, drift = _joined_module(old, pair, found, source_weights)
+    module, drift = joined_module(old, pair, found, source_weights)
     squares = [
         (float(was.double().square().sum()), float(now.double().square().sum()))
         for was, now in _stored(old.module, module)
@@ -110,15 +114,16 @@ def update_module(
     }
 
 
-def _with_old(compressed: Compressed, old: OldModule) -> Compressed:
+def with_old(compressed: Compressed, old: OldModule) -> Compressed:
     """Return the new updates together with the cores that the old basis holds, its sources' and its tasks'.
 
     Each counts as of norm 1. A core C is the update U C V of the old basis, whose directions come first in Q: there it
     is C, padded with zeros.
     """
     cores = [core.double() for core in old.tasks]
-    weights = [1.0 / max(float(core.norm()), 1e-300) for core in cores]
-    if old.module.cores is not None:
+    counts = old.task_weights or [1.0] * len(cores)
+    weights = [count**0.5 / max(float(core.norm()), 1e-300) for core, count in zip(cores, counts, strict=True)]
+    if old.module.cores is not None and old.fit_sources:
         for core, count in zip(old.module.cores.double(), old.source_weights, strict=True):
             if (size := float(core.norm())) > 0:
                 cores.append(core)
@@ -150,7 +155,7 @@ def _stored(old: ModuleBasis, new: ModuleBasis) -> list[tuple[torch.Tensor, torc
     return [] if old.cores is None or new.cores is None else list(zip(old.cores, new.cores, strict=False))
 
 
-def _joined_module(
+def joined_module(
     old: OldModule, pair: Pair, found: torch.Tensor, source_weights: torch.Tensor
 ) -> tuple[ModuleBasis, float]:
     """Carry the old module's statistics over to the new bases, and join the new sources'.
