@@ -39,7 +39,9 @@ def make(basis: str) -> nn.Module:
         hidden_dropout_prob=0,
         attention_probs_dropout_prob=0,
     )
-    return get_peft_model(BertForSequenceClassification(config), SubspaceConfig(basis=basis, task_type="SEQ_CLS"))
+    return get_peft_model(
+        BertForSequenceClassification(config), SubspaceConfig(basis=basis, task_type="SEQ_CLS", extra_rank=1)
+    )
 
 
 def data() -> list[dict[str, Any]]:

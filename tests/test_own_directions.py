@@ -146,6 +146,11 @@ def test_one_rate_moves_them_as_far_at_any_alpha():
         assert own_scale(alpha) / alpha**2 == pytest.approx(own_scale(256.0) / 256.0**2)
 
 
+def test_the_scale_that_saved_tasks_rely_on_stays():
+    # a task's file holds u and v alone: another scale would change what every saved one computes
+    assert (own_scale(256.0), own_scale(128.0)) == (4.0, 1.0)
+
+
 def test_patterns_say_which_modules_have_them(kind, bases, tmp_path):
     names = [layer.key for layer in layers(adapted(kind, bases[kind]))]
     model = randomise(adapted(kind, bases[kind], extra_rank=0, extra_rank_pattern={names[0]: 3}))
