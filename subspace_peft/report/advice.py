@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..energy import like_noise, outlook, word
+from ..energy import FAITHFUL, like_noise, outlook, word
 from .facts import LEFT_OUT
 
 UNKNOWN = "unknown"  # the class of what was not measured
+# own directions for a new task: with two, tasks unlike the fleet's ended about where LoRA r=8 does (docs/evidence.md)
+DIRECTIONS = 2
+OWN = f"{DIRECTIONS} directions of the task's own, `SubspaceConfig(basis=…, extra_rank={DIRECTIONS})`"
 
 # by the class of what is kept of the adapters themselves: what that means, and what to do with them
 COMPRESSED = {
@@ -25,9 +28,9 @@ LIKE_NOISE = "It keeps of noise about as much: it holds nothing that these adapt
 FITS = {"faithful": FEW, "partial": FEW, "poor": LIKE_NOISE}  # where noise is kept as well
 NEXT = {
     "faithful": "compress these adapters, `subspace-peft compress`",
-    "partial": "compress these adapters with a residual, `subspace-peft compress --residual RANK`, or build with a"
-    " larger k",
-    "poor": "keep these adapters as LoRAs, or build with a larger k",
+    "partial": "compress these adapters with a residual, `subspace-peft compress --min-energy {faithful:g} --residual"
+    " {rank}`, or {larger}",
+    "poor": "keep these adapters as LoRAs, or {larger}",
     UNKNOWN: "",
 }
 SAVES_NOTHING = {
@@ -44,7 +47,8 @@ NEW_TASKS = {
     ),
     "little": (
         "It holds little of where new tasks go. Tasks of which as little was kept ended behind a LoRA in our own"
-        " measurements, though not behind a random basis of equal size (docs/evidence.md)."
+        " measurements, though not behind a random basis of equal size; with directions of their own beside the basis"
+        " they ended about where a LoRA of as many does (docs/evidence.md)."
     ),
     "part": (
         "It holds a part of where new tasks go. It may help where examples are few and the fleet has related tasks;"
@@ -62,14 +66,17 @@ NEW_TASKS_OF_OTHERS = {
     "unrelated": "It holds of such tasks about what random directions do: expect a LoRA to do better.",
 }
 NEXT_TASKS = {
-    "unrelated": "use LoRA, or add related adapters to the fleet",
-    "little": "use LoRA, or train a task in the basis beside it and keep the better one",
+    "unrelated": f"use LoRA, or add related adapters to the fleet; to stay in this basis, add {OWN}",
+    "little": f"add {OWN}, train a LoRA as well, and keep the better one",
     "part": "train a task in the basis beside the head alone and a LoRA, and keep the best; without related tasks in"
-    " the fleet, use LoRA",
+    f" the fleet, add {OWN}, or use LoRA",
     "mostly": "train in the basis",
     UNKNOWN: "use LoRA: nothing tells yet what the basis holds of other tasks",
 }
-NEXT_TASKS_OF_OTHERS = {**NEXT_TASKS, "unrelated": "use LoRA"}
+NEXT_TASKS_OF_OTHERS = {
+    **NEXT_TASKS,
+    "unrelated": f"use LoRA; to stay in this basis, add {OWN}",
+}
 
 
 def kept_of_any(numbers: Mapping[str, Any]) -> float | None:
@@ -144,16 +151,29 @@ def new_meaning(numbers: Mapping[str, Any]) -> str:
     return (NEW_TASKS_OF_OTHERS if of_others(numbers) else NEW_TASKS)[classes(numbers)[1]]
 
 
+def with_directions(numbers: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Return the class that decides what to do with the adapters, and the rank of the residual that it takes.
+
+    With so many directions of their own beside the basis all are faithful. Where tasks with them are no smaller than
+    the LoRAs, compressing is of no use; where they are, it is even if the basis alone keeps little. The rank is None
+    where it was not measured, or none is needed.
+    """
+    known, rank = classes(numbers)[0], numbers.get("extra_rank")
+    if not rank or known not in ("partial", "poor"):
+        return known, None
+    task = numbers["bytes_per_task"] + rank * numbers["bytes_per_direction"]
+    return ("partial", rank) if task < numbers["bytes_per_lora"] else ("poor", None)
+
+
 def step(numbers: Mapping[str, Any]) -> str:
     """Return what to do with the adapters; empty where nothing is known of them."""
-    known = classes(numbers)[0]
     if saves_nothing(numbers):
         return SAVES_NOTHING["one" if numbers.get("built_from") == 1 else "some"]
-    if of_others(numbers):
-        return NEXT[known].replace("build with a larger k", "build a basis of them")
+    known, rank = with_directions(numbers)
     if known == "poor" and fits_like_noise(numbers):
         return "keep these adapters as LoRAs"
-    return NEXT[known]
+    larger = "build a basis of them" if of_others(numbers) else "build with a larger k"
+    return NEXT[known].format(rank=rank or "RANK", larger=larger, faithful=FAITHFUL)
 
 
 def new_step(numbers: Mapping[str, Any]) -> str:

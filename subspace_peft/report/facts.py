@@ -26,11 +26,14 @@ class ReportFacts:
             adapters of equal strength, of them), ``unseen`` (a basis of the other folds, of those left out),
             ``random`` and ``mean_only``; ``k_for_share``, ``above`` (output and input directions above the null,
             medians), ``k_for_new_tasks`` (see `useful_k`), ``break_even`` adapters, ``bytes_per_lora``,
-            ``bytes_per_task``, ``bytes_of_basis``, ``sources``, ``built_from`` (how many adapters the basis was built
-            from), ``in_seed_groups``; ``at_least`` where ``kept`` is a bound. None where it could not be measured.
+            ``bytes_per_task``, ``bytes_of_basis``, ``extra_rank`` (how many own directions per module make every
+            adapter faithful), ``bytes_per_direction`` (what one of them takes in all modules), ``sources``,
+            ``built_from`` (how many adapters the basis was built from), ``in_seed_groups``; ``at_least`` where
+            ``kept`` is a bound. None where it could not be measured.
         verdict: sentences.
         modules: the findings of every module measured.
-        sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen`` and ``mean_only``.
+        sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen``, ``mean_only`` and
+            ``extra_rank``: how many own directions per module make it faithful, None where 64 do not.
         skipped: adapters that could not be used, each with its reason.
         how: how it was measured: modules and sources of how many, folds, seed.
         curves: per module what bases of every k keep, see `fleet_curves.curves_of_fleet`.

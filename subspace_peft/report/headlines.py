@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..energy import percent
+from ..energy import FAITHFUL, percent
 from .advice import (
+    DIRECTIONS,
     UNKNOWN,
     classes,
     kept_of_any,
@@ -19,6 +20,7 @@ from .advice import (
     own_is_better,
     saves_nothing,
     step,
+    with_directions,
 )
 from .facts import LEFT_OUT
 from .places import typed
@@ -27,15 +29,18 @@ from .verdict import control
 # by class, what to type
 PACK = {
     "faithful": "subspace-peft compress ADAPTER … --basis {place} --out my-bundle",
-    "partial": "subspace-peft compress ADAPTER … --basis {place} --residual 4 --out my-bundle",
+    "partial": (
+        "subspace-peft compress ADAPTER … --basis {place} --min-energy {faithful:g} --residual {rank} --out my-bundle"
+    ),
     "poor": "",
     UNKNOWN: "",
 }
 IN_BASIS = "get_peft_model(model, SubspaceConfig(basis={place!r}))"
+WITH_OWN = f"get_peft_model(model, SubspaceConfig(basis={{place!r}}, extra_rank={DIRECTIONS}))"
 TRAIN = {
     "unrelated": "get_peft_model(model, LoraConfig(r=8))",
-    "little": "get_peft_model(model, LoraConfig(r=8))",
-    "part": IN_BASIS,
+    "little": WITH_OWN,
+    "part": WITH_OWN,
     "mostly": IN_BASIS,
     UNKNOWN: "",
 }
@@ -89,7 +94,8 @@ def headlines(
     chance = "" if random is None else f"random directions: {percent(random)}"
     null = "" if numbers["null_kept"] is None else f"noise of the same strength: {percent(numbers['null_kept'])}"
     better = f"; a basis of these: {percent(numbers[LEFT_OUT])} of one left out" if own_is_better(numbers) else ""
-    pack = "" if saves_nothing(numbers) else PACK[known]
+    packed, rank = with_directions(numbers)
+    pack = "" if saves_nothing(numbers) else PACK[packed].format(place=typed(place), rank=rank or 4, faithful=FAITHFUL)
     return (
         Headline(
             "Compressing these adapters",
@@ -100,7 +106,7 @@ def headlines(
             chance if new else null,
             meaning(numbers),
             step(numbers),
-            pack.format(place=typed(place)),
+            pack,
         ),
         Headline(
             "Training new tasks",

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from .._io.progress import progress_bar
-from ..basis import ModuleBasis, SubspaceBasis
+from ..basis import SubspaceBasis
 from ..builders.fleet import Fleet
 from ..energy import EnergyRecord, SourceRecord, of_known, share_of
 from ..errors import SubspaceError
@@ -18,6 +20,7 @@ from .curves import WORK, WORK_IN_ALL
 from .facts import LEFT_OUT
 from .fleet_curves import MemberCurves, curves_of_fleet
 from .measure import ModuleFindings, measure
+from .own_directions import directions_needed, left_by_direction
 from .sample import draw_folds, draw_sample
 
 MANY_COLUMNS = 256  # ranks in all, from which only MODULES of the modules are measured unless all are asked for
@@ -85,13 +88,16 @@ def measure_fleet(
         updates = [fleet.sources[i].factors(name) for i in sources]
         module = basis[places[name]]
         counts = fleet.source_weights(sources)
+        cores = [module.project((update.B, update.A)) for update in updates]
+        for n, update, core in zip(members, updates, cores, strict=True):
+            shares[n].left[name] = left_by_direction(module, update, core)
         if weights == "norm":
             counts = [count * update.norm() ** 2 for count, update in zip(counts, updates, strict=True)]
         findings, curves = measure(
             updates,
             counts,
             [folds[n] for n in members],
-            [_kept(module, update) for update in updates],
+            [_kept(update, core) for update, core in zip(updates, cores, strict=True)],
             (module.k_out, module.k_in),
             seed,
             alternations,
@@ -130,11 +136,12 @@ class _Shares:
     left_out: dict[str, float | None] = field(default_factory=dict)
     mean_only: dict[str, float | None] = field(default_factory=dict)
     null: dict[str, float | None] = field(default_factory=dict)
+    # what the basis leaves, by direction
+    left: dict[str, list[float]] = field(default_factory=dict)
 
 
-def _kept(module: ModuleBasis, update: Factors) -> float:
+def _kept(update: Factors, core: torch.Tensor) -> float:
     """Return the share of an update's energy that a module's basis keeps, ‖Uᵀ ΔW Vᵀ‖² / ‖ΔW‖²."""
-    core = module.project((update.B, update.A))
     return share_of(float(core.square().sum()), update.norm() ** 2)
 
 
@@ -193,6 +200,7 @@ def _entries(
                 "kept": _on_record(of_known(each.kept, norms), known, whole),
                 LEFT_OUT: of_known(each.left_out, norms) if away is None else away,
                 "mean_only": of_known(each.mean_only, norms),
+                "extra_rank": directions_needed(each.kept, each.left, norms),
             }
         )
     return entries

@@ -12,10 +12,11 @@ from ..basis.base_weights import recorded_weights
 from ..basis.layout import k_range
 from ..builders.fleet import Fleet
 from ..energy import EnergyRecord, mean, of_known
-from .choices import stored
+from .choices import FLOAT32, stored
 from .facts import LEFT_OUT
 from .measure import ModuleFindings
 from .measure_fleet import FleetMeasurement, sources_on_record
+from .own_directions import needed_by_all
 from .pays import break_even
 from .verdict import useful_k
 
@@ -32,6 +33,8 @@ NUMBERS = (
     "bytes_per_lora",
     "bytes_per_task",
     "bytes_of_basis",
+    "extra_rank",
+    "bytes_per_direction",
     "break_even",
     "sources",
     "built_from",
@@ -76,6 +79,8 @@ def measured_numbers(
         "bytes_per_lora": round(per_lora),
         "bytes_per_task": facts["bytes_per_task"],
         "bytes_of_basis": facts["bytes"],
+        "extra_rank": needed_by_all([e["extra_rank"] for e in entries]),
+        "bytes_per_direction": FLOAT32 * sum(sum(each["shape"]) for each in choices["modules"].values()),
         "break_even": break_even(alone, per_lora, per_task),
         "sources": len(fleet.sources),
         "built_from": len(basis.info.get("sources") or []),

@@ -174,6 +174,9 @@ def _rows(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
             ),
         ]
     rows += [(f"bytes of {words}", f"{numbers[key]:,}") for key, words in SIZES.items() if numbers[key] is not None]
+    if numbers.get("extra_rank"):
+        words = "directions of its own with which each of these adapters is faithful"
+        rows.append((words, str(numbers["extra_rank"])))
     if numbers["bytes_per_lora"] is not None:
         even = numbers["break_even"]
         rows.append(("smaller in all", f"from {even:,} adapter{'' if even == 1 else 's'} on" if even else "never"))

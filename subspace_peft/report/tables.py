@@ -36,7 +36,7 @@ def write_tables(report: ReportFacts, folder: Path) -> None:
         }
         for name, m in report.modules.items()
     ]
-    keys = ("name", "seed_group", "norm", "in_basis", "kept", LEFT_OUT, "mean_only")
+    keys = ("name", "seed_group", "norm", "in_basis", "kept", LEFT_OUT, "mean_only", "extra_rank")
     adapters = [{key: entry[key] for key in keys} for entry in report.sources]
     for name, rows in (("modules.csv", modules), ("adapters.csv", adapters)):
         text = io.StringIO()

@@ -38,6 +38,10 @@ TERMS = {
     ),
     "core": "What a task has of its own in a module: k × k parameters between the basis's directions.",
     "mean only": "What the best multiple of the other adapters' mean update keeps: no basis is needed for that part.",
+    "own directions": (
+        "How many directions of its own an adapter needs in every module, beside the basis's, to be faithful; 0"
+        " where it is by the basis alone, a dash where 64 are too few."
+    ),
     "above noise": "Output and input directions that hold more energy than the strongest one of the noise does.",
     "fingerprint": "The sha256 of the basis's tensors. Tasks name it, and are loaded into no other basis.",
     "faithful": f"At least {percent(FAITHFUL)} is kept: in our measurements 99 % of the answers were the LoRA's.",
