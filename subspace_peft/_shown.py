@@ -76,6 +76,7 @@ class Facts(dict[str, Any], Shown):
         "k",
         "base_model",
         "coefficients",
+        "own_directions",
         "sources",
         "energy_kept",
         "energy_left_out",
@@ -125,6 +126,20 @@ def core_table(cores: Mapping[str, Any]) -> Table:
     return ("module", "core"), rows, len(cores)
 
 
+def said_of_directions(directions: Mapping[str, int]) -> str:
+    """Return in words how many directions of its own a task has.
+
+    Args:
+        directions: module → how many, of all its modules.
+    """
+    have = [rank for rank in directions.values() if rank]
+    if not have:
+        return "none"
+    if len(have) == len(directions) and len(set(have)) == 1:
+        return f"{have[0]} per module"
+    return f"{sum(have):,} in {len(have)} of {len(directions)} modules"
+
+
 def fingerprint(value: str | None) -> str | None:
     """Return the start of a fingerprint, which tells bases apart."""
     return None if not value else f"{value[:12]}…"
@@ -154,6 +169,8 @@ def size(count: float | None) -> str | None:
 
 
 def _in_short(key: str, value: Any) -> str | None:
+    if key == "own_directions":
+        return said_of_directions(value)
     if isinstance(value, (dict, list, tuple, set)):
         return str(len(value))
     if key.endswith("fingerprint"):

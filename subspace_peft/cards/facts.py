@@ -217,7 +217,9 @@ class TaskFacts:
         alpha: the scale's numerator; None: the usual one.
         base: the base model.
         task_type: PEFT's.
-        numbers: how many coefficients it trains.
+        numbers: how many coefficients it trains, directions of its own among them.
+        own: how many parameters its own directions have.
+        directions: module → how many directions of its own it has there, of all its modules.
         head: how many other parameters were trained.
         bytes: size of the file.
         training: settings by name, see `tasks.callbacks`.
@@ -236,6 +238,8 @@ class TaskFacts:
     base: BaseFacts = field(default_factory=BaseFacts)
     task_type: str | None = None
     numbers: int | None = None
+    own: int | None = None
+    directions: Mapping[str, int] = field(default_factory=dict)
     head: int | None = None
     bytes: int | None = None
     training: Mapping[str, Any] = field(default_factory=dict)

@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from .._install import INSTALL
+from .._shown import said_of_directions
 from ..energy import OVER_MODULES, percent
 from . import markdown
 from .facts import AUTO_CLASSES, BasisFacts, BundledTaskFacts, BundleFacts, SourceFacts, TaskFacts
@@ -58,7 +59,10 @@ def task_card(facts: TaskFacts) -> Card:
         results=results,
     )
     settings = {label: facts.training[key] for key, label in SETTINGS.items() if key in facts.training}
-    return _card("task.md.j2", facts, front, settings=settings)
+    # where all modules have as many, none is named
+    uneven = [(name, count) for name, count in facts.directions.items() if count]
+    uneven = uneven if len(set(facts.directions.values())) > 1 else []
+    return _card("task.md.j2", facts, front, settings=settings, uneven=uneven, directions=said_of_directions)
 
 
 def bundle_card(facts: BundleFacts) -> Card:

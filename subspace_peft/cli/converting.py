@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import BooleanOptionalAction, Namespace
 
+from .._shown import said_of_directions
 from ..builders.option_checks import number
 from ..energy import percent
 from .common import (
@@ -92,7 +93,6 @@ def project(args: Namespace) -> int:
     from ..basis import SubspaceBasis
     from ..basis.overwriting import Planned, check_target
     from ..convert import project_lora
-    from ..convert.projection import said_of_directions
 
     if args.out is None:
         refuse_idle(args, "--force", "without --out: nothing is written")

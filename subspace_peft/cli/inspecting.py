@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from .._shown import said_of_directions
 from ..energy import EXPLAINED, OVER_MODULES, percent
 from .common import Add, add_json, print_json, print_table
 from .parsers import RUNS, grouped
@@ -49,8 +50,9 @@ def inspect(args: Namespace) -> int:
     if args.json:
         return print_json(facts)
     if facts["kind"] == "task":
+        words = {} if args.verbose else {"own_directions": said_of_directions(facts["own_directions"])}
         hidden = set() if args.verbose else {"update_norms"}
-        print_table({key: value for key, value in facts.items() if key not in hidden})
+        print_table({key: words.get(key, value) for key, value in facts.items() if key not in hidden})
         return 0
     base = facts["base_model"] or "a base model that is not named"
     print(f"{facts['location']}: a basis for {facts['modules']} modules of {base}, {facts['k']}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .._shown import Shown, Table, fingerprint, short
+from .._shown import Shown, Table, fingerprint, said_of_directions, short
 from ..basis import SubspaceBasis
 from ..basis.overwriting import check_target
 from ..basis.pipeline_parts import split_part
@@ -229,14 +229,6 @@ class Projection(Shown):
         shapes = {self.source.split(key)[1]: self.source.weight_shape(key) for key in self.source.keys}
         config.weight_shapes = {name: shape for name, shape in shapes.items() if shape is not None} or None
         return config
-
-
-def said_of_directions(directions: Mapping[str, int]) -> str:
-    """Return in words how many directions of its own a task has, by module → directions."""
-    have = [rank for rank in directions.values() if rank]
-    if len(have) == len(directions) and len(set(have)) == 1:
-        return f"{have[0]} per module"
-    return f"{sum(have):,} in {len(have)} of {len(directions)} modules"
 
 
 def projection_of(

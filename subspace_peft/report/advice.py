@@ -162,7 +162,9 @@ def with_directions(numbers: Mapping[str, Any]) -> tuple[str, int | None]:
     if not rank or known not in ("partial", "poor"):
         return known, None
     task = numbers["bytes_per_task"] + rank * numbers["bytes_per_direction"]
-    return ("partial", rank) if task < numbers["bytes_per_lora"] else ("poor", None)
+    if task < numbers["bytes_per_lora"]:
+        return "partial", rank
+    return "poor", None
 
 
 def step(numbers: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._io.hints import hint
 from .._shown import Facts
@@ -16,6 +16,9 @@ from ..energy import EnergyRecord, lower_bound, sources_of
 from ..errors import BasisNotFoundError, HubUnavailableError, SubspaceError
 from ..hub import only_local, split_revision
 from .verdict import verdict_on_record
+
+if TYPE_CHECKING:
+    from ..tasks.read import SavedTask
 
 SHARES = ("kept", "random", "left_out", "null")
 
@@ -99,11 +102,13 @@ def _basis(basis: StoredBasis, verify: bool) -> dict[str, Any]:
 
 def _task(path: str | Path) -> dict[str, Any]:
     from ..tasks import read_task
+    from ..tuner.card import sizes_of
     from ..tuner.task_file import WEIGHTS_FILE
 
     repo, revision = (str(path), None) if Path(path).is_dir() else split_revision(str(path))
     task = read_task(repo, **({"revision": revision} if revision else {}))
     config = task.config
+    sizes = sizes_of(Path(str(config.loaded_from.folder)) / WEIGHTS_FILE)
     return {
         "kind": "task",
         "location": str(path),
@@ -117,7 +122,24 @@ def _task(path: str | Path) -> dict[str, Any]:
         "basis_fingerprint": config.basis_fingerprint,
         "carries_basis": config.basis_modules is not None,
         "modules": len(task.cores),
+        "parameters": sizes["numbers"],
+        "own_parameters": sizes["own"],
+        "own_directions": sizes["directions"],
         "other_tensors": sorted(task.extras),
-        "bytes": (Path(str(config.loaded_from.folder)) / WEIGHTS_FILE).stat().st_size,
-        "update_norms": {name: float(core.norm()) for name, core in task.cores.items()},
+        "bytes": sizes["bytes"],
+        "update_norms": {name: _norm(task, name) for name in task.cores},
     }
+
+
+def _norm(task: SavedTask, name: str) -> float:
+    """Return ‖ΔW‖_F of a module: of the core, since U and V are orthonormal, and of own directions beside it."""
+    core = task.cores[name]
+    if name not in task.own:
+        return float(core.norm())
+    import torch
+
+    from ..sources import Factors
+
+    (B, A), module = task.own[name], task.modules[name]
+    U, V = module.U.double(), module.V.double()
+    return Factors(torch.cat([U @ core, B.double()], 1), torch.cat([V, A.double()])).norm()

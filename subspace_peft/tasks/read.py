@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from .._adapted import active_adapter, unwrapped
 from .._io.hints import hint
 from .._moved import moved_name
-from .._shown import Shown, Table, core_table, fingerprint, short
+from .._shown import Shown, Table, core_table, fingerprint, said_of_directions, short
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module import module_shape
 from ..errors import BasisMismatchError, SubspaceError
@@ -57,7 +57,8 @@ class SavedTask(Shown):
         yield "modules", len(self.cores)
         yield "base model", short(self.config.base_model_name_or_path)
         yield "further tensors", len(self.extras) or None
-        yield "modules with own directions", len(self.own) or None
+        own = {name: self.own[name][0].shape[1] if name in self.own else 0 for name in self.cores}
+        yield "own directions", said_of_directions(own) if self.own else None
         yield "basis", fingerprint(self.config.basis_fingerprint)
 
     def _shown_table(self) -> Table:

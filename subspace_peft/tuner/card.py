@@ -21,6 +21,7 @@ from .._version import __version__
 from ..basis.module import tensor_bytes
 from ..cards import BaseFacts, BasisReferenceFacts, Place, TaskFacts, put_card, recorded, task_card
 from ..cards.facts import AUTO_CLASSES
+from .coefficients import OWN
 from .task_file import BASIS_KEY, COEFFICIENT_KEY, WEIGHTS_FILE
 
 Card = dict[str, Any]
@@ -81,7 +82,7 @@ def write_section(folder: Path, config: Mapping[str, Any]) -> None:
 def facts_of(folder: Path, config: Mapping[str, Any]) -> TaskFacts:
     """Return a card's facts of a task, from its configuration and the header of its file. Arguments as above."""
     said = recorded(config["card"])
-    size = _sizes(folder / WEIGHTS_FILE)
+    size = sizes_of(folder / WEIGHTS_FILE)
     task_type = _text(config["task_type"])
     base = dict(said.get("base") or {"auto_class": AUTO_CLASSES.get(task_type or "")})
     if task_type in HEADED and size:
@@ -102,6 +103,8 @@ def facts_of(folder: Path, config: Mapping[str, Any]) -> TaskFacts:
         base=BaseFacts(reference=shown_place(config["base_model_name_or_path"]), revision=config["revision"], **base),
         task_type=task_type,
         numbers=size.get("numbers"),
+        own=size.get("own"),
+        directions=size.get("directions", {}),
         head=size.get("head"),
         bytes=size.get("bytes"),
         **{key: said[key] for key in MEASURED if key in said},
@@ -113,14 +116,20 @@ def _text(task_type: Any) -> str | None:
     return None if task_type is None else str(getattr(task_type, "value", task_type))
 
 
-def _sizes(file: Path) -> dict[str, Any]:
+def sizes_of(file: Path) -> dict[str, Any]:
+    """Return what a task's file holds by its header: parameters by what they are, own directions by module, bytes.
+
+    Args:
+        file: ``adapter_model.safetensors``; nothing is returned of one that cannot be read.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             keys = list(tensors.keys())
             shapes = {key: tensors.get_slice(key).get_shape() for key in keys}
     except (SafetensorError, OSError):
         return {}
-    counts = {"numbers": 0, "head": 0}
+    counts = {"numbers": 0, "head": 0, "own": 0}
+    directions: dict[str, int] = {}
     classes = None
     for key, shape in shapes.items():
         if BASIS_KEY.match(key):
@@ -128,10 +137,17 @@ def _sizes(file: Path) -> dict[str, Any]:
         total = 1
         for side in shape:
             total *= side
-        counts["numbers" if COEFFICIENT_KEY.match(key) else "head"] += total
+        if found := COEFFICIENT_KEY.match(key):
+            directions.setdefault(found["module"], 0)
+            counts["numbers"] += total
+            if found["name"] in OWN:
+                counts["own"] += total
+                directions[found["module"]] = shape[1] if found["name"] == OWN[0] else shape[0]
+        else:
+            counts["head"] += total
         if key.endswith(HEADS):
             classes = shape[0]
-    return {**counts, "classes": classes, "bytes": file.stat().st_size}
+    return {**counts, "directions": directions, "classes": classes, "bytes": file.stat().st_size}
 
 
 def noted(card: Mapping[str, Any] | None, **facts: Any) -> Card:
