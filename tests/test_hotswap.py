@@ -38,6 +38,9 @@ KINDS = [
     {"coefficients": "none", "mean_gain": "trainable"},
     {"modules_to_save": ["classifier"]},
     {"save_basis": True, "k": 4, "rank_pattern": {"query": 2}},
+    {"extra_rank": 2},
+    {"coefficients": "factor", "r": 3, "alpha": 100.0, "extra_rank": 1, "extra_rank_pattern": {"query": 0}},
+    {"coefficients": "none", "mean_gain": "trainable", "extra_rank_pattern": {"query": 3}},
 ]
 
 
@@ -55,7 +58,7 @@ def test_a_swapped_task_is_the_loaded_one(basis_folder, tmp_path, config):
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "again")), expected[1])
 
 
-@pytest.mark.parametrize("config", [KINDS[0], KINDS[1], KINDS[2], KINDS[3]], ids=str)
+@pytest.mark.parametrize("config", [*KINDS[:4], *KINDS[-3:]], ids=str)
 def test_pefts_own_hotswap_agrees(basis_folder, tmp_path, config):
     one, two = (save(tmp_path / str(seed), str(basis_folder), seed, **config) for seed in (1, 2))
     model = PeftModel.from_pretrained(bert(), one)
@@ -64,6 +67,12 @@ def test_pefts_own_hotswap_agrees(basis_folder, tmp_path, config):
     other = save(tmp_path / "other", str(basis_folder), 3, **{**config, "alpha": 5.0})
     with pytest.raises(ValueError, match="alpha"):
         hotswap_adapter(model, str(other), adapter_name="default", torch_device="cpu")
+    before = logits(model)
+    for field in ({"extra_rank": 3}, {"extra_rank_pattern": {"value": 5}}):
+        other = save(tmp_path / "other", str(basis_folder), 3, **{**config, **field})
+        with pytest.raises(ValueError, match=f"for {next(iter(field))}"):
+            hotswap_adapter(model, str(other), adapter_name="default", torch_device="cpu")
+    assert torch.equal(logits(model), before)
 
 
 def test_what_cannot_be_swapped_is_refused_and_changes_nothing(basis_folder, bases, tmp_path):
@@ -82,6 +91,12 @@ def test_what_cannot_be_swapped_is_refused_and_changes_nothing(basis_folder, bas
     cases = [
         (save(tmp_path / "kind", str(basis_folder), 2, coefficients="diagonal"), BasisMismatchError, "coefficients"),
         (save(tmp_path / "k", str(basis_folder), 2, k=3), BasisMismatchError, "its k is 3"),
+        (save(tmp_path / "own", str(basis_folder), 2, extra_rank=2), BasisMismatchError, "its extra_rank is 2"),
+        (
+            save(tmp_path / "more", str(basis_folder), 2, extra_rank_pattern={"query": 1}),
+            BasisMismatchError,
+            "its extra_rank_pattern is",
+        ),
         (
             save(tmp_path / "head", str(basis_folder), 2, modules_to_save=["classifier"]),
             BasisMismatchError,

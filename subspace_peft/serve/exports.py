@@ -21,7 +21,8 @@ from ..basis.cache import cache_home
 from ..basis.module import tensor_bytes
 from ..convert.lora_files import write_lora
 from ..errors import BasisMismatchError, SubspaceError
-from ..tasks.bank_file import read_index, read_rows
+from ..tasks.bank_file import read_index, read_own, read_rows
+from ..tasks.bank_rows import Pair
 from ..tasks.read import Parts, SavedTask, read_task
 from ..tuner.config import SubspaceConfig
 from ..tuner.task_file import WEIGHTS_FILE
@@ -105,10 +106,11 @@ class TaskExports(Shown):
             if name not in index["tasks"]:
                 return None
             self._check_base(name, index.get("base_model_name_or_path"), base_model)
-            cores = read_rows(self.tasks, name)
+            cores, own = read_rows(self.tasks, name), read_own(self.tasks, name)
             about = json.dumps([index["basis_fingerprint"], index["modules"], index.get("weight_shapes")])
             content = [about.encode(), *(tensor_bytes(core) for core in cores.values())]
-            return self._exported(name, content, lambda: self._of_bank(index, cores))
+            content += [piece for module, pair in own.items() for piece in (module.encode(), *map(tensor_bytes, pair))]
+            return self._exported(name, content, lambda: self._of_bank(index, cores, own))
         # a single part of a path: a name from a request must not lead out of the folder
         if name in (".", "..") or re.search(r"[/\\:]", name) or not (self.tasks / name / CONFIG_FILE).is_file():
             return None
@@ -132,7 +134,7 @@ class TaskExports(Shown):
                 " out."
             )
 
-    def _of_bank(self, index: dict[str, Any], cores: dict[str, torch.Tensor]) -> SavedTask:
+    def _of_bank(self, index: dict[str, Any], cores: dict[str, torch.Tensor], own: dict[str, Pair]) -> SavedTask:
         basis = self.basis
         fingerprint = index["basis_fingerprint"]
         if not isinstance(basis, SubspaceBasis):
@@ -163,8 +165,17 @@ class TaskExports(Shown):
                     f"{self.tasks}: module {module!r} has cores {tuple(core.shape)}, but the basis {fingerprint} has"
                     " fewer directions. The file was altered: fetch or save it again."
                 )
+        for module, (B, A) in own.items():
+            known = shapes[str(names[module])]
+            if (len(B), A.shape[1]) != (known["out"], known["in"]):
+                raise BasisMismatchError(
+                    f"{self.tasks}: module {module!r} has own directions {tuple(B.shape)} and {tuple(A.shape)}, but in"
+                    f" the basis {fingerprint} it is {known['out']} × {known['in']}. The file was altered: fetch or"
+                    " save it again."
+                )
+        wide = {module: (B.double(), A.double()) for module, (B, A) in own.items()}
         parts = Parts({module: tuple(core.shape) for module, core in cores.items()}, basis, names)  # type: ignore[arg-type]
-        return SavedTask(config, {module: core.double() for module, core in cores.items()}, parts, {})
+        return SavedTask(config, {module: core.double() for module, core in cores.items()}, parts, {}, wide)
 
     def _exported(self, name: str, content: list[bytes], make: Any) -> Path:
         digest = hashlib.sha256(f"{EXPORT_VERSION};{self.rank};{self.dtype};".encode())

@@ -115,10 +115,11 @@ class RowLayout:
             )
         if lacking := self.lacking(module, pair):
             room = self._room(module)
+            directions = "direction" if room + lacking == 1 else "directions"
             raise BasisMismatchError(
-                f"{what} has {room + lacking} own directions in module {module!r}, and this bank has room for {room}."
-                f" Make the bank with `TaskBank(model, extra_rank={room + lacking})`, or load the task as an adapter"
-                " of the model: rows of the same batches name it as they name the bank's tasks."
+                f"{what} has {room + lacking} own {directions} in module {module!r}, and this bank has room for"
+                f" {room}. Make the bank with `TaskBank(model, extra_rank={room + lacking})`, or load the task as an"
+                " adapter of the model: rows of the same batches name it as they name the bank's tasks."
             )
         place = self.own_part(row, module)
         if place is not None:

@@ -25,7 +25,18 @@ from .arguments import check_hub
 
 MARK = ".subspace_coef."  # between a module's name and that of a coefficient
 # the fields of the configuration that two tasks share where one can take the other's place
-SAME = ("basis_fingerprint", "coefficients", "k", "rank_pattern", "r", "alpha", "mean_gain", "dropout")
+SAME = (
+    "basis_fingerprint",
+    "coefficients",
+    "k",
+    "rank_pattern",
+    "r",
+    "alpha",
+    "mean_gain",
+    "dropout",
+    "extra_rank",
+    "extra_rank_pattern",
+)
 
 
 def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub: Any) -> None:
@@ -37,8 +48,8 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     Args:
         model: A PeftModel, or a model adapted by `inject_adapter_in_model` or by transformers; also the result of
             `torch.compile`.
-        task: Folder or Hub id of a saved task on the same basis, with the same kind and number of coefficients, for
-            the same modules.
+        task: Folder or Hub id of a saved task on the same basis, with the same kind and number of coefficients and of
+            own directions, for the same modules.
         adapter: The adapter to replace.
         **hub: `revision`, `token`, `cache_dir` and `subfolder` of a task on the Hub.
 

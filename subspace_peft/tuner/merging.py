@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
+from .._io.warn import warn_caller
 from ..errors import BasisMismatchError, SubspaceError
+from .combined_own import Update, cut, side_by_side
 from .config import SubspaceConfig
 from .layer import SubspaceLayer
+from .own_directions import own_fields, own_tensors
 
 EXACT = ("linear", "cat")  # in LoRA `cat` is the exact sum; on one basis the plain one is exact already
 PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 TYPES = (*EXACT, *PRUNED, "svd", *(f"{name}_svd" for name in PRUNED))
 
 
+@torch.no_grad()
 def add_weighted(
     tuner: BaseTuner,
     adapters: Sequence[str],
@@ -36,12 +40,23 @@ def add_weighted(
     kind = combination_type.removesuffix("_svd") if combination_type != "svd" else "linear"
     layers = [layer for layer in tuner.model.modules() if isinstance(layer, SubspaceLayer)]
     layers = [layer for layer in layers if any(name in layer.subspace_coef for name in adapters)]
-    rank = svd_rank or max(max(layer.r[name]) for layer in layers for name in adapters if name in layer.r)
+    present = {name: [layer for layer in layers if name in layer.subspace_coef] for name in adapters}
+    _say_unpruned(kind, present)
+    held = [(layer, name) for name, found in present.items() for layer in found]
+    rank = svd_rank or max(max(layer.r[name]) + layer.extra_rank.get(name, 0) for layer, name in held)
+    largest = max(max(layer.r[name]) for layer, name in held)
+    updates = {}
+    for layer in layers:
+        update = _update(layer, kind, dict(zip(adapters, weights, strict=True)), density, majority_sign_method)
+        if small and update.own is not None:
+            first = next(name for name in adapters if name in layer.subspace_coef)
+            update = cut(update, layer.subspace_U[first], layer.subspace_V[first], rank)
+        updates[layer.key] = update
     config = dataclasses.replace(
         configs[0],
         coefficients="factor" if small else "core",
         # a dense core has no rank of its own
-        r=rank if small else SubspaceConfig.r,
+        r=min(rank, largest) if small else SubspaceConfig.r,
         mean_gain="none",
         start="zero",
         target_modules=_united(configs),
@@ -50,6 +65,7 @@ def add_weighted(
         card=None,
         inference_mode=False,
         rank_pattern=dict(configs[0].rank_pattern),
+        **own_fields({module: update.extra_rank for module, update in updates.items()}),
     )
     tuner.peft_config[adapter_name] = config
     try:
@@ -58,17 +74,40 @@ def add_weighted(
         tuner.peft_config.pop(adapter_name, None)
         raise
     for layer in layers:
-        if adapter_name not in layer.subspace_coef:
-            continue
-        present = [
-            (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.subspace_coef
-        ]
-        layer.share_basis(adapter_name, present[0][0])
-        cores = [layer._core(name).float() * layer.scaling[name] for name, _ in present]
-        given = torch.tensor([weight for _, weight in present], dtype=cores[0].dtype, device=cores[0].device)
-        core = _combined(kind, cores, given, density, majority_sign_method) / layer.scaling[adapter_name]
-        layer.subspace_coef[adapter_name].start(core, None)
-        layer.subspace_coef[adapter_name].requires_grad_(False)
+        if adapter_name in layer.subspace_coef:
+            first = next(name for name in adapters if name in layer.subspace_coef)
+            layer.share_basis(adapter_name, first)
+            _fill(layer, adapter_name, updates[layer.key], config.alpha)
+
+
+def _update(
+    layer: SubspaceLayer, kind: str, weights: Mapping[str, float], density: float | None, majority: Any
+) -> Update:
+    """Return the combination in one layer, in units of ΔW."""
+    names = [name for name in weights if name in layer.subspace_coef]
+    cores = [layer._core(name).float() * layer.scaling[name] for name in names]
+    given = torch.tensor([weights[name] for name in names], dtype=cores[0].dtype, device=cores[0].device)
+    return Update(_combined(kind, cores, given, density, majority), side_by_side([*map(layer.own_part, names)], given))
+
+
+def _fill(layer: SubspaceLayer, adapter: str, update: Update, alpha: float) -> None:
+    coefficients = layer.subspace_coef[adapter]
+    coefficients.start((update.core / layer.scaling[adapter]).float(), None)
+    if update.own is not None:
+        for name, value in own_tensors(*update.own, coefficients.extra_rank, alpha).items():
+            getattr(coefficients, name).copy_(value)
+    coefficients.requires_grad_(False)
+
+
+def _say_unpruned(kind: str, present: Mapping[str, Sequence[SubspaceLayer]]) -> None:
+    """Warn where adapters have own directions, which a pruning kind leaves whole."""
+    own = [name for name, layers in present.items() if any(layer.extra_rank.get(name) for layer in layers)]
+    if kind in PRUNED and own:
+        warn_caller(
+            f"{kind} compares and prunes entries that tasks share, which own directions are not: those of"
+            f" {', '.join(own)} are added whole, with their weights. combination_type='svd' cuts them and the core to"
+            " the best rank together."
+        )
 
 
 def _combined(

@@ -160,13 +160,18 @@ class SubspaceModel(BaseTuner):
         to rank `svd_rank` (`factor` coefficients), which is optimal since U and V are orthonormal. A fleet's mean that
         an adapter adds is part of what is merged.
 
+        Own directions (`extra_rank`) belong to one task each, and adapters may have different numbers of them. They
+        are put side by side with their weights, so the sum is exact; the new adapter has as many per module as the
+        others together. ``svd`` cuts them and the core to the best rank together. The pruning kinds work on entries
+        that tasks share, and leave own directions whole, with a warning.
+
         Args:
             adapters: names of loaded adapters.
             weights: a weight for each.
             adapter_name: a new name.
             combination_type: as above.
-            svd_rank: by default the largest k of the adapters.
-            density: share of parameters that the pruning kinds keep.
+            svd_rank: by default the largest k of the adapters, with its own directions.
+            density: share of a core's parameters that the pruning kinds keep.
             majority_sign_method: ``total`` or ``frequency``, for ties.
 
         Raises:
