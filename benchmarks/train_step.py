@@ -2,10 +2,12 @@
 
     python benchmarks/train_step.py                # encoder and decoder, query and value, and all linear layers
     python benchmarks/train_step.py --rounds 5 --only encoder
+    python benchmarks/train_step.py --own          # cores with own directions beside LoRAs of ranks 1 to 8
 
 One process, one thread by default; every contender once per round in random order. The floor is the base model,
 frozen, with gradients flowing to its inputs. Prints ratios to it, median and quartiles over rounds, and the bytes that
-autograd keeps beyond the floor's. Writes JSON and a Markdown table to benchmarks/results/.
+autograd keeps beyond the floor's. Writes JSON and a Markdown table to benchmarks/results/: train_step, or
+train_step_own with `--own`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +68,25 @@ def contenders(targets: Any, k: int) -> dict[str, Callable[[], PeftConfig]]:
     }
 
 
-def measure(kind: str, targets: Any, rounds: int, k: int, batch: int, tokens: int) -> dict[str, dict[str, float]]:
+def own_contenders(targets: Any, k: int) -> dict[str, Callable[[], PeftConfig]]:
+    """Return the core alone and with directions of the task's own, beside LoRAs of few directions."""
+    basis = {"basis": "random", "k": k, "target_modules": targets, "save_basis": True}
+    loras = {f"LoRA r={r}": lambda r=r: LoraConfig(r=r, target_modules=targets) for r in (1, 2, 4, 8)}
+    cores = {
+        f"core + {count} own" if count else "core": lambda count=count: SubspaceConfig(extra_rank=count, **basis)
+        for count in (0, 1, 2, 4)
+    }
+    return {**loras, **cores}
+
+
+def measure(
+    kind: str, rows: Mapping[str, Callable[[], PeftConfig]], rounds: int, batch: int, tokens: int
+) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     base = {"encoder": encoder, "decoder": decoder}[kind]().requires_grad_(False).train()
     embeddings = torch.randn(batch, tokens, base.config.hidden_size)
     models: dict[str, nn.Module] = {"frozen base": base}
-    for name, make in contenders(targets, k).items():
+    for name, make in rows.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -124,16 +139,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=sorted(WHERE))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    parser.add_argument("--own", action="store_true", help="cores with own directions, and LoRAs of ranks 1 to 8")
+    parser.add_argument("--out", type=Path, help="the JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = {}
     for kind, places in WHERE.items():
         for title, targets in places.items():
             if args.only in (None, kind):
-                results[f"{kind}, {title}"] = measure(kind, targets, args.rounds, args.k, args.batch, args.tokens)
+                rows = (own_contenders if args.own else contenders)(targets, args.k)
+                results[f"{kind}, {title}"] = measure(kind, rows, args.rounds, args.batch, args.tokens)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
-    write(args.out, {"settings": settings, "results": results}, table(results))
+    out = args.out or Path(__file__).parent / "results" / ("train_step_own.json" if args.own else "train_step.json")
+    write(out, {"settings": settings, "results": results}, table(results))
 
 
 if __name__ == "__main__":

@@ -148,9 +148,10 @@ class Bench:
                 "bytes": 4 * adapter,
             }
 
-        return shared.compare(
-            methods, run, seeds=self.seeds, cache=RunCache(self.folder / "cells" / name, settings), progress=False
-        )
+        cache = RunCache(self.folder / "cells" / name, settings)
+        # where there is no rate to choose, a run with the sweep's seed would tell nothing
+        chosen = {} if any(len(method.rates) > 1 for method in methods) else {"sweep_seed": self.seeds[0]}
+        return shared.compare(methods, run, seeds=self.seeds, cache=cache, progress=False, **chosen)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .ablations import (
 from .bases import hybrid
 from .bench import Bench, Experiment, K, usual_rate
 from .fleet import others
+from .own_directions import own_rows, own_usual_rows
 from .rows import head_only, inside, lora, mean_only, vera
 from .training import BRIEF, Budget
 
@@ -155,6 +156,10 @@ def experiments() -> dict[str, list[Experiment]]:
         "examples": [
             Experiment("examples-100", few, small, short_rows),
             Experiment("examples-1000", few, large, short_rows),
+        ],
+        "own-directions": [
+            Experiment("own-directions-one-rate", every, BRIEF, own_usual_rows),
+            Experiment("own-directions", every, BRIEF, own_rows),
         ],
         "controls": [Experiment("controls", few, BRIEF, as_fleet(control_rows))],
         "sizes": [

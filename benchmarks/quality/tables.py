@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
 import common as shared  # noqa: E402
 
+from benchmarks.quality.own_directions import own_section  # noqa: E402
 from benchmarks.quality.paired import difference, mean_score  # noqa: E402
 from benchmarks.quality.sections import (  # noqa: E402
     DIFFERENCES,
@@ -94,6 +95,12 @@ def render(found: Mapping[str, Rows], energy: Mapping[str, Any] | None = None) -
                 (f"fleet k={k} − {b}{' k=16' * (b == 'fleet')}", rows, "fleet", main, b) for b in others
             )
             out += section(f"k = {k}, rates swept", rows, MAIN_ORDER, lines)
+    for name, words, beside in (
+        ("own-directions-one-rate", "at usual rates", usual),
+        ("own-directions", "rates swept", main),
+    ):
+        if name in found:
+            out += own_section(f"Directions of a task's own beside the basis, {words}", found[name], beside)
     if energy is not None:
         out += energy_section(energy, found)
     if "controls" in found:

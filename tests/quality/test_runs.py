@@ -32,6 +32,26 @@ def test_a_row_may_depend_on_the_seeds_examples(bench):
     assert sorted(asked) == [0, 1, 2] and len(found[0]["tests"]) == 2
 
 
+def test_own_directions_train_beside_the_core_at_the_rate_of_the_core_alone(bench, tmp_path):
+    from benchmarks.quality.own_directions import own_rows, own_usual_rows
+
+    rates = {"fleet": 2e-3, "random": 3e-3, "LoRA r=1": 4e-3}
+    sweeps = [{"method": method, "sweep": [[rate, 0.5]]} for method, rate in rates.items()]
+    (tmp_path / "main.json").write_text(json.dumps({"experiment": "main", "tasks": {"three": sweeps}}))
+    bench.results = tmp_path
+    rows = {row.name: row for row in own_usual_rows(bench, "one")}
+    assert [row.name for row in own_rows(bench, "one")] == list(rows)
+    assert {name: row.rates for name, row in rows.items() if "own" in name} == {
+        **{f"fleet + {count} own": (2e-3,) for count in (1, 2, 4)},
+        **{f"random + {count} own": (3e-3,) for count in (1, 2)},
+    }
+    assert all(row.rates == (4e-3,) for name, row in rows.items() if name.startswith("LoRA"))
+    found = {row["method"]: row for row in bench.compare("one", [rows["fleet"], rows["fleet + 2 own"]], SMALL)}
+    # two layers of query and value, 16 in and out
+    assert found["fleet + 2 own"]["trained_adapter"] - found["fleet"]["trained_adapter"] == 4 * 2 * (16 + 16)
+    assert None not in found["fleet + 2 own"]["tests"]
+
+
 @pytest.mark.slow
 def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
     from benchmarks.quality import experiments as listed

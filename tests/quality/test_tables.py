@@ -143,6 +143,36 @@ def test_the_longer_runs_and_those_at_a_high_rate_have_sections(results):
     assert "| gradients cut to norm 1 − without a limit | +20.0 " in text
 
 
+def test_own_directions_are_held_against_the_core_its_control_and_loras_of_as_many_directions(results):
+    def listed(core: float) -> list[dict]:
+        scores = {
+            "fleet": core,
+            "fleet + 1 own": core + 0.01,
+            "random + 1 own": core - 0.02,
+            "LoRA r=1": core - 0.03,
+            "LoRA r=8": 0.8,
+        }
+        return [row(method, [score, score]) for method, score in scores.items()]
+
+    body = {"experiment": "own-directions", "tasks": {"movies": listed(0.8), "mail": listed(0.6)}}
+    (results / "own-directions.json").write_text(json.dumps(body))
+    text = tables.render(tables.read(results))
+    part = text[text.index("### Directions of a task's own beside the basis, rates swept") :]
+    assert "| task | fleet | fleet + 1 own | random | random + 1 own | LoRA r=1 | LoRA r=8 |" in part
+    # the random basis alone is the main table's
+    assert "| mail | 60.0 | 61.0 | 70.0 | 58.0 | 57.0 | 80.0 |" in part
+    for line in (
+        "fleet + 1 own − fleet | +1.0 [+1.0, +1.0] * | 2 / 0 / 0 | 2 |",
+        "fleet + 1 own − LoRA r=1 | +4.0 [",
+        "random + 1 own − LoRA r=1 | +1.0 [",
+        "fleet + 1 own − random + 1 own | +3.0 [",
+        "opinion tasks: fleet + 1 own − LoRA r=8 | +1.0 [",
+        "other tasks: fleet + 1 own − LoRA r=8 | -19.0 [",
+    ):
+        assert f"| {line}" in part
+    assert "at usual rates" not in text
+
+
 def test_the_rates_that_all_tasks_tried_have_a_mean(results):
     rows = tables.read(results)["main"]
     rows["fleet"]["mail"]["sweep"] = [[1e-3, 0.7], [2.5e-4, 0.9]]
