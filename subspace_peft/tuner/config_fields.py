@@ -20,235 +20,158 @@ class Default(int):
 DEFAULT_R = Default(8)
 
 
+def described(default: Any, text: str, **more: Any) -> Any:
+    """Return a field of the configuration with its text.
+
+    Args:
+        default: its value where none is given, or the class that makes one.
+        text: what it means; "Filled in" is said of those that a user need not set.
+        **more: other arguments of `dataclasses.field`.
+    """
+    made = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    return field(**made, metadata={"help": text}, **more)
+
+
 @dataclass
 class ConfigFields(PeftConfig):
     """The fields that `SubspaceConfig` adds to PEFT's own; `SubspaceConfig` says what they mean together."""
 
-    basis: Any = field(
-        default=None,
-        metadata={
-            "help": (
-                "The shared basis: a `SubspaceBasis`, its folder, or its Hub id. 'random' (zero-mean Gaussian,"
-                " orthonormalised) and 'base-weights' (top singular vectors of the base model's weights, LoRA-XS) make"
-                " one at injection, of size `k`; it then travels in the task's own file."
-            )
-        },
+    basis: Any = described(
+        None,
+        "The shared basis: a `SubspaceBasis`, its folder, or its Hub id. 'random' (zero-mean Gaussian,"
+        " orthonormalised) and 'base-weights' (top singular vectors of the base model's weights, LoRA-XS) make"
+        " one at injection, of size `k`; it then travels in the task's own file.",
     )
-    basis_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit sha of a basis on the Hub."}
+    basis_revision: str | None = described(None, "Branch, tag or commit sha of a basis on the Hub.")
+    basis_fingerprint: str | None = described(
+        None, "sha256 that the basis must have. Filled in when the adapter is made."
     )
-    basis_fingerprint: str | None = field(
-        default=None, metadata={"help": "sha256 that the basis must have. Filled in when the adapter is made."}
+    basis_part: str | None = described(
+        None,
+        "Which part of a pipeline the model is, such as 'text_encoder_2', where a pipeline's basis has modules"
+        " of the same names for several, and shapes do not tell.",
     )
-    basis_part: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Which part of a pipeline the model is, such as 'text_encoder_2', where a pipeline's basis has modules"
-                " of the same names for several, and shapes do not tell."
-            )
-        },
+    basis_names: dict[str, str] | None = described(
+        None,
+        "Module of the model → its name in the basis, of modules that transformers has renamed since the basis"
+        " was built, or that several parts of a pipeline have by that name. Filled in when the adapter is"
+        " made.",
     )
-    basis_names: dict[str, str] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Module of the model → its name in the basis, of modules that transformers has renamed since the basis"
-                " was built, or that several parts of a pipeline have by that name. Filled in when the adapter is"
-                " made."
-            )
-        },
+    strict: bool = described(
+        False,
+        "Refuse a model that does not have all of the basis's modules, instead of adapting those that it has"
+        " with a warning. Modules that target_modules, exclude_modules or layers_to_transform leave out are"
+        " not asked for.",
     )
-    strict: bool = field(
-        default=False,
-        metadata={
-            "help": (
-                "Refuse a model that does not have all of the basis's modules, instead of adapting those that it has"
-                " with a warning. Modules that target_modules, exclude_modules or layers_to_transform leave out are"
-                " not asked for."
-            )
-        },
+    save_basis: bool | None = described(
+        None, "Whether the task's own file carries its basis. None: only a basis that is stored nowhere else does."
     )
-    save_basis: bool | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Whether the task's own file carries its basis. None: only a basis that is stored nowhere else does."
-            )
-        },
+    coefficients: Literal["core", "factor", "diagonal", "directions", "none"] = described(
+        "core",
+        "'core': C itself, k_out × k_in parameters per module. 'factor': C = up · down of rank `r`."
+        " 'diagonal': k parameters. 'directions': one per direction tensor of the basis. 'none': only the mean"
+        " core's gain.",
     )
-    coefficients: Literal["core", "factor", "diagonal", "directions", "none"] = field(
-        default="core",
-        metadata={
-            "help": (
-                "'core': C itself, k_out × k_in parameters per module. 'factor': C = up · down of rank `r`."
-                " 'diagonal': k parameters. 'directions': one per direction tensor of the basis. 'none': only the mean"
-                " core's gain."
-            )
-        },
+    k: int | None = described(
+        None, "How many of the basis's directions to use, the leading ones. None: all (16 for generated ones)."
     )
-    k: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many of the basis's directions to use, the leading ones. None: all (16 for generated ones)."
-        },
+    rank_pattern: dict[str, int | list[int]] = described(
+        dict,
+        "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA; or"
+        " → [k_out, k_in], where its two sides differ.",
     )
-    rank_pattern: dict[str, int | list[int]] = field(
-        default_factory=dict,
-        metadata={
-            "help": (
-                "Another k for some modules: end of the name, or a regular expression for it → k, as in LoRA; or"
-                " → [k_out, k_in], where its two sides differ."
-            )
-        },
+    extra_rank: int = described(
+        0,
+        "Directions of the task's own beside the basis, per module: u (out × extra_rank) and v (extra_rank ×"
+        " in) are trained together with the coefficients, at the same learning rate, as a LoRA of that rank"
+        " would be. 1 or 2 help a task that is unlike the basis's; 0: none.",
     )
-    extra_rank: int = field(
-        default=0,
-        metadata={
-            "help": (
-                "Directions of the task's own beside the basis, per module: u (out × extra_rank) and v (extra_rank ×"
-                " in) are trained together with the coefficients, at the same learning rate, as a LoRA of that rank"
-                " would be. 1 or 2 help a task that is unlike the basis's; 0: none."
-            )
-        },
+    extra_rank_pattern: dict[str, int] = described(
+        dict,
+        "Another extra_rank for some modules, as in `rank_pattern`; 0 for none there. With extra_rank=0 only"
+        " the modules named here have directions of the task's own.",
     )
-    extra_rank_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={
-            "help": (
-                "Another extra_rank for some modules, as in `rank_pattern`; 0 for none there. With extra_rank=0 only"
-                " the modules named here have directions of the task's own."
-            )
-        },
+    r: int = described(DEFAULT_R, "Rank of the `factor` coefficients.")
+    alpha: float = described(
+        256.0,
+        "Scale: s = alpha / √(how many parameters an Adam step moves C by), so that a step of learning rate η"
+        " changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind. At 256, start from a"
+        " learning rate of 3e-3, as with `TrainingArguments(learning_rate=3e-3)`: 1e-3 … 5e-3 were good for"
+        " k = 8, 16 and 28, texts and images, and 1e-4 … 2e-2 is the measured range. Another alpha asks for"
+        " 256 / alpha times that rate. The Trainer's default of 5e-5 is too low.",
     )
-    r: int = field(default=DEFAULT_R, metadata={"help": "Rank of the `factor` coefficients."})
-    alpha: float = field(
-        default=256.0,
-        metadata={
-            "help": (
-                "Scale: s = alpha / √(how many parameters an Adam step moves C by), so that a step of learning rate η"
-                " changes ΔW by at most alpha · η in Frobenius norm, whatever k and kind. At 256, start from a"
-                " learning rate of 3e-3, as with `TrainingArguments(learning_rate=3e-3)`: 1e-3 … 5e-3 were good for"
-                " k = 8, 16 and 28, texts and images, and 1e-4 … 2e-2 is the measured range. Another alpha asks for"
-                " 256 / alpha times that rate. The Trainer's default of 5e-5 is too low."
-            )
-        },
+    dropout: float = described(0.0, "Dropout on the adapter's input while training.")
+    mean_gain: Literal["none", "fixed", "trainable"] = described(
+        "none",
+        "The fleet's mean core M: 'none' leaves it out, 'fixed' adds it (g = 1), 'trainable' trains g per "
+        "module, from 0.",
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input while training."})
-    mean_gain: Literal["none", "fixed", "trainable"] = field(
-        default="none",
-        metadata={
-            "help": (
-                "The fleet's mean core M: 'none' leaves it out, 'fixed' adds it (g = 1), 'trainable' trains g per "
-                "module, from 0."
-            )
-        },
+    start: str = described(
+        "zero",
+        "Where training starts: 'zero' (the base model's function), 'mean' (the fleet's mean update), or the "
+        "name of one of the basis's sources (its projection).",
     )
-    start: str = field(
-        default="zero",
-        metadata={
-            "help": (
-                "Where training starts: 'zero' (the base model's function), 'mean' (the fleet's mean update), or the "
-                "name of one of the basis's sources (its projection)."
-            )
-        },
+    seed: int = described(0, "Seed of a generated 'random' basis.")
+    target_modules: list[str] | str | None = described(
+        None, "Module names, a regular expression, or 'all-linear', as in LoRA. None: the basis's own modules."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of a generated 'random' basis."})
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Module names, a regular expression, or 'all-linear', as in LoRA. None: the basis's own modules."
-        },
+    exclude_modules: list[str] | str | None = described(None, "Modules to leave out, as in LoRA.")
+    modules_to_save: list[str] | None = described(
+        None, "Further modules that are trained and saved whole, such as a classifier."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave out, as in LoRA."}
+    bias: str = described(
+        "none",
+        "'none', 'all' or 'subspace_only' (of the adapted layers): biases of the base model that are trained"
+        " too. As in LoRA, for one adapter only, and disabling the adapter then does not give the base model's"
+        " outputs.",
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules that are trained and saved whole, such as a classifier."}
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = described(
+        None, "Rows of the token embeddings that are trained whole, as in LoRA."
     )
-    bias: str = field(
-        default="none",
-        metadata={
-            "help": (
-                "'none', 'all' or 'subspace_only' (of the adapted layers): biases of the base model that are trained"
-                " too. As in LoRA, for one adapter only, and disabling the adapter then does not give the base model's"
-                " outputs."
-            )
-        },
+    layers_to_transform: list[int] | int | None = described(None, "Layer indices, as in LoRA.")
+    layers_pattern: list[str] | str | None = described(
+        None, "Name of the list of layers where it is not a usual one, as in LoRA."
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Rows of the token embeddings that are trained whole, as in LoRA."}
+    target_parameters: list[str] | None = described(
+        None, "Not supported: parameters that are no layer's weight, as in LoRA."
     )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices, as in LoRA."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers where it is not a usual one, as in LoRA."}
+    fan_in_fan_out: bool = described(False, "Whether targets are `Conv1D`. Filled in when the adapter is made.")
+    init_weights: bool = described(True, "False draws small random coefficients instead of the start. For tests.")
+    check_base_model: bool = described(
+        True, "Refuse a base model other than the one the basis or the task belongs to."
     )
-    target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Not supported: parameters that are no layer's weight, as in LoRA."}
+    base_probe: list[float] | None = described(
+        None,
+        "A few values computed from the base weights, by which a wrong base is noticed. Filled in when the"
+        " adapter is made.",
     )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "Whether targets are `Conv1D`. Filled in when the adapter is made."}
+    base_weights: dict[str, Any] | None = described(
+        None,
+        "Some entries of the base weights, by which another base model is noticed. Filled in when the adapter"
+        " is made.",
     )
-    init_weights: bool = field(
-        default=True, metadata={"help": "False draws small random coefficients instead of the start. For tests."}
+    basis_modules: dict[str, Any] | None = described(
+        None, "Shapes and hashes of the basis carried in the task's own file. Filled in when it is saved."
     )
-    check_base_model: bool = field(
-        default=True, metadata={"help": "Refuse a base model other than the one the basis or the task belongs to."}
+    weight_shapes: dict[str, list[int]] | None = described(
+        None, "Shapes of the adapted weights of embeddings and convolutions. Filled in when the adapter is made."
     )
-    base_probe: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "A few values computed from the base weights, by which a wrong base is noticed. Filled in when the"
-                " adapter is made."
-            )
-        },
+    id2label: dict[int, str] | None = described(
+        None, "Names of the classes of the task's own head, by index. Kept, not used."
     )
-    base_weights: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Some entries of the base weights, by which another base model is noticed. Filled in when the adapter"
-                " is made."
-            )
-        },
+    bundle: dict[str, Any] | None = described(
+        None, "Which bundle the task was loaded from: location, commit, name and sha256. Filled in then."
     )
-    basis_modules: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "Shapes and hashes of the basis carried in the task's own file. Filled in when it is saved."
-        },
+    card: dict[str, Any] | None = described(
+        None,
+        "What the README says beside the other fields: base model's class, training, metrics, controls. Filled"
+        " in when the task is saved, by `SubspaceCardCallback` and by `write_card`.",
     )
-    weight_shapes: dict[str, list[int]] | None = field(
-        default=None,
-        metadata={
-            "help": "Shapes of the adapted weights of embeddings and convolutions. Filled in when the adapter is made."
-        },
+    subspace_version: str | None = described(
+        None, "Version of subspace_peft that saved this file; None until it is saved."
     )
-    id2label: dict[int, str] | None = field(
-        default=None, metadata={"help": "Names of the classes of the task's own head, by index. Kept, not used."}
-    )
-    bundle: dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "Which bundle the task was loaded from: location, commit, name and sha256. Filled in then."},
-    )
-    card: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "What the README says beside the other fields: base model's class, training, metrics, controls. Filled"
-                " in when the task is saved, by `SubspaceCardCallback` and by `write_card`."
-            )
-        },
-    )
-    subspace_version: str | None = field(
-        default=None, metadata={"help": "Version of subspace_peft that saved this file; None until it is saved."}
-    )
-    loaded_from: LoadedFrom | None = field(
-        default=None,
-        repr=False,
-        compare=False,
-        metadata={"help": "Where the task was read from. Filled in when it is loaded; not saved."},
+    loaded_from: LoadedFrom | None = described(
+        None, "Where the task was read from. Filled in when it is loaded; not saved.", repr=False, compare=False
     )
     taken_basis: dict[str, Any] | None = field(
         default=None,
