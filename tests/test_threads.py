@@ -83,18 +83,30 @@ class Served:
 
     def __init__(self, make: Callable[[], nn.Module], targets: list[str], given: Callable[[], torch.Tensor]) -> None:
         torch.manual_seed(0)
-        config = SubspaceConfig(basis="random", k=3, target_modules=targets, alpha=8.0)
+        config = SubspaceConfig(basis="random", k=3, target_modules=targets, alpha=8.0, extra_rank=1)
         self.model = randomise(get_peft_model(make(), config), std=1.0).eval()
+        for name, parameter in self.model.named_parameters():
+            if "extra" in name:
+                parameter.data *= 20  # their scale is small at a small alpha
         self.x = given()
-        self.bank = TaskBank(self.model, capacity=2)
+        self.bank = TaskBank(self.model, capacity=2, extra_rank=2)
         for name in range(WORKERS + 1):
-            self.bank.add(f"t{name}", self.cores(name))
+            self.bank.add(f"t{name}", self.cores(name), own=self.own(name))
         with torch.no_grad():
             self.alone = {name: self.model(self.x, adapter_names=names) for name, names in self.rows().items()}
 
     def cores(self, seed: int) -> dict[str, torch.Tensor]:
         draw = torch.Generator().manual_seed(seed)
         return {name: torch.randn(layer.r["default"], generator=draw) for name, layer in self.bank.layers.items()}
+
+    def own(self, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Two own directions, one or none."""
+        rank, draw = (2, 1, 0)[seed % 3], torch.Generator().manual_seed(seed)
+        sizes = {name: (layer.out_features, layer.in_features) for name, layer in self.bank.layers.items()}
+        return {
+            name: (torch.randn(out, rank, generator=draw), torch.randn(rank, size, generator=draw))
+            for name, (out, size) in sizes.items()
+        }
 
     def rows(self) -> dict[int, list[str]]:
         """A mixed batch for each worker: tasks of the bank, the model's adapter, the base model."""
