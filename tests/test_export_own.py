@@ -12,7 +12,6 @@ from subspace_peft import SubspaceConfig, build_basis, export_lora
 from subspace_peft.cli import main
 from subspace_peft.tuner import SubspaceLayer
 from subspace_peft.tuner.coefficients import KINDS
-from subspace_peft.tuner.own_directions import own_scale
 
 from .bundle.conftest import logits
 from .models import bert, gpt2, randomise
@@ -40,7 +39,7 @@ def trained(make, basis, seed: int = 5, **config) -> PeftModel:
                 # as large as the core, or nothing here would notice that they are missing
                 own = layer.subspace_coef["default"]
                 own.extra_U.mul_(layer.get_delta_weight("default").norm() / (own.extra_U @ own.extra_V).norm())
-                own.extra_U.div_(own_scale(config["alpha"]))
+                own.extra_U.div_(layer.own_units(config["alpha"]).scale)
     return model
 
 

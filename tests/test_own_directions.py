@@ -17,7 +17,7 @@ from subspace_peft.tasks.read import read_task
 from subspace_peft.tasks.write import core_tensors, own_tensors_of, write_task
 from subspace_peft.tuner import SubspaceLayer
 from subspace_peft.tuner.coefficients import KINDS
-from subspace_peft.tuner.own_directions import own_norm, own_scale, own_tensors, own_update
+from subspace_peft.tuner.own_directions import own_tensors, own_units, own_update
 
 from .models import inputs, randomise
 
@@ -51,7 +51,7 @@ def test_the_start_has_no_effect_and_both_sides_learn(kind, bases, coefficients,
         own = layer.subspace_coef["default"]
         # orthogonal to the basis and to one another, of one norm
         v, V = own.extra_V.detach(), layer.subspace_V["default"]
-        torch.testing.assert_close(v @ v.T, own_norm(256.0) ** 2 * torch.eye(2), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(v @ v.T, layer.own_units(256.0).norm ** 2 * torch.eye(2), atol=1e-4, rtol=1e-4)
         assert (v @ V.T).abs().max() < 1e-5 and not own.extra_U.any()
     for _ in range(2):
         optimiser.zero_grad()
@@ -71,7 +71,7 @@ def test_delta_is_the_cores_plus_its_own(kind, bases, coefficients, gain):
             delta = layer(x) - layer.base_layer(x)
             core = layer._core("default") * layer.scaling["default"]
         own = layer.subspace_coef["default"]
-        part = own_scale(8.0) * own.extra_U @ own.extra_V
+        part = layer.own_units(8.0).scale * own.extra_U @ own.extra_V
         dense = layer.subspace_U["default"] @ core @ layer.subspace_V["default"] + part
         weight = layer.get_delta_weight("default")
         torch.testing.assert_close(weight.T if layer.fan_in_fan_out else weight, dense, atol=1e-5, rtol=1e-4)
@@ -123,32 +123,40 @@ def test_a_task_read_and_written_again_computes_the_same(kind, bases, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("embedding", [False, True])
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_factors_are_stored_in_the_gauge_of_a_start(rank):
+def test_factors_are_stored_in_the_gauge_of_a_start(rank, embedding):
     torch.manual_seed(0)
     B, A = torch.randn(9, 3, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)
-    made = own_tensors(B, A, rank, 100.0)
-    u, v = own_update(made["extra_U"], made["extra_V"], 100.0)
+    units = own_units(100.0, 9, 7, embedding=embedding)
+    made = own_tensors(B, A, rank, units)
+    u, v = own_update(made["extra_U"], made["extra_V"], units)
     P, S, T = torch.linalg.svd(B @ A, full_matrices=False)
     best = (P[:, :rank] * S[:rank]) @ T[:rank]
     torch.testing.assert_close(u @ v, best, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        v @ v.T, own_norm(100.0) ** 2 * torch.eye(rank, dtype=torch.float64), atol=1e-4, rtol=1e-5
-    )
+    side = made["extra_U"].T if embedding else made["extra_V"]
+    torch.testing.assert_close(side @ side.T, units.norm**2 * torch.eye(rank), atol=1e-4, rtol=1e-5)
     assert tuple(made["extra_U"].shape) == (9, rank) and made["extra_V"].dtype == torch.float32
 
 
-def test_one_rate_moves_them_as_far_at_any_alpha():
-    # halving alpha and doubling the rate is the same training, of core and own directions alike
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("sizes", [(384, 384), (4096, 4096), (11008, 4096), (96, 27)])
+def test_one_rate_moves_them_as_far_at_any_alpha_and_width(sizes, embedding):
+    (out, inner), usual = sizes, own_units(256.0, 384, 384)
     for alpha in (1.0, 64.0, 256.0, 1000.0):
-        step = own_scale(alpha) * (1 / alpha) * own_norm(alpha)
-        assert step == pytest.approx(own_scale(256.0) * (1 / 256.0) * own_norm(256.0))
-        assert own_scale(alpha) / alpha**2 == pytest.approx(own_scale(256.0) / 256.0**2)
+        units, rate = own_units(alpha, out, inner, embedding=embedding), 256.0 / alpha
+        drawn, moved = (out, out) if embedding else (inner, out)
+        # a step of the side at zero moves ΔW, and one of the other side turns it, by a multiple of the rate
+        step = units.scale * units.norm * rate * moved**0.5
+        assert step == pytest.approx(usual.scale * usual.norm * 384**0.5)
+        assert rate * drawn**0.5 / units.norm == pytest.approx(384**0.5 / usual.norm)
 
 
 def test_the_scale_that_saved_tasks_rely_on_stays():
     # a task's file holds u and v alone: another scale would change what every saved one computes
-    assert (own_scale(256.0), own_scale(128.0)) == (4.0, 1.0)
+    assert own_units(256.0, 384, 384).scale == 4.0 and own_units(128.0, 384, 384).scale == 1.0
+    assert own_units(256.0, 768, 3072).scale == 1.0
+    assert own_units(256.0, 768, 30_000, embedding=True).scale == 2.0
 
 
 def test_patterns_say_which_modules_have_them(kind, bases, tmp_path):

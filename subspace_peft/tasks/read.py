@@ -182,7 +182,8 @@ def assemble(config: SubspaceConfig, tensors: Mapping[str, torch.Tensor], basis:
         core, extra = split_own(parts)
         cores[name] = _core(config, name, known[name], parts_of, core)
         if extra:
-            own_parts[name] = own_update(*(extra[key] for key in OWN), config.alpha)
+            u, v = (extra[key] for key in OWN)
+            own_parts[name] = own_update(u, v, config.sizes.own_units(name, u.shape[0], v.shape[1]))
     return SavedTask(config, cores, parts_of, extras, own_parts)
 
 

@@ -181,7 +181,8 @@ def own_tensors_of(
     tensors = {}
     for module, (B, A) in own.items():
         rank = config.sizes.extra_of(module, {"out": B.shape[0], "in": A.shape[1]})
-        for name, value in own_tensors(B, A, rank, config.alpha).items() if rank else ():
+        units = config.sizes.own_units(module, B.shape[0], A.shape[1])
+        for name, value in own_tensors(B, A, rank, units).items() if rank else ():
             tensors[f"{PREFIX}{module}.subspace_coef.{name}"] = value
     return tensors
 

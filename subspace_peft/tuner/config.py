@@ -124,6 +124,8 @@ class SubspaceConfig(Shown, ConfigFields):
             self.mean_gain,
             self.extra_rank,
             self.extra_rank_pattern,
+            # of a convolution's weight four sizes are noted
+            frozenset(name for name, shape in (self.weight_shapes or {}).items() if len(shape) == 2),
         )
 
     @property

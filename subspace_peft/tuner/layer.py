@@ -18,7 +18,7 @@ from .fused import Terms
 from .injection import source_index
 from .learning_rate import watch
 from .load_tracker import LoadTracker
-from .own_directions import start_own
+from .own_directions import OwnUnits, own_units, start_own
 from .plan import InjectionPlan
 from .row_batch import RowBank
 from .row_context import RowSlot
@@ -117,7 +117,7 @@ class SubspaceLayer(BaseTunerLayer):
         )
         scale = default_scale(config.alpha, coefficients)
         self.extra_rank[adapter_name] = coefficients.extra_rank
-        self.extra_scaling[adapter_name] = config.sizes.extra_scale
+        self.extra_scaling[adapter_name] = self.own_units(config.alpha).scale
         self.scaling[adapter_name] = self.configured_scaling[adapter_name] = scale
         self.r[adapter_name] = (U.shape[1], V.shape[0])
         self.subspace_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -221,9 +221,9 @@ class SubspaceLayer(BaseTunerLayer):
         core = None if core is None else core.cpu() / self.scaling[adapter_name]
         coefficients.start(core, None if directions is None else directions.cpu())
         if coefficients.extra_rank and not config.loaded:
-            by_rows = kind_of(self) != "embedding"
-            side = self.subspace_V[adapter_name] if by_rows else self.subspace_U[adapter_name].T
-            start_own(coefficients, side, config.alpha, by_rows=by_rows)
+            units = self.own_units(config.alpha)
+            side = self.subspace_V[adapter_name] if units.by_rows else self.subspace_U[adapter_name].T
+            start_own(coefficients, side, units)
         if not config.init_weights and not config.loaded:
             coefficients.perturb()
 
@@ -257,6 +257,10 @@ class SubspaceLayer(BaseTunerLayer):
     def _frozen(self, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         mean = self.subspace_M.get(adapter)
         return None if mean is None else mean / self.configured_scaling[adapter], self.subspace_G.get(adapter)
+
+    def own_units(self, alpha: float) -> OwnUnits:
+        """Return the units in which a task of this `alpha` stores its own directions here."""
+        return own_units(alpha, *sizes(self.get_base_layer()), embedding=kind_of(self) == "embedding")
 
     def own_part(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the own directions' part of ΔW at the present scale as factors, detached, float32 or wider.

@@ -94,7 +94,7 @@ def _fill(layer: SubspaceLayer, adapter: str, update: Update, alpha: float) -> N
     coefficients = layer.subspace_coef[adapter]
     coefficients.start((update.core / layer.scaling[adapter]).float(), None)
     if update.own is not None:
-        for name, value in own_tensors(*update.own, coefficients.extra_rank, alpha).items():
+        for name, value in own_tensors(*update.own, coefficients.extra_rank, layer.own_units(alpha)).items():
             getattr(coefficients, name).copy_(value)
     coefficients.requires_grad_(False)
 

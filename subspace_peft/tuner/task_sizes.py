@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 
 from ..basis import ModuleBasis
 from .coefficients import OWN, default_scale, make_coefficients
-from .own_directions import own_scale
+from .own_directions import OwnUnits, own_units
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class TaskSizes:
         mean_gain: how the mean core is used: ``none``, ``fixed`` or ``trainable``.
         extra_rank: how many directions of its own the task has per module, φ.
         extra_rank_pattern: another φ for some modules, as in `rank_pattern`; 0 for none.
+        embeddings: names of the modules that are embeddings.
     """
 
     coefficients: str
@@ -39,11 +40,11 @@ class TaskSizes:
     mean_gain: str
     extra_rank: int = 0
     extra_rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
 
-    @property
-    def extra_scale(self) -> float:
-        """The factor s' of the own directions' ``u v`` in ΔW."""
-        return own_scale(self.alpha)
+    def own_units(self, name: str, out: int, inner: int) -> OwnUnits:
+        """Return the units of the own directions in the module `name`, whose ΔW is (out, inner)."""
+        return own_units(self.alpha, out, inner, embedding=name in self.embeddings)
 
     def extra_of(self, name: str, shape: Mapping[str, int]) -> int:
         """Return how many directions of its own the task has in the module `name`: no more than fit.
