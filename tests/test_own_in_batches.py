@@ -164,16 +164,16 @@ def test_quantised_layers(kind):
     torch.manual_seed(0)
     base = {"basis": "random", "k": 3, "target_modules": targets, "save_basis": True}
     model = get_peft_model(make(), SubspaceConfig(**base, extra_rank=2))
-    model.add_adapter("two", SubspaceConfig(**base, extra_rank=1))
+    model.add_adapter("second", SubspaceConfig(**base, extra_rank=1))
     model.add_adapter("plain", SubspaceConfig(**base))
     filled(model)
     x = torch.cat([given(), given()])
-    names = ["two", "__base__", "plain", "default"]
+    names = ["second", "__base__", "plain", "default"]
     expected = alone(model, x, names)
     bank = TaskBank(model, "default")
-    for name in ("two", "plain", "default"):
+    for name in ("second", "plain", "default"):
         bank.add(name.upper(), read_task(model, adapter_name=name))
-    for each in (names, ["TWO", "__base__", "PLAIN", "default"], ["TWO", "__base__", "PLAIN", "DEFAULT"]):
+    for each in (names, ["SECOND", "__base__", "PLAIN", "default"], ["SECOND", "__base__", "PLAIN", "DEFAULT"]):
         torch.testing.assert_close(outputs(model, x, adapter_names=each), expected, atol=1e-4, rtol=1e-4)
 
 
