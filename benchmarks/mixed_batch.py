@@ -1,5 +1,8 @@
 """Batches in which every row is a task of its own: ours, PEFT's LoRA, one LoRA for all rows, and the frozen base.
 
+Ours with cores alone, and with directions of the tasks' own beside them (`--own`, as many per task as a LoRA of that
+rank has).
+
     python benchmarks/mixed_batch.py
     python benchmarks/mixed_batch.py --tasks 64 --rounds 5
 
@@ -13,6 +16,7 @@ benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import warnings
 from pathlib import Path
@@ -32,13 +36,18 @@ TARGETS = {"query, value": ["q_proj", "v_proj"], "all linear": "all-linear"}
 SHAPES = ((32, 128), (64, 128), (32, 1), (64, 1))
 
 
-def ours(base: nn.Module, tasks: int, k: int, targets: Any) -> tuple[nn.Module, TaskBank]:
+def ours(base: nn.Module, tasks: int, k: int, targets: Any, own: int = 0) -> tuple[nn.Module, TaskBank]:
     config = SubspaceConfig(basis="random", k=k, target_modules=targets, save_basis=True)
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    bank = TaskBank(model, capacity=tasks)
+    bank = TaskBank(model, capacity=tasks, extra_rank=own)
+    sizes = {module: layer.r["default"] for module, layer in bank.layers.items()}
+    sides = {module: (layer.out_features, layer.in_features) for module, layer in bank.layers.items()}
     for i in range(tasks):
-        sizes = {module: layer.r["default"] for module, layer in bank.layers.items()}
-        bank.add(f"t{i}", {module: 0.01 * torch.randn(size) for module, size in sizes.items()})
+        bank.add(
+            f"t{i}",
+            {module: 0.01 * torch.randn(size) for module, size in sizes.items()},
+            own={module: (0.01 * torch.randn(n, own), torch.randn(own, m)) for module, (n, m) in sides.items()},
+        )
     return model, bank
 
 
@@ -57,13 +66,15 @@ def loras(base: nn.Module, tasks: int, targets: Any) -> nn.Module:
     return model.eval()
 
 
-def measure(tasks: int, targets: Any, k: int, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+def measure(tasks: int, targets: Any, k: int, rounds: int, own: list[int]) -> dict[str, dict[str, dict[str, float]]]:
     torch.manual_seed(0)
     base = decoder().requires_grad_(False).eval()
-    mine, bank = ours(base, tasks, k, targets)
+    mine = {
+        "core bank" if count == 0 else f"core bank, {count} own": ours(base, tasks, k, targets, count) for count in own
+    }
     many, one = loras(base, tasks, targets), loras(base, 1, targets)
     memory = {
-        "core bank": bank.rows.numel() * bank.rows.element_size(),
+        **{name: bank.rows.numel() * bank.rows.element_size() for name, (_, bank) in mine.items()},
         "LoRA adapter_names": sum(p.numel() * p.element_size() for n, p in many.named_parameters() if "lora_" in n),
     }
     found = {}
@@ -74,14 +85,15 @@ def measure(tasks: int, targets: Any, k: int, rounds: int) -> dict[str, dict[str
             "frozen base": lambda x=x: base(inputs_embeds=x, use_cache=False),
             "one LoRA": lambda x=x: one.base_model.model(inputs_embeds=x, use_cache=False),
             "LoRA adapter_names": lambda x=x: many.base_model.model(inputs_embeds=x, use_cache=False),
-            "core bank": lambda x=x: mine.base_model.model(inputs_embeds=x, use_cache=False),
+            **{
+                name: lambda x=x, model=model: model.base_model.model(inputs_embeds=x, use_cache=False)
+                for name, (model, _) in mine.items()
+            },
         }
         named = {"adapter_names": names}
-        with (
-            torch.no_grad(),
-            many.base_model._enable_peft_forward_hooks(**named),
-            mine.base_model._enable_peft_forward_hooks(**named),
-        ):
+        with torch.no_grad(), contextlib.ExitStack() as open_batches:
+            for model in (many, *(model for model, _ in mine.values())):
+                open_batches.enter_context(model.base_model._enable_peft_forward_hooks(**named))
             # a prefill takes a hundred times as long as a decoding step, and varies less
             count = rounds if tokens == 1 else max(3, rounds // 4)
             found[f"{rows} rows × {tokens}"] = ratios(paired(runs, rounds=count, warmup=1), "frozen base")
@@ -113,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", default=[64, 256, 1000])
     parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--own", type=int, nargs="+", default=[0, 2], help="own directions per task and module")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mixed_batch.json")
@@ -123,7 +136,7 @@ def main() -> None:
     results = {}
     for title, targets in TARGETS.items():
         for tasks in args.tasks:
-            results[f"{title}, {tasks} tasks"] = measure(tasks, targets, args.k, args.rounds)
+            results[f"{title}, {tasks} tasks"] = measure(tasks, targets, args.k, args.rounds, args.own)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     write(args.out, {"settings": settings, "results": results}, table(results))
 
