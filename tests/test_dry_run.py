@@ -340,7 +340,7 @@ def test_objects_that_are_no_options(fleets, given, said):
 def test_options_can_be_hashed_and_are_optional():
     one, other = (BuildOptions(weights={"a": n}, target_modules=["b"]) for n in (1, 1.0))
     assert one == other and hash(one) == hash(other)
-    assert len({UpdateOptions(), UpdateOptions(add=8), Resources(), CompleteOptions()}) == 3
+    assert len({UpdateOptions(), UpdateOptions(add=None), Resources(), CompleteOptions()}) == 3
     shown = inspect.signature(build_basis).parameters["options"]
     assert (shown.annotation, shown.default) == ("BuildOptions | None", None)
 

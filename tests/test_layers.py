@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "builders": BASIS | {"sources", "tuner", "tasks"},
     "tuner": BASIS,
     "tasks": BASIS | {"tuner"},
-    "convert": BASIS | {"sources", "tuner", "tasks"},
+    "convert": BASIS | {"sources", "builders", "tuner", "tasks"},
     "bundle": BASIS | {"sources", "tuner", "tasks", "convert"},
     "serve": BASIS | {"tuner", "tasks", "convert", "bundle"},
     "report": BASIS | {"sources", "builders", "tuner", "tasks", "convert"},

@@ -212,8 +212,12 @@ def _plan_of_update(update: PreparedUpdate, precision: str) -> BuildPlan:
     for key, name in update.changed.items():
         task = plan.module(name)
         ranks = sum(task.ranks)
-        add = ranks if isinstance(options.add, float) else options.add
-        add_in = add if options.add_in is None else options.add_in
+        more, more_in, bound = update.growth(name)
+        add = ranks if isinstance(more, float) else more
+        add_in = add if more_in is None else more_in
+        own = sum(each[name][0].shape[1] for each in update.absorbed.values() if name in each)
+        most = (own, own) if bound is None else (min(own, bound[0]), min(own, bound[1]))
+        add, add_in = add + most[0], add_in + most[1]
         grown = (old[key]["k_out"] + min(ranks, add), old[key]["k_in"] + min(ranks, add_in))
         modules[name] = _size(task, *(options.refit or grown))
     k, k_in = options.refit or (plan.k, None)

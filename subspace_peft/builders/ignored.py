@@ -8,7 +8,7 @@ from typing import Any
 from .._io.warn import warn_caller
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.module_store import names_of
-from .options import DEFAULT_K, BuildOptions, CompleteOptions, UpdateOptions
+from .options import DEFAULT_ADD, DEFAULT_K, BuildOptions, CompleteOptions, UpdateOptions
 
 
 def warn_of_ignored(options: BuildOptions, *, sources: Any, like: Any, base_model: Any) -> None:
@@ -156,14 +156,38 @@ def fewer_directions(
     return {"asked": list(most), "modules": short} if short else None
 
 
-def warn_of_few_added(options: UpdateOptions, old: SubspaceBasis, new: SubspaceBasis) -> None:
-    """Warn where no module of a basis that grew got as many directions as were asked for."""
-    if options.refit is not None or "add" not in options.changed() or not isinstance(options.add, int):
+def warn_of_few_added(options: UpdateOptions, old: SubspaceBasis, new: SubspaceBasis, *, absorbing: bool) -> None:
+    """Warn where no module of a basis that grew got as many directions as were asked for, or too few for its tasks.
+
+    Args:
+        options: of the update.
+        old: the basis before.
+        new: the basis that grew.
+        absorbing: whether tasks on the old basis were absorbed.
+    """
+    if options.refit is not None or not options.bounded or not isinstance(options.growth, int):
+        return
+    if absorbing:
+        facts = new.info["update"]["modules"]
+        short = [
+            name
+            for name, each in facts.items()
+            if any(had < needed for had, needed in zip(each["added"], each.get("needed") or (0, 0), strict=True))
+        ]
+        if short:
+            most = max(max(facts[name]["needed"]) for name in short)
+            warn_caller(
+                f"add={options.growth}: the tasks' own directions need up to {most} beside the basis's, and in"
+                f" {len(short)} modules ({names_of(short, 3)}) only the strongest are absorbed. Leave add= (--add) out"
+                " to absorb all: else such tasks keep their own directions when they are migrated."
+            )
+        return
+    if options.add in (None, DEFAULT_ADD):
         return
     before, after = old.shapes(), new.shapes()
     most = max(after[name][side] - before[name][side] for name in before for side in ("k_out", "k_in"))
-    if most < options.add:
-        warn_caller(f"add={options.add}: the new adapters span no more than {most} directions beside the basis's.")
+    if most < options.growth:
+        warn_caller(f"add={options.growth}: the new adapters span no more than {most} directions beside the basis's.")
 
 
 def warn_of_fewer(found: Mapping[str, Any] | None, count: int) -> None:

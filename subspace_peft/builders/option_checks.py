@@ -109,6 +109,11 @@ def directions_or_share(name: str, value: Any) -> int | float:
     return found
 
 
+def directions_or_share_or_none(name: str, value: Any) -> int | float | None:
+    """Return what `directions_or_share` does, or None of None."""
+    return None if value is None else directions_or_share(name, value)
+
+
 def one_of(*choices: str, optional: bool = False) -> Check:
     """Return a check for a few words; where `optional`, None passes."""
 

@@ -16,6 +16,7 @@ from .option_checks import (
     anything,
     base_name,
     directions_or_share,
+    directions_or_share_or_none,
     names_or_none,
     number,
     one_of,
@@ -35,6 +36,7 @@ CONTROLS = ("random", "base-weights")  # builders that need no fleet
 FILLINGS = ("random", "base-weights")
 WEIGHTS = ("equal", "norm")
 DEFAULT_K = 32
+DEFAULT_ADD = 8
 
 SKIP_BAD = ("leave bad sources out, each with its reason", truth)
 ALLOW_BIN = ("read pickled adapter_model.bin too, weights_only", truth)
@@ -228,7 +230,8 @@ class UpdateOptions(Options):
 
     Attributes:
         add: at most so many new directions per side and module, or the share of the new adapters' energy in (0, 1)
-            that old and new directions have to keep together in every module.
+            that old and new directions have to keep together in every module. Default: 8, and of tasks on this basis
+            as many as their own directions need; where a number is given, these too are at most so many.
         add_in: on the input side, where that differs.
         k: instead of growing, fit so many directions from scratch.
         k_in: on the input side, where that differs.
@@ -244,10 +247,11 @@ class UpdateOptions(Options):
         allow_bin: take pickled sources (``adapter_model.bin``) too, read with ``weights_only=True``.
     """
 
-    add: int | float = option(
-        8,
-        "most new directions per side, or a share of the new adapters' energy to keep (default: {default})",
-        directions_or_share,
+    add: int | float | None = option(
+        None,
+        f"most new directions per side, or a share of the new adapters' energy to keep (default: {DEFAULT_ADD}; of"
+        " tasks on this basis what their own directions need)",
+        directions_or_share_or_none,
         convert=number,
     )
     add_in: int | None = option(None, "on the input side, where they differ", whole(0, optional=True), convert=int)
@@ -283,6 +287,21 @@ class UpdateOptions(Options):
             )
         if self.max_drift is not None and not self.max_drift >= 0:
             raise SubspaceError(f"max_drift={self.max_drift}: give 0 or more, as a share of ‖ΔW‖.")
+
+    @property
+    def growth(self) -> int | float:
+        """The directions to add for adapters, or the share of their energy to keep."""
+        return DEFAULT_ADD if self.add is None else self.add
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a number bounds the directions that tasks' own ones add, too."""
+        return self.add is not None or self.add_in is not None
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether tasks on the basis are absorbed, instead of approximated as adapters are."""
+        return self.refit is None and not isinstance(self.add, float)
 
     @property
     def refit(self) -> tuple[int, int] | None:

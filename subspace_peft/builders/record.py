@@ -109,4 +109,6 @@ def _facts(source: Source) -> dict[str, Any]:
         "dtypes": sorted(source.dtypes),
         "left_out_tensors": list(source.other_keys),
         **source.conversion,
+        # of a task, which basis it is on
+        **({} if source.task is None else {"task_on": source.task.config.basis_fingerprint}),
     }

@@ -10,7 +10,6 @@ import torch
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.transfer import Transfer
 from ..errors import SubspaceError
-from ..tasks.read import SavedTask, read_task
 
 
 class TaskCores:
@@ -28,6 +27,8 @@ class TaskCores:
     """
 
     def __init__(self, name: str, task: Any, basis: SubspaceBasis) -> None:
+        from ..tasks.read import SavedTask, read_task
+
         given = isinstance(task, Mapping) and all(isinstance(each, torch.Tensor) for each in task.values())
         found = task if given else read_task(task)
         if isinstance(found, SavedTask) and found.config.basis_fingerprint not in (None, basis.fingerprint):

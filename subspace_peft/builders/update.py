@@ -15,8 +15,10 @@ from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import ModuleBasis, SubspaceBasis
 from ..basis.lineage import warn_float32
 from ..basis.module import tensor_sha256
+from ..basis.transfer import Own
 from ..errors import SubspaceError
 from ..sources.source import Source
+from .absorb import own_parts
 from .base_model import base_model_name, check_weights, keep_weights
 from .fleet import Fleet, gather
 from .ignored import fewer_directions, warn_of_few_added, warn_of_fewer, warn_of_ignored_in_update
@@ -45,6 +47,8 @@ class PreparedUpdate:
         changed: the same, of those modules only that an update is not zero in.
         plan: how each module is built within the memory.
         tasks: per task of the old basis, module of the basis → core (k_out, k_in), float64.
+        absorbed: per source that is a task on the old basis, by its place in the fleet: module of the fleet → ``(B,
+            A)`` of its own directions.
         kept: the folder of finished modules, or None.
         base_model: the base model's name, where it is known.
     """
@@ -57,6 +61,7 @@ class PreparedUpdate:
     changed: dict[str, str]
     plan: MemoryPlan
     tasks: list[dict[str, torch.Tensor]]
+    absorbed: dict[int, dict[str, Own]]
     kept: WorkFolder | None
     base_model: str | None
 
@@ -64,6 +69,20 @@ class PreparedUpdate:
     def sources_before(self) -> list[dict[str, Any]]:
         """The entries of the old basis's sources."""
         return self.old.info.get("sources") or []
+
+    def growth(self, name: str) -> tuple[int | float, int | None, tuple[int, int] | None]:
+        """Return ``add``, ``add_in`` and the bound on tasks' own directions in a module of the fleet.
+
+        What a task on the old basis needs is what its own directions need; `add` is for all other sources.
+        """
+        options, bound = self.options, None
+        if options.bounded and not isinstance(options.growth, float):
+            bound = options.growth, options.growth if options.add_in is None else options.add_in
+        others = any(
+            name in source.keys and i not in self.absorbed and source.norms[name] > 0
+            for i, source in enumerate(self.fleet.sources)
+        )
+        return (options.growth, options.add_in, bound) if others else (0, 0, bound)
 
     def module(self, key: str) -> ModuleBasis:
         """Return a module of the old basis.
@@ -98,6 +117,12 @@ def update_basis(
     from scratch within k directions, for the old sources' stored cores, the tasks' `cores` and the new adapters alike:
     the basis stays small, and tasks drift.
 
+    A task on this very basis among the sources (or on an earlier version that it begins with) is absorbed: the basis
+    grows by the directions of its own that it trained with `extra_rank`, as far as they lie outside, at most so many
+    per side and none where they lie inside; tasks share them. `migrate_task` then makes it a plain core, exactly.
+    Neither `add`'s default nor the core counts for that; an `add` that is given bounds them too, and cuts off the
+    weakest. A share of energy, or `k`, takes such a task as any other adapter.
+
     The mean core M stays the one that the old basis's tasks use (with `k`: its projection), as do direction tensors G
     and the spectra, which are those of the first version's fleet. Stored source cores are joined by the new sources',
     of which an old source's say how much the old basis kept of it. Modules that no new adapter changes stay as they
@@ -105,7 +130,8 @@ def update_basis(
 
     Args:
         basis: a basis, its folder or its Hub id.
-        sources: the new adapters, as in `build_basis`. One that is in the basis already (by sha256) is a bad source.
+        sources: the new adapters, as in `build_basis`, and tasks in a basis: folder, Hub id, live PeftModel or
+            `SavedTask`. One that is in the basis already (by sha256) is a bad source.
         options: how to update; its fields are keywords of their own, too.
         resources: as in `build_basis`; its fields are keywords of their own, too.
         cores: with `k`: per task of the old basis its module → core (k_out, k_in) in units of ΔW, such as
@@ -128,7 +154,7 @@ def update_basis(
     warn_of_ignored_in_update(options, cores=bool(update.tasks))
     new = _new_version(update, _update_modules(update))
     warn_of_fewer(new.info["update"].get("fewer_directions"), len(new))
-    warn_of_few_added(update.options, update.old, new)
+    warn_of_few_added(update.options, update.old, new, absorbing=bool(update.absorbed))
     keep_weights(new, base_model)
     return new
 
@@ -178,8 +204,10 @@ def prepare_update(
         if any(name in source.keys and source.norms[name] > 0 for source in fleet.sources)
     }
     fleet = replace(fleet, modules=list(changed.values()))
+    parts = [own_parts(source, old) for source in fleet.sources] if options.absorbs else []
+    absorbed = {i: each for i, each in enumerate(parts) if each is not None}
     plan = MemoryPlan(
-        fleet, "adapters", _most_directions(old, changed, options), None, options.weights, resources.memory
+        fleet, "adapters", _most_directions(old, changed, options, absorbed), None, options.weights, resources.memory
     )
     tasks = [by_basis_name(old, each, "cores") for each in cores]
     kept = None
@@ -190,15 +218,21 @@ def prepare_update(
         kept = WorkFolder(
             Path(resources.work_folder), fleet.sources, {**arguments, "update of": old.fingerprint, "cores": hashes}
         )
-    return PreparedUpdate(old, options, resources, fleet, names, changed, plan, tasks, kept, name)
+    return PreparedUpdate(old, options, resources, fleet, names, changed, plan, tasks, absorbed, kept, name)
 
 
-def _most_directions(old: SubspaceBasis, changed: Mapping[str, str], options: UpdateOptions) -> int:
+def _most_directions(
+    old: SubspaceBasis,
+    changed: Mapping[str, str],
+    options: UpdateOptions,
+    absorbed: Mapping[int, Mapping[str, Own]],
+) -> int:
     """Return the most directions that a side of a changed module may get."""
     shapes = old.shapes()
     before = max(max(shapes[key]["k_out"], shapes[key]["k_in"]) for key in changed)
-    more = GUESSED_K if isinstance(options.add, float) else max(options.add, options.add_in or 0)
-    return max(before + more, *(options.refit or (0, 0)))
+    more = GUESSED_K if isinstance(options.growth, float) else max(options.growth, options.add_in or 0)
+    own = max(sum(each[name][0].shape[1] for each in absorbed.values() if name in each) for name in changed.values())
+    return max(before + more + own, *(options.refit or (0, 0)))
 
 
 def _update_modules(update: PreparedUpdate) -> Updated:
@@ -217,10 +251,10 @@ def _update_modules(update: PreparedUpdate) -> Updated:
             for name in group:
                 key = keys[name]
                 cores = [each[key] for each in update.tasks if key in each]
-                old = OldModule(key, update.module(key), counts, cores)
-                done[key] = update_module(
-                    update.plan, reader, name, old, options.add, options.add_in, options.refit, options.alternations
-                )
+                own = [each[name] for each in update.absorbed.values() if name in each]
+                old = OldModule(key, update.module(key), counts, cores, own=own)
+                growth = update.growth(name)
+                done[key] = update_module(update.plan, reader, name, old, *growth, options.refit, options.alternations)
                 if kept is not None:
                     kept.put(name, *done[key])
                 bar.update()
@@ -245,6 +279,9 @@ def _new_version(update: PreparedUpdate, done: Updated) -> SubspaceBasis:
     arguments = options.record(len(update.tasks))
     info = record(old, update.fleet, update.names, arguments, modules, facts, drifts if refitted else {})
     info["base_model_name_or_path"] = update.base_model
+    if update.absorbed:
+        tasks = [update.fleet.sources[i] for i in update.absorbed]
+        info["update"]["absorbed"] = [{"name": task.name, "sha256": task.sha256} for task in tasks]
     if refitted:
         if short := fewer_directions({key: modules[key] for key in done}, options):
             info["update"]["fewer_directions"] = short

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..basis import ModuleBasis
-from ..basis.transfer import Transfer
+from ..basis.transfer import Own, Transfer
 from ..energy import mean, share_of
 from ..errors import SubspaceError
+from .absorb import absorb
 from .extend import exact_beside, frame, grow, refit
 from .hosvd import Compressed, Pair
 from .memory import MemoryPlan
@@ -29,6 +31,7 @@ class OldModule:
         tasks: cores (k_out, k_in) of tasks that have to be kept as well, in units of ΔW.
         task_weights: how much each of these counts; None for alike.
         fit_sources: whether a refit is to its sources' stored cores too.
+        own: the own directions of tasks that it absorbs, ``(B, A)`` each.
     """
 
     name: str
@@ -37,6 +40,7 @@ class OldModule:
     tasks: list[torch.Tensor]
     task_weights: list[float] | None = None
     fit_sources: bool = True
+    own: Sequence[Own] = ()
 
 
 def update_module(
@@ -46,6 +50,7 @@ def update_module(
     old: OldModule,
     add: int | float,
     add_in: int | None,
+    bound: tuple[int, int] | None,
     k: tuple[int, int] | None,
     alternations: int,
 ) -> tuple[ModuleBasis, dict[str, Any]]:
@@ -58,15 +63,22 @@ def update_module(
         old: the module as it is.
         add: directions to add per side, or the share of the new adapters' energy to keep.
         add_in: directions to add on the input side where they differ.
+        bound: the most that tasks' own directions may add per side; None for what they need.
         k: instead, directions per side to fit for old and new alike.
         alternations: at most this many rounds.
 
     Returns:
-        The new module, and the facts about it: ``added`` directions per side, ``kept_before`` and ``kept`` of the new
+        The new module, and the facts about it: ``added`` directions per side, ``needed`` by the tasks' own directions
+        where there are such, ``kept_before`` and ``kept`` of the new
         adapters' energy (means over them), ``numerics``, ``drift`` (the most that a core loses of its norm),
         ``shares`` kept of every new source, and ``squares``, the old sources' squared norms before and after.
     """
-    task, fixed = plan.module(name), frame(old.module)
+    task, start = plan.module(name), old.module
+    needed: tuple[int, int] | None = None
+    if k is None and old.own:
+        absorbed = absorb(start, old.own, bound)
+        start, needed = absorbed.module, absorbed.needed
+    fixed = frame(start)
     pair: Pair | None = None
     width = task.width
     while pair is None:
@@ -76,7 +88,7 @@ def update_module(
             stack = task.stack(reader, keep=plan.keep)
             compressed = compress(stack, width, leading=task.leading, bound=False, fixed=fixed)
         if k is None:
-            pair = grow(compressed, old.module, add, add_in, alternations)
+            pair = grow(compressed, start, add, add_in, alternations)
         else:
             pair = refit(with_old(compressed, old), k, alternations)
         # a share of energy takes as many directions as it takes
@@ -105,6 +117,7 @@ def update_module(
     ]
     return module, {
         "added": [pair.U.shape[1] - a, pair.V.shape[0] - b],
+        **({} if needed is None else {"needed": list(needed)}),
         "kept_before": mean(before),
         "kept": mean(shares),
         "numerics": "streamed" if compressed.passes else "exact",

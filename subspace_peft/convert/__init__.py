@@ -9,6 +9,7 @@ from .._lazy import attach
 from .._moved import NAMES, moved_name
 
 if TYPE_CHECKING:
+    from .absorb import absorb_task
     from .export import export_lora
     from .gguf import export_gguf
     from .lora_files import Export
@@ -20,6 +21,7 @@ _PLACES = {
     "Export": "lora_files",
     "Migration": "migrate",
     "Projection": "projection",
+    "absorb_task": "absorb",
     "export_gguf": "gguf",
     "export_lora": "export",
     "migrate_task": "migrate",
@@ -30,6 +32,7 @@ __all__ = [
     "Export",
     "Migration",
     "Projection",
+    "absorb_task",
     "export_gguf",
     "export_lora",
     "migrate_task",

@@ -14,6 +14,7 @@ from ..errors import BasisMismatchError, SubspaceError
 from ..tasks.read import SavedTask
 from ..tuner import SubspaceConfig
 from ..tuner.base_check import PROBED_SIDE
+from ..tuner.patterns import exact_pattern
 
 # an own part counts as inside a basis where this share of its norm, or less, lies outside: both are stored in float32
 INSIDE = 1e-6
@@ -68,9 +69,8 @@ def plain_config(task: SavedTask) -> SubspaceConfig:
     if len(set(ranks.values())) == 1 and len(ranks) == len(task.cores):
         config.extra_rank, config.extra_rank_pattern = next(iter(ranks.values())), {}
     else:
-        # a longer name first: a shorter one may be its end
-        config.extra_rank = 0
-        config.extra_rank_pattern = {name: ranks[name] for name in sorted(ranks, key=len, reverse=True)}
+        counts = {name: ranks.get(name, 0) for name in task.cores}
+        config.extra_rank, config.extra_rank_pattern = 0, exact_pattern(counts, 0)
     return config
 
 
@@ -116,13 +116,10 @@ def keep_sizes(config: SubspaceConfig, moves: Mapping[str, Transfer]) -> None:
     by_end: dict[str, set[tuple[int, int]]] = {}
     for name, size in sizes.items():
         by_end.setdefault(name.rpartition(".")[2], set()).add(size)
-    found: dict[str, tuple[int, int]] = {}
-    # a longer name first: a shorter one may be its end
-    for name in sorted(sizes, key=len, reverse=True):
-        end = name.rpartition(".")[2]
-        found[end if len(by_end[end]) == 1 else name] = sizes[name]
-    whole = {key: size for key, size in found.items() if "." in key}
-    config.rank_pattern = {key: a if a == b else [a, b] for key, (a, b) in {**whole, **found}.items()}
+    ends = {name: name.rpartition(".")[2] for name in sizes}
+    # the end of a name where it decides, else the name
+    found = {end if len(by_end[end]) == 1 else name: sizes[name] for name, end in ends.items()}
+    config.rank_pattern = {key: a if a == b else [a, b] for key, (a, b) in exact_pattern(found).items()}
 
 
 def inside(old: SavedTask, moves: Mapping[str, Transfer]) -> dict[str, torch.Tensor]:

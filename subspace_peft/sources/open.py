@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._adapted import unwrapped
+from .._adapted import active_adapter, unwrapped
 from ..basis.module import tensor_bytes
 from ..basis.module_names import PREFIX, has_peft_prefix, plain_name, plain_names
 from ..cards.readme import front_matter
@@ -27,6 +27,7 @@ from .pipeline import is_pipeline
 from .plain_lora import config_problems, method_problem, needs_conversion, tensor_problems
 from .source import IN_MEMORY, Source
 from .spans import read_spans
+from .task_source import is_saved_task, is_task, task_source
 
 
 def open_source(
@@ -35,9 +36,9 @@ def open_source(
     """Open a source adapter.
 
     Args:
-        reference: the folder of a PEFT LoRA; a LoRA file of diffusers or kohya; a Hub id,
+        reference: the folder of a PEFT LoRA, or of a task in a basis; a LoRA file of diffusers or kohya; a Hub id,
             ``org/name[@revision][:folder or file inside]``; a LoRA state dict, alone (its scale then counts as 1) or
-            as ``(state_dict, LoraConfig or dict)``; or a live PeftModel (its active adapter).
+            as ``(state_dict, LoraConfig or dict)``; a live PeftModel (its active adapter); or a `SavedTask`.
         token: as in huggingface_hub.
         allow_bin: take pickled weights too, read with ``weights_only=True``.
         base_model: the model that the adapter adapts: needed for DoRA, KaSA, BD-LoRA, PiSSA, OLoRA and adapters of
@@ -50,6 +51,8 @@ def open_source(
     if isinstance(reference, Source):
         return reference
     reference = unwrapped(reference)
+    if is_task(reference):
+        return _from_task(reference)
     if isinstance(reference, (str, Path)):
         return _from_files(locate(str(reference), token=token, allow_bin=allow_bin), base_model)
     if isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping):
@@ -59,8 +62,8 @@ def open_source(
     if hasattr(reference, "peft_config"):
         return _from_model(reference, base_model)
     raise SourceError(
-        "A source adapter is a LoRA folder or file, a Hub id, a state dict, (state_dict, config), or a PeftModel; got"
-        f" {type(reference).__name__}."
+        "A source adapter is a LoRA folder or file, a task's folder, a Hub id, a state dict, (state_dict, config), or"
+        f" a PeftModel; got {type(reference).__name__}."
     )
 
 
@@ -68,7 +71,13 @@ def is_one_source(reference: Any) -> bool:
     """Return whether `reference` is one source adapter, where a list of them is expected."""
     reference = unwrapped(reference)
     pair = isinstance(reference, tuple) and len(reference) == 2 and isinstance(reference[0], Mapping)
-    return pair or isinstance(reference, (str, Path, Mapping, Source)) or hasattr(reference, "peft_config")
+    one = isinstance(reference, (str, Path, Mapping, Source)) or is_saved_task(reference)
+    return pair or one or hasattr(reference, "peft_config")
+
+
+def _from_task(task: Any) -> Source:
+    name = "task" if is_saved_task(task) else active_adapter(task)
+    return task_source(task, IN_MEMORY, name)
 
 
 def _from_model(model: Any, base_model: nn.Module | None) -> Source:
@@ -161,6 +170,10 @@ def _check_tensors(tensors: Mapping[Any, Any], location: str) -> None:
 
 
 def _from_files(files: SourceFiles, base_model: nn.Module | None) -> Source:
+    if files.config is not None and method_of(files.config) == "SUBSPACE" and files.weights.suffix not in PICKLED:
+        folder = files.weights.parent
+        more = {"revision": files.revision, "folder": folder, "file": files.weights, "license": _license(folder)}
+        return task_source(folder, files.location, files.name, **more)
     names, read, metadata = open_tensors(files.weights, files.location)
     if files.config is not None and base_model is not None and (kind := _to_convert(files.config)):
         keys, tensors, more = _converted(files.config, kind, plain_names(names), read, base_model, files.location)
@@ -294,8 +307,8 @@ def _keys(
     kind = method_of(config)
     if kind == "SUBSPACE":
         raise SourceError(
-            f"{location}: the adapter's peft_type is SUBSPACE, not LORA: a task in a basis. Export it with"
-            " `subspace-peft export-lora`."
+            f"{location}: the adapter's peft_type is SUBSPACE, not LORA: a task in a basis. Give its folder, which"
+            " has its basis on record, or the model that it is loaded in."
         )
     if kind != "LORA":
         raise SourceError(f"{location}: {method_problem(kind)}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from ..errors import SourceError
 from .factors import Factors
 from .lora import is_saved_module, method_of, scaling
 from .spans import Span
+
+if TYPE_CHECKING:
+    from ..tasks.read import SavedTask
 
 IN_MEMORY = "in memory"
 
@@ -55,6 +58,8 @@ class Source(Shown):
         stamp: such a file's size in bytes and time of change in ns, from when it was scanned.
         said_base: the base model that the user says it is of, whatever its configuration says; or None.
         outer: what stands in front of its modules' names that the adapted model does not have; left out of its tasks.
+        shapes: tensor name → shape, where that is known without reading the tensor.
+        task: what it was read from, where it is a task in a basis.
     """
 
     name: str
@@ -82,6 +87,8 @@ class Source(Shown):
     stamp: tuple[int, int] | None = None
     said_base: str | None = None
     outer: str = ""
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    task: SavedTask | None = None
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
         yield "name", repr(self.name)
@@ -241,6 +248,8 @@ class Source(Shown):
         return (B or (1,))[0], math.prod(A[1:]), (A or (1,))[0]
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
+        if self.shapes is not None:
+            return self.shapes[key]
         return tuple(self.read(key).shape) if self.spans is None else self.spans[key].shape
 
     def weight_shape(self, module: str) -> list[int] | None:
@@ -248,6 +257,8 @@ class Source(Shown):
 
         That is (tokens, dimension) of an embedding, and four numbers of a convolution.
         """
+        if self.task is not None:
+            return (self.task.config.weight_shapes or {}).get(self.aliases.get(module, module))
         A, B = (self.read(self.keys[module][side]) for side in ("A", "B"))
         if A.dim() == 4:
             return [B.shape[0], *A.shape[1:]]

@@ -64,6 +64,14 @@ class SavedTask(Shown):
     def _shown_table(self) -> Table:
         return core_table(self.cores)
 
+    def out_in(self, module: str) -> tuple[int, int]:
+        """Return a module's (out, in); of a stored basis no tensor is read for it."""
+        if isinstance(self.modules, Parts):
+            shape = self.modules.basis.shapes()[self.modules.names[module]]
+            return shape["out"], shape["in"]
+        found = self.modules[module]
+        return found.out_features, found.in_features
+
     def renamed(self, names: Mapping[str, str]) -> SavedTask:
         """Return the task with other names of its modules.
 

@@ -6,10 +6,11 @@ import peft  # noqa: F401  registers this method first, whichever module of this
 
 from .._moved import moved_name
 from .config import SubspaceConfig
+from .extra_choice import ExtraRanks, choose_extra_ranks
 from .layer import SubspaceLayer
 from .model import SubspaceModel
 
-__all__ = ["SubspaceConfig", "SubspaceLayer", "SubspaceModel"]
+__all__ = ["ExtraRanks", "SubspaceConfig", "SubspaceLayer", "SubspaceModel", "choose_extra_ranks"]
 
 if not TYPE_CHECKING:
 
