@@ -30,7 +30,7 @@ LOAD = """
     store.FIRST = 1024
     from tests.models import bert, inputs
     model, sums = bert(), {}
-    for name in ["t7", "h2"]:
+    for name in ["t7", "h2", "o1"]:
         model = load_task(model, "org/bundle", name)
         model.set_adapter(name)
         sums[name] = model.eval()(inputs()).logits.double().sum().item()
@@ -78,7 +78,7 @@ def pushed(hub, fresh, folder, bases) -> str:
 
 @pytest.fixture
 def folder(bases, tmp_path, monkeypatch) -> Path:
-    """A hundred tasks in rows, and two that have a classifier."""
+    """A hundred tasks in rows, two that have a classifier, and two with directions of their own."""
     # pushing moves the basis, which other tests share
     for name in ("location", "revision"):
         monkeypatch.setattr(bases[bert], name, getattr(bases[bert], name))
@@ -94,8 +94,10 @@ def folder(bases, tmp_path, monkeypatch) -> Path:
     heads = {f"h{seed}": randomise(get_peft_model(bert(), config), seed=seed) for seed in (1, 2)}
     for model in heads.values():
         torch.nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+    config = SubspaceConfig(basis=bases[bert].location, extra_rank=2, extra_rank_pattern={"query": 1})
+    owns = {f"o{seed}": randomise(get_peft_model(bert(), config), seed=seed) for seed in (1, 2)}
     bundle_tasks(bank, tmp_path / "bundle", progress=False)
-    add_tasks(tmp_path / "bundle", heads, progress=False)
+    add_tasks(tmp_path / "bundle", {**heads, **owns}, progress=False)
     return tmp_path / "bundle"
 
 
@@ -111,12 +113,12 @@ def test_one_task_is_read_without_the_rest_and_pinned(hub, folder, bases, tmp_pa
     sums, basis, basis_commit, fingerprint, bundle = json.loads(client(hub, tmp_path / "two", LOAD))
     assert (basis, basis_commit) == ("org/basis", hub.repos["org/basis"].names["main"])
     assert fingerprint == bases[bert].fingerprint and str(folder) not in json.dumps(bundle)
-    assert (bundle["location"], bundle["revision"], bundle["task"]) == ("org/bundle", commit, "h2")
+    assert (bundle["location"], bundle["revision"], bundle["task"]) == ("org/bundle", commit, "o1")
     for name, given in sums.items():
         assert given == pytest.approx(total(load_task(bert(), folder, name)), rel=1e-6)
     asked = [path for path in hub.gets() if path.endswith(BUNDLE_FILE)]
     # the beginning, the rest of the header, and one request per task
-    assert len(asked) == 4 and f"/resolve/{commit}/" in asked[1]
+    assert len(asked) == 5 and f"/resolve/{commit}/" in asked[1]
     assert hub.sent - sum(len(data) for data in hub.files("org/basis").values()) < size - 90 * 4 * 36 * 4
 
 
@@ -130,6 +132,26 @@ def test_a_hundred_tasks_take_a_hundred_and_two_requests_at_most(hub, pushed, fr
         counts[first] = len(hub.log)
     # also where the header does not fit into the first request; a small bundle comes whole with it
     assert counts == {1024: 102, 128 * 1024: 1}
+
+
+def test_of_a_task_with_own_directions_its_bytes_alone_are_fetched(hub, pushed, folder, fresh, monkeypatch):
+    local = open_bundle(folder)
+    fresh("reader")
+    found = open_bundle("org/bundle")
+    asked = []
+    request = store._request
+
+    def noted(repo_id, revision, token, start, end):
+        asked.append(end - start)
+        return request(repo_id, revision, token, start, end)
+
+    monkeypatch.setattr(store, "_request", noted)
+    numbers = found.read("o2")
+    # cores of 6 × 6; one direction of 32 + 32 in two modules, two in the others
+    assert asked == [4 * (4 * 36 + 2 * 64 + 2 * 2 * 64)]
+    for module, (B, A) in local.read("o2").own.items():
+        assert torch.equal(numbers.own[module][0], B) and torch.equal(numbers.own[module][1], A)
+        assert B.shape[1] == (1 if "query" in module else 2)
 
 
 def test_branches_private_bundles_the_cache_and_no_network(hub, folder, fresh):

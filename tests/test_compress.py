@@ -100,6 +100,9 @@ def test_what_is_loaded_is_projection_plus_residual(make, fleet, tmp_path):
     assert whole.total.lost < 1e-6 and whole.total.kept < 0.9 and 0 < whole.residual_rank <= 16
     expected = run(PeftModel.from_pretrained(make(), folders[2]))
     loaded = load_task(make(), tmp_path / "whole", whole.name)
+    assert loaded.peft_config[whole.name].peft_type == "SUBSPACE"
+    torch.testing.assert_close(run(loaded), expected, atol=1e-4, rtol=1e-3)
+    loaded = load_task(make(), tmp_path / "whole", whole.name, as_lora=True)
     assert loaded.peft_config[whole.name].peft_type == "LORA"
     torch.testing.assert_close(run(loaded), expected, atol=1e-4, rtol=1e-3)
     # a part of it: U C V + B A, to float32's precision
@@ -108,7 +111,9 @@ def test_what_is_loaded_is_projection_plus_residual(make, fleet, tmp_path):
     (part,) = report.adapters
     assert 1 <= part.residual_rank <= 3
     bundle = open_bundle(tmp_path / "part")
-    assert bundle[part.name].residual_rank == part.residual_rank
+    assert bundle[part.name].extra_rank == part.residual_rank
+    with pytest.warns(FutureWarning, match="now called extra_rank"):
+        assert bundle[part.name].residual_rank == part.residual_rank
     task = bundle.task(part.name)
     export_lora(task, tmp_path / "lora")
     written = deltas(make, tmp_path / "lora")
@@ -125,10 +130,23 @@ def test_what_is_loaded_is_projection_plus_residual(make, fleet, tmp_path):
     # without it, the projection alone
     projection = project_lora(folders[2], basis)
     projection.save_pretrained(tmp_path / "projected")
-    alone = load_task(make(), bundle, part.name, as_lora=False)
-    assert alone.peft_config[part.name].peft_type == "SUBSPACE"
+    projected = run(PeftModel.from_pretrained(make(), tmp_path / "projected"))
+    alone = load_task(make(), bundle, part.name, own_directions=False)
+    assert alone.peft_config[part.name].peft_type == "SUBSPACE" and alone.peft_config[part.name].extra_rank == 0
+    torch.testing.assert_close(run(alone), projected, atol=1e-5, rtol=1e-4)
+    with pytest.warns(FutureWarning, match=r"as_lora=False leaves own directions .* Say own_directions=False"):
+        alone = load_task(make(), bundle, part.name, as_lora=False)
+    torch.testing.assert_close(run(alone), projected, atol=1e-5, rtol=1e-4)
+    alone = load_task(make(), bundle, part.name, as_lora=True, own_directions=False)
+    assert alone.peft_config[part.name].peft_type == "LORA"
+    torch.testing.assert_close(run(alone), projected, atol=1e-5, rtol=1e-4)
+    # with directions of its own it is a task like others: the projection with as many
+    project_lora(folders[2], basis, extra_rank=part.residual_rank).save_pretrained(tmp_path / "own")
     torch.testing.assert_close(
-        run(alone), run(PeftModel.from_pretrained(make(), tmp_path / "projected")), atol=1e-5, rtol=1e-4
+        run(load_task(make(), bundle, part.name)),
+        run(PeftModel.from_pretrained(make(), tmp_path / "own")),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 

@@ -112,7 +112,7 @@ def test_moved_tasks_and_new_ones_share_a_bank(bases, folders, new_loras, tmp_pa
         assert torch.allclose(rows[row], logits(PeftModel.from_pretrained(bert(), folder))[row], atol=1e-5)
 
 
-def test_residuals_and_sources_go_along(bases, new_loras, tmp_path):
+def test_residuals_are_absorbed_and_sources_go_along(bases, new_loras, tmp_path):
     compress_fleet(new_loras, bases[bert].location, tmp_path / "bundle", min_energy=0.9, residual=4, progress=False)
     old = open_bundle(tmp_path / "bundle")
     grown = update_basis(bases[bert], new_loras, progress=False)
@@ -121,8 +121,10 @@ def test_residuals_and_sources_go_along(bases, new_loras, tmp_path):
     for name in old:
         assert max(drifts[name].values()) < 1e-6
         before, after = old.entry(name), moved.entry(name)
-        assert after["source"] == before["source"] and after["energy_kept"] == before["energy_kept"]
-        assert moved[name].residual_rank == old[name].residual_rank > 0
+        assert after["source"] == before["source"] and after["energy_residual"] == 0 < before["energy_residual"]
+        assert after["energy_kept"] == before["energy_kept"] + before["energy_residual"]
+        # the new basis has the directions that the old one lacked
+        assert moved[name].extra_rank == 0 < old[name].extra_rank
         assert torch.allclose(logits(load_task(bert(), old, name)), logits(load_task(bert(), moved, name)), atol=1e-5)
 
 

@@ -19,9 +19,9 @@ INSIDE = (
 )
 
 
-def warn_caller(message: str) -> None:
-    """Warn with a `UserWarning` that names the user's own line on the way here."""
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with a warning that names the user's own line on the way here."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,18 +37,25 @@ class Numbers(Shown):
     Attributes:
         cores: Module → (k_out, k_in) float, in units of ΔW.
         extras: Further tensors by their key in the task's file.
-        residual: Module → ``(B, A)``, (out, r) and (r, in) float, whose product is added to ``U core V``.
+        own: Module → ``(B, A)``, (out, φ) and (φ, in) float, whose product is added to ``U core V``: the task's own
+            directions.
     """
 
     cores: dict[str, torch.Tensor]
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
-    residual: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    own: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def residual(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The earlier name of `own`."""
+        warnings.warn("The residual of a bundle's task is now called own.", FutureWarning, stacklevel=2)
+        return self.own
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
         yield "modules", len(self.cores)
         yield "parameters", f"{sum(core.numel() for core in self.cores.values()):,}"
         yield "further tensors", len(self.extras) or None
-        yield "modules with a residual", len(self.residual) or None
+        yield "modules with own directions", len(self.own) or None
 
     def _shown_table(self) -> Table:
         return core_table(self.cores)
@@ -100,7 +108,7 @@ class Bundle(BundleIndex):
                     numbers.extras[rest] = value
                 else:
                     sides.setdefault(rest, {})[kind] = value
-            numbers.residual.update({module: (pair["B"], pair["A"]) for module, pair in sides.items()})
+            numbers.own.update({module: (pair["B"], pair["A"]) for module, pair in sides.items()})
         self._finite(name, "core", row)
         place = 0
         for module, (k_out, k_in) in self.sizes(name).items():
@@ -133,6 +141,9 @@ class Bundle(BundleIndex):
             config = SubspaceConfig(**{key: value for key, value in given.items() if key in known - unset})
         except (TypeError, AttributeError, ValueError) as error:
             raise BadFileError(f"{self.location}: the configuration of task {name!r} is damaged: {error}") from error
+        # of residuals, as earlier versions stored them, a configuration says nothing
+        for key, value in config.sizes.fields_of_own(self.own_directions(name)).items():
+            setattr(config, key, value)
         config.bundle = {
             "location": self.location,
             "revision": self.revision,
@@ -169,16 +180,18 @@ class Bundle(BundleIndex):
                     f"{self.location}: task {name!r} has a core {tuple(core.shape)} in module {module!r}, its basis "
                     f"{self.fingerprint} {size or 'nothing'}. The bundle was altered: fetch or make it again."
                 )
-            for side, (axis, part) in zip(numbers.residual.get(module, ()), ((0, "out"), (1, "in")), strict=False):
-                if side.dim() != 2 or side.shape[axis] != shapes[key][part]:
+            own = numbers.own.get(module, ())
+            for side, (axis, part) in zip(own, ((0, "out"), (1, "in")), strict=False):
+                if side.shape[axis] != shapes[key][part] or min(side.shape) < side.shape[1 - axis]:
                     raise BasisMismatchError(
-                        f"{self.location}: task {name!r} has a residual {tuple(side.shape)} in module {module!r},"
+                        f"{self.location}: task {name!r} has own directions {tuple(side.shape)} in module {module!r},"
                         f" whose {part} is {shapes[key][part]}. The bundle was altered: fetch or make it again."
                     )
             keys[module] = key
         cores = {module: core.double() for module, core in numbers.cores.items()}
         used = {module: tuple(core.shape) for module, core in cores.items()}
-        return SavedTask(config, cores, Parts(used, found, keys), numbers.extras, numbers.residual)
+        directions = {module: (B.double(), A.double()) for module, (B, A) in numbers.own.items()}
+        return SavedTask(config, cores, Parts(used, found, keys), numbers.extras, directions)
 
 
 def _tensor(data: bytes, piece: TensorRange) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..convert.project import project_lora
 from ..convert.projection import Projection
-from ..convert.residual import Residual, residual_of
+from ..convert.residual import Residual, residual_in
 from ..energy import percent
 from ..errors import BadFileError, HubUnavailableError, SourceError, SubspaceError
 from ..hub_requests import patient
@@ -54,8 +54,9 @@ def compress_fleet(
 
     An adapter of which the basis keeps less than `min_energy` gets a residual, the best low-rank approximation of the
     missing part. Its rank is the smallest one, up to `residual` and the same in all modules, that reaches
-    `min_energy`; where none does, the adapter is refused. Loaded again (`load_task`, `extract_task`), such a task is a
-    stock LoRA, exactly projection and residual together.
+    `min_energy`; where none does, the adapter is refused. Loaded again (`load_task`, `extract_task`), such a task has
+    the residual in directions of its own, `extra_rank`: it is a subspace adapter, trainable further, and exactly
+    projection and residual together; ``as_lora=True`` gives a stock LoRA of the same.
 
     Args:
         loras: One or several, as `build_basis` takes its sources: folders, files, Hub ids, patterns (``loras/*``),
@@ -188,7 +189,9 @@ def _one(
         for task, of in zip(named_tasks([projection]), list(projection.parts.values()) or [projection], strict=True):
             own = {source.split(key)[1]: residuals[key].factors(rank) for key in of.source.keys if rank}
             share = shares(of, residuals, rank)[0]
-            named_task = replace(task, task=replace(task.task, own=own))
+            ranks = {name: own[name][0].shape[1] if rank else 0 for name in task.task.cores}
+            config = replace(task.task.config, **task.task.config.sizes.fields_of_own(ranks))
+            named_task = replace(task, task=replace(task.task, own=own, config=config))
             packed.append(pack(named_task, dtype, energy_kept=share.kept, energy_residual=share.residual))
         parts = [each.name for each in packed] if len(packed) > 1 else []
         return replace(what, parts=parts, bytes_after=sum(each.entry["bytes"] for each in packed)), packed
@@ -200,8 +203,7 @@ def _one(
 
 
 def _residuals(projection: Projection) -> dict[str, Residual]:
-    source, basis, places = projection.source, projection.basis, projection.places
-    return {key: residual_of(basis[name], source.factors(key), projection.cores[name]) for key, name in places.items()}
+    return {name: residual_in(projection, name) for name in projection.places}
 
 
 def enough(share: Share, min_energy: float) -> bool:

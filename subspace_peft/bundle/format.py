@@ -18,6 +18,7 @@ BUNDLE_FILE = "bundle.safetensors"
 FORMAT_VERSION = 1
 HEADER_LIMIT = 100_000_000  # as in safetensors itself
 NAME_LIMIT = 200
+SIDES = ("B", "A")  # of a task's own directions, by module: (out, φ) and (φ, in)
 
 # bytes of one number, by dtype in safetensors' words
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -164,6 +165,24 @@ def _check_index(index: Mapping[str, Any], pieces: Mapping[str, TensorRange]) ->
         wanted = (width(index["entries"][name].get("modules", index["modules"])),)
         if pieces[f"{number}/core"].shape != wanted:
             raise ValueError(f"task {name!r} has a core of shape {pieces[f'{number}/core'].shape}, not {wanted}")
+    for key in pieces:
+        number, _, rest = key.partition("/")
+        side, slash, module = rest.partition("/")
+        if slash and side in SIDES and number.isdecimal() and int(number) < len(index["apart"]):
+            name = index["apart"][int(number)]
+            if module not in index["entries"][name].get("modules", index["modules"]):
+                raise ValueError(f"task {name!r} has own directions in module {module!r}, and no core")
+            _check_sides(pieces, number, name, module)
+
+
+def _check_sides(pieces: Mapping[str, TensorRange], number: str, name: str, module: str) -> None:
+    """Raise `ValueError` where a module does not have both sides of a task's own directions, or they do not fit."""
+    shapes = [pieces[key].shape if (key := f"{number}/{side}/{module}") in pieces else () for side in SIDES]
+    if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][0]:
+        raise ValueError(
+            f"task {name!r} has own directions in module {module!r} of shapes B {shapes[0] or 'missing'} and A"
+            f" {shapes[1] or 'missing'}, which are no factors of one update"
+        )
 
 
 def width(modules: Mapping[str, Iterable[int]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class BundledTask(Shown):
         metrics: Its scores, as they were given.
         id2label: Names of its classes by index, or None.
         modules_to_save: Modules that were trained whole and are stored with it, or None.
-        residual_rank: Rank of the update that is added to the basis's part, 0 for none.
+        extra_rank: The most directions of its own beside the basis that it has in a module, 0 for none.
         energy_kept: Share of a projected LoRA's energy that the basis keeps, or None.
     """
 
@@ -40,14 +41,20 @@ class BundledTask(Shown):
     metrics: dict[str, Any]
     id2label: dict[int, str] | None
     modules_to_save: list[str] | None
-    residual_rank: int
+    extra_rank: int
     energy_kept: float | None
+
+    @property
+    def residual_rank(self) -> int:
+        """The earlier name of `extra_rank`."""
+        warnings.warn("BundledTask.residual_rank is now called extra_rank.", FutureWarning, stacklevel=2)
+        return self.extra_rank
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
         yield "name", repr(self.name)
         yield "size", size(self.bytes)
         yield "energy kept", None if self.energy_kept is None else percent(self.energy_kept)
-        yield "residual rank", self.residual_rank or None
+        yield "own directions per module", self.extra_rank or None
         yield "metrics", short(self.metrics) if self.metrics else None
         yield "trained whole", ", ".join(self.modules_to_save or ()) or None
         yield "sha256", fingerprint(self.sha256)
@@ -119,7 +126,7 @@ class BundleIndex(Shown, Mapping[str, BundledTask]):
             entry.get("metrics", {}),
             None if labels is None else {int(index): str(label) for index, label in labels.items()},
             config.get("modules_to_save"),
-            int(entry.get("residual_rank", 0)),
+            max(self.own_directions(name).values(), default=0),
             entry.get("energy_kept"),
         )
 
@@ -140,6 +147,19 @@ class BundleIndex(Shown, Mapping[str, BundledTask]):
     def sizes(self, name: str) -> dict[str, tuple[int, int]]:
         """Return the size of a task's core per module: module → (k_out, k_in)."""
         return {module: (a, b) for module, (a, b) in self.entry(name).get("modules", self.index["modules"]).items()}
+
+    def own_directions(self, name: str) -> dict[str, int]:
+        """Return how many directions of its own a task has per module."""
+        if name in self._rows:
+            return dict.fromkeys(self.sizes(name), 0)
+        block = self._block(name)
+        found = {key.removeprefix("A/"): piece.shape[0] for key, piece in block.items() if key.startswith("A/")}
+        return {module: found.get(module, 0) for module in self.sizes(name)}
+
+    def names_own(self, name: str) -> bool:
+        """Return whether a task's configuration names its own directions: earlier versions stored residuals."""
+        config = {**self.index["config"], **self.entry(name).get("config", {})}
+        return bool(config.get("extra_rank") or config.get("extra_rank_pattern"))
 
     def span(self, name: str) -> tuple[int, int]:
         """Return where a task's bytes begin and end in the file.

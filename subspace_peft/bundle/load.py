@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .._adapted import unwrapped
 from .._io.folder_names import check_folder_names
 from .._io.occupied import LORA, TASK
 from .._io.progress import progress_bar
+from .._io.warn import warn_caller
 from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..basis.pipeline_parts import PARTS
@@ -24,7 +26,7 @@ from ..convert.export import export_lora
 from ..errors import SubspaceError
 from ..tasks.arguments import check_known, keywords_of
 from ..tasks.pipeline_task import part_for
-from ..tasks.write import core_tensors, fill_folder, write_task
+from ..tasks.write import core_tensors, fill_folder, own_tensors_of, write_task
 from ..tuner.card import MEASURED, digest_of, noted
 from ..tuner.config import SubspaceConfig
 from .bundle import Bundle, open_bundle, reopen_bundle
@@ -41,6 +43,7 @@ def load_task(
     adapter_name: str | None = None,
     *,
     as_lora: bool | None = None,
+    own_directions: bool | None = None,
     basis: SubspaceBasis | str | Path | None = None,
     is_trainable: bool = False,
     revision: str | None = None,
@@ -60,8 +63,10 @@ def load_task(
             part that fits the model is taken.
         adapter_name: The adapter's name; by default the task's, with ``_`` for dots, which torch does not allow in the
             name of a module.
-        as_lora: Load the task as a stock LoRA (projection and residual in one, exact) instead of a subspace adapter.
-            None: only if it has a residual, which a subspace adapter cannot hold. False leaves a residual out.
+        as_lora: Load the task as a stock LoRA (core and own directions in one, exact) instead of a subspace adapter.
+        own_directions: Whether directions of the task's own, such as what `compress_fleet` keeps of a LoRA beside the
+            basis, come along. None: yes, but not with ``as_lora=False``, which left residuals out in earlier versions
+            and warns.
         basis: The basis, its folder or its Hub id; by default the place that the bundle names.
         is_trainable: Whether the adapter may be trained.
         revision: Branch, tag or commit sha on the Hub.
@@ -84,13 +89,13 @@ def load_task(
     name = task.replace(".", "_") if adapter_name is None else adapter_name
     if task not in found:
         task = _part_for(model, found, task, basis)
-    wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
-    _check_model(model, found, task, name, wants_lora)
+    own = _own_wanted(found, [task], as_lora, own_directions)
+    _check_model(model, found, task, name, bool(as_lora))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch, "task")
         # the basis has to live until the model holds it: PEFT reads another configuration from the folder, which then
         # finds the basis in this process
-        held = _write(found, task, folder, wants_lora, basis, _fill, model=model)
+        held = _write(found, task, folder, bool(as_lora), own, basis, _fill, model=model)
         inner = unwrapped(model)
         if isinstance(inner, (PeftModel, PeftMixedModel)):
             inner.load_adapter(str(folder), name, is_trainable=is_trainable, **loading)
@@ -110,6 +115,7 @@ def extract_task(
     folder: str | Path,
     *,
     as_lora: bool | None = None,
+    own_directions: bool | None = None,
     basis: SubspaceBasis | str | Path | None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -123,6 +129,7 @@ def extract_task(
         task: The task's name in the bundle.
         folder: The folder to write, made where it does not exist.
         as_lora: See `load_task`.
+        own_directions: See `load_task`.
         basis: See `load_task`.
         overwrite: Replace what else lies in `folder`; see `write_task` and `export_lora`.
         revision: Branch, tag or commit sha on the Hub.
@@ -142,13 +149,16 @@ def extract_task(
     found = _find(bundle, task, revision, token, cache_dir)
     folder = Path(folder)
     if task not in found:
-        for part in _parts(found, task):
-            extract_task(found, f"{task}.{part}", folder / part, as_lora=as_lora, basis=basis, overwrite=overwrite)
+        names = {part: f"{task}.{part}" for part in _parts(found, task)}
+        own = _own_wanted(found, names.values(), as_lora, own_directions)
+        given: dict[str, Any] = {"as_lora": as_lora, "own_directions": own, "basis": basis, "overwrite": overwrite}
+        for part, name in names.items():
+            extract_task(found, name, folder / part, **given)
         return folder
-    wants_lora = found[task].residual_rank > 0 if as_lora is None else as_lora
-    planned = Planned(LORA if wants_lora else TASK, found.fingerprint)
+    own = _own_wanted(found, [task], as_lora, own_directions)
+    planned = Planned(LORA if as_lora else TASK, found.fingerprint)
     check_target(folder, planned, overwrite=overwrite, needed=[found.location, basis])
-    _write(found, task, folder, wants_lora, basis, partial(write_task, overwrite=overwrite), overwrite)
+    _write(found, task, folder, bool(as_lora), own, basis, partial(write_task, overwrite=overwrite), overwrite)
     return folder
 
 
@@ -178,8 +188,34 @@ def extract_tasks(
     for name in names:
         found.entry(name)
     _check_folders(found, Path(out), names, how)
+    how["own_directions"] = _own_wanted(found, names, how.get("as_lora"), how.get("own_directions"))
     bar = progress_bar(names, desc="extracting", unit="task", shown=progress)
     return [extract_task(found, name, Path(out, check_name(name)), **how) for name in bar]
+
+
+def _own_wanted(found: Bundle, tasks: Iterable[str], as_lora: bool | None, own_directions: bool | None) -> bool:
+    """Return whether own directions come along, and warn where that is not what earlier versions did.
+
+    They knew them as residuals: a task that had one was loaded as a LoRA, and with ``as_lora=False`` without it.
+    """
+    if own_directions is not None:
+        return own_directions
+    have = [task for task in tasks if found[task].extra_rank]
+    if have and as_lora is False:
+        warn_caller(
+            f"{found.location}: as_lora=False leaves own directions (residuals) out, of {have[0]!r} here. Say"
+            " own_directions=False (--no-own-directions) instead: a later version will keep them.",
+            FutureWarning,
+        )
+        return False
+    if as_lora is None and (earlier := [task for task in have if not found.names_own(task)]):
+        warn_caller(
+            f"{found.location}: {earlier[0]!r} has a residual, which earlier versions loaded as a stock LoRA. It is a"
+            " subspace adapter now, with the residual in directions of its own: the same function. as_lora=True"
+            " (--as-lora) gives the LoRA, own_directions=True the adapter without this warning.",
+            FutureWarning,
+        )
+    return True
 
 
 def _check_folders(found: Bundle, out: Path, names: list[str], how: Mapping[str, Any]) -> None:
@@ -187,9 +223,7 @@ def _check_folders(found: Bundle, out: Path, names: list[str], how: Mapping[str,
     needed = [found.location, how.get("basis")]
     check_folder_names(out, names)
     for name in names:
-        as_lora = how.get("as_lora")
-        wants_lora = found[name].residual_rank > 0 if as_lora is None else as_lora
-        planned = Planned(LORA if wants_lora else TASK, found.fingerprint)
+        planned = Planned(LORA if how.get("as_lora") else TASK, found.fingerprint)
         check_target(out / check_name(name), planned, overwrite=how.get("overwrite", False), needed=needed)
 
 
@@ -238,9 +272,11 @@ def _check_model(model: nn.Module, bundle: Bundle, task: str, name: str, as_lora
         {str(getattr(config.peft_type, "value", config.peft_type)) for config in known.values()} - {wanted}
     )
     if others and not isinstance(model, PeftMixedModel):
-        why = "has a residual and so is loaded as a LoRA" if as_lora else "is a subspace adapter"
+        why = "is to be a LoRA" if as_lora else "is a subspace adapter"
         remedy = (
-            "as_lora=False leaves the residual out" if as_lora else "as_lora=True loads it as one, where LoRAs are"
+            "without as_lora=True it is a subspace adapter"
+            if as_lora
+            else "as_lora=True loads it as one, where LoRAs are"
         )
         raise SubspaceError(
             f"{bundle.location}: task {task!r} {why}, and the model holds {', '.join(others)}. Load it into a model of"
@@ -253,6 +289,7 @@ def _write(
     task: str,
     folder: Path,
     as_lora: bool,
+    own: bool,
     basis: Any,
     write: Callable[..., object],
     overwrite: bool = False,
@@ -263,14 +300,23 @@ def _write(
     A LoRA is written under the names that `model` has.
     """
     if as_lora:
-        export_lora(bundle.task(task, basis), folder, overwrite=overwrite, model=model)
+        read = bundle.task(task, basis)
+        export_lora(read if own else replace(read, own={}), folder, overwrite=overwrite, model=model)
         return None
     config, numbers = bundle.config(task, basis), bundle.read(task)
     found = config.resolve()
-    tensors = {**core_tensors(config, numbers.cores), **numbers.extras}
+    whole = own or not numbers.own
+    if not whole:
+        config.extra_rank, config.extra_rank_pattern = 0, {}
+    directions = own_tensors_of(config, numbers.own if own else {})
+    tensors = {**core_tensors(config, numbers.cores), **directions, **numbers.extras}
     if config.card and any(key in config.card for key in MEASURED):
-        # the cores are those of the task that was packed, so what was measured of it holds of them as well
-        config.card = noted(config.card, of=digest_of(tensors))
+        # the parameters are those of the task that was packed, so what was measured of it holds of them as well
+        config.card = (
+            noted(config.card, of=digest_of(tensors))
+            if whole
+            else {key: value for key, value in config.card.items() if key not in (*MEASURED, "of")}
+        )
     write(folder, config, tensors)
     return config, found
 

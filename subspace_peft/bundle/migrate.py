@@ -15,11 +15,15 @@ from ..basis.transfer import Transfer
 from ..convert.migrate import MAX_DRIFT
 from ..convert.moves import check_leading, drifts_of, drop_own, inside, keep_sizes, moved_config, moves_of, used_moves
 from ..errors import SubspaceError
+from ..sources import Factors
 from ..tasks.read import Parts, SavedTask
 from .bundle import Bundle, open_bundle
 from .named import Named
 from .pack import pack
 from .write import write_bundle
+
+# of a task's entry in the index: what packing it again says
+FORGOTTEN = ("config", "modules", "sha256", "residual_rank")
 
 
 def migrate_bundle(
@@ -72,9 +76,16 @@ def migrate_bundle(
     check_target(out, planned, overwrite=overwrite, needed=[found.location, new.location])
     dtype = found.dtype
     packed, drifts = [], {}
-    for name, moved, each in _carried(found, new, max_drift, pad, old_basis, progress):
+    for name, moved, each, absorbed in _carried(found, new, max_drift, pad, old_basis, progress):
         drifts[name] = each
-        entry = {key: value for key, value in found.entry(name).items() if key not in ("config", "modules", "sha256")}
+        entry = {key: value for key, value in found.entry(name).items() if key not in FORGOTTEN}
+        if absorbed and "energy_residual" in entry:
+            # what was a residual is kept by the new basis
+            gained = absorbed * entry["energy_residual"]
+            entry |= {
+                "energy_kept": entry["energy_kept"] + gained,
+                "energy_residual": entry["energy_residual"] - gained,
+            }
         packed.append(pack(Named(name, moved, entry.pop("source", {})), dtype, **entry))
     if not packed:
         raise SubspaceError(f"{found.location}: there is no task in it.")
@@ -101,13 +112,13 @@ def bundle_drifts(
         progress: See `migrate_bundle`.
     """
     carried = _carried(open_bundle(bundle), basis, max_drift, pad, old_basis, progress)
-    return {name: drifts for name, _, drifts in carried}
+    return {name: drifts for name, _, drifts, _ in carried}
 
 
 def _carried(
     bundle: Bundle, new: SubspaceBasis, max_drift: float, pad: bool, old_basis: Any, progress: bool
-) -> Iterator[tuple[str, SavedTask, dict[str, float]]]:
-    """Yield name, task on the new basis, and drifts of the cores as they are stored."""
+) -> Iterator[tuple[str, SavedTask, dict[str, float], float]]:
+    """Yield name, task on the new basis, drifts of the cores as stored, and the share of its own part in them now."""
     dtype = bundle.dtype
     known: dict[tuple[Any, ...], dict[str, Transfer]] = {}
     for name in progress_bar(bundle, desc="migrating", unit="task", shown=progress):
@@ -134,4 +145,5 @@ def _carried(
         modules = Parts(sizes, new, {module: str(named.find(module)) for module in cores})
         moved = dataclasses.replace(task, config=config, cores=cores, modules=modules, own=own)
         drifts, _ = drifts_of(task, dataclasses.replace(moved, cores=stored), used, f"task {name!r}", max_drift)
-        yield name, moved, drifts
+        energies = {module: Factors(B.double(), A.double()).norm() ** 2 for module, (B, A) in task.own.items()}
+        yield name, moved, drifts, sum(map(energies.__getitem__, absorbed)) / (sum(energies.values()) or 1.0)

@@ -15,6 +15,7 @@ from ..basis import SubspaceBasis
 from ..basis.module import tensor_bytes
 from ..basis.recorded import on_disk
 from ..errors import BadFileError, SubspaceError
+from ..sources import Factors
 from ..tasks.read import SavedTask
 from ..tuner.config import SubspaceConfig
 from .bundle import Bundle
@@ -74,7 +75,7 @@ def pack(
 
     Args:
         named: The task.
-        dtype: The dtype of its cores and of its residual.
+        dtype: The dtype of its cores and of its own directions.
         metrics: Scores to record.
         id2label: Names of its classes, where its own config does not have them.
         **entry: Further values for its entry in the index.
@@ -84,11 +85,12 @@ def pack(
         BadFileError: A tensor holds NaN or infinite values.
     """
     name, task = check_name(named.name), named.task
+    own = {module: _balanced(*sides) for module, sides in task.own.items() if sides[0].shape[1]}
     modules = sorted(task.cores, key=_natural)
     row = torch.cat([task.cores[module].T.reshape(-1) for module in modules]).to(dtype)
     tensors = {"core": row}
     tensors |= {f"extra/{key}": value for key, value in sorted(task.extras.items())}
-    for module, (B, A) in sorted(task.own.items()):
+    for module, (B, A) in sorted(own.items()):
         tensors |= {f"B/{module}": B.to(dtype), f"A/{module}": A.to(dtype)}
     for key, value in tensors.items():
         if value.dtype not in NAMES:
@@ -102,8 +104,9 @@ def pack(
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)
     data = b"".join(tensor_bytes(tensors[key]) for key in order)
     more = {"source": named.source, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **entry}
-    if task.own:
-        more["residual_rank"] = max(B.shape[1] for B, _ in task.own.values())
+    if own:
+        # the name that it had when own directions were residuals, by which earlier versions read it
+        more["residual_rank"] = max(B.shape[1] for B, _ in own.values())
     if metrics is not None:
         more["metrics"] = dict(metrics)
     config = _config(task, name, id2label)
@@ -121,6 +124,14 @@ def pack(
         lambda: data,
         more,
     )
+
+
+def _balanced(B: torch.Tensor, A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same product with both sides of one size, so that neither leaves float16's range."""
+    if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
+        return B, A  # which is said where all tensors are looked at
+    P, S, T = Factors(B.double(), A.double()).canonical()
+    return P * S.sqrt(), (T * S.sqrt()).T
 
 
 def _natural(name: str) -> list[Any]:
@@ -164,8 +175,10 @@ def _config(task: SavedTask, name: str, id2label: Mapping[int, str] | None) -> d
             f"The basis of task {name!r} lives in memory only: `basis.save_pretrained(folder)` before the tasks are"
             " packed."
         )
+    ranks = {module: task.own[module][0].shape[1] if module in task.own else 0 for module in task.cores}
     config = {
         **task.config.to_dict(),
+        **task.config.sizes.fields_of_own(ranks),
         **PLAIN,
         "target_modules": sorted(task.cores),
         "subspace_version": __version__,

@@ -9,6 +9,7 @@ from typing import Any
 
 from .._io.text import read_text
 from .._lazy import collecting_later
+from .._shown import said_of_directions
 from ..energy import percent
 from ..errors import SubspaceError
 from .common import DTYPES, Add, add_force, add_json, add_out, print_json, refuse_idle
@@ -80,8 +81,13 @@ def add_bundle(add: Add) -> None:
     sources.add_argument("--all", action="store_true", help="every task")
     sources.add_argument("--basis", metavar="BASIS", help="where the basis is, if not where the bundle says")
     form = grouped(out, OUTPUT).add_mutually_exclusive_group()
-    form.add_argument("--as-lora", action="store_true", help="as stock LoRAs, residuals and all")
-    form.add_argument("--no-residual", action="store_true", help="as subspace tasks, without their residuals")
+    form.add_argument("--as-lora", action="store_true", help="as stock LoRAs, own directions and all")
+    form.add_argument(
+        "--no-own-directions",
+        "--no-residual",
+        action="store_true",
+        help="as subspace tasks, without what they have beside the basis",
+    )
     add_out(out, "each task becomes a folder of its name in there", required=True)
     add_force(out)
     out.set_defaults(run=extract)
@@ -140,12 +146,12 @@ def extract(args: Namespace) -> int:
     if args.tasks and args.all:
         raise SubspaceError(f"give names, as {args.tasks[0]!r}, or --all, not both.")
     _check_revision(args)
-    as_lora = True if args.as_lora else False if args.no_residual else None
     folders = extract_tasks(
         args.bundle,
         args.out,
         None if args.all else args.tasks,
-        as_lora=as_lora,
+        as_lora=args.as_lora or None,
+        own_directions=False if args.no_own_directions else None,
         basis=args.basis,
         overwrite=args.force,
         revision=args.revision,
@@ -167,7 +173,16 @@ def _list(found: Any, args: Namespace, wrong: dict[str, str] | None = None) -> i
     from dataclasses import asdict
 
     if args.json:
-        tasks = {name: {**asdict(found[name]), "problem": (wrong or {}).get(name)} for name in found}
+        # `residual_rank` is the earlier name of `extra_rank`
+        tasks = {
+            name: {
+                **asdict(task),
+                "residual_rank": task.extra_rank,
+                "own_directions": sum(found.own_directions(name).values()),
+                "problem": (wrong or {}).get(name),
+            }
+            for name, task in found.items()
+        }
         print_json(
             {"location": found.location, "revision": found.revision, "fingerprint": found.fingerprint, "tasks": tasks}
         )
@@ -183,8 +198,8 @@ def _list(found: Any, args: Namespace, wrong: dict[str, str] | None = None) -> i
         facts += [f"{key} {value}" for key, value in task.metrics.items()]
         if task.energy_kept is not None:
             facts.append(f"energy kept {percent(task.energy_kept)}")
-        if task.residual_rank:
-            facts.append(f"residual of rank {task.residual_rank}")
+        if task.extra_rank:
+            facts.append(f"own directions {said_of_directions(found.own_directions(name))}")
         if task.modules_to_save:
             facts.append(f"with {', '.join(sorted(set(task.modules_to_save)))}")
         if task.id2label:

@@ -24,7 +24,7 @@ NAMES = {
     "--message": ("commit_message=",),
     "--as-lora": ("as_lora=True",),
     "--no-pad": ("pad=False",),
-    "--no-residual": ("as_lora=False",),
+    "--no-own-directions": ("own_directions=False",),
     "--old-basis": ("basis=", "old_basis="),
     "--tasks": ("cores=",),
     "--fleet": ("sources=",),

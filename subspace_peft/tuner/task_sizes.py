@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.utils.other import get_pattern_key
 
 from ..basis import ModuleBasis
 from .coefficients import OWN, default_scale, make_coefficients
-from .own_directions import OwnUnits, own_units
+from .own_directions import OwnUnits, own_fields, own_units
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,17 @@ class TaskSizes:
         if not self.extra_rank_pattern:
             return self.extra_rank
         return self.extra_rank_pattern.get(get_pattern_key(self.extra_rank_pattern.keys(), name), self.extra_rank)
+
+    def fields_of_own(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """Return what a configuration has to say instead, for every module to have so many directions of its own.
+
+        Args:
+            ranks: module → directions, of all modules of the task.
+
+        Returns:
+            `extra_rank` and `extra_rank_pattern`; nothing where the configuration says so already.
+        """
+        return own_fields(ranks) if any(self.extra_asked(name) != rank for name, rank in ranks.items()) else {}
 
     def k_of(self, name: str) -> int | Sequence[int] | None:
         """Return the k, or (k_out, k_in), asked for in the module `name`, or None for all that the basis has."""
