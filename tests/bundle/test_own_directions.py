@@ -65,8 +65,7 @@ def saved(folder, basis, seed, **given) -> Path:
     save(bert, folder, basis, seed, **given)
     tensors = load_file(folder / "adapter_model.safetensors")
     small = {key: 0.02 * value if key.endswith((".weight", ".up")) else value for key, value in tensors.items()}
-    large = {key: 5 * value if ".extra_" in key else value for key, value in small.items()}
-    save_file(large, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(small, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -111,7 +110,7 @@ def test_every_task_comes_out_as_it_went_in(name, made, bundle, tmp_path):
     before, after = read_task(made / name), read_task(out)
     assert {n: B.shape for n, (B, _) in before.own.items()} == {n: B.shape for n, (B, _) in after.own.items()}
     for module, (B, A) in before.own.items():
-        torch.testing.assert_close(after.own[module][0] @ after.own[module][1], B @ A, atol=1e-6, rtol=1e-4)
+        assert (after.own[module][0] @ after.own[module][1] - B @ A).norm() < 1e-6 * (B @ A).norm()
     # and in again
     again = bundle_tasks({name: out}, tmp_path / "again", progress=False)
     assert again.own_directions(name) == bundle.own_directions(name)
