@@ -14,8 +14,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
-from subspace_peft import SubspaceConfig, build_basis, project_lora
+from subspace_peft import SubspaceConfig, TaskBank, build_basis, project_lora
 from subspace_peft.cli import main
+from subspace_peft.tasks import read_task
 
 from .models import bert, gpt2, train_lora
 from .test_troubleshooting import PAGE, entries
@@ -101,6 +102,9 @@ COMMANDS = {
     "project stranger --basis basis --no-base-check --out basis": "Give another place: no flag or argument allows",
     "compress loras/* --basis other-basis --out new --min-energy 1": "adapters cannot be compressed.",
     "migrate task --basis other-basis --out new": "of its update's norm, more than",
+    "project loras/l0 --basis basis --extra-budget 5": "one direction takes",
+    "migrate task --basis other-basis --out new --no-pad": "its tensors stay, on a basis",
+    "update basis loras/l0 --out new": "it is in the basis already",
     "push task org/task": "where others who load it from the Hub would not find it.",
 }
 
@@ -132,6 +136,23 @@ def wrapped(basis="basis", make=bert, **fields):
     return get_peft_model(make(), SubspaceConfig(basis=basis, **fields))
 
 
+def with_own(rank=1):
+    """A task with own directions, saved, whose file lacks what its config names."""
+    wrapped(extra_rank=rank).save_pretrained("own")
+    file = Path("own", WEIGHTS)
+    save_file({key: value for key, value in load_file(file).items() if not key.endswith("extra_V")}, file)
+    return "own"
+
+
+def bank_without_room():
+    model = wrapped()
+    wide = wrapped(extra_rank=1)
+    for name, parameter in wide.named_parameters():
+        if "extra_" in name:
+            torch.nn.init.ones_(parameter)
+    TaskBank(model).add("wide", read_task(wide))
+
+
 def narrow():
     """A model of the same names and half the width."""
     return BertForSequenceClassification(BertConfig(**bert().config.to_dict() | {"hidden_size": 16}))
@@ -155,6 +176,10 @@ CALLS = {
     "Narrow target_modules": lambda: wrapped(target_modules=["query", "key"]),
     "modules are adapted in this": lambda: wrapped(make=lambda: bert(layers=1)),
     "modules have other shapes than the basis": lambda: wrapped(make=narrow),
+    "dimensions on one side": lambda: wrapped(extra_rank=100),
+    "no adapted module is called": lambda: wrapped(extra_rank_pattern={"nowhere": 1}),
+    "do not belong together": lambda: PeftModel.from_pretrained(bert(), with_own()),
+    "and this bank has room for": bank_without_room,
     "no such source in the basis": lambda: wrapped(start="nobody"),
     "The task's training diverged": lambda: PeftModel.from_pretrained(bert(), "diverged"),
     "in which they were measured to learn": lambda: trained(5e-5),
