@@ -347,6 +347,17 @@ def test_a_bundles_tasks_come_with_theirs(saved, place, alone, tmp_path):
     check(bank, {name: alone[name] for name in order})
     with pytest.raises(BasisMismatchError, match="room for 0"):
         TaskBank(adapted(place)).load(file)
+    for damage in (
+        lambda index: index["entries"].pop("one"),
+        lambda index: index["entries"]["one"].update(modules={FIRST: 3}),
+        lambda index: index["entries"]["one"].update(modules={name: [6, 5] for name in bank.layers}),
+        lambda index: index.update(apart=["one", "two", "part", "more"]),
+    ):
+        altered = tmp_path / "altered.safetensors"
+        altered.write_bytes(file.read_bytes())
+        rewrite(altered, damage)
+        with pytest.raises(BadFileError, match=r"not a readable bank|another size than the index"):
+            TaskBank(adapted(place), extra_rank=2).load(altered)
     plain = TaskBank(adapted(place))
     plain.load(file, cores_only=True)
     assert all(torch.equal(plain[name][FIRST], bank[name][FIRST]) for name in order)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,19 @@ from .._io.untrusted import is_whole
 from .._shown import Shown, Table, fingerprint
 from ..basis.module_names import unwrapped_name
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
-from ..tuner.base_check import require_same_base
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import as_named_in
-from ..tuner.own_directions import own_fields
-from ..tuner.renaming import named_as, without_wrappers
+from ..tuner.renaming import named_as
 from ..tuner.row_batch import BASE, Group, TaskNames
 from ..tuner.row_names import task_names_passed
 from .arguments import check_known
 from .bank_file import write_rows
 from .bank_load import read_all
 from .bank_rows import Pair, RowLayout, TaskRows, filled, padded
-from .read import SavedTask, read_task
-from .write import PREFIX, core_tensors, own_tensors_of, write_task
+from .bank_tasks import taken, task_of
+from .read import SavedTask
+from .write import PREFIX, task_tensors, write_task
 
 
 class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
@@ -190,7 +188,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         if isinstance(task, Mapping):
             cores = task
         else:
-            read = self._read(name, task, hub)
+            read = taken(self.model, self.config, name, task, hub)
             cores, own = read.cores, read.own
         if strange := sorted({*(own or {})}.difference(cores)):
             raise BasisMismatchError(
@@ -225,24 +223,6 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         for layer in self.layers.values():
             if layer.bank is self:
                 layer.bank = None
-
-    def _read(self, name: str, task: Any, hub: dict[str, Any]) -> SavedTask:
-        read = read_task(self.model, adapter_name=name) if task is None else read_task(task, **hub)
-        if read.config.basis_fingerprint != self.config.basis_fingerprint:
-            raise BasisMismatchError(
-                f"Task {name!r} is on the basis {read.config.basis_fingerprint}, this bank's tasks on "
-                f"{self.config.basis_fingerprint}. Make a bank of its own for it."
-            )
-        require_same_base(read.config, self.config, f"Task {name!r}")
-        if read.extras:
-            whole = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in read.extras})
-            how = f"Load it as an adapter, `model.load_adapter({str(task)!r}, {name!r})`"
-            raise SubspaceError(
-                f"Task {name!r} has trained {', '.join(whole[:3])} whole as well, which a bank does not hold."
-                f" {'It is an adapter of this model already' if task is None else how}: rows of the same batches name"
-                " it as they name the bank's tasks, and get its own modules."
-            )
-        return read
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -370,7 +350,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             OSError: The disk refuses; the folder stays as it was.
         """
         task = self.as_task(name)
-        return write_task(folder, task.config, _tensors_of(task), overwrite=overwrite)
+        return write_task(folder, task.config, task_tensors(task), overwrite=overwrite)
 
     def load_adapter(self, name: str) -> None:
         """Make one task an adapter of the model, to train it further or to merge it.
@@ -381,7 +361,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         if name in self.model.peft_config:
             raise SubspaceError(f"The model has an adapter {name!r} already: delete it first.")
         task = self.as_task(name)
-        tensors = _tensors_of(task)
+        tensors = task_tensors(task)
         self.model.add_adapter(name, task.config)
         with torch.no_grad():
             for module, layer in self.layers.items():
@@ -395,23 +375,4 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             SubspaceError: There is no such task.
         """
         row = self._held.copy_of(name).cpu().double()
-        cores, own = self._cores_in(row), self._own_in(row)
-        config = dataclasses.replace(
-            without_wrappers(self.config),
-            coefficients="core",
-            # the rank of factors, which a dense core has none of
-            r=SubspaceConfig.r if self.config.coefficients == "factor" else self.config.r,
-            mean_gain="none",
-            start="zero",
-            subspace_version=None,
-            basis_modules=None,
-            card=None,
-            target_modules=set(self.layers),
-            modules_to_save=None,
-            **own_fields({module: len(own[module][1]) if module in own else 0 for module in self.layers}),
-        )
-        return SavedTask(config, cores, {}, {}, own)
-
-
-def _tensors_of(task: SavedTask) -> dict[str, torch.Tensor]:
-    return core_tensors(task.config, task.cores) | own_tensors_of(task.config, task.own)
+        return task_of(self.config, self._cores_in(row), self._own_in(row))

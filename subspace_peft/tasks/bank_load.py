@@ -38,6 +38,22 @@ def read_all(
         SubspaceError: Some of the tasks have trained modules, and `cores_only` is off.
     """
     index = read_index(file)
+    try:
+        return _rows(file, index, layout, fingerprint, renamed, cores_only)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # a bundle's index and header, of which a bank's own reader knows nothing, do not go together
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise BadFileError(f"{file}: not a readable bank ({what}). Fetch or save it again.") from error
+
+
+def _rows(
+    file: Path,
+    index: Mapping[str, Any],
+    layout: RowLayout,
+    fingerprint: str | None,
+    renamed: Renamed,
+    cores_only: bool,
+) -> tuple[list[str], torch.Tensor]:
     names, modules = list(index["tasks"]), _sizes(index["modules"])
     apart = {name: _sizes(index["entries"][name].get("modules", modules)) for name in index.get("apart", [])}
     if index["basis_fingerprint"] != fingerprint or not (_fit(renamed(modules), layout) or (apart and not names)):
@@ -63,7 +79,12 @@ def read_all(
     _put_cores(layout, rows[: len(names)], renamed(modules), tensors["cores"])
     own = _own_of_rows(index, tensors)
     for number, (name, sizes) in enumerate(apart.items()):
-        _put_cores(layout, rows[len(names) + number], renamed(sizes), tensors[f"{number}/core"])
+        core = tensors[f"{number}/core"]
+        if core.shape != (RowLayout(sizes).width,):
+            raise BadFileError(
+                f"{file}: the core of task {name!r} has other sizes than its index says. Fetch it again."
+            )
+        _put_cores(layout, rows[len(names) + number], renamed(sizes), core)
         sides = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{number}/")}
         own[name] = {
             module: (sides[f"B/{module}"], sides[f"A/{module}"]) for module in sizes if f"B/{module}" in sides

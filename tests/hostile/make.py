@@ -51,9 +51,10 @@ def make_files(root: Path) -> dict[str, Path]:
     basis.save_pretrained(root / "basis")
     model = randomise(get_peft_model(Small(), SubspaceConfig(basis=str(root / "basis"))))
     model.save_pretrained(root / "task")
-    bank = TaskBank(model)
+    bank = TaskBank(model, extra_rank=1)
     bank.add("one", root / "task")
-    bank.add("two", {module: 2 * core for module, core in bank["one"].items()})
+    own = {"first": (torch.randn(10, 1), torch.randn(1, 12))}
+    bank.add("two", {module: 2 * core for module, core in bank["one"].items()}, own=own)
     bank.save(root / "bank.safetensors")
     config = SubspaceConfig(
         basis=str(root / "basis"), save_basis=True, coefficients="directions", mean_gain="trainable"

@@ -13,7 +13,7 @@ from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft._io.untrusted import pattern_problem
 from subspace_peft.errors import BadFileError, SourceError, SubspaceError
 from subspace_peft.tasks import TaskBank
-from subspace_peft.tasks.bank_file import read_index, read_rows
+from subspace_peft.tasks.bank_file import read_index, read_own, read_rows
 
 from .conftest import DEEP, HUGE, SLOW_PATTERN
 from .make import (
@@ -99,7 +99,7 @@ def test_a_hostile_index_of_a_bank(files, change):
         header["__metadata__"]["bank"] = json.dumps({**json.loads(header["__metadata__"]["bank"]), **change})
 
     edit_header(files["bank.safetensors"], lie)
-    bank = TaskBank(PeftModel.from_pretrained(Small(), files["task"]))
+    bank = TaskBank(PeftModel.from_pretrained(Small(), files["task"]), extra_rank=1)
     with little_memory(), pytest.raises(BadFileError, match="not a readable bank"):
         bank.load(files["bank.safetensors"])
     assert len(bank) == 0
@@ -113,11 +113,14 @@ def test_a_banks_index_that_is_no_json_object(files, text):
 
 
 def test_one_task_out_of_a_bank_is_what_the_bank_holds(files):
-    bank = TaskBank(PeftModel.from_pretrained(Small(), files["task"]))
+    bank = TaskBank(PeftModel.from_pretrained(Small(), files["task"]), extra_rank=1)
     bank.load(files["bank.safetensors"])
     for name in ("one", "two"):
         cores = read_rows(files["bank.safetensors"], name)
         assert all(torch.equal(cores[module], bank[name][module]) for module in bank[name])
+        own, held = read_own(files["bank.safetensors"], name), bank.own(name)
+        assert own.keys() == held.keys() == ({"first"} if name == "two" else set())
+        assert all(torch.equal(*sides) for module in own for sides in zip(own[module], held[module], strict=True))
     with pytest.raises(SubspaceError, match="no task 'three'"):
         read_rows(files["bank.safetensors"], "three")
 

@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from subspace_peft import SubspaceBasis
@@ -28,7 +29,7 @@ from subspace_peft.basis.locations import read_notes
 from subspace_peft.basis.resolve import resolve_basis
 from subspace_peft.errors import SubspaceError
 from subspace_peft.sources import open_source
-from subspace_peft.tasks.bank_file import read_index, read_rows
+from subspace_peft.tasks.bank_file import read_index, read_own, read_rows
 from subspace_peft.tasks.read import read_task
 
 from .make import BASIS, BASIS_CONFIG, CONFIG, WEIGHTS, Small, join, little_memory, make_files, split
@@ -171,9 +172,26 @@ def read(what: str, folder: Path) -> Any:
         return {f"{name}.{key}": value for name, module in basis.items() for key, value in module.tensors().items()}
     if what == "bank":
         file = folder / "bank.safetensors"
-        return {name: read_rows(file, name) for name in read_index(file)["tasks"]}
+        return {name: (read_rows(file, name), read_own(file, name)) for name in read_index(file)["tasks"]}
     source = open_source(str(folder))
     return {module: source.factors(module) for module in source.keys}
+
+
+def same_own(file: Path, found: dict[str, Any]) -> None:
+    """The own directions that were read of a bank's file are those that lie there."""
+    with safe_open(file, framework="pt") as tensors:
+        index = json.loads(tensors.metadata()["bank"])
+    own = index.get("own", {"tasks": [], "modules": {}})
+    for name, row in zip(own["tasks"], load_file(file).get("own", ()), strict=True):
+        for module, (rank, out, size) in own["modules"].items():
+            A, B, row = (
+                row[: rank * size].view(rank, size),
+                row[rank * size :][: rank * out],
+                row[rank * (size + out) :],
+            )
+            given = found[name].get(module, (torch.zeros(out, 0), torch.zeros(0, size)))
+            assert torch.equal(given[0] @ given[1], (B.view(rank, out).T @ A).float())
+    assert all(not found[name] for name in found.keys() - set(own["tasks"]))
 
 
 def same(what: str, folder: Path, found: Any, files: Files) -> None:
@@ -185,10 +203,11 @@ def same(what: str, folder: Path, found: Any, files: Files) -> None:
         assert {key for key in valid if key not in found} == set()
     elif what == "bank":
         rows = load_file(folder / "bank.safetensors")["cores"]
-        for row, cores in zip(rows, found.values(), strict=True):
+        for row, (cores, _) in zip(rows, found.values(), strict=True):
             given = torch.cat([core.T.reshape(-1) for core in cores.values()])
             assert torch.isfinite(row).all()
             assert torch.equal(given, row.float())
+        same_own(folder / "bank.safetensors", {name: own for name, (_, own) in found.items()})
     elif what == "lora":
         tensors = load_file(folder / WEIGHTS)
         config = json.loads((folder / CONFIG).read_text())
