@@ -116,7 +116,7 @@ def test_svd_cuts_core_and_own_directions_to_the_best_rank_together(model, rank)
         P, S, T = torch.linalg.svd(flat(whole), full_matrices=False)
         cut = rank or default
         best = (P[:, :cut] * S[:cut]) @ T[:cut]
-        torch.testing.assert_close(flat(kept), best, atol=2e-5 * float(S[0]), rtol=1e-3)
+        torch.testing.assert_close(flat(kept), best, atol=1e-4 * float(S[0]), rtol=1e-3)
         assert torch.linalg.matrix_rank(flat(kept), rtol=1e-5) <= cut
         assert layer.extra_rank["small"] <= 2 * min(cut, sum(layer.extra_rank[name] for name in NAMES))
 
@@ -136,7 +136,7 @@ def test_own_directions_on_one_side_of_the_basis_are_cut_as_well(bases):
             P, S, T = torch.linalg.svd(whole)
             best = (P[:, :rank] * S[:rank]) @ T[:rank]
             kept = layer.get_delta_weight(f"r{rank}").double()
-            torch.testing.assert_close(kept, best, atol=2e-5 * float(S[0]), rtol=1e-3)
+            torch.testing.assert_close(kept, best, atol=1e-4 * float(S[0]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("combination", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
@@ -171,7 +171,7 @@ def test_pruning_and_then_cutting_does_both(bases):
     for layer in layers(model):
         P, S, T = torch.linalg.svd(layer.get_delta_weight("pruned").double())
         kept = layer.get_delta_weight("both").double()
-        torch.testing.assert_close(kept, (P[:, :2] * S[:2]) @ T[:2], atol=2e-5 * float(S[0]), rtol=1e-3)
+        torch.testing.assert_close(kept, (P[:, :2] * S[:2]) @ T[:2], atol=1e-4 * float(S[0]), rtol=1e-3)
 
 
 def test_adapters_without_own_directions_combine_as_before(bases):

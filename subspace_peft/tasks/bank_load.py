@@ -82,7 +82,7 @@ def _rows(
         core = tensors[f"{number}/core"]
         if core.shape != (RowLayout(sizes).width,):
             raise BadFileError(
-                f"{file}: the core of task {name!r} has other sizes than its index says. Fetch it again."
+                f"{file}: the core of task {name!r} has another size than the index says. Fetch it again."
             )
         _put_cores(layout, rows[len(names) + number], renamed(sizes), core)
         sides = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{number}/")}
