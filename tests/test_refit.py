@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, migrate_task
+from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, bundle_tasks, migrate_task
 from subspace_peft.basis.controls import random_module
 from subspace_peft.builders import plan_refit, rebuild_basis, refit_basis
+from subspace_peft.cli import main
 from subspace_peft.errors import SubspaceError
 
 from .models import bert, randomise
@@ -178,3 +180,46 @@ def test_a_task_on_another_basis_is_refused_and_one_of_zeros_is_not(bases, basis
     nothing = {name: torch.zeros(10, 8) for name in SIZES}
     plan = plan_refit(basis, {"nothing": nothing, "t": cores(0, rank=2)}, 2)
     assert set(plan.drift["nothing"].values()) == {0.0} and plan.worst[2] < 1e-6
+
+
+def test_on_the_command_line_the_loss_is_said_first(bases, tmp_path, capsys):
+    old = bases[bert]
+    tasks = [str(saved(bert, tmp_path / f"t{i}", old.location, **config)[0]) for i, config in enumerate(KINDS[:2])]
+    bundle_tasks([tasks[0]], tmp_path / "bundle", progress=False)
+    command = ["update", str(old.location), "-k", "4", "--out", str(tmp_path / "v2"), "--tasks", *tasks]
+    command += [str(tmp_path / "bundle"), "--tasks-out", str(tmp_path / "moved")]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert "4 of 4 modules are fitted again; of 3 tasks' updates is lost:" in out and "bundle/t0: at most" in out
+    assert "Within -k 4 task" in err and "--max-drift" in err and not (tmp_path / "v2").exists()
+    for _ in range(2):  # the same again replaces its own result
+        assert main([*command, "--max-drift", "0.9", "--json"]) == 0, capsys.readouterr().err
+        facts = json.loads(capsys.readouterr().out)
+    new = SubspaceBasis.from_pretrained(tmp_path / "v2")
+    assert new.describe_k() == "k=4" and facts["fingerprint"] == new.fingerprint and facts["version"] == 2
+    drifts = {Path(each["out"]).name: max(each["drift_per_module"].values()) for each in facts["tasks"]}
+    assert drifts == {
+        name: pytest.approx(facts["drift"][key], abs=2e-6)
+        for name, key in {"t0": "t0", "t1": "t1", "bundle": "bundle/t0"}.items()
+    }
+    assert main([*command, "--max-drift", "0.9", "--force"]) == 0
+    assert "version 2 of the basis, k=4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "Name the adapters that the basis is to grow by; or give -k and --tasks"),
+        (["-k", "4"], "Name the adapters"),
+        (["-k", "6", "--tasks", "TASK", "--tasks-out", "OUT"], "-k 6 leaves nothing to merge: every module has 6"),
+        (["-k", "4", "--tasks", "TASK", "--tasks-out", "OUT", "--partial"], "--partial has no effect without new"),
+        (["-k", "4", "--tasks", "TASK", "--tasks-out", "OUT", "--max-memory", "1GB"], "--max-memory has no effect"),
+        (["-k", "4", "--tasks", "TASK", "--tasks-out", "OUT", "--no-pad"], "--no-pad has no effect with -k"),
+    ],
+)
+def test_what_goes_with_no_adapter_is_said(flags, says, bases, tmp_path, capsys):
+    folder, _ = saved(bert, tmp_path / "task", bases[bert].location)
+    places = {"TASK": str(folder), "OUT": str(tmp_path / "moved")}
+    command = ["update", str(bases[bert].location), *[places.get(flag, flag) for flag in flags]]
+    assert main([*command, "--out", str(tmp_path / "v2")]) == 1
+    assert says in capsys.readouterr().err

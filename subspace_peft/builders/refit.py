@@ -149,7 +149,8 @@ def plan_refit(
         turns = [torch.linalg.qr(turn)[0] for turn in (pair.u, pair.v)]
         for name, task in users.items():
             drift[name][task.names[key]] = task.loss(key, module, *turns)
-    arguments = UpdateOptions(k=size[0], k_in=size[1], alternations=alternations).record(len(known))
+    k_in = None if size[0] == size[1] else size[1]
+    arguments = UpdateOptions(k=size[0], k_in=k_in, alternations=alternations).record(len(known))
     return RefitPlan(old, size, modules, drift, arguments, squares)
 
 
@@ -173,8 +174,8 @@ def refit_basis(plan: RefitPlan, *, max_drift: float) -> SubspaceBasis:
     if drift > max_drift:
         raise SubspaceError(
             f"Within k={plan.k[0] if plan.k[0] == plan.k[1] else plan.k} task {task!r} would lose {drift:.3g} of the"
-            f" norm of its update in module {module!r}, more than max_drift={max_drift:g} (--max-drift). Give a larger"
-            " k, or allow more."
+            f" norm of its update in module {module!r}, more than max_drift={max_drift:g}. Give a larger k, or allow"
+            " more with max_drift= (--max-drift)."
         )
     if not plan.modules:
         return plan.basis

@@ -10,6 +10,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "update": (
         "subspace-peft update my-basis loras/new --out my-basis-2",
         "subspace-peft update my-basis loras/new --out my-basis-2 --tasks my-task --tasks-out tasks-2",
+        "subspace-peft update my-basis -k 16 --out small --tasks tasks/* --tasks-out small-tasks --max-drift 0.05",
     ),
     "complete": (
         "subspace-peft complete my-basis -k 32 --out full",

@@ -144,16 +144,20 @@ class Carried:
             planned = Planned(BUNDLE, fingerprint, certain=certain)
             check_target(self.out / name, planned, overwrite=self.overwrite, needed=[folder, *needed])
 
-    def cores(self) -> list[dict[str, Any]]:
-        """Return the cores of all tasks, in units of ΔW."""
+    def read(self) -> dict[str, Any]:
+        """Return all tasks, by name; those of a bundle by ``bundle/name``."""
         from ..bundle import open_bundle
         from ..tasks import read_task
 
-        found = [read_task(repo, basis=self.old_basis, **hub).cores for repo, hub in self.tasks.values()]
-        for folder in self.bundles.values():
+        found = {name: read_task(repo, basis=self.old_basis, **hub) for name, (repo, hub) in self.tasks.items()}
+        for name, folder in self.bundles.items():
             bundle = open_bundle(folder)
-            found += [bundle.read(name).cores for name in bundle]
+            found |= {f"{name}/{each}": bundle.task(each, self.old_basis) for each in bundle}
         return found
+
+    def cores(self) -> list[dict[str, Any]]:
+        """Return the cores of all tasks, in units of ΔW."""
+        return [task.cores for task in self.read().values()]
 
     def try_out(self, basis: Any) -> None:
         """Carry the tasks over, in memory; raises before anything is written."""

@@ -29,6 +29,7 @@ from .common import (
 )
 from .flags import add_options, given_options
 from .inspecting import inspect
+from .merging import check_merging, merge
 from .migrating import Carried, add_carrying, say_carried
 from .parsers import OUTPUT, TASKS, grouped
 
@@ -40,12 +41,15 @@ def add_update(add: Add) -> None:
         help="grow a basis by what new adapters need, with its tasks",
         description=(
             "Make a new version of a basis for further LoRA adapters: old directions stay bit for bit, so tasks lose"
-            " nothing, unless -k fits all from scratch. Interrupted, the same command goes on from the modules kept in"
-            " FOLDER.partial."
+            " nothing, unless -k fits all from scratch. A task on the basis is absorbed: its own directions become"
+            " the basis's. Without adapters, -k merges directions into fewer for --tasks, and says first what each"
+            " loses. Interrupted, the same command goes on from the modules kept in FOLDER.partial."
         ),
     )
     verb.add_argument("basis", metavar="BASIS", help="folder or Hub id of the basis")
-    verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
+    verb.add_argument(
+        "sources", nargs="*", metavar="ADAPTER", help="as for build, or tasks; none: merge directions, -k and --tasks"
+    )
     add_options(verb, UpdateOptions)
     add_base_model(verb)
     carried = grouped(verb, TASKS)
@@ -109,6 +113,8 @@ def update(args: Namespace) -> int:
 
     if bool(args.tasks) != bool(args.tasks_out):
         raise SubspaceError("Give both, --tasks and --tasks-out: which tasks to carry over, and where to.")
+    if not args.sources:
+        check_merging(args)
     given = given_options(args, UpdateOptions)
     if not args.tasks and "k" not in given:
         refuse_idle(args, "--max-drift", "without --tasks or -k: a basis that grows keeps all of what it has")
@@ -119,23 +125,28 @@ def update(args: Namespace) -> int:
             refuse_idle(args, flag, "with -k, which fits all directions from scratch")
     if "k" not in given:
         given.pop("max_drift", None)  # of the tasks alone: where the basis grows, it keeps all
+    bound = MAX_DRIFT if args.max_drift is None else args.max_drift
+    if not args.sources:
+        given["max_drift"] = bound
     options = UpdateOptions(**given)
-    beside = unfinished(args.out)
+    beside = unfinished(args.out) if args.sources else None
     resources = Resources(work_folder=beside, **given_options(args, Resources))
     old = SubspaceBasis.from_pretrained(args.basis)
-    bound = MAX_DRIFT if args.max_drift is None else args.max_drift
     tasks = Carried(args.tasks, args.tasks_out, bound, resources.progress, overwrite=args.force, pad=not args.no_pad)
     tasks.check_folders(needed=[args.out])
     inputs = [args.basis, *args.sources, *args.tasks]
     _check_out(args, old, needed=[args.basis] if args.tasks else [], inputs=inputs, options=options)
-    new = update_basis(
-        old,
-        args.sources,
-        cores=tasks.cores() if options.refit is not None else (),
-        base_model=base_model(args.base_model),
-        options=options,
-        resources=resources,
-    )
+    if args.sources:
+        new = update_basis(
+            old,
+            args.sources,
+            cores=tasks.cores() if options.refit is not None else (),
+            base_model=base_model(args.base_model),
+            options=options,
+            resources=resources,
+        )
+    else:
+        new = merge(old, tasks, options, bound, say=not args.json, verbose=args.verbose)
     begin("carrying tasks over")
     tasks.try_out(new)
     begin("writing the new version")
@@ -150,14 +161,15 @@ def update(args: Namespace) -> int:
         "k": new.describe_k(),
         "k_range": k_range(new.shapes()),
         "from": old.fingerprint,
-        "skipped": new.info["skipped"],
+        "skipped": new.info.get("skipped") or [],
         **new.info["update"],
         "tasks": tasks.write(new),
         "verdict": verdict_on_record(new.info, str(args.out), new.shapes()),
     }
     if args.json:
         return print_json(facts)
-    _say_growth(facts["modules"], args.verbose)
+    if args.sources:
+        _say_growth(facts["modules"], args.verbose)
     for entry in facts["skipped"]:
         print(f"  left out: {entry['reason']}")
     print(f"{facts['out']}: version {facts['version']} of the basis, {facts['k']}, fingerprint {facts['fingerprint']}")
