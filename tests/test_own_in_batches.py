@@ -86,12 +86,12 @@ def filled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def adapted(conv: dict[str, Any] | None = None) -> PeftModel:
+def adapted(conv: dict[str, Any] | None = None, **config: Any) -> PeftModel:
     """A model with all tasks as adapters, on one basis, and one on another."""
-    basis = {"basis": "random", "k": 4, "target_modules": TARGETS, "save_basis": True}
+    basis = {"basis": "random", "k": 4, "target_modules": TARGETS, "save_basis": True, **config}
     model = None
-    for name, config in TASKS.items():
-        made = SubspaceConfig(**basis, **config)
+    for name, given in TASKS.items():
+        made = SubspaceConfig(**basis, **given)
         if model is None:
             model = get_peft_model(Every(**(conv or {})), made, adapter_name=name)
         else:
@@ -136,6 +136,18 @@ def test_a_row_is_its_task_alone(conv, holds):
     assert [bool((row - other).abs().max() > 1e-2) for row, other in zip(expected, base, strict=True)] == [
         name != "__base__" for name in NAMES
     ]
+
+
+@pytest.mark.parametrize("alpha", [256.0, 100.0])
+def test_tasks_of_all_kinds_of_layers_become_adapters_again(alpha):
+    model = adapted(alpha=alpha)
+    bank = banked(model)
+    for name in TASKS:
+        expected = alone(model, IDS, [name] * len(IDS))
+        bank.load_adapter(name.upper())
+        for layer in layers(model):
+            assert layer.extra_rank[name.upper()] == layer.extra_rank[name]
+        torch.testing.assert_close(alone(model, IDS, [name.upper()] * len(IDS)), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_tasks_on_several_bases_have_theirs():
