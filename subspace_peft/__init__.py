@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import builders as builders
     from . import bundle as bundle
     from . import cards as cards
+    from . import continual as continual
     from . import convert as convert
     from . import energy as energy
     from . import errors as errors
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         open_bundle,
         push_bundle,
     )
+    from .continual import ContinualLearner, ContinualOptions
     from .convert import export_gguf, export_lora, migrate_task, project_lora
     from .errors import SubspaceError
     from .recipes import copy_recipe, list_recipes, load_recipe
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
 _PLACES = {
     "BuildOptions": "builders",
     "Bundle": "bundle",
+    "ContinualLearner": "continual",
+    "ContinualOptions": "continual",
     "ModuleBasis": "basis",
     "SubspaceBasis": "basis",
     "SubspaceCardCallback": "tasks.callbacks",
@@ -114,6 +118,8 @@ _PLACES = {
 __all__ = [
     "BuildOptions",
     "Bundle",
+    "ContinualLearner",
+    "ContinualOptions",
     "ModuleBasis",
     "SubspaceBasis",
     "SubspaceCardCallback",
@@ -168,6 +174,7 @@ if not TYPE_CHECKING:
             "builders",
             "bundle",
             "cards",
+            "continual",
             "convert",
             "energy",
             "errors",

@@ -36,6 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "bundle": BASIS | {"sources", "tuner", "tasks", "convert"},
     "serve": BASIS | {"tuner", "tasks", "convert", "bundle"},
     "report": BASIS | {"sources", "builders", "tuner", "tasks", "convert"},
+    "continual": BASIS | {"sources", "builders", "tuner", "tasks", "convert", "report"},
     "_peft_hooks": BASIS | {"tuner", "tasks"},
 }
 # above all of these: nothing in a layer imports them

@@ -15,7 +15,7 @@ from subspace_peft.tuner import config_fields
 
 LAZY = [
     "subspace_peft",
-    *(f"subspace_peft.{name}" for name in ("basis", "builders", "bundle", "convert", "report", "serve")),
+    *(f"subspace_peft.{name}" for name in ("basis", "builders", "bundle", "continual", "convert", "report", "serve")),
 ]
 PACKAGES = [*LAZY, *(f"subspace_peft.{name}" for name in ("cards", "tasks", "tuner"))]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._io.text import read_text
+from .._io.settings_file import check_keys, read_settings
 from ..errors import SourceError, SubspaceError
 from ..hub import looks_like_path, split_inside
 from ..hub_requests import patient
@@ -21,7 +19,7 @@ BASIS_CONFIG = "basis_config.json"
 INPUTS = ("base_model", "like", "clusters", "precision", "max_memory")
 SETTINGS = (*BuildOptions.names(), *INPUTS)
 SOURCE_KEYS = ("model", "weight", "revision", "sha256", "name", "converted_from")
-MOST_BYTES = 100_000_000
+REMEDY = "Give a YAML or JSON file with `sources:` and options, or the folder of a basis."
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def read_build_file(place: str | Path) -> BuildFile:
     """
     file = Path(place).expanduser()
     file = file / BASIS_CONFIG if file.is_dir() else file
-    given = _read(file)
+    given = read_settings(file, "build", REMEDY)
     writer = given.get("subspace_peft_version")
     if "format_version" in given and "modules" in given:
         given = _from_basis(file, given)
@@ -162,51 +160,6 @@ def open_sources(
     return found
 
 
-def _read(file: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            raise ValueError("it is larger than any config")
-        text = read_text(file)
-        given = json.loads(text, object_pairs_hook=_unique) if file.suffix == ".json" else _read_yaml(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise SubspaceError(
-            f"{file}: no build can be read from it ({' '.join(str(error).split())}). Give a YAML or JSON file with"
-            " `sources:` and options, or the folder of a basis."
-        ) from error
-    if not isinstance(given, dict):
-        raise SubspaceError(f"{file}: it holds a {type(given).__name__}. Give a mapping with `sources:` and options.")
-    return given
-
-
-def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return pairs of keys and values as a dictionary; raise `ValueError` where a key is there twice."""
-    found: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
-
-
-def _read_yaml(text: str) -> Any:
-    """Read YAML as `yaml.safe_load` does, which keeps only the last of equal keys; raise `ValueError` for these."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def flatten_mapping(self, node: Any) -> None:
-            # before what `<<` brings in is added, which may repeat keys
-            _unique((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            super().flatten_mapping(node)
-
-    loader = Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
 def _listed(file: Path, listed: Any) -> list[Any]:
     """Return the entries of ``sources:``."""
     if listed is None or isinstance(listed, list):
@@ -224,16 +177,9 @@ def _check_names(file: Path, sources: Sequence[Any]) -> None:
 
 
 def _check_keys(file: Path, given: Mapping[Any, Any], known: Collection[str], writer: Any = None) -> None:
-    unknown = []
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            unknown.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
-    if unknown:
-        from ..basis.newer import upgrade_hint
+    from ..basis.newer import upgrade_hint
 
-        hint = upgrade_hint(writer)
-        raise SubspaceError(f"{file}: unknown: {', '.join(unknown)}. Known are {', '.join(known)}.{hint}")
+    check_keys(file, given, known, upgrade_hint(writer))
 
 
 def _source(file: Path, entry: Any) -> tuple[Any, float | None]:

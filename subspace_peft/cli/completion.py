@@ -12,7 +12,7 @@ from .common import Add
 SHELLS = ("bash", "zsh", "tcsh")
 # what a value is, by what help calls it
 FOLDERS = ("FOLDER",)
-PLACES = ("ADAPTER", "BASIS", "BUNDLE", "FILE", "LORA", "MODEL", "PATH", "PLACE", "SCRIPT …", "TASK")
+PLACES = ("ADAPTER", "BASIS", "BUNDLE", "FILE", "LORA", "MODEL", "PATH", "PLACE", "PLAN", "SCRIPT …", "TASK")
 # in shtab's script for bash: places whose names have spaces, of which the shell hands on what was typed, quotes and
 # backslashes included; and options after one that takes several values
 TYPED = 'local typed="${1//\\\\/}"; typed="${typed#[\\"\\\']}"; '

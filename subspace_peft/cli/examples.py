@@ -20,6 +20,22 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "subspace-peft migrate my-task --basis my-basis-2 --out tasks-2",
         "subspace-peft migrate my-task my-bundle --basis my-basis-2 --out tasks-2 --max-drift 0.05",
     ),
+    "continual": (
+        "subspace-peft continual run plan.yaml --out my-run",
+        "subspace-peft continual status my-run",
+    ),
+    "continual run": (
+        "subspace-peft continual run plan.yaml --out my-run",
+        "subspace-peft continual run plan.yaml --out my-run --restart",
+    ),
+    "continual status": (
+        "subspace-peft continual status my-run",
+        "subspace-peft continual status my-run --markdown --figure my-run.png",
+    ),
+    "continual resume": (
+        "subspace-peft continual resume my-run",
+        "subspace-peft continual resume my-run --json",
+    ),
     "record-base": (
         "subspace-peft record-base my-basis --base-model base",
         "subspace-peft record-base my-basis --base-model org/model --force",

@@ -21,7 +21,7 @@ from .pulse import pulse
 from .verbosity import verbosity
 from .verbs import parser as parser
 
-RESUMED = {"build": "modules", "update": "modules", "demo": "adapters and runs"}
+RESUMED = {"build": "modules", "update": "modules", "continual": "phases", "demo": "adapters and runs"}
 UNSPOKEN = ("run", "demo")  # verbs that run scripts, whose warnings are their own
 COUNTED = {"v": "verbose_first", "q": "quiet_first"}
 COUNTS = re.compile(r"-(v+|q+)|--(v)erbose|--(q)uiet")
@@ -78,7 +78,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         letters = found[1] or found[2] or found[3]
         counts[COUNTED[letters[0]]] += len(letters)
         first += 1
-    if argv[first : first + 1] in (["bundle"], ["cache"]):
+    if argv[first : first + 1] in (["bundle"], ["cache"], ["continual"]):
         while COUNTS.fullmatch(" ".join(argv[first + 1 : first + 2])):
             argv.insert(0, argv.pop(first + 1))  # between these and their own verbs, as before them
             first += 1

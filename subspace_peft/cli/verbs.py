@@ -9,6 +9,7 @@ from .building import add_build
 from .bundles import add_bundle
 from .completion import add_completion
 from .compressing import add_compress
+from .continual import add_continual
 from .converting import add_export_lora, add_project
 from .environment import add_env
 from .inspecting import add_inspect, add_validate
@@ -22,7 +23,7 @@ from .verbosity import add_verbosity
 from .versions import add_complete, add_record_base, add_update
 
 VERBS = {
-    "build and grow": (add_build, add_update, add_complete, add_migrate, add_record_base),
+    "build and grow": (add_build, add_update, add_complete, add_migrate, add_continual, add_record_base),
     "inspect and judge": (add_inspect, add_validate, add_analyze, add_report),
     "convert": (add_project, add_export_lora),
     "share": (add_push, add_cache),
@@ -61,7 +62,7 @@ def parser() -> ArgumentParser:
             add_verbosity(verb)
         verb.set_defaults(flags=flags_of_verb(verb), parsed_by=verb)
         shorten_usage(verb)
-    for name in ("bundle", "cache"):
+    for name in ("bundle", "cache", "continual"):
         shorten_usage(verbs.choices[name])
     verbs.choices["completion"].set_defaults(top=top)
     shorten_usage(top)

@@ -1,0 +1,169 @@
+"""Run a plan: its basis, its tasks in their order, and what is kept of it in the run's folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+
+from .._io.progress import begin
+from ..errors import HubUnavailableError, SubspaceError
+from ..hub_requests import ask
+from ..tuner import SubspaceConfig
+from .journal import Journal, seed_of
+from .learner import ContinualLearner
+from .plan import Plan
+from .status import RunStatus
+from .text_tasks import TextTask, read_task
+from .training import default_arguments, own_randomness, twin
+
+BASIS_FOLDER = "first-basis"
+
+
+def run_plan(plan: Plan, folder: str | Path, *, restart: bool = False, progress: bool = True) -> RunStatus:
+    """Learn the tasks of a plan, or go on with them.
+
+    Args:
+        plan: see `read_plan`.
+        folder: the run's folder.
+        restart: begin a task again that was begun with other data or arguments and is not finished.
+        progress: show bars.
+
+    Returns:
+        The run's state at the end.
+
+    Raises:
+        SubspaceError: something in the plan is wrong, or is not what the run began with; names it.
+        OSError: the disk refuses.
+    """
+    root = Path(folder).expanduser()
+    journal = Journal.read(root)
+    known = [task.name for task in plan.tasks]
+    if journal is not None and (gone := [each["name"] for each in journal.tasks if each["name"] not in known]):
+        raise SubspaceError(
+            f"{plan.place}: tasks: {gone[0]!r} was learned in {root} and is not in the plan any more; all tasks are"
+            " scored after each. Put it back, or begin in another folder."
+        )
+    tokenizer = _load(plan, "tokenizer", lambda: AutoTokenizer.from_pretrained(plan.base_model))
+    # all data are read before the first task is learned: what is wrong with the last one shows now
+    tasks = {task.name: read_task(plan, task, tokenizer) for task in plan.tasks}
+    args = {task.name: _arguments(plan, task.training, root) for task in plan.tasks}
+    config = _config(plan)
+    model = _Classifiers(plan, tasks)
+    basis = plan.basis or (_built(plan, root, progress) if journal is None else None)
+    with ContinualLearner(
+        model,
+        basis,
+        root,
+        options=plan.made_options(progress=progress),
+        config=config,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    ) as learner:
+        plan.save(root)
+        # those that are learned first, since their data are needed for the scores of the others
+        for name in [*learner.tasks, *(name for name in known if name not in learner.tasks)]:
+            task = tasks[name]
+            learner.learn(
+                name,
+                task.train,
+                task.test,
+                validation_dataset=task.validation,
+                lora=task.plan.lora,
+                labels=task.labels,
+                compute_metrics=task.score(),
+                metric=task.plan.metric,
+                args=args[name],
+                restart=restart,
+            )
+        return learner.status
+
+
+class _Classifiers:
+    """Gives a fresh classifier for a task; those with as many labels share their weights in memory."""
+
+    def __init__(self, plan: Plan, tasks: Mapping[str, TextTask]) -> None:
+        self.plan, self.tasks = plan, tasks
+        self.made: dict[int, nn.Module] = {}
+
+    def __call__(self, name: str) -> nn.Module:
+        labels = self.tasks[name].labels
+        if len(labels) not in self.made:
+            begin(f"loading the base model {self.plan.base_model}")
+            seed = int(self.plan.options.get("seed", 0))
+            # its head is new, also where the base model has one for other labels, and the same in every process
+            with own_randomness(seed_of(seed, "classifier", str(len(labels)))):
+                load = AutoModelForSequenceClassification.from_pretrained
+                made = _load(
+                    self.plan,
+                    "classifier",
+                    lambda: load(self.plan.base_model, num_labels=len(labels), ignore_mismatched_sizes=True),
+                )
+            self.made[len(labels)] = made
+        model = twin(self.made[len(labels)])
+        model.config = copy.deepcopy(model.config)
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+        return model
+
+
+def _load(plan: Plan, what: str, load: Any) -> Any:
+    try:
+        return ask(plan.base_model, load)
+    except HubUnavailableError:
+        raise
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise SubspaceError(
+            f"{plan.place}: base_model: no {what} can be loaded from {plan.base_model} ({said})."
+        ) from error
+
+
+def _built(plan: Plan, root: Path, progress: bool) -> Any:
+    """Build the first basis of a plan."""
+    from ..builders import BuildOptions, build_basis
+
+    _check_names(plan, "build", plan.build, BuildOptions.names())
+    try:
+        return build_basis(plan.loras, options=BuildOptions(**plan.build), progress=progress)
+    except SubspaceError as error:
+        raise SubspaceError(f"{plan.place}: loras: {error}") from error
+
+
+def _config(plan: Plan) -> SubspaceConfig:
+    names = [each.name for each in dataclasses.fields(SubspaceConfig) if each.init]
+    _check_names(plan, "config", plan.config, names)
+    for name in ("basis", "extra_rank"):
+        if name in plan.config:
+            raise SubspaceError(f"{plan.place}: config: {name} is set for each task by the run. Leave it out.")
+    try:
+        return SubspaceConfig(**{"task_type": "SEQ_CLS", **plan.config})
+    except SubspaceError as error:
+        raise SubspaceError(f"{plan.place}: config: {error}") from error
+
+
+def _arguments(plan: Plan, own: Mapping[str, Any], root: Path) -> TrainingArguments:
+    """Return the arguments of a task's training: the usual ones, those of the plan, and the task's own."""
+    given = {**plan.training, **own}
+    _check_names(plan, "training", given, [each.name for each in dataclasses.fields(TrainingArguments) if each.init])
+    usual = default_arguments(root / "work")
+    kept = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "save_strategy", "save_total_limit")
+    values = {name: getattr(usual, name) for name in (*kept, "report_to", "dataloader_pin_memory")}
+    try:
+        return TrainingArguments(str(root / "work"), **{**values, **given})
+    except (ValueError, TypeError, ImportError) as error:
+        raise SubspaceError(f"{plan.place}: training: {' '.join(str(error).split())}") from error
+
+
+def _check_names(plan: Plan, key: str, given: Mapping[str, Any], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise SubspaceError(f"{plan.place}: {key}: there is no {name!r}.{meant}")

@@ -1,0 +1,413 @@
+"""Train and measure one task: the stock Trainer inside, or the user's own functions, each from a seed of its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from .._io.progress import progress_bar
+from ..basis import SubspaceBasis
+from ..errors import SubspaceError
+from ..logging import get_logger
+from ..tuner import SubspaceConfig
+from .journal import finite
+
+logger = get_logger()
+
+LEARNING_RATE = 3e-3
+LOGITS = 16  # examples of an evaluation batch at most, by which the absorption is measured
+STATE_FILE = "trainer_state.json"
+# what decides the result of a training; the rest of TrainingArguments is about logs, places and the machine
+RECORDED = (
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type"),
+    *("lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "bf16", "fp16", "label_smoothing_factor"),
+    *("gradient_checkpointing", "load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha"),
+)
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """One training of a task, as the function ``train`` of a `ContinualLearner` gets it.
+
+    Attributes:
+        name: the task.
+        train_dataset: what to train on.
+        validation_dataset: what to judge by while training, if anything.
+        share: the share of a whole training's steps to take: 1, or less in a probe.
+        seed: set when the function is called; for generators of one's own.
+        folder: a folder for checkpoints, kept until the task is learned.
+    """
+
+    name: str
+    train_dataset: Any
+    validation_dataset: Any
+    share: float
+    seed: int
+    folder: Path
+
+
+@dataclass
+class TaskData:
+    """What a learner knows of a task in this process: its data, and how it is scored.
+
+    Attributes:
+        name: the task.
+        train: its training data; None where it comes from a LoRA.
+        evaluation: the data that R is measured on.
+        validation: the data that a probe is judged by; None: part of the training data.
+        lora: reference of the LoRA that it comes from, or None.
+        compute_metrics: as the Trainer takes it.
+        metric: which of the metrics is the score; or a function of model and data set that returns it.
+        args: the training's arguments.
+    """
+
+    name: str
+    train: Any
+    evaluation: Any
+    validation: Any
+    lora: Any
+    compute_metrics: Callable[[Any], Mapping[str, float]] | None
+    metric: str | Callable[[nn.Module, Any], float] | None
+    args: TrainingArguments
+
+
+@dataclass
+class Workshop:
+    """Makes, trains and measures models.
+
+    Attributes:
+        model: a base model, which stays as it is, or a function that returns a fresh one for a task's name.
+        config: the configuration of every task, without a basis.
+        train: the user's own training, instead of the Trainer's.
+        trainer: further keywords of the Trainer, such as ``processing_class``.
+        progress: show bars.
+    """
+
+    model: nn.Module | Callable[[str], nn.Module]
+    config: SubspaceConfig
+    train: Callable[[nn.Module, TaskRun], object] | None = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = True
+
+    def base(self, name: str) -> nn.Module:
+        """Return a base model for a task; of a model that was given, another of the same weights in memory.
+
+        Raises:
+            SubspaceError: the function returns no model, or an adapted one.
+        """
+        if isinstance(self.model, nn.Module):
+            return twin(self.model)
+        made = self.model(name)
+        if not isinstance(made, nn.Module) or hasattr(made, "peft_config"):
+            kind = "a model with adapters" if isinstance(made, nn.Module) else f"a {type(made).__name__}"
+            raise SubspaceError(
+                f"The function for base models returned {kind} for task {name!r}. Return a base model."
+            )
+        return made
+
+    def adapted(self, name: str, basis: SubspaceBasis, extra_rank: int) -> PeftModel:
+        """Return a base model with a new task on it.
+
+        Args:
+            name: the task.
+            basis: the basis.
+            extra_rank: φ, how many directions of its own it gets per module.
+        """
+        config = copy.deepcopy(self.config)
+        config.basis = basis
+        config.extra_rank = extra_rank
+        base = self.base(name)
+        config.task_type = config.task_type or task_type(base)
+        config.id2label = config.id2label or _labels_of(base)
+        return get_peft_model(base, config)
+
+    def loaded(self, name: str, folder: Path) -> PeftModel:
+        """Return a base model with a saved task on it."""
+        return PeftModel.from_pretrained(self.base(name), str(folder))
+
+    def fit(self, model: PeftModel, data: TaskData, run: TaskRun) -> None:
+        """Train a model's task.
+
+        A whole training goes on from its newest checkpoint in ``run.folder``, where the arguments had it keep any.
+
+        Raises:
+            SubspaceError: parameters are not finite afterwards.
+        """
+        set_seed(run.seed)
+        if self.train is not None:
+            self.train(model, run)
+        else:
+            self._fit(model, data, run)
+        if wrong := _not_finite(model):
+            raise SubspaceError(
+                f"Task {run.name!r}: the training diverged: {wrong} is not finite. Lower the learning rate"
+                " (learning_rate of the training's arguments), look for bad examples, and begin the task again with"
+                " restart=True (--restart). What was learned before is unharmed."
+            )
+
+    def _fit(self, model: PeftModel, data: TaskData, run: TaskRun) -> None:
+        args, whole = self._arguments(data, run.seed, run.folder), run.share == 1
+        if not whole:
+            args.save_strategy, args.eval_strategy = "no", "no"
+            args.load_best_model_at_end = False
+            args.max_steps = max(1, round(run.share * args.max_steps)) if args.max_steps > 0 else args.max_steps
+            args.num_train_epochs = run.share * args.num_train_epochs
+        what = f"training {run.name}" if whole else f"probing {run.name}"
+        bar = _Bar(what, shown=self.progress and not args.disable_tqdm)
+        callbacks = [*(self.trainer.get("callbacks") or ()), _Watch(), bar]
+        args.disable_tqdm = True
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=run.train_dataset,
+            eval_dataset=run.validation_dataset if args.eval_strategy != "no" else None,
+            compute_metrics=data.compute_metrics,
+            **{**self.trainer, "callbacks": callbacks},
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_newest_checkpoint(run.folder) if whole else None)
+
+    def score(self, model: nn.Module, data: TaskData, dataset: Any) -> float:
+        """Return a model's score on a data set; more is better.
+
+        Raises:
+            SubspaceError: nothing says which metric is the score, or it is no finite number.
+        """
+        model.eval()
+        what = f"The score of task {data.name!r}"
+        if callable(data.metric):
+            with torch.no_grad():
+                return finite(what, data.metric(model, dataset))
+        compute = data.compute_metrics
+        if compute is None:
+            if task_type(model) != "SEQ_CLS":
+                raise SubspaceError(
+                    f"Task {data.name!r}: nothing says how it is scored. Give compute_metrics=, as the Trainer takes"
+                    " it, or metric=, a function of model and data set; more is better."
+                )
+            compute = accuracy
+        trainer = self._measuring(model, data, compute)
+        found = trainer.evaluate(dataset, metric_key_prefix="eval")
+        own = {key.removeprefix("eval_"): value for key, value in found.items() if key != "eval_loss"}
+        known = {key: value for key, value in own.items() if not _MACHINE.intersection(key.split("_"))}
+        name = data.metric or (next(iter(known)) if len(known) == 1 else None)
+        if name not in own:
+            wrong = f"no metric is called {name!r}" if name else "several metrics are measured"
+            raise SubspaceError(
+                f"Task {data.name!r}: {wrong}. Say which one is the score with metric=; measured are"
+                f" {', '.join(known) or 'none'}."
+            )
+        return finite(f"{what}, {name},", own[name])
+
+    def logits(self, model: nn.Module, data: TaskData, dataset: Any) -> torch.Tensor:
+        """Return a model's answers to a data set, float32: its first output, flattened."""
+        model.eval()
+        found = self._measuring(model, data, None).predict(dataset).predictions
+        first = found[0] if isinstance(found, (tuple, list)) else found
+        return torch.as_tensor(np.asarray(first), dtype=torch.float32).flatten()
+
+    def _measuring(self, model: nn.Module, data: TaskData, compute: Any) -> Trainer:
+        args = self._arguments(data, 0, Path(data.args.output_dir or "."))
+        args.disable_tqdm, args.eval_strategy, args.save_strategy, args.load_best_model_at_end = (
+            True,
+            "no",
+            "no",
+            False,
+        )
+        args.report_to = []
+        # callbacks of the user are about trainings
+        more = {key: value for key, value in self.trainer.items() if key not in ("callbacks", "optimizers")}
+        trainer = Trainer(model, args, compute_metrics=compute, **more)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _arguments(self, data: TaskData, seed: int, folder: Path) -> TrainingArguments:
+        args = copy.deepcopy(data.args)
+        args.output_dir, args.seed, args.data_seed = str(folder), seed, seed
+        return args
+
+
+class _Bar(TrainerCallback):
+    """Shows a bar of a training that takes long, in the Trainer's own one's place, which shows at once and prints."""
+
+    def __init__(self, what: str, *, shown: bool) -> None:
+        self.what, self.shown = what, shown
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.bar = progress_bar(
+            total=state.max_steps, initial=state.global_step, desc=self.what, unit="step", shown=self.shown
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.bar.close()
+
+
+class _Watch(TrainerCallback):
+    """Ends a training whose parameters are not finite any more, at the end of an epoch."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if _not_finite(given["model"]):
+            control.should_training_stop = True
+            control.should_save = False
+
+
+_MACHINE = {"runtime", "second", "time", "epoch"}
+
+
+def default_arguments(folder: Path) -> TrainingArguments:
+    """Return the arguments of a training where none are given: a rate of 3e-3, four epochs, batches of 16."""
+    return TrainingArguments(
+        str(folder),
+        learning_rate=LEARNING_RATE,
+        num_train_epochs=4,
+        per_device_train_batch_size=16,
+        save_strategy="epoch",
+        save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
+def recorded(args: TrainingArguments) -> dict[str, Any]:
+    """Return what decides a training's result, as JSON values."""
+    values = args.to_dict()
+    return {name: values[name] for name in RECORDED if name in values}
+
+
+def check_arguments(args: Any) -> TrainingArguments:
+    """Check the arguments of trainings.
+
+    Raises:
+        SubspaceError: they are of another kind, or would push checkpoints.
+    """
+    if not isinstance(args, TrainingArguments):
+        raise SubspaceError(f"args is a {type(args).__name__}: give TrainingArguments of transformers.")
+    if args.push_to_hub:
+        raise SubspaceError(
+            "args: push_to_hub would push the checkpoints of every training. Leave it out; push_basis_to and"
+            " push_tasks_to of the options push versions and tasks."
+        )
+    return args
+
+
+def task_type(model: nn.Module) -> str | None:
+    """Return PEFT's task type of a model, as far as the name of its class says it."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(inner).__name__
+    ends = {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    return next((kind for end, kind in ends.items() if name.endswith(end)), None)
+
+
+def _labels_of(model: nn.Module) -> dict[int, str] | None:
+    """Return the names of a classifier's labels by number; None where they are the ones that stand for none."""
+    found = getattr(model.config, "id2label", None) if task_type(model) == "SEQ_CLS" else None
+    named = found and any(name != f"LABEL_{place}" for place, name in found.items())
+    return dict(found) if named else None
+
+
+def outputs_of(model: nn.Module) -> int | None:
+    """Return how many outputs a classifier has; None of other models."""
+    return getattr(model.config, "num_labels", None) if task_type(model) == "SEQ_CLS" else None
+
+
+def accuracy(answers: Any) -> dict[str, float]:
+    """Return the share of examples whose largest logit is their label's: the score of classifiers by default."""
+    logits = answers.predictions[0] if isinstance(answers.predictions, tuple) else answers.predictions
+    return {"accuracy": float((np.asarray(logits).argmax(-1) == np.asarray(answers.label_ids)).mean())}
+
+
+@contextmanager
+def own_randomness(seed: int) -> Iterator[None]:
+    """Set all generators to a seed within, and give the caller's back afterwards."""
+    state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    set_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if devices is not None:
+            torch.cuda.set_rng_state_all(devices)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's structure on the same weights: what is frozen or wrapped in it stays its own."""
+    if hasattr(model, "peft_config"):
+        raise SubspaceError("The base model has adapters already. Give it as it was loaded, before `get_peft_model`.")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise SubspaceError(
+            "The base model is spread over devices by accelerate, and cannot be shared by several tasks. Give a"
+            " function that loads it: `lambda task: AutoModel….from_pretrained(base, device_map=…)`."
+        )
+    shared: dict[int, Any] = {}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        # of other kinds, such as bitsandbytes', more than the data belongs to it
+        shared[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
+    for buffer in model.buffers():
+        shared[id(buffer)] = buffer
+    return copy.deepcopy(model, shared)
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """Return the name of a trained parameter that is not finite, or None."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            return name
+    return None
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """Return the newest whole checkpoint of a training, and remove those that were interrupted while written."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda each: _steps(each), reverse=True) if folder.is_dir() else []
+    for place in found:
+        # the Trainer writes this file last
+        try:
+            state = json.loads((place / STATE_FILE).read_text(encoding="utf-8"))
+            if state["global_step"] == _steps(place):
+                return str(place)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        shutil.rmtree(place)
+        logger.info("%s was not wholly written, and is removed: the training goes on from before it", place)
+    return None
+
+
+def _steps(place: Path) -> int:
+    number = place.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+def largest_change(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Return the largest absolute change of logits; infinite where their numbers differ."""
+    if before.shape != after.shape or not before.numel():
+        return math.inf
+    return float((before - after).abs().max())

@@ -1,0 +1,57 @@
+"""The basis of the small runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def first_basis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from subspace_peft import build_basis
+
+    from ..models import bert, train_lora
+
+    folder = tmp_path_factory.mktemp("first")
+    sources = [str(train_lora(bert, folder / f"lora{i}", seed=20 + i, r=2)) for i in range(3)]
+    return build_basis(sources, k=4, progress=False).save_pretrained(folder / "basis")
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with a tokenizer, three LoRAs of it, and files of texts: `two.csv`, `three.json` and others."""
+    import csv
+    import json
+    import random
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("texts")
+    words = ["bad", "dull", "good", "great", "film", "plot", "the", "a", "is", "was"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(**shape, vocab_size=len(vocabulary), max_position_embeddings=16)
+    BertForSequenceClassification(config).save_pretrained(folder / "base")
+    BertTokenizer({word: at for at, word in enumerate(vocabulary)}).save_pretrained(folder / "base")
+    for number in range(3):
+        model = BertForSequenceClassification.from_pretrained(folder / "base")
+        torch.manual_seed(number)
+        lora = LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False, task_type="SEQ_CLS")
+        get_peft_model(model, lora).save_pretrained(folder / "loras" / str(number))
+    draw = random.Random(0)
+    for split, count in (("train", 16), ("validation", 8), ("test", 8)):
+        rows = []
+        for place in range(count):
+            label = place % 2
+            text = " ".join([*draw.sample(words[4:], 3), draw.choice(words[2 * label : 2 * label + 2])])
+            rows.append({"sentence": text, "verdict": ("bad", "good")[label], "kind": place % 3})
+        with open(folder / f"two-{split}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / f"three-{split}.json").write_text(json.dumps(rows))
+    return folder
