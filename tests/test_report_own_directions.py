@@ -76,7 +76,7 @@ def test_a_residual_of_as_many_makes_every_adapter_faithful(tmp_path: Any) -> No
     assert any(entry["extra_rank"] == rank for entry in found.sources)
     shown = page(found)
     assert f'data-label="own directions">{rank}</td>' in shown
-    assert f'each of these adapters is faithful</td><td class="n">{rank}</td>' in shown
+    assert f'where there are any</td><td class="n">{rank}</td>' in shown
 
 
 BASE: dict[str, Any] = {
@@ -109,6 +109,12 @@ ADVICE = [
     ({"kept": 0.6, "extra_rank": 5}, ("poor", None), "keep these adapters as LoRAs, or build with a larger k"),
     ({"kept": 0.6, "null_kept": 0.6, "extra_rank": 5}, ("poor", None), "keep these adapters as LoRAs; for"),
     ({"kept": None, "kept_of_new": 0.6}, ("partial", 3), "or build a basis of them"),
+    ({"kept": None, "kept_of_new": 0.6, "sources": 1}, ("partial", 3), "`subspace-peft project --extra-rank 3`"),
+    (
+        {"kept": None, "kept_of_new": 0.6, "sources": 1, "extra_rank": 5},
+        ("poor", None),
+        "keep these adapters as LoRAs",
+    ),
 ]
 
 
@@ -123,6 +129,18 @@ def test_what_the_verdict_says_to_do_with_adapters(
     command = headlines(numbers, "b")[0].command
     assert ("--residual" in command) == (decided[0] == "partial")
     assert f"--residual {decided[1] or 4} " in command or decided[0] != "partial"
+
+
+def test_adapters_that_are_new_to_the_basis_are_told_what_they_need(tmp_path: Any) -> None:
+    folders = saved_fleet(tmp_path / "loras", shared_fleet(n=5))
+    basis = build_basis(folders[:4], k=24, progress=False)
+    found = report_basis(basis, folders, progress=False)
+    assert [entry["in_basis"] for entry in found.sources] == [True] * 4 + [False]
+    own, new = found.numbers["extra_rank"], found.numbers["extra_rank_of_new"]
+    assert own == max(entry["extra_rank"] for entry in found.sources[:4]) < found.sources[4]["extra_rank"] == new
+    assert f"; with {new} directions of its own beside it each is faithful." in found.verdict[0]
+    alone = report_basis(basis, folders[4:], progress=False)
+    assert alone.numbers["extra_rank"] == new
 
 
 @pytest.mark.parametrize(("share", "known"), [(0.002, "unrelated"), (0.03, "little"), (0.2, "part"), (0.7, "mostly")])

@@ -20,7 +20,7 @@ OWN = f"{DIRECTIONS} directions of the task's own, `SubspaceConfig(basis=…, ex
 COMPRESSED = {
     "faithful": "Compressed, these adapters answer as they did.",
     "partial": "Compressed, these adapters lose a part. Measure their scores, or let `compress` keep a residual.",
-    "poor": "Compressed, these adapters are no longer themselves. Keep the LoRAs, or take a larger k.",
+    "poor": "Compressed by it alone, these adapters are no longer themselves.",
     UNKNOWN: "It was not measured what the basis keeps of adapters.",
 }
 FEW = "They fit because they are few, not because they are related: others will not."
@@ -33,6 +33,7 @@ NEXT = {
     "poor": "keep these adapters as LoRAs, or {larger}",
     UNKNOWN: "",
 }
+ONE_NEW = "project it with {rank} directions of its own, `subspace-peft project --extra-rank {rank}`"
 SAVES_NOTHING = {
     "one": "keep this adapter as a LoRA: a basis is for several",
     "some": "keep these adapters as LoRAs: basis and tasks together take no fewer bytes",
@@ -175,6 +176,8 @@ def step(numbers: Mapping[str, Any]) -> str:
     if known == "poor" and fits_like_noise(numbers):
         return "keep these adapters as LoRAs"
     larger = "build a basis of them" if of_others(numbers) else "build with a larger k"
+    if rank and of_others(numbers) and numbers["sources"] == 1:
+        return ONE_NEW.format(rank=rank)
     return NEXT[known].format(rank=rank or "RANK", larger=larger, faithful=FAITHFUL)
 
 

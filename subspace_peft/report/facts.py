@@ -27,9 +27,10 @@ class ReportFacts:
             ``random`` and ``mean_only``; ``k_for_share``, ``above`` (output and input directions above the null,
             medians), ``k_for_new_tasks`` (see `useful_k`), ``break_even`` adapters, ``bytes_per_lora``,
             ``bytes_per_task``, ``bytes_of_basis``, ``extra_rank`` (how many own directions per module make every
-            adapter faithful), ``bytes_per_direction`` (what one of them takes in all modules), ``sources``,
-            ``built_from`` (how many adapters the basis was built from), ``in_seed_groups``; ``at_least`` where
-            ``kept`` is a bound. None where it could not be measured.
+            adapter that it was built from faithful; where there is none, every adapter), ``extra_rank_of_new`` (the
+            same of adapters that it was not built from), ``bytes_per_direction`` (what one of them takes in all
+            modules), ``sources``, ``built_from`` (how many adapters the basis was built from), ``in_seed_groups``;
+            ``at_least`` where ``kept`` is a bound. None where it could not be measured.
         verdict: sentences.
         modules: the findings of every module measured.
         sources: per adapter name, location, seed_group, norm, ``in_basis``, ``kept``, ``unseen``, ``mean_only`` and

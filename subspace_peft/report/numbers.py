@@ -34,6 +34,7 @@ NUMBERS = (
     "bytes_per_task",
     "bytes_of_basis",
     "extra_rank",
+    "extra_rank_of_new",
     "bytes_per_direction",
     "break_even",
     "sources",
@@ -66,6 +67,7 @@ def measured_numbers(
 ) -> dict[str, Any]:
     """Return a report's figures from what was measured, see `ReportFacts`."""
     modules, entries = list(measured.modules.values()), measured.sources
+    own, new = ([entry for entry in entries if entry["in_basis"] is known] for known in (True, False))
     above = tuple(round(statistics.median(getattr(m, f"above_{side}") for m in modules)) for side in ("out", "in"))
     facts = basis_facts(basis)
     per_lora = choices["bytes_of_loras"] / choices["adapters"]
@@ -79,7 +81,8 @@ def measured_numbers(
         "bytes_per_lora": round(per_lora),
         "bytes_per_task": facts["bytes_per_task"],
         "bytes_of_basis": facts["bytes"],
-        "extra_rank": needed_by_all([e["extra_rank"] for e in entries]),
+        "extra_rank": needed_by_all([e["extra_rank"] for e in own or new]),
+        "extra_rank_of_new": needed_by_all([e["extra_rank"] for e in new]),
         "bytes_per_direction": FLOAT32 * sum(sum(each["shape"]) for each in choices["modules"].values()),
         "break_even": break_even(alone, per_lora, per_task),
         "sources": len(fleet.sources),

@@ -175,7 +175,7 @@ def _rows(numbers: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     rows += [(f"bytes of {words}", f"{numbers[key]:,}") for key, words in SIZES.items() if numbers[key] is not None]
     if numbers.get("extra_rank"):
-        words = "directions of its own with which each of these adapters is faithful"
+        words = "own directions with which each adapter is faithful, of those it was built from where there are any"
         rows.append((words, str(numbers["extra_rank"])))
     if numbers["bytes_per_lora"] is not None:
         even = numbers["break_even"]

@@ -152,7 +152,9 @@ def _existing(numbers: Mapping[str, Any]) -> list[str]:
         return []
     words = f"{_kept(numbers, at_least=bool(numbers.get('at_least')))} {COMPRESSED[word(kept)]}"
     if new is not None:
-        words += f" Of the adapters here that it was not built from it keeps {percent(new)}."
+        words += f" Of the adapters here that it was not built from it keeps {percent(new)}"
+        rank = numbers.get("extra_rank_of_new")
+        words += f"; with {rank} directions of its own beside it each is faithful." if rank else "."
     if k is not None and word(kept) != "faithful":
         words += f" {percent(FAITHFUL)} take k={k} per side."
     even = numbers["break_even"]
