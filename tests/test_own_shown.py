@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from subspace_peft import SubspaceConfig, build_basis
+from subspace_peft import SubspaceConfig, build_basis, bundle_tasks
 from subspace_peft._shown import said_of_directions
 from subspace_peft.cards import task_card
 from subspace_peft.cli.main import main
@@ -43,8 +43,10 @@ def basis(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=KINDS)
 def task(request: pytest.FixtureRequest, basis: Path, tmp_path: Path) -> tuple[Path, dict[str, int]]:
     given, counts = KINDS[request.param]
-    randomise(get_peft_model(bert(), SubspaceConfig(basis=str(basis), alpha=8.0, **given))).save_pretrained(tmp_path)
-    return tmp_path, dict(zip(MODULES, counts, strict=True))
+    randomise(get_peft_model(bert(), SubspaceConfig(basis=str(basis), alpha=8.0, **given))).save_pretrained(
+        tmp_path / "task"
+    )
+    return tmp_path / "task", dict(zip(MODULES, counts, strict=True))
 
 
 def test_inspect_counts_them(task: tuple[Path, dict[str, int]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,6 +91,21 @@ def test_the_card_of_a_saved_task_says_them(task: tuple[Path, dict[str, int]]) -
     line = next(line for line in text.split("\n") if line.startswith("- directions of its own"))
     assert line == (words if len(set(counts.values())) == 1 else f"{words}: `{FIRST}` 3")
     assert "a learning rate of about" in text
+
+
+def test_the_card_of_a_bundle_says_them(task: tuple[Path, dict[str, int]], tmp_path: Path) -> None:
+    folder, counts = task
+    bundle_tasks([folder], tmp_path / "bundle", progress=False)
+    text = (tmp_path / "bundle" / "README.md").read_text()
+    assert ("| own directions |" in text) == any(counts.values())
+    assert (f"| {said_of_directions(counts)} |" in text) == any(counts.values())
+
+
+def test_analyze_says_where_what_is_left_can_go(basis: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_lora(bert, basis.parent / "other", seed=5)
+    for lora, said in (("lora", False), ("other", True)):
+        assert main(["analyze", str(basis.parent / lora), "--basis", str(basis), "--quiet"]) == 0
+        assert ("directions of its own" in capsys.readouterr().out) == said
 
 
 def test_a_long_list_of_modules_is_cut_on_the_card() -> None:

@@ -48,6 +48,7 @@ def facts_of(folder: Path, bundle: Bundle, place: Place | None = None) -> Bundle
                 name=name,
                 coefficients=own.get("coefficients"),
                 numbers=numbers,
+                directions=bundle.own_directions(name),
                 energy_kept=bundle[name].energy_kept,
                 metrics=metrics,
             )

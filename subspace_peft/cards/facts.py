@@ -256,7 +256,8 @@ class BundledTaskFacts:
     Attributes:
         name: its name in the bundle.
         coefficients: kind of coefficients.
-        numbers: how many coefficients it trains.
+        numbers: how many parameters its cores have.
+        directions: module → how many directions of its own it has there, of all its modules.
         energy_kept: of a task that was an adapter, the share of its energy that the basis keeps.
         metrics: metric → number.
         datasets: Hub ids.
@@ -265,6 +266,7 @@ class BundledTaskFacts:
     name: str
     coefficients: str | None = None
     numbers: int | None = None
+    directions: Mapping[str, int] = field(default_factory=dict)
     energy_kept: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()

@@ -89,6 +89,11 @@ def _share(value: Any) -> str:
     return percent(value) if isinstance(value, (int, float)) else ""
 
 
+def _own(task: BundledTaskFacts) -> str:
+    """Return how many directions of its own a task has; nothing where it has none."""
+    return said_of_directions(task.directions) if any(task.directions.values()) else ""
+
+
 def _kept(source: SourceFacts | BundledTaskFacts) -> str:
     """Return what the basis keeps of a source or a task."""
     least = "at least " if getattr(source, "energy_kept_at_least", False) else ""
@@ -120,6 +125,6 @@ def _environment() -> Environment:
     environment.globals.update(arguments=markdown.arguments, literal=markdown.literal, table=markdown.table)
     environment.filters.update(code=markdown.code, fenced=markdown.fenced, number=markdown.number)
     environment.filters["one_line"] = markdown.one_line
-    environment.filters.update(percent=percent, share=_share, kept=_kept)
+    environment.filters.update(percent=percent, share=_share, kept=_kept, own=_own)
     environment.globals.update(over_modules=OVER_MODULES, install=INSTALL, rate=_rate)
     return environment

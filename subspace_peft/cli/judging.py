@@ -7,7 +7,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from .._io.progress import begin
-from ..energy import percent
+from ..energy import FAITHFUL, percent
 from ..errors import SubspaceError
 from .common import Add, add_base_model_name, add_force, add_json, add_reading, base_model, print_json
 from .language import hints_in_flags
@@ -101,6 +101,11 @@ def analyze(args: Namespace) -> int:
                 f", energy kept {percent(entry['energy_kept'])} (random directions {percent(entry['energy_random'])})"
             )
         print(line + (f", not covered: {entry['not_covered']}" if "not_covered" in entry else ""))
+    if any(entry.get("energy_kept", 1.0) < FAITHFUL for entry in found.sources):
+        print(
+            "What the basis leaves of an adapter can go into directions of its own: `subspace-peft report"
+            f" {args.basis} --fleet …` says how many each needs, and `project --extra-rank` makes them."
+        )
     if args.verbose:
         _say_cosines(found)
     for one, other, value in found.near_duplicates:
