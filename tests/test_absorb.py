@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,18 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from subspace_peft import SubspaceBasis, SubspaceConfig, build_basis, migrate_task, rebuild_basis, update_basis
+from subspace_peft import (
+    SubspaceBasis,
+    SubspaceConfig,
+    build_basis,
+    bundle_tasks,
+    load_task,
+    migrate_bundle,
+    migrate_task,
+    open_bundle,
+    rebuild_basis,
+    update_basis,
+)
 from subspace_peft.cli import main
 from subspace_peft.convert import absorb_task
 from subspace_peft.errors import SourceError, SubspaceError
@@ -268,6 +280,56 @@ def test_bases_are_built_from_tasks_too(bases, fleets, tmp_path):
     # that they share V is no shared seed
     assert len({entry["seed_group"] for entry in made.info["sources"]}) == 4
     assert made.info["sources"][0]["task_on"] == bases[bert].fingerprint
+
+
+def test_tasks_of_a_bundle_are_absorbed_and_moved(bases, tmp_path):
+    old = bases[bert]
+    folder, _ = own(bert, tmp_path / "spam", old)
+    bundle_tasks([folder], tmp_path / "bundle", progress=False)
+    bundle = open_bundle(tmp_path / "bundle")
+    new = update_basis(old, [bundle.task("spam")], progress=False)
+    assert growth(new, old) == {(2, 2)} and new.info["sources"][-1]["name"] == "spam"
+    new.save_pretrained(tmp_path / "v2")
+    moved, drifts = migrate_bundle(bundle, tmp_path / "v2", tmp_path / "moved", progress=False)
+    assert max(drifts["spam"].values()) <= 1e-6 and not moved.task("spam").own
+    before, now = (logits(load_task(bert(), each, "spam")) for each in (bundle, moved))
+    assert close(now, before)
+    kept, _ = migrate_bundle(bundle, tmp_path / "v2", tmp_path / "kept", pad=False, progress=False)
+    assert kept.task("spam").own.keys() == bundle.task("spam").own.keys()
+    # a bundle stores own directions by their singular values, each time to the rounding of float32
+    assert close(logits(load_task(bert(), kept, "spam")), before)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "streamed"])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_large_fleets_and_rounded_bases(numerics, precision, bases, tmp_path, monkeypatch):
+    if numerics == "streamed":
+        monkeypatch.setattr("subspace_peft.builders.module_plan.EXACT_COLUMNS", 4)
+    old = bases[bert].to_precision(precision)
+    old.save_pretrained(tmp_path / "v1")
+    folder, before = own(bert, tmp_path / "task", old)
+    lora = str(train_lora(bert, tmp_path / "lora", 60))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "its next version is stored as float32|.*is stored as int8")
+        new = update_basis(tmp_path / "v1", [folder, lora], progress=False)
+    assert begins(new, old) and growth(new, old) == {(6, 6)}
+    assert {each["numerics"] for each in new.info["update"]["modules"].values()} == {numerics}
+    moved = migrate_task(folder, new)
+    assert moved.total_drift <= 1e-6 and not moved.config.extra_rank
+    new.save_pretrained(tmp_path / "v2")
+    moved.save_pretrained(tmp_path / "moved")
+    assert close(logits(PeftModel.from_pretrained(bert(), tmp_path / "moved")), before)
+
+
+def test_a_model_without_the_head_has_shorter_names(bases, tmp_path):
+    old = bases[bert]
+    plain = get_peft_model(bert().bert, SubspaceConfig(basis=old.location, extra_rank=2, alpha=64.0))
+    randomise(plain, seed=9).save_pretrained(tmp_path / "plain")
+    folder, _ = own(bert, tmp_path / "task", old)
+    new = update_basis(old, [folder, tmp_path / "plain"], progress=False)
+    assert growth(new, old) == {(4, 4)} and len(new.info["update"]["absorbed"]) == 2
+    for each in (folder, tmp_path / "plain"):
+        assert migrate_task(each, new).total_drift <= 1e-6
 
 
 def test_a_file_that_is_gone_or_a_basis_that_is_nowhere_is_named(bases, tmp_path):

@@ -47,7 +47,7 @@ def migrate_bundle(
         bundle: Folder, file or Hub id of a bundle, or an open one.
         basis: The basis to migrate to, its folder or its Hub id; it has to be stored.
         out: The folder to write; another one than the bundle's.
-        pad: See `migrate_task`; without it the cores stay as they are.
+        pad: See `migrate_task`; without it the cores stay as they are, and own directions up to rounding.
         max_drift: Largest share of the norm of a module's ``U core V`` that may change; the default admits rounding
             only.
         old_basis: The bundle's own basis, its folder or its Hub id; by default the place that the bundle names.

@@ -76,7 +76,8 @@ def is_one_source(reference: Any) -> bool:
 
 
 def _from_task(task: Any) -> Source:
-    name = "task" if is_saved_task(task) else active_adapter(task)
+    # one out of a bundle has a name there
+    name = (task.config.bundle or {}).get("task") or "task" if is_saved_task(task) else active_adapter(task)
     return task_source(task, IN_MEMORY, name)
 
 
