@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def loras(base: nn.Module, tasks: int, targets: Any) -> nn.Module:
     return model.eval()
 
 
-def measure(tasks: int, targets: Any, k: int, rounds: int, own: list[int]) -> dict[str, dict[str, dict[str, float]]]:
+def measure(
+    tasks: int, targets: Any, k: int, rounds: int, own: list[int], shapes: Sequence[tuple[int, int]] = SHAPES
+) -> dict[str, dict[str, dict[str, float]]]:
     torch.manual_seed(0)
     base = decoder().requires_grad_(False).eval()
     mine = {
@@ -78,7 +81,7 @@ def measure(tasks: int, targets: Any, k: int, rounds: int, own: list[int]) -> di
         "LoRA adapter_names": sum(p.numel() * p.element_size() for n, p in many.named_parameters() if "lora_" in n),
     }
     found = {}
-    for rows, tokens in SHAPES:
+    for rows, tokens in shapes:
         x = torch.randn(rows, tokens, base.config.hidden_size)
         names = [f"t{i % tasks}" for i in range(rows)]
         runs = {
@@ -126,6 +129,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[64, 256, 1000])
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--own", type=int, nargs="+", default=[0, 2], help="own directions per task and module")
+    parser.add_argument("--shapes", nargs="+", default=[f"{a}x{b}" for a, b in SHAPES], help="ROWSxTOKENS")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "mixed_batch.json")
@@ -133,10 +137,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     for kind in (UserWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=kind)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     results = {}
     for title, targets in TARGETS.items():
         for tasks in args.tasks:
-            results[f"{title}, {tasks} tasks"] = measure(tasks, targets, args.k, args.rounds, args.own)
+            results[f"{title}, {tasks} tasks"] = measure(tasks, targets, args.k, args.rounds, args.own, shapes)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     write(args.out, {"settings": settings, "results": results}, table(results))
 

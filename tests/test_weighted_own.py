@@ -174,6 +174,17 @@ def test_pruning_and_then_cutting_does_both(bases):
         torch.testing.assert_close(kept, (P[:, :2] * S[:2]) @ T[:2], atol=1e-4 * float(S[0]), rtol=1e-3)
 
 
+@pytest.mark.parametrize("combination", ["linear", "svd"])
+def test_adapters_may_have_different_modules(bases, combination):
+    model = several(bert, [{"extra_rank": 2, "target_modules": ["query"]}, {"extra_rank": 1}], basis=bases[bert])
+    model.add_weighted_adapter(["t0", "t1"], [2.0, -1.0], "sum", combination_type=combination, svd_rank=20)
+    for layer in layers(model):
+        held = [name for name in ("t0", "t1") if name in layer.subspace_coef]
+        expected = sum({"t0": 2.0, "t1": -1.0}[name] * layer.get_delta_weight(name) for name in held)
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, atol=2e-3, rtol=1e-4)
+        assert layer.extra_rank["sum"] == (3 if len(held) == 2 else 1)
+
+
 def test_adapters_without_own_directions_combine_as_before(bases):
     model = several(bert, [{}, {"coefficients": "factor", "r": 2}], basis=bases[bert])
     model.add_weighted_adapter(["t0", "t1"], [1.0, 1.0], "sum")
