@@ -293,6 +293,21 @@ def test_a_residual_travels_with_its_part(made, tmp_path):
         assert_computes(part, load_task(MODELS[part](), tmp_path / "bundle", "style0"), SD)
 
 
+def test_own_directions_travel_with_their_part(made, tmp_path):
+    """What a basis of another style lacks goes along: in each part's task, and in both exports of all of them."""
+    small = build_basis([made.files[1]], k=2, progress=False).save_pretrained(tmp_path / "small")
+    project_lora(made.files[0], small, extra_rank=8).save_pretrained(tmp_path / "task")
+    file = export_lora(tmp_path / "task", tmp_path / "file", format="diffusers")
+    assert file.rank == 10 and file.energy_kept == 1
+    export_lora(tmp_path / "task", tmp_path / "lora")
+    for part in SD:
+        assert_computes(part, PeftModel.from_pretrained(MODELS[part](), tmp_path / "task" / part), SD)
+        assert_computes(part, PeftModel.from_pretrained(MODELS[part](), tmp_path / "lora" / part), SD)
+    model = unet()
+    model.load_lora_adapter(str(tmp_path / "file"), prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    assert_computes("unet", model, SD)
+
+
 # -- whole pipelines
 # ---------------------------------------------------------------------------------------------------------------------
 
