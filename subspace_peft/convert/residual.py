@@ -9,6 +9,7 @@ import torch
 
 from .._io.warn import warn_caller
 from ..basis import ModuleBasis
+from ..basis.spread import spread_by_energy
 from ..errors import SubspaceError
 from ..sources import Factors
 from .projection import Projection
@@ -112,9 +113,6 @@ def spread(
 ) -> dict[str, int]:
     """Give own directions to those modules where a parameter keeps most energy.
 
-    The spread is greedy: the next direction is the one of the largest σ² / (out + in), the first of equals. One that
-    cannot be paid for any more makes room for the next that can.
-
     Args:
         spectra: Module → the singular values of its residual, descending.
         sizes: Module → (out, in): a direction takes out + in parameters.
@@ -133,16 +131,5 @@ def spread(
             f"extra_budget={budget} (--extra-budget {budget}): one direction takes {cheapest:,} parameters at least,"
             f" as many as a module's out + in. Give {cheapest} or more; {sum(costs.values())} are one in every module."
         )
-    order = {name: number for number, name in enumerate(spectra)}
-    worth = (
-        (-energy / costs[name], order[name], name)
-        for name, S in spectra.items()
-        for energy in S.square().tolist()
-        if energy > least
-    )
-    ranks, left = dict.fromkeys(spectra, 0), budget
-    for _, _, name in sorted(worth):
-        if costs[name] <= left:
-            ranks[name] += 1
-            left -= costs[name]
-    return ranks
+    energies = {name: S.square().tolist() for name, S in spectra.items()}
+    return spread_by_energy(energies, costs, budget=budget, least=least)

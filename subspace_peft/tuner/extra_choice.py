@@ -12,6 +12,7 @@ from torch import nn
 
 from .._adapted import active_adapter, unwrapped
 from .._io.untrusted import is_finite
+from ..basis.spread import spread_by_energy
 from ..errors import SubspaceError
 from .layer import SubspaceLayer
 from .patterns import exact_pattern
@@ -101,23 +102,10 @@ def spread_directions(
     found: Mapping[str, GradientBeside], *, budget: int | None = None, share: float | None = None, most: int = 8
 ) -> dict[str, int]:
     """Return module → how many directions of its own it gets; arguments as of `choose_extra_ranks`."""
-    steps = sorted(
-        (-float(square) / each.cost, name, number, float(square), each.cost)
-        for name, each in found.items()
-        for number, square in enumerate(each.squares[:most])
-        if float(square) > 0
-    )
-    counts = dict.fromkeys(found, 0)
-    wanted = (share or 0.0) * sum(float(each.squares.sum()) for each in found.values())
-    spent, held = 0, 0.0
-    for _, name, number, square, cost in steps:
-        if share is not None and held >= wanted * (1 - 1e-9):
-            break
-        # a module's second direction only behind its first, which is dearer for nothing but the budget
-        if counts[name] != number or (budget is not None and spent + cost > budget):
-            continue
-        counts[name], spent, held = number + 1, spent + cost, held + square
-    return counts
+    energies = {name: each.squares[:most].tolist() for name, each in found.items()}
+    costs = {name: each.cost for name, each in found.items()}
+    wanted = None if share is None else share * sum(float(each.squares.sum()) for each in found.values()) * (1 - 1e-9)
+    return spread_by_energy(energies, costs, budget=budget, wanted=wanted)
 
 
 def gradients_beside(

@@ -9,7 +9,6 @@ and v. At another alpha users change the rate by 256 / alpha, and both go along.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .coefficients import OWN, USUAL_ALPHA, Coefficients
+from .patterns import exact_pattern
 
 # s' and the norm of v's rows at the start for a square layer of this width, at the usual alpha: the middle of a broad
 # plateau of both, docs/evidence.md, "Own directions"
@@ -134,18 +134,7 @@ def own_fields(ranks: Mapping[str, int]) -> dict[str, Any]:
     """
     counts = Counter(ranks.values())
     usual = max(counts, key=lambda rank: (counts[rank], rank), default=0)
-    others = {name for name, rank in ranks.items() if rank != usual}
-    # a pattern is the end of a name, or a regular expression: one module's name may fit another module
-    fits = re.compile("|".join(rf"(?:.*\.)?(?:{_pattern(name)})" for name in others)) if others else None
-    named = [name for name in ranks if fits is not None and fits.fullmatch(name)]
-    # of several that fit the first one counts: no name fits a longer one, nor one of its length with fewer dots
-    named.sort(key=lambda name: (-len(name), name.count(".")))
-    pattern = {_pattern(name): ranks[name] for name in named}
-    return {"extra_rank": usual, "extra_rank_pattern": pattern}
-
-
-def _pattern(name: str) -> str:
-    return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
+    return {"extra_rank": usual, "extra_rank_pattern": exact_pattern(ranks, usual)}
 
 
 def split_own(parts: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
-
-from peft.utils.other import get_pattern_key
 
 Value = TypeVar("Value")
 
@@ -20,7 +19,13 @@ def exact_pattern(values: Mapping[str, Value], default: Value | None = None) -> 
         values: module → value.
         default: what the modules have that the pattern does not name.
     """
-    longest = sorted(values, key=len, reverse=True)
-    named = {name: values[name] for name in longest if values[name] != default}
-    caught = {name for name in longest if name not in named and get_pattern_key(named, name) != name}
-    return {name: values[name] for name in longest if name in named or name in caught}
+    others = [name for name in values if values[name] != default]
+    fits = re.compile("|".join(rf"(?:.*\.)?(?:{_pattern(name)})" for name in others))
+    named = [name for name in values if others and fits.fullmatch(name)]
+    # a dot of a pattern fits any character: of one length, those with fewer dots first
+    named.sort(key=lambda name: (-len(name), name.count(".")))
+    return {_pattern(name): values[name] for name in named}
+
+
+def _pattern(name: str) -> str:
+    return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
