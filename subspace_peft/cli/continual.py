@@ -53,7 +53,10 @@ def add_continual(add: Add) -> None:
     resume = verb(
         "resume",
         help="go on with a run that was interrupted",
-        description="Go on with a run of a plan from its folder, which has kept the plan.",
+        description=(
+            "Go on with a run of a plan from its folder, which has kept the plan. A training goes on from its newest"
+            " checkpoint; the files at the end are those of a run that was not interrupted."
+        ),
     )
     resume.add_argument("folder", metavar="FOLDER", help="the run's folder")
     _add_restart(resume)
