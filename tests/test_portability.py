@@ -381,7 +381,7 @@ def test_a_whole_path_opens_no_text_in_the_system_s_encoding(tmp_path):
         done = subprocess.run(
             [*python, "-m", "subspace_peft", *words],
             capture_output=True,
-            encoding="utf-8",
+            encoding="cp1252",
             cwd=ROOT,
             env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "C"},
             check=False,

@@ -28,7 +28,7 @@ from .models import bert
 
 PACKAGES = ["basis", "builders", "bundle", "cards", "convert", "report", "serve", "sources", "tasks", "tuner"]
 # small values whose own fields are short, and what torch and PEFT show
-PLAIN = {"BasisReference", "Place", "TaskSizes", "SubspaceLayer", "SubspaceModel"}
+PLAIN = {"BasisReference", "ExtraRanks", "OwnUnits", "Place", "TaskSizes", "SubspaceLayer", "SubspaceModel"}
 
 
 def public() -> Iterator[tuple[str, Any]]:
