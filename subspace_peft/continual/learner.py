@@ -101,7 +101,7 @@ class ContinualLearner(Shown):
             root.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(root)
         try:
-            shop = Workshop(model, config, train, trainer, self.options.progress)
+            shop = Workshop(model, config, root / "work", train, trainer, self.options.progress)
             journal = self._opened(RunFolder(root), model, basis, config)
             self._run = Run(journal, RunFolder(root), self.options, shop, {})
             self._run.places.clear(journal)

@@ -95,11 +95,13 @@ class Workshop:
         config: the configuration of every task, without a basis.
         train: the user's own training, instead of the Trainer's.
         trainer: further keywords of the Trainer, such as ``processing_class``.
+        scratch: a folder that the Trainer may make where it only measures.
         progress: show bars.
     """
 
     model: nn.Module | Callable[[str], nn.Module]
     config: SubspaceConfig
+    scratch: Path
     train: Callable[[nn.Module, TaskRun], object] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = True
@@ -222,7 +224,7 @@ class Workshop:
         return torch.as_tensor(np.asarray(first), dtype=torch.float32).flatten()
 
     def _measuring(self, model: nn.Module, data: TaskData, compute: Any) -> Trainer:
-        args = self._arguments(data, 0, Path(data.args.output_dir or "."))
+        args = self._arguments(data, 0, self.scratch)
         args.disable_tqdm, args.eval_strategy, args.save_strategy, args.load_best_model_at_end = (
             True,
             "no",

@@ -220,6 +220,16 @@ def test_a_loop_of_ones_own(first_basis, tmp_path):
         assert made.status.changes == {} and made.evaluate("b") == made.matrix.acc()
 
 
+def test_nothing_is_written_but_into_the_runs_folder(first_basis, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with learner(tmp_path / "run", first_basis, args=arguments("elsewhere")) as made:
+        made.learn("b", data(1), data(2))
+        made.evaluate("b", data(3))
+    assert list((tmp_path / "here").iterdir()) == []
+    assert not any(each.is_file() for each in (tmp_path / "run" / "work").rglob("*"))
+
+
 def test_the_callers_random_numbers_go_on_as_they_would(first_basis, tmp_path):
     with learner(tmp_path / "run", first_basis) as made:
         examples = data(1), data(2)
