@@ -184,6 +184,7 @@ def test_several_parts_each_get_their_own(tmp_path):
         ({"extra_rank": 1.5}, "extra_rank=1.5"),
         ({"extra_rank": True}, "extra_rank=True"),
         ({"extra_budget": 0}, "extra_budget=0"),
+        ({"extra_budget": 100, "extra_rank": 0}, r"buys nothing with extra_rank=0 \(--extra-rank 0\)"),
         ({"extra_budget": 63}, r"one direction takes 64 parameters at least.*Give 64 or more; 256 are one in every"),
     ],
 )
@@ -191,6 +192,13 @@ def test_what_is_out_of_range_is_refused(given, says, fleet):
     basis, folder = fleet[bert]
     with pytest.raises(SubspaceError, match=says):
         project_lora(folder, basis, **given)
+
+
+def test_where_the_basis_keeps_all_a_budget_is_not_spent(fleet, fleets, tmp_path):
+    whole = build_basis(fleets[bert][:1], k=4, progress=False)
+    with pytest.warns(UserWarning, match=r"extra_budget=5000 \(--extra-budget 5000\) buys nothing: .* keeps all"):
+        projection = project_lora(fleets[bert][0], whole, extra_budget=5000)
+    assert projection.own == {} and projection.energy_with_own == projection.energy_kept
 
 
 def test_more_directions_than_there_are_is_said(fleet):

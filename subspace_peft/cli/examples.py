@@ -60,6 +60,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "project": (
         "subspace-peft project loras/sst2 --basis my-basis",
         "subspace-peft project loras/sst2 --basis my-basis --out sst2-task",
+        "subspace-peft project loras/sst2 --basis my-basis --extra-rank 2 --out sst2-task",
     ),
     "export-lora": (
         "subspace-peft export-lora my-task --out my-lora",

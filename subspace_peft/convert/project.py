@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .._io.warn import warn_caller
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import SubspaceBasis
 from ..basis.module_names import has_peft_prefix
@@ -67,6 +68,11 @@ def project_lora(
     """
     _check_whole("extra_rank", extra_rank, 0, "0 for none; 1 to 4 are usual")
     _check_whole("extra_budget", extra_budget, 1, "the parameters of all own directions together")
+    if extra_budget is not None and extra_rank == 0:
+        raise SubspaceError(
+            f"extra_budget={extra_budget} (--extra-budget {extra_budget}) buys nothing with extra_rank=0 (--extra-rank"
+            " 0), which allows no directions in any module: leave one of them out."
+        )
     source = open_source(lora, token=token, allow_bin=allow_bin, base_model=base_model)
     _check_extras(source)
     warn_of_guesses([source])
@@ -117,6 +123,11 @@ def project_lora(
     if extra_budget is None and not extra_rank:
         return projection
     own = directions_of(projection, extra_rank, extra_budget)
+    if not own:
+        warn_caller(
+            f"project_lora: extra_budget={extra_budget} (--extra-budget {extra_budget}) buys nothing: the basis keeps"
+            f" all of {source.location}, up to rounding."
+        )
     return replace(projection, own=own)
 
 
