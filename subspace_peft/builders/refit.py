@@ -143,7 +143,7 @@ def plan_refit(
         fixed = frame(module)
         pair = refit(with_old(nothing_beside(fixed), held), size, alternations)
         none = torch.zeros(0, pair.U.shape[1], pair.V.shape[0], dtype=torch.float64)
-        modules[key], _ = joined_module(held, pair, none, torch.zeros(0, dtype=torch.float64))
+        modules[key], _ = joined_module(held, pair, none, torch.zeros(0, dtype=torch.float64), measure=False)
         squares |= _squares(key, module, modules[key])
         # float32's rounding of the new directions aside, these are orthonormal
         turns = [torch.linalg.qr(turn)[0] for turn in (pair.u, pair.v)]

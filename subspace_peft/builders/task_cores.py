@@ -27,18 +27,18 @@ class TaskCores:
     """
 
     def __init__(self, name: str, task: Any, basis: SubspaceBasis) -> None:
-        from ..tasks.read import SavedTask, read_task
+        cores, own, config = task, {}, None
+        if not (isinstance(task, Mapping) and all(isinstance(each, torch.Tensor) for each in task.values())):
+            from ..tasks.read import read_task
 
-        given = isinstance(task, Mapping) and all(isinstance(each, torch.Tensor) for each in task.values())
-        found = task if given else read_task(task)
-        if isinstance(found, SavedTask) and found.config.basis_fingerprint not in (None, basis.fingerprint):
+            found = read_task(task)
+            cores, own, config = found.cores, found.own, found.config
+        if config is not None and config.basis_fingerprint not in (None, basis.fingerprint):
             raise SubspaceError(
-                f"Task {name!r} is on the basis {found.config.basis_fingerprint}, and this one is"
+                f"Task {name!r} is on the basis {config.basis_fingerprint}, and this one is"
                 f" {basis.fingerprint}. Migrate it first: `migrate_task(task, basis)` (`subspace-peft migrate`)."
             )
-        cores: Mapping[str, torch.Tensor] = found.cores if isinstance(found, SavedTask) else found
-        own = found.own if isinstance(found, SavedTask) else {}
-        names = basis.named((found.config.basis_names if isinstance(found, SavedTask) else None) or {})
+        names = basis.named((config.basis_names if config is not None else None) or {})
         self.cores = by_basis_name(names, cores, f"task {name!r}")
         self.names = {str(names.find(each)): each for each in cores}
         self.own = {str(names.find(each)): pair for each, pair in own.items()}

@@ -169,7 +169,7 @@ def _stored(old: ModuleBasis, new: ModuleBasis) -> list[tuple[torch.Tensor, torc
 
 
 def joined_module(
-    old: OldModule, pair: Pair, found: torch.Tensor, source_weights: torch.Tensor
+    old: OldModule, pair: Pair, found: torch.Tensor, source_weights: torch.Tensor, *, measure: bool = True
 ) -> tuple[ModuleBasis, float]:
     """Carry the old module's statistics over to the new bases, and join the new sources'.
 
@@ -178,9 +178,10 @@ def joined_module(
         pair: the new bases.
         found: the new sources' cores (n, k_out, k_in) float64.
         source_weights: how much each of them counts (n,) float64.
+        measure: whether the drift is asked for, which takes longer than the rest.
 
     Returns:
-        The new module, and the most that a stored source's or a task's core loses of its norm.
+        The new module, and the most that a stored source's or a task's core loses of its norm; 0 if not measured.
     """
     module = old.module
     dtype = module.U.dtype
@@ -211,7 +212,8 @@ def joined_module(
         "cores": None if stored is None else torch.cat([stored, found]),
     }
     kept = [] if module.cores is None else [core for core in module.cores.double() if core.any()]
-    drift = max((move.drift(core, move.core(core)) for core in [*kept, *old.tasks]), default=0.0)
+    cores = [*kept, *old.tasks] if measure else []
+    drift = max((move.drift(core, move.core(core)) for core in cores), default=0.0)
     tensors = {key: None if value is None else value.to(dtype).contiguous() for key, value in parts.items()}
     new = replace(bare, **tensors, spectrum_out=module.spectrum_out, spectrum_in=module.spectrum_in)
     return new, drift
