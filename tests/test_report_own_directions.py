@@ -91,7 +91,7 @@ BASE: dict[str, Any] = {
     "k_for_new_tasks": None,
     "bytes_per_lora": 1000,
     "bytes_per_task": 100,
-    "bytes_of_basis": 5000,
+    "bytes_of_basis": 500,
     "bytes_per_direction": 200,
     "extra_rank": 3,
     "break_even": 2,
@@ -103,6 +103,9 @@ ADVICE = [
     # what is known, the class that decides, the words
     ({}, ("partial", 3), "compress --min-energy 0.95 --residual 3`"),
     ({"extra_rank": 5}, ("poor", None), "keep these adapters as LoRAs, or build with a larger k"),
+    ({"extra_rank": 4}, ("partial", 4), "compress --min-energy 0.95 --residual 4`"),
+    # nine tasks are smaller than nine LoRAs, but not with their basis
+    ({"extra_rank": 4, "bytes_of_basis": 1000}, ("poor", None), "keep these adapters as LoRAs, or build"),
     ({"extra_rank": None}, ("partial", None), "compress --min-energy 0.95 --residual RANK`"),
     ({"extra_rank": 0, "kept": 0.97}, ("faithful", None), "`subspace-peft compress`"),
     ({"kept": 0.6}, ("partial", 3), "compress --min-energy 0.95 --residual 3`"),

@@ -155,15 +155,16 @@ def new_meaning(numbers: Mapping[str, Any]) -> str:
 def with_directions(numbers: Mapping[str, Any]) -> tuple[str, int | None]:
     """Return the class that decides what to do with the adapters, and the rank of the residual that it takes.
 
-    With so many directions of their own beside the basis all are faithful. Where tasks with them are no smaller than
-    the LoRAs, compressing is of no use; where they are, it is even if the basis alone keeps little. The rank is None
-    where it was not measured, or none is needed.
+    With so many directions of their own beside the basis all are faithful. Where tasks with them, and a basis that was
+    built for them, are no smaller than the LoRAs, compressing is of no use; where they are, it is even if the basis
+    alone keeps little. The rank is None where it was not measured, or none is needed.
     """
     known, rank = classes(numbers)[0], numbers.get("extra_rank")
     if not rank or known not in ("partial", "poor"):
         return known, None
     task = numbers["bytes_per_task"] + rank * numbers["bytes_per_direction"]
-    if task < numbers["bytes_per_lora"]:
+    basis = 0 if of_others(numbers) else numbers["bytes_of_basis"]
+    if basis + numbers["sources"] * task < numbers["sources"] * numbers["bytes_per_lora"]:
         return "partial", rank
     return "poor", None
 
