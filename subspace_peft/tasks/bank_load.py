@@ -54,89 +54,115 @@ def _rows(
     renamed: Renamed,
     cores_only: bool,
 ) -> tuple[list[str], torch.Tensor]:
-    names, modules = list(index["tasks"]), _sizes(index["modules"])
-    apart = {name: _sizes(index["entries"][name].get("modules", modules)) for name in index.get("apart", [])}
-    if index["basis_fingerprint"] != fingerprint or not (_fit(renamed(modules), layout) or (apart and not names)):
+    names, modules = list(index["tasks"]), _Modules(index["modules"], renamed)
+    listed: dict[tuple[Any, ...], _Modules] = {}
+    apart: dict[str, _Modules] = {}
+    for name in index.get("apart", []):
+        own_modules = index["entries"][name].get("modules")
+        # many tasks have the same modules, whose names are looked for once
+        key = tuple((module, *size) for module, size in (own_modules or {}).items())
+        if key not in listed:
+            listed[key] = modules if own_modules is None else _Modules(own_modules, renamed)
+        apart[name] = listed[key]
+    if index["basis_fingerprint"] != fingerprint or not (modules.fit(layout) or (apart and not names)):
         raise BasisMismatchError(
-            f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules)} modules, this"
+            f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules.sizes)} modules, this"
             f" bank's on {fingerprint} in {len(layout.cores)}. They belong to another model or basis, or are larger"
             " than this bank's."
         )
-    for name, sizes in apart.items():
-        if not _fit(renamed(sizes), layout):
-            raise BasisMismatchError(
-                f"{file}: its task {name!r} has other modules or sizes than this bank. Load it as an adapter, with"
-                " `load_task`, or make a bundle without it."
-            )
-    whole, tensors = _read(file, len(apart))
+    if wrong := [name for name, each in apart.items() if not each.fit(layout)]:
+        raise BasisMismatchError(
+            f"{file}: its task {wrong[0]!r} has other modules or sizes than this bank. Load it as an adapter, with"
+            " `load_task`, or make a bundle without it."
+        )
+    tensors, blocks = _read(file, len(apart))
+    whole = [name for name, block in zip(apart, blocks, strict=True) if "extra" in block]
     if whole and not cores_only:
         raise SubspaceError(
-            f"{file}: {len(whole)} of its {len(names) + len(apart)} tasks, such as {list(apart)[whole[0]]!r}, have"
-            " trained modules, which a bank does not hold. Load these as adapters, with `load_task`; or take what a"
-            " bank can hold of them, with cores_only=True."
+            f"{file}: {len(whole)} of its {len(names) + len(apart)} tasks, such as {whole[0]!r}, have trained modules,"
+            " which a bank does not hold. Load these as adapters, with `load_task`; or take what a bank can hold of"
+            " them, with cores_only=True."
         )
     rows = torch.zeros(len(names) + len(apart), layout.width)
-    _put_cores(layout, rows[: len(names)], renamed(modules), tensors["cores"])
+    if names:
+        modules.put_cores(layout, rows[: len(names)], tensors["cores"])
     own = _own_of_rows(index, tensors)
-    for number, (name, sizes) in enumerate(apart.items()):
-        core = tensors[f"{number}/core"]
-        if core.shape != (RowLayout(sizes).width,):
+    for row, (name, each), block in zip(rows[len(names) :], apart.items(), blocks, strict=True):
+        if block["core"].shape != (each.width,):
             raise BadFileError(
                 f"{file}: the core of task {name!r} has another size than the index says. Fetch it again."
             )
-        _put_cores(layout, rows[len(names) + number], renamed(sizes), core)
-        sides = {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(f"{number}/")}
+        each.put_cores(layout, row, block["core"])
         own[name] = {
-            module: (sides[f"B/{module}"], sides[f"A/{module}"]) for module in sizes if f"B/{module}" in sides
+            module: (block[f"B/{module}"], block[f"A/{module}"]) for module in each.sizes if f"B/{module}" in block
         }
-    for row, name in zip(rows, [*names, *apart], strict=True):
-        pairs = renamed({module: own.get(name, {}).get(module) for module in apart.get(name, modules)})
-        present = {module: pair for module, pair in pairs.items() if pair is not None}
+    places = {name: place for place, name in enumerate([*names, *apart])}
+    for name, pairs in own.items():
+        now = apart.get(name, modules).names
+        present = {now[module]: pair for module, pair in pairs.items()}
         if cores_only and any(layout.lacking(module, pair) for module, pair in present.items()):
             continue
         for module, pair in present.items():
-            layout.put_own(row, f"{file}: its task {name!r}", module, pair)
+            layout.put_own(rows[places[name]], f"{file}: its task {name!r}", module, pair)
     if not torch.isfinite(rows).all():
         raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
-    return [*names, *apart], rows
+    return list(places), rows
 
 
-def _sizes(modules: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    return {module: (k_out, k_in) for module, (k_out, k_in) in modules.items()}
+class _Modules:
+    """The modules that tasks of a file have, in the order in which their cores lie in a row of it.
+
+    Attributes:
+        sizes: Module → (k_out, k_in).
+        names: Module → its name in the bank.
+        width: How many parameters the cores have.
+    """
+
+    def __init__(self, sizes: Mapping[str, Any], renamed: Renamed) -> None:
+        self.sizes = {module: (k_out, k_in) for module, (k_out, k_in) in sizes.items()}
+        self.names = {module: now for now, module in renamed({module: module for module in self.sizes}).items()}
+        self.width = sum(k_out * k_in for k_out, k_in in self.sizes.values())
+
+    def fit(self, layout: RowLayout) -> bool:
+        """Tell whether the cores, of the same basis's leading directions, can be filled up to the layout's."""
+        return set(self.names.values()) == layout.cores.keys() and all(
+            k_out <= layout.cores[self.names[module]][0] and k_in <= layout.cores[self.names[module]][1]
+            for module, (k_out, k_in) in self.sizes.items()
+        )
+
+    def put_cores(self, layout: RowLayout, rows: torch.Tensor, cores: torch.Tensor) -> None:
+        """Write cores (…, parameters) of the file into rows of the layout."""
+        start = 0
+        for module, (k_out, k_in) in self.sizes.items():
+            part = cores[..., start : start + k_out * k_in].unflatten(-1, (k_in, k_out))
+            layout.core(rows, self.names[module])[..., :k_in, :k_out] = part
+            start += k_out * k_in
 
 
-def _fit(sizes: Mapping[str, tuple[int, int]], layout: RowLayout) -> bool:
-    """Tell whether cores of these sizes, of the same basis's leading directions, can be filled up to the layout's."""
-    return sizes.keys() == layout.cores.keys() and all(
-        k_out <= layout.cores[module][0] and k_in <= layout.cores[module][1] for module, (k_out, k_in) in sizes.items()
-    )
+def _read(file: Path, apart: int) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Read the tensors that a bank may hold.
 
-
-def _read(file: Path, apart: int) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """Read the tensors that a bank may hold; return the numbers of the tasks that have others, too."""
+    Returns:
+        Those of all rows; and of each of the `apart` tasks its own, by what follows its number, with an empty one
+        ``extra`` where it has others.
+    """
+    common: dict[str, torch.Tensor] = {}
+    blocks: list[dict[str, torch.Tensor]] = [{} for _ in range(apart)]
     try:
         with safe_open(file, framework="pt") as tensors:
-            held, whole = ["cores"], set()
             for key in tensors.keys():  # noqa: SIM118
-                number, _, rest = key.partition("/")
-                if number.isdecimal() and int(number) < apart and rest.startswith("extra/"):
-                    whole.add(int(number))
-                elif key != "cores" and rest != "pad":
-                    held.append(key)
-            return sorted(whole), {key: tensors.get_tensor(key) for key in held}
-    except (SafetensorError, OSError, RuntimeError) as error:
+                number, slash, rest = key.partition("/")
+                if not slash:
+                    common[key] = tensors.get_tensor(key)
+                elif not number.isdecimal():
+                    raise ValueError(f"a tensor {key[:80]!r}, which belongs to no task")
+                elif rest.startswith("extra/"):
+                    blocks[int(number)]["extra"] = torch.empty(0)
+                elif rest != "pad":
+                    blocks[int(number)][rest] = tensors.get_tensor(key)
+    except (SafetensorError, OSError, RuntimeError, ValueError, IndexError) as error:
         raise BadFileError(f"{file}: not a readable bank ({error}). Fetch or save it again.") from error
-
-
-def _put_cores(
-    layout: RowLayout, rows: torch.Tensor, sizes: Mapping[str, tuple[int, int]], cores: torch.Tensor
-) -> None:
-    """Write cores (…, parameters), which have the modules in the order of `sizes`, into rows of the layout."""
-    start = 0
-    for module, (k_out, k_in) in sizes.items():
-        part = cores[..., start : start + k_out * k_in].unflatten(-1, (k_in, k_out))
-        layout.core(rows, module)[..., :k_in, :k_out] = part
-        start += k_out * k_in
+    return common, blocks
 
 
 def _own_of_rows(index: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Pair]]:
