@@ -158,6 +158,9 @@ def test_a_task_is_read_without_a_model(folder, capsys):
     assert main(["inspect", str(folder), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["location"] == str(folder)
+    # what later versions say beside: no task of 0.1.0 has own directions
+    more = {name: shown.pop(name) for name in ("parameters", "own_parameters", "own_directions")}
+    assert more["own_parameters"] == 0 and not any(more["own_directions"].values())
     assert shown == {**close_numbers(expected["inspect"]), "location": str(folder), "basis": old["basis"]}
 
 
