@@ -36,10 +36,9 @@ def factored(read: SavedTask, rank: int | None, pad_to: int | str | None, dtype:
     """Compute the factors of every module of a task; arguments, warnings and errors are those of `export_lora`."""
     factors, kept, total = {}, 0.0, 0.0
     for name in read.cores:
-        B, A, S = task_factors(read, name, rank)
+        B, A, part, whole = task_factors(read, name, rank)
         factors[name] = B, A
-        total += float(S.square().sum())
-        kept += float(S[:rank].square().sum())
+        kept, total = kept + part, total + whole
     most = max(B.shape[1] for B, _ in factors.values())
     if rank is not None and rank > most:
         warn_caller(
@@ -78,7 +77,7 @@ def lora_factors(
 
 def task_factors(
     read: SavedTask, name: str, rank: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Compute LoRA factors of one module of a task, own directions and all, or of its best approximation.
 
     The factors of the core and those of the own directions stand side by side: rank k + φ, exact. A lower one is
@@ -90,15 +89,19 @@ def task_factors(
         rank: The rank of the approximation; None is exact.
 
     Returns:
-        ``B`` (out, r), ``A`` (r, in), and the singular values of the whole update ``U core V + B_own A_own``, float64.
+        ``B`` (out, r) and ``A`` (r, in) float64; the energy ‖B A‖², and that of the whole update.
     """
     core = read.cores[name]
     if name not in read.own:
-        return *lora_factors(read.modules[name], core, rank), torch.linalg.svdvals(core)
+        squares = torch.linalg.svdvals(core).square()
+        return *lora_factors(read.modules[name], core, rank), float(squares[:rank].sum()), float(squares.sum())
     pairs = lora_factors(read.modules[name], core), read.own[name]
     B, A = (torch.cat([pair[side].double() for pair in pairs], 1 - side) for side in (0, 1))
+    if rank is None or rank >= B.shape[1]:
+        energy = Factors(B, A).norm() ** 2
+        return B, A, energy, energy
     P, S, T = Factors(B, A).canonical()
-    return (B, A, S) if rank is None or rank >= B.shape[1] else (P[:, :rank] * S[:rank], T[:, :rank].T, S)
+    return P[:, :rank] * S[:rank], T[:, :rank].T, float(S[:rank].square().sum()), float(S.square().sum())
 
 
 def _padded(rank: int, pad_to: int | str | None) -> int:

@@ -77,7 +77,7 @@ def export_gguf(
     tensors: dict[str, torch.Tensor] = {}
     r = 0
     for module in read.cores:
-        B, A, _ = task_factors(read, module, rank)
+        B, A, *_ = task_factors(read, module, rank)
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name not in shapes or shapes[name] != (len(B), A.shape[1]):
             raise BasisMismatchError(
