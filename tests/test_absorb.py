@@ -188,6 +188,20 @@ def test_own_directions_that_the_basis_does_not_contain_stay(bases, tmp_path):
     assert migrate_task(folder, third).total_drift <= 1e-6
 
 
+def test_a_task_of_pinned_size_is_absorbed_later(bases, tmp_path):
+    old = bases[bert]
+    other = update_basis(old, [str(train_lora(bert, tmp_path / "lora", 61))], add=3, progress=False)
+    other.save_pretrained(tmp_path / "v2")
+    folder, before = own(bert, tmp_path / "task", old, k=4)
+    migrate_task(folder, other, pad=False).save_pretrained(tmp_path / "pinned")
+    new, moved = absorb_task(tmp_path / "pinned", progress=False)
+    assert begins(new, other) and moved.config.k is None and not moved.config.extra_rank
+    assert moved.total_drift <= 1e-6
+    new.save_pretrained(tmp_path / "v3")
+    moved.save_pretrained(tmp_path / "moved")
+    assert close(logits(PeftModel.from_pretrained(bert(), tmp_path / "moved")), before)
+
+
 def test_only_some_modules_have_own_directions(bases, tmp_path):
     old = bases[bert]
     folder, before = own(bert, tmp_path / "task", old, extra_rank=0, extra_rank_pattern={"layer.0.*query": 3})

@@ -13,7 +13,7 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..basis.transfer import Transfer
 from ..convert.migrate import MAX_DRIFT
-from ..convert.moves import check_leading, drifts_of, drop_own, inside, keep_sizes, moved_config, moves_of, used_moves
+from ..convert.moves import check_leading, drifts_of, inside, keep_own, keep_sizes, moved_config, moves_of, used_moves
 from ..errors import SubspaceError
 from ..sources import Factors
 from ..tasks.read import Parts, SavedTask
@@ -134,8 +134,7 @@ def _carried(
         elif absorbed:
             # directions beyond those that it used hold its own part
             config.k, config.rank_pattern = None, {}
-            own = {module: pair for module, pair in own.items() if module not in absorbed}
-            drop_own(config, absorbed, own)
+            own = {module: own[module] for module in keep_own(config, task, absorbed)}
         used = used_moves(config, moves)
         cores = {module: used[module].core(core) for module, core in task.cores.items()}
         cores |= {module: cores[module] + core for module, core in absorbed.items()}

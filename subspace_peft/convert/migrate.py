@@ -26,8 +26,8 @@ from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY
 from .moves import (
     check_leading,
     drifts_of,
-    drop_own,
     inside,
+    keep_own,
     keep_sizes,
     moved_config,
     moves_of,
@@ -206,10 +206,8 @@ def _moved(
     if absorbed:
         # directions beyond those that it used hold its own part
         moved_to.k, moved_to.rank_pattern = None, {}
-        left = [name for name, (B, A) in old.own.items() if name not in absorbed and B.any() and A.any()]
-        gone = [name for name in old.own if name in absorbed or not left]
-        drop_own(moved_to, gone, left)
-        own = {name: {} if name in gone else each for name, each in own.items()}
+        kept = keep_own(moved_to, old, absorbed)
+        own = {name: each if name in kept else {} for name, each in own.items()}
     used = used_moves(moved_to, moves)
     shapes = {name: module_shape(move.new) for name, move in moves.items()}
     made = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -143,19 +143,27 @@ def inside(old: SavedTask, moves: Mapping[str, Transfer]) -> dict[str, torch.Ten
     return found
 
 
-def drop_own(config: SubspaceConfig, modules: Iterable[str], left: Iterable[str]) -> None:
-    """Let a configuration have no own directions in some modules.
+def keep_own(config: SubspaceConfig, task: SavedTask, absorbed: Collection[str]) -> list[str]:
+    """Let a configuration have the own directions that are left where others have become part of the core.
+
+    Those that are zero go along with the absorbed ones where no others are left: nothing is lost with them.
 
     Args:
-        config: changed.
-        modules: Those that have none from now on.
-        left: Those that still have some.
+        config: on the new basis; changed.
+        task: The task before.
+        absorbed: The modules whose own part is in the core now.
+
+    Returns:
+        The modules that keep theirs.
     """
-    if not list(left):
+    rest = [name for name in task.own if name not in absorbed]
+    if not any(all(side.any() for side in task.own[name]) for name in rest):
         config.extra_rank, config.extra_rank_pattern = 0, {}
-        return
-    # the first pattern that fits counts
-    config.extra_rank_pattern = {**dict.fromkeys(modules, 0), **config.extra_rank_pattern}
+        return []
+    sizes = config.sizes
+    counts = {name: sizes.extra_asked(name) if name in rest else 0 for name in task.cores}
+    config.extra_rank_pattern = exact_pattern(counts, config.extra_rank)
+    return rest
 
 
 def used_moves(moved: SubspaceConfig, moves: Mapping[str, Transfer]) -> dict[str, Transfer]:
