@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +68,7 @@ class ContinualLearner(Shown):
 
     Raises:
         SubspaceError: The run was begun with other settings, names them; the basis is missing; an argument is wrong.
-        OccupiedError: Another learner works on the folder; names its process.
+        OccupiedError: Another learner works on the folder, names its process; or the folder holds something else.
         BadFileError: The journal is damaged.
         OSError: The disk refuses.
     """
@@ -99,6 +98,8 @@ class ContinualLearner(Shown):
         config = _template(config)
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
+        if Journal.read(root) is None:
+            RunFolder(root).check_free()  # before the lock's file lies there
         self._lock = FolderLock(root)
         try:
             shop = Workshop(model, config, root / "work", train, trainer, self.options.progress)
@@ -110,7 +111,11 @@ class ContinualLearner(Shown):
             raise
 
     def _opened(
-        self, places: RunFolder, model: Any, basis: SubspaceBasis | str | Path | None, config: SubspaceConfig
+        self,
+        places: RunFolder,
+        model: Any,
+        basis: SubspaceBasis | str | Path | None,
+        config: SubspaceConfig,
     ) -> Journal:
         """Return the journal of the folder, begun where there is none, and held against what is given."""
         journal = Journal.read(places.root)
@@ -124,8 +129,7 @@ class ContinualLearner(Shown):
         if journal is None:
             if first is None:
                 raise SubspaceError(f"{places.root} holds no run yet, so its first basis is needed. Give basis=.")
-            if places.basis(1).parent.exists():
-                shutil.rmtree(places.basis(1).parent)  # of a run that was ended while it began
+            places.begin()
             # a basis that lies somewhere stays the one that lies there
             own = first if first.location is None else pickle.loads(pickle.dumps(first))
             place = own.save_pretrained(places.basis(1))

@@ -12,9 +12,10 @@ from typing import Any
 from .._io.atomic import SUFFIX
 from .._io.folder_names import check_folder_names
 from ..basis.dependents import dependents_of
-from ..errors import SubspaceError
+from ..errors import OccupiedError, SubspaceError
 from ..logging import get_logger
 from .journal import Journal
+from .lock import LOCK_FILE
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
 
@@ -58,6 +59,30 @@ class RunFolder:
                 " beginning with a letter or digit."
             )
         check_folder_names(self.root, [*known, name])
+
+    def check_free(self) -> None:
+        """Check that a run may begin here: what the folder holds would be taken for the run's, and removed.
+
+        A first version that a learner was writing as it was ended does not count; a lock's file tells that of one.
+
+        Raises:
+            OccupiedError: the folder holds something else.
+        """
+        own = {LOCK_FILE, "versions"} if (self.root / LOCK_FILE).is_file() else set()
+        others = sorted(each.name for each in self.root.iterdir() if each.name not in own)
+        others = [name for name in others if not name.endswith(SUFFIX)]
+        if not others:
+            versions = self.root / "versions"
+            others = [f"versions/{each.name}" for each in _folders(versions) if each.name != "1"]
+        if others:
+            shown = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+            raise OccupiedError(
+                f"{self.root} holds {shown}, and no run. Give an empty folder, or one that is not there."
+            )
+
+    def begin(self) -> None:
+        """Remove a first version that a learner was writing as it was ended."""
+        _remove(self.basis(1).parent)
 
     def clear(self, journal: Journal) -> None:
         """Remove what no finished phase made, and the versions that nothing needs.

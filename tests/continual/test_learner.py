@@ -357,6 +357,17 @@ def test_options_that_are_wrong(given, said):
         ContinualOptions(**given)
 
 
+@pytest.mark.parametrize("there", ["notes.txt", "work/mine/a.txt", "versions/1/mine.txt"])
+def test_a_folder_of_something_else_is_left_alone(first_basis, tmp_path, there):
+    file = tmp_path / "run" / there
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    for _ in range(2):  # and again: nothing of the first attempt counts as a run
+        with pytest.raises(OccupiedError, match=r"and no run\. Give an empty folder, or one that is not there"):
+            learner(tmp_path / "run", first_basis)
+    assert file.read_text() == "mine" and [each for each in tmp_path.rglob("*") if each.is_file()] == [file]
+
+
 def test_two_learners_on_one_folder(run):
     with learner(run) as first:
         with pytest.raises(OccupiedError, match=rf"{run} is in use"):
