@@ -17,8 +17,8 @@ def add_continual(add: Add) -> None:
         "continual",
         help="learn task after task, and forget none",
         description=(
-            "Learn tasks one after another on one basis, which grows by what they bring. Earlier tasks answer as"
-            " before to the bit; what that costs in bytes is said."
+            "Learn tasks one after another on one basis, which grows by what they bring. Unless the basis is refitted"
+            " within a fixed size, earlier tasks answer as before to the bit; what that costs in bytes is said."
         ),
     )
     _, verb = adder(top, "what", "VERB")
