@@ -1,0 +1,1 @@
+"""The continual-learning comparison; see README.md."""

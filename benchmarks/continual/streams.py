@@ -1,0 +1,220 @@
+"""Run a method on a stream, test every learned task after each, and keep what was found: one JSON file per stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RunCache
+
+from benchmarks.quality import tasks
+from benchmarks.quality.bench import OutOfTime
+from benchmarks.quality.encoder import half_is_faster
+from benchmarks.quality.training import make_loss, measure, outputs_of, score
+
+from .learner import NUMBER, Learner
+from .setting import ORDERS, SEEDS_IN_FULL, SWEEP_ORDER, SWEEP_SEED, SWEEP_TASKS, Data, Stream
+
+WIDENINGS = 2  # a best rate at the edge of the sweep asks for one beyond it, at most so often
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        name: as tables print it.
+        make: makes the learner of a stream at a rate.
+        kind: the learner's class, which says the rates and whether tasks are kept apart.
+        swept: the name of the method whose rate this one takes; its own by default.
+        version: counts up where a change of the code changes results.
+    """
+
+    name: str
+    make: Callable[[Data, Stream, float], Learner]
+    kind: type[Learner]
+    swept: str | None = None
+    version: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """Return what, beside stream and rate, decides the results."""
+        return {"method": self.name, "version": self.version}
+
+
+class Streams:
+    """Results of streams, each from the cache or found now.
+
+    Args:
+        data: the tasks.
+        folder: where results are kept.
+        until: `time.time()` at which no further task is begun.
+    """
+
+    def __init__(self, data: Data, folder: Path, until: float = float("inf")) -> None:
+        self.data, self.folder, self.until = data, folder, until
+        self._rates: dict[str, tuple[float, dict[float, float]]] = {}
+
+    def result(self, method: Method, stream: Stream, rate: float, *, sweep: bool = False) -> dict[str, Any]:
+        """Return what `run` finds, or `validate` for a sweep, from the cache where it is there.
+
+        Where tasks are kept apart each is a stream of its own, so that it is trained once, whatever the order.
+        """
+        if method.kind.apart and len(stream.arriving) > 1:
+            given = stream.given if method.kind.from_given else ()
+            parts = [
+                self.result(method, replace(stream, arriving=(name,), given=given), rate, sweep=sweep)
+                for name in stream.arriving
+            ]
+            return joined(parts)
+        cache = RunCache(self.folder, {**self.facts(stream), "sweep": sweep})
+        found = cache.read(method, rate, stream.seed)
+        if found is None:
+            learner = method.make(self.data, stream, rate)
+            found = cache.write(method, rate, stream.seed, self.run(learner, sweep=sweep))
+            print(
+                f"{time.strftime('%H:%M:%S')} {method.name} {'-'.join(stream.arriving[:2])} seed {stream.seed}"
+                f" rate {rate:g}{' (sweep)' if sweep else ''}: {found['seconds']:.0f} s",
+                flush=True,
+            )
+        return found
+
+    def facts(self, stream: Stream) -> dict[str, Any]:
+        """Return what decides results beside method, rate and seed."""
+        return {
+            **self.data.facts(stream),
+            "top": tasks.TOP,
+            "tokens": tasks.TOKENS,
+            "half": half_is_faster(),
+            **asdict(self.data.budget),
+        }
+
+    def rate(self, method: Method) -> tuple[float, dict[float, float]]:
+        """Return the rate with the best mean validation score at the end of the sweep's stream, and all tried."""
+        if method.name not in self._rates:
+            stream = Stream.of_order(SWEEP_ORDER, SWEEP_SEED)
+            stream = replace(stream, arriving=stream.arriving[:SWEEP_TASKS])
+
+            def tried(rate: float) -> float:
+                found = self.result(method, stream, rate, sweep=True)["validation"]
+                return sum(value or 0.0 for value in found) / len(found)
+
+            self._rates[method.name] = sweep_rates(method.kind.rates, tried)
+        return self._rates[method.name]
+
+    def run(self, learner: Learner, *, sweep: bool) -> dict[str, Any]:
+        """Learn a stream's tasks; see `record`.
+
+        Raises:
+            OutOfTime: the time is over; the stream is begun again by the next call.
+        """
+        began, record = time.time(), Record(learner)
+        for name in learner.stream.arriving:
+            if time.time() > self.until:
+                raise OutOfTime
+            record.learn(name, tested=not sweep)
+        if sweep:
+            last = [score(learner.model(name), learner.seen(name), "validation") for name in learner.stream.arriving]
+            return {"validation": last, "seconds": time.time() - began}
+        return {"tasks": list(learner.stream.arriving), **record.found, "seconds": time.time() - began}
+
+
+class Record:
+    """What is measured along one stream.
+
+    Attributes:
+        found: ``R``, per task a row of test scores of the tasks learned so far; ``change``, the same of the largest
+            change of each task's logits since they were last looked at; ``steps``, facts per task. All of a row is
+            tested for the seeds of `SEEDS_IN_FULL` and after the last task, otherwise the task just learned alone, and
+            None stands for the rest.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.found: dict[str, Any] = {"R": [], "change": [], "steps": []}
+
+    def learn(self, name: str, *, tested: bool) -> None:
+        """Learn a task, and test unless this is a sweep's stream."""
+        learner = self.learner
+        model, facts = learner.learn(name)
+        task = learner.seen(name)
+        held = task.splits["validation"]
+        before = outputs_of(model, held) if tested else None
+        facts |= learner.absorb(name)
+        own, shared = learner.stored(name)
+        facts |= {"task": name, "own_bytes": NUMBER * own, "shared_bytes": NUMBER * shared}
+        if before is not None:
+            # what storing does to the task itself
+            after = before if learner.apart else outputs_of(learner.model(name), held)
+            loss = make_loss(task, task.splits["train"].labels)
+            facts["jump"] = {
+                "logits": float((after - before).abs().max()),
+                "loss": float(loss(after, held.labels) - loss(before, held.labels)),
+                "score": measure(after, held.labels) - measure(before, held.labels),
+            }
+            row, change = self.test(name)
+            self.found["R"].append(row)
+            self.found["change"].append(change)
+        self.found["steps"].append(facts)
+
+    def test(self, newest: str) -> tuple[list[float | None], list[float | None]]:
+        """Return score and largest change of logits of every task learned so far."""
+        stream = self.learner.stream
+        every = stream.seed in SEEDS_IN_FULL or newest == stream.arriving[-1]
+        row: list[float | None] = []
+        change: list[float | None] = []
+        for name in stream.arriving[: stream.arriving.index(newest) + 1]:
+            if name != newest and not every:
+                row.append(None)
+                change.append(None)
+                continue
+            split = self.learner.seen(name).splits["test"]
+            if name == newest or not self.learner.apart:
+                now = outputs_of(self.learner.model(name), split)
+            else:
+                now = self.outputs[name]
+            row.append(measure(now, split.labels))
+            change.append(float((now - self.outputs.get(name, now)).abs().max()))
+            self.outputs[name] = now
+        return row, change
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the result of a stream whose tasks are kept apart, from those of each: nothing changes afterwards."""
+    whole: dict[str, Any] = {"seconds": sum(part["seconds"] for part in parts)}
+    if "validation" in parts[0]:
+        return {**whole, "validation": [part["validation"][0] for part in parts]}
+    scores = [part["R"][0][0] for part in parts]
+    return {
+        **whole,
+        "tasks": [part["tasks"][0] for part in parts],
+        "R": [scores[: i + 1] for i in range(len(parts))],
+        "change": [[0.0] * (i + 1) for i in range(len(parts))],
+        "steps": [part["steps"][0] for part in parts],
+    }
+
+
+def sweep_rates(rates: Sequence[float], tried: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """Return the best rate, the smaller of equals, and each rate's score; widened where the best is at an edge."""
+    scores = {rate: tried(rate) for rate in rates}
+    for _ in range(WIDENINGS):
+        ordered = sorted(scores)
+        best = max(ordered, key=lambda rate: (scores[rate], -rate))
+        if best == ordered[0]:
+            beyond = ordered[0] ** 2 / ordered[1]
+        elif best == ordered[-1]:
+            beyond = ordered[-1] ** 2 / ordered[-2]
+        else:
+            break
+        scores[beyond] = tried(beyond)
+    best = max(sorted(scores), key=lambda rate: (scores[rate], -rate))
+    return best, scores
+
+
+def every_stream(orders: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, Stream]]:
+    """Return the streams in the order in which they are run: all orders of a seed before the next seed."""
+    return [(order, Stream.of_order(order, seed)) for seed in seeds for order in orders if order in ORDERS]
