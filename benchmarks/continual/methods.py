@@ -19,7 +19,7 @@ def methods() -> dict[str, Method]:
         Method("OSF", Osf, Osf),
         Method("LoRA r=8 each", LoraEach, LoraEach),
         Method("frozen first basis", FrozenBasis, FrozenBasis),
-        Method("Share, update dropped", Share, Share),
+        Method("Share, update dropped", Share, Share, swept="Share, update kept"),
         Method("Share, update kept", ShareKeep, ShareKeep),
     ]
     return {each.name: each for each in listed}

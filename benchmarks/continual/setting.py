@@ -18,7 +18,6 @@ FIRST = 4  # tasks whose adapters are given: the first basis is theirs
 K = 16
 RANK = 8  # of every LoRA
 SEEDS = (1, 2, 3)
-SEEDS_IN_FULL = (1,)  # after each of their tasks all earlier ones are tested; of the others after the last
 SWEEP_SEED = 0
 SWEEP_TASKS = 4  # the first that arrive
 # each begins with another four tasks, so that every task arrives in two, at other places and behind other tasks
@@ -48,6 +47,11 @@ class Stream:
     def before(self, name: str) -> tuple[str, ...]:
         """Return the arriving tasks that come before one."""
         return self.arriving[: self.arriving.index(name)]
+
+
+def in_full(stream: Stream) -> bool:
+    """Tell whether all earlier tasks are tested after every task; in other streams they are after the last."""
+    return stream == Stream.of_order(SWEEP_ORDER, SEEDS[0])
 
 
 class Data:

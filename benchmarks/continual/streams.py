@@ -17,7 +17,7 @@ from benchmarks.quality.encoder import half_is_faster
 from benchmarks.quality.training import make_loss, measure, outputs_of, score
 
 from .learner import NUMBER, Learner
-from .setting import ORDERS, SEEDS_IN_FULL, SWEEP_ORDER, SWEEP_SEED, SWEEP_TASKS, Data, Stream
+from .setting import ORDERS, SWEEP_ORDER, SWEEP_SEED, SWEEP_TASKS, Data, Stream, in_full
 
 WIDENINGS = 2  # a best rate at the edge of the sweep asks for one beyond it, at most so often
 
@@ -128,8 +128,8 @@ class Record:
     Attributes:
         found: ``R``, per task a row of test scores of the tasks learned so far; ``change``, the same of the largest
             change of each task's logits since they were last looked at; ``steps``, facts per task. All of a row is
-            tested for the seeds of `SEEDS_IN_FULL` and after the last task, otherwise the task just learned alone, and
-            None stands for the rest.
+            tested in a stream `in_full` and after the last task, otherwise the task just learned alone, and None stands
+            for the rest.
     """
 
     def __init__(self, learner: Learner) -> None:
@@ -164,7 +164,7 @@ class Record:
     def test(self, newest: str) -> tuple[list[float | None], list[float | None]]:
         """Return score and largest change of logits of every task learned so far."""
         stream = self.learner.stream
-        every = stream.seed in SEEDS_IN_FULL or newest == stream.arriving[-1]
+        every = in_full(stream) or newest == stream.arriving[-1]
         row: list[float | None] = []
         change: list[float | None] = []
         for name in stream.arriving[: stream.arriving.index(newest) + 1]:
