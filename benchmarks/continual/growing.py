@@ -1,0 +1,120 @@
+"""Methods whose basis follows the tasks: it grows by what each one lacks, or is re-fitted to all at a fixed size."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.quality.fleet import HEAD
+from benchmarks.quality.training import score
+from subspace_peft import SubspaceBasis, migrate_task, update_basis
+
+from .in_basis import CORE_RATES, adapted
+from .learner import Learner
+from .setting import Data, Stream
+
+WEIGHTS = "adapter_model.safetensors"
+MARGIN = 0.01  # by how much of the validation score own directions have to be better: the product's default
+
+
+class Append(Learner):
+    """A core in the basis and `extra` directions of the task's own, by which the basis then grows.
+
+    All that is stored lies in files, written and read by the product's own functions: a version of the basis after
+    every task, and a folder per task. Earlier tasks keep their tensors, byte for byte, which is checked.
+
+    Args:
+        data, stream, rate: as of every learner.
+        extra: φ.
+        probe: train the core alone first, and give a task its own directions only if they are better by `MARGIN` on
+            the validation split. The core alone is then what forward transfer is measured with.
+    """
+
+    from_given = True
+    rates = CORE_RATES
+
+    def __init__(self, data: Data, stream: Stream, rate: float, extra: int = 2, probe: bool = False) -> None:
+        super().__init__(data, stream, rate)
+        self.extra, self.probe = extra, probe
+        self._scratch = TemporaryDirectory(prefix="continual-")
+        self.folder = Path(self._scratch.name)
+        self.learned: list[str] = []
+        self.basis = self.version(data.first_basis(stream.given))
+
+    def version(self, basis: SubspaceBasis) -> SubspaceBasis:
+        """Store a version of the basis, and return it as it is read back."""
+        place = self.folder / f"basis-{len(self.learned)}-{basis.fingerprint[:8]}"
+        basis.save_pretrained(place)
+        return SubspaceBasis.from_pretrained(place)
+
+    def task(self, name: str) -> Path:
+        """Return the folder of a task."""
+        return self.folder / "tasks" / name
+
+    def learn(self, name: str) -> tuple[nn.Module, dict[str, Any]]:
+        core: dict[str, Any] = {}
+        if self.probe:
+            model, core = self.fitted(name, 0)
+            head = self.heads[name]
+            core["forward"] = {"k": self.k(), "score": score(model, self.seen(name), "test")}
+        chosen, facts = self.fitted(name, self.extra)
+        if self.probe:
+            needed = (facts["validation"] or 0.0) - (core["validation"] or 0.0) >= MARGIN
+            facts |= {"forward": core["forward"], "core_validation": core["validation"]}
+            if not needed:
+                chosen, self.heads[name] = model, head
+                facts |= {"trained": core["trained"], "validation": core["validation"]}
+        chosen.save_pretrained(self.task(name))
+        return chosen, facts
+
+    def fitted(self, name: str, extra: int) -> tuple[nn.Module, dict[str, Any]]:
+        """Train a core and `extra` own directions per module."""
+        model = adapted(self.untrained(name), self.basis, self.stream.seed, extra_rank=extra)
+        return model, self.fit(model, name)
+
+    def k(self) -> int:
+        """Return how many directions each side of each module has; they grow alike."""
+        (k,) = {size for each in self.basis.shapes().values() for size in (each["k_out"], each["k_in"])}
+        return k
+
+    def absorb(self, name: str) -> dict[str, Any]:
+        self.learned.append(name)
+        if any("extra_U" in key for key in load_file(self.task(name) / WEIGHTS)):
+            grown = self.version(update_basis(self.basis, [str(self.task(name))], progress=False))
+            migrate_task(str(self.task(name)), grown).save_pretrained(self.task(name), overwrite=True)
+            for older in self.learned[:-1]:
+                self.kept(older, grown)
+            self.basis = grown
+        return {"k": self.k()}
+
+    def kept(self, name: str, grown: SubspaceBasis) -> None:
+        """Have an earlier task use the grown basis.
+
+        Raises:
+            AssertionError: its tensors are not those it had, byte for byte.
+        """
+        before = digests(self.task(name))
+        migrate_task(str(self.task(name)), grown, pad=False).save_pretrained(self.task(name), overwrite=True)
+        assert digests(self.task(name)) == before, name
+
+    def model(self, name: str) -> nn.Module:
+        return PeftModel.from_pretrained(self.untrained(name), str(self.task(name)))
+
+    def stored(self, name: str) -> tuple[int, int]:
+        own = sum(value.numel() for key, value in load_file(self.task(name) / WEIGHTS).items() if HEAD[0] not in key)
+        return own, sum(each.U.numel() + each.V.numel() for each in self.basis.values())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each tensor of a task's file."""
+    return {
+        key: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for key, value in load_file(folder / WEIGHTS).items()
+    }
