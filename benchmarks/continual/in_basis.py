@@ -20,6 +20,8 @@ CORE_RATES = (1.2e-3, 4.8e-3, 1.92e-2)
 def adapted(model: nn.Module, basis: SubspaceBasis, seed: int, **config: Any) -> nn.Module:
     """Return `model` with a task in `basis`; `config` goes to `SubspaceConfig`."""
     torch.manual_seed(seed)
+    # a basis in memory would be warned of: what is trained in one is not saved here
+    config["save_basis"] = basis.location is None or None
     return get_peft_model(model, SubspaceConfig(basis=basis, target_modules=TARGETS, modules_to_save=HEAD, **config))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -95,5 +95,10 @@ class Data:
 
     def facts(self, stream: Stream) -> dict[str, Any]:
         """Return what decides the data of a stream, for the key under which its results are kept."""
-        digests = {name: self.task(name).digest for name in stream.arriving}
-        return {"given": stream.given, "arriving": digests, "seed": stream.seed}
+        return {
+            "given": stream.given,
+            # pairs: in a dict their order would not be part of the key
+            "arriving": [(name, self.task(name).digest) for name in stream.arriving],
+            "budget": asdict(self.budget),
+            "k": self.k,
+        }

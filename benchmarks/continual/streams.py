@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,6 @@ class Streams:
             "top": tasks.TOP,
             "tokens": tasks.TOKENS,
             "half": half_is_faster(),
-            **asdict(self.data.budget),
         }
 
     def rate(self, method: Method) -> tuple[float, dict[float, float]]:
