@@ -87,14 +87,17 @@ class Row:
         return [step["jump"] for stream in streams for step in stream["steps"]]
 
     def order_gap(self, seeds: Sequence[int]) -> float:
-        """Return the mean distance, in points, of a task's last scores in the two orders in which it arrives."""
+        """Return the mean distance, in points, of a task's last scores in the orders in which it arrives.
+
+        NaN where none arrives in two.
+        """
         gaps = []
         for seed in seeds:
             found: dict[str, list[float]] = {}
             for name, scores in self.last([seed]).items():
                 found.setdefault(name, []).extend(points(score) for score in scores)
             gaps += [max(each) - min(each) for each in found.values() if len(each) > 1]
-        return float(np.mean(gaps))
+        return float(np.mean(gaps)) if gaps else math.nan
 
 
 def points(score: float | None) -> float:

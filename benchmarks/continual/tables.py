@@ -94,7 +94,7 @@ def score_table(rows: Sequence[Row]) -> list[str]:
             shown(row.metric("bwt")),
             shown(row.metric("forgetting"), sign=False),
             shown(row.metric("fwt")),
-            f"{row.order_gap(row.seeds()):.1f}",
+            f"{row.order_gap(row.seeds()):.1f}".replace("nan", "–"),
         ]
         for row in rows
     ]
