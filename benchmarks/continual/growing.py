@@ -59,18 +59,18 @@ class Append(Learner):
         return self.folder / "tasks" / name
 
     def learn(self, name: str) -> tuple[nn.Module, dict[str, Any]]:
-        core: dict[str, Any] = {}
+        chosen, facts = self.fitted(name, 0 if self.probe else self.extra)
         if self.probe:
-            model, core = self.fitted(name, 0)
-            head = self.heads[name]
-            core["forward"] = {"k": self.k(), "score": score(model, self.seen(name), "test")}
-        chosen, facts = self.fitted(name, self.extra)
-        if self.probe:
-            needed = (facts["validation"] or 0.0) - (core["validation"] or 0.0) >= MARGIN
-            facts |= {"forward": core["forward"], "core_validation": core["validation"]}
-            if not needed:
-                chosen, self.heads[name] = model, head
-                facts |= {"trained": core["trained"], "validation": core["validation"]}
+            core, head = chosen, self.heads[name]
+            alone = score(core, self.seen(name), "validation")
+            forward = {"k": self.k(), "score": score(core, self.seen(name), "test")}
+            wider, more = self.fitted(name, self.extra)
+            needed = score(wider, self.seen(name), "validation") - alone >= MARGIN
+            if needed:
+                chosen, facts = wider, more
+            else:
+                self.heads[name] = head
+            facts |= {"forward": forward, "own": needed}
         chosen.save_pretrained(self.task(name))
         return chosen, facts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from common import RunCache
 from benchmarks.quality import tasks
 from benchmarks.quality.bench import OutOfTime
 from benchmarks.quality.encoder import half_is_faster
+from benchmarks.quality.run import RESULTS as QUALITY
 from benchmarks.quality.tasks import Split
 from benchmarks.quality.training import make_loss, measure, outputs_of, score
 
@@ -33,6 +35,8 @@ class Method:
         make: makes the learner of a stream at a rate.
         kind: the learner's class, which says the rates and whether tasks are kept apart.
         swept: the name of the method whose rate this one takes; its own by default.
+        usual: the row of the quality benchmark whose sweeps over all twelve tasks say the rate; none: a sweep of its
+            own.
         version: counts up where a change of the code changes results.
     """
 
@@ -40,6 +44,7 @@ class Method:
     make: Callable[[Data, Stream, float], Learner]
     kind: type[Learner]
     swept: str | None = None
+    usual: str | None = None
     version: int = 1
 
     def identity(self) -> dict[str, Any]:
@@ -95,6 +100,9 @@ class Streams:
 
     def rate(self, method: Method) -> tuple[float, dict[float, float]]:
         """Return the rate with the best mean validation score at the end of the sweep's stream, and all tried."""
+        if method.name not in self._rates and method.usual is not None:
+            scores = usual_sweep(method.usual)
+            self._rates[method.name] = (best_of(scores), scores)
         if method.name not in self._rates:
             stream = Stream.of_order(SWEEP_ORDER, SWEEP_SEED)
             stream = replace(stream, arriving=stream.arriving[:SWEEP_TASKS])
@@ -222,8 +230,7 @@ def sweep_rates(rates: Sequence[float], tried: Callable[[float], float]) -> tupl
     """Return the best rate, the smaller of equals, and each rate's score; widened where the best is at an edge."""
     scores = {rate: tried(rate) for rate in rates}
     for _ in range(WIDENINGS):
-        ordered = sorted(scores)
-        best = max(ordered, key=lambda rate: (scores[rate], -rate))
+        ordered, best = sorted(scores), best_of(scores)
         if best == ordered[0]:
             beyond = ordered[0] ** 2 / ordered[1]
         elif best == ordered[-1]:
@@ -231,8 +238,27 @@ def sweep_rates(rates: Sequence[float], tried: Callable[[float], float]) -> tupl
         else:
             break
         scores[beyond] = tried(beyond)
-    best = max(sorted(scores), key=lambda rate: (scores[rate], -rate))
-    return best, scores
+    return best_of(scores), scores
+
+
+def best_of(scores: Mapping[float, float]) -> float:
+    """Return the rate with the best score, the smaller of equals."""
+    return max(scores, key=lambda rate: (scores[rate], -rate))
+
+
+def usual_sweep(row: str, folder: Path = QUALITY) -> dict[float, float]:
+    """Return each rate's mean validation score over all tasks of the quality benchmark's main table.
+
+    Only of rates that were tried on every task.
+
+    Args:
+        row: its name there.
+        folder: the results.
+    """
+    body = json.loads((folder / "main.json").read_text(encoding="utf-8"))
+    sweeps = [dict(each["sweep"]) for rows in body["tasks"].values() for each in rows if each["method"] == row]
+    common = sorted(set.intersection(*(set(sweep) for sweep in sweeps)))
+    return {rate: sum(sweep[rate] or 0.0 for sweep in sweeps) / len(sweeps) for rate in common}
 
 
 def every_stream(orders: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, Stream]]:
