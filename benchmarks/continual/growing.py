@@ -14,13 +14,15 @@ from torch import nn
 
 from benchmarks.quality.fleet import HEAD
 from benchmarks.quality.training import score
-from subspace_peft import SubspaceBasis, migrate_task, update_basis
+from subspace_peft import SubspaceBasis, migrate_task, plan_refit, read_task, refit_basis, update_basis
+from subspace_peft.basis.transfer import norm_of_sum
 
 from .in_basis import CORE_RATES, adapted
 from .learner import Learner
 from .setting import Data, Stream
 
 WEIGHTS = "adapter_model.safetensors"
+Factors = list[tuple[torch.Tensor, torch.Tensor]]  # (B, A), whose products add up to one module's ΔW
 MARGIN = 0.01  # by how much of the validation score own directions have to be better: the product's default
 
 
@@ -46,6 +48,7 @@ class Append(Learner):
         self._scratch = TemporaryDirectory(prefix="continual-")
         self.folder = Path(self._scratch.name)
         self.learned: list[str] = []
+        self.trained: dict[str, dict[str, Factors]] = {}
         self.basis = self.version(data.first_basis(stream.given))
 
     def version(self, basis: SubspaceBasis) -> SubspaceBasis:
@@ -118,3 +121,33 @@ def digests(folder: Path) -> dict[str, str]:
         key: hashlib.sha256(value.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         for key, value in load_file(folder / WEIGHTS).items()
     }
+
+
+class Refit(Append):
+    """The same, after which the basis is fitted again within its first size, for the given adapters and all tasks."""
+
+    def absorb(self, name: str) -> dict[str, Any]:
+        self.trained[name] = updates(self.task(name))
+        facts = super().absorb(name)
+        tasks = {each: str(self.task(each)) for each in self.learned}
+        plan = plan_refit(self.basis, tasks, self.data.k, sources=True)
+        self.basis = self.version(refit_basis(plan, max_drift=1.0))
+        for each in self.learned:
+            migrate_task(tasks[each], self.basis, max_drift=1.0).save_pretrained(tasks[each], overwrite=True)
+        drift = {each: self.drift(each) for each in self.learned}
+        return facts | {"k": self.k(), "drift": drift, "bound": plan.worst[2]}
+
+    def drift(self, name: str) -> float:
+        """Return ‖ΔW now − ΔW as trained‖ / ‖ΔW as trained‖ over all modules of a task."""
+        before, now = self.trained[name], updates(self.task(name))
+        lost = sum(norm_of_sum([*before[module], *((-B, A) for B, A in now[module])]) ** 2 for module in before)
+        return (lost / sum(norm_of_sum(each) ** 2 for each in before.values())) ** 0.5
+
+
+def updates(folder: Path) -> dict[str, Factors]:
+    """Return module → factors (B, A) whose products add up to a stored task's ΔW."""
+    task = read_task(str(folder))
+    found = {name: [(task.modules[name].U.double() @ core, task.modules[name].V)] for name, core in task.cores.items()}
+    for name, own in task.own.items():
+        found[name].append(own)
+    return found

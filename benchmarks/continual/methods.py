@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from .growing import Append
+from .growing import Append, Refit
 from .in_basis import FrozenBasis, RandomBasis
 from .learner import HeadOnly, LoraEach, Osf, SequentialLora
 from .setting import K
@@ -22,6 +22,7 @@ def methods() -> dict[str, Method]:
         Method("frozen first basis", FrozenBasis, FrozenBasis, usual="fleet"),
         Method("Share, update dropped", Share, Share, swept="Share, update kept"),
         Method("Share, update kept", ShareKeep, ShareKeep),
+        Method("re-fitted to k = 16", Refit, Refit, swept="append 2"),
         *(Method(f"append {extra}", partial(Append, extra=extra), Append, swept="append 2") for extra in (1, 2, 4)),
         Method("append 2 if needed", partial(Append, probe=True), Append, swept="append 2"),
     ]
