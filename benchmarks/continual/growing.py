@@ -14,8 +14,11 @@ from torch import nn
 
 from benchmarks.quality.fleet import HEAD
 from benchmarks.quality.training import score
-from subspace_peft import SubspaceBasis, migrate_task, plan_refit, read_task, refit_basis, update_basis
+from subspace_peft import SubspaceBasis, migrate_task
 from subspace_peft.basis.transfer import norm_of_sum
+from subspace_peft.builders import plan_refit, refit_basis
+from subspace_peft.convert import absorb_task
+from subspace_peft.tasks.read import read_task
 
 from .in_basis import CORE_RATES, adapted
 from .learner import Learner
@@ -90,8 +93,10 @@ class Append(Learner):
     def absorb(self, name: str) -> dict[str, Any]:
         self.learned.append(name)
         if any("extra_U" in key for key in load_file(self.task(name) / WEIGHTS)):
-            grown = self.version(update_basis(self.basis, [str(self.task(name))], progress=False))
-            migrate_task(str(self.task(name)), grown).save_pretrained(self.task(name), overwrite=True)
+            made, task = absorb_task(str(self.task(name)), self.basis, progress=False)
+            grown = self.version(made)
+            task.config.basis = grown
+            task.save_pretrained(self.task(name), overwrite=True)
             for older in self.learned[:-1]:
                 self.kept(older, grown)
             self.basis = grown
@@ -130,12 +135,20 @@ class Refit(Append):
         self.trained[name] = updates(self.task(name))
         facts = super().absorb(name)
         tasks = {each: str(self.task(each)) for each in self.learned}
-        plan = plan_refit(self.basis, tasks, self.data.k, sources=True)
+        plan = plan_refit(self.basis, {**tasks, **self.given()}, self.data.k)
         self.basis = self.version(refit_basis(plan, max_drift=1.0))
         for each in self.learned:
             migrate_task(tasks[each], self.basis, max_drift=1.0).save_pretrained(tasks[each], overwrite=True)
         drift = {each: self.drift(each) for each in self.learned}
         return facts | {"k": self.k(), "drift": drift, "bound": plan.worst[2]}
+
+    def given(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the given adapters' cores, which the basis holds: they count as tasks do."""
+        places = {entry["name"]: i for i, entry in enumerate(self.basis.info["sources"])}
+        return {
+            f"given {name}": {module: each.cores[places[name]] for module, each in self.basis.items()}
+            for name in self.stream.given
+        }
 
     def drift(self, name: str) -> float:
         """Return ‖ΔW now − ΔW as trained‖ / ‖ΔW as trained‖ over all modules of a task."""

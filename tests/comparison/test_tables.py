@@ -101,10 +101,10 @@ def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path,
     folder.mkdir()
     for name, each in results.items():
         (folder / f"{slug(name)}.json").write_text(json.dumps(each), encoding="utf-8")
-    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{tables.BEGIN}\nstale\n{tables.END}\nafter\n", encoding="utf-8")
     tables.main(["--results", str(folder), "--evidence", str(page)])
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert (folder / "tables.md").read_text(encoding="utf-8") in text
     assert "| append 2 (all) | +5.0 [+5.0, +5.0] *" in text and "| append 2 | 18.0 | 18.0 |" in text
     assert "| append 2 | 0.5 | +0.250 | -1.0 | 2 | 25% | 25% |" in text
