@@ -58,6 +58,8 @@ def render(results: Results) -> str:
     for other in (lora, frozen):
         out += [f"### Against {other.name}: scores after the last task", "", *difference_table(whole, other), ""]
     out += ["### What storing a task changes", "", *jump_table(whole), ""]
+    out += [f"### The same step by step, order {IN_FULL[0]}, seed {IN_FULL[1:]}: change of its logits, at most", ""]
+    out += [*step_table(rows.values()), ""]
     out += ["### Directions per module and side after each task", "", *growth_table(rows.values()), ""]
     out += ["### Learning rates", "", *rate_table(results), ""]
     return "\n".join([*out, "\\* the interval leaves out zero."]) + "\n"
@@ -168,6 +170,16 @@ def jump_table(rows: Sequence[Row]) -> list[str]:
         "drift, at most",
     ]
     return table(head, body)
+
+
+def step_table(rows: Iterable[Row]) -> list[str]:
+    """Return what storing each task of one stream changed of its logits, per method that stores anything anew."""
+    moved = [row for row in rows if IN_FULL in row.streams]
+    moved = [row for row in moved if any(step["jump"]["logits"] for step in row.streams[IN_FULL]["steps"])]
+    if not moved:
+        return ["None."]
+    body = [[row.name, *(f"{step['jump']['logits']:.2g}" for step in row.streams[IN_FULL]["steps"])] for row in moved]
+    return table(["method", *moved[0].streams[IN_FULL]["tasks"]], body)
 
 
 def growth_table(rows: Iterable[Row]) -> list[str]:
