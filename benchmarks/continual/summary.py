@@ -50,25 +50,39 @@ class Row:
             {name: points(value) for name, value in baseline.items()},
         )
 
-    def seeds(self) -> list[int]:
-        """Return the seeds of which all orders are there."""
-        every = {int(name[1:]) for name in self.streams}
-        return sorted(seed for seed in every if all(f"{order}{seed}" in self.streams for order in ORDERS))
+    def runs(self, other: Row | None = None) -> dict[str, list[int]]:
+        """Return order → seeds of the streams that count: all orders of a seed, or else one order alone.
+
+        Orders have other tasks, so that streams of two of them would count some tasks twice and others once.
+
+        Args:
+            other: count only streams that this row has, too.
+        """
+        known = self.streams if other is None else self.streams.keys() & other.streams.keys()
+        found = {order: sorted(int(name[1:]) for name in known if name[0] == order) for order in ORDERS}
+        common = sorted(set.intersection(*(set(seeds) for seeds in found.values())))
+        if common:
+            return dict.fromkeys(ORDERS, common)
+        return dict([max(found.items(), key=lambda item: len(item[1]))] if known else [])
+
+    def counted(self, other: Row | None = None) -> list[Mapping[str, Any]]:
+        """Return the streams of `runs`."""
+        return [self.streams[f"{order}{seed}"] for order, seeds in self.runs(other).items() for seed in seeds]
 
     def metric(self, name: str) -> Difference | None:
         """Return a metric's mean over orders and seeds with its interval, in points; None where it is undefined."""
         scores = {
-            order: [self.matrix(f"{order}{seed}").metrics()[name] / 100 for seed in self.seeds()] for order in ORDERS
+            order: [self.matrix(f"{order}{seed}").metrics()[name] / 100 for seed in seeds]
+            for order, seeds in self.runs().items()
         }
-        if not self.seeds() or any(math.isnan(value) for each in scores.values() for value in each):
+        if not scores or any(math.isnan(value) for each in scores.values() for value in each):
             return None
         return difference(scores, {order: [0.0] * len(each) for order, each in scores.items()})
 
-    def last(self, seeds: Sequence[int]) -> dict[str, list[float | None]]:
-        """Return task → its scores after the last task of each stream that it arrives in."""
+    def last(self, other: Row | None = None) -> dict[str, list[float | None]]:
+        """Return task → its scores after the last task of each stream that it arrives in; `other` as in `runs`."""
         scores: dict[str, list[float | None]] = {}
-        for stream in (f"{order}{seed}" for order in ORDERS for seed in seeds):
-            found = self.streams[stream]
+        for found in self.counted(other):
             for name, value in zip(found["tasks"], found["R"][-1], strict=True):
                 scores.setdefault(name, []).append(value)
         return scores
@@ -81,21 +95,22 @@ class Row:
             totals.append(step["shared_bytes"] + own)
         return totals
 
-    def jumps(self, seeds: Sequence[int]) -> list[Mapping[str, float]]:
-        """Return, per task of every stream, what storing it changed."""
-        streams = [self.streams[f"{order}{seed}"] for order in ORDERS for seed in seeds]
-        return [step["jump"] for stream in streams for step in stream["steps"]]
+    def jumps(self) -> list[Mapping[str, float]]:
+        """Return, per task of every stream that counts, what storing it changed."""
+        return [step["jump"] for found in self.counted() for step in found["steps"]]
 
-    def order_gap(self, seeds: Sequence[int]) -> float:
+    def order_gap(self) -> float:
         """Return the mean distance, in points, of a task's last scores in the orders in which it arrives.
 
         NaN where none arrives in two.
         """
-        gaps = []
-        for seed in seeds:
+        runs, gaps = self.runs(), []
+        for seed in next(iter(runs.values()), []):
             found: dict[str, list[float]] = {}
-            for name, scores in self.last([seed]).items():
-                found.setdefault(name, []).extend(points(score) for score in scores)
+            for order in runs:
+                stream = self.streams[f"{order}{seed}"]
+                for name, score in zip(stream["tasks"], stream["R"][-1], strict=True):
+                    found.setdefault(name, []).append(points(score))
             gaps += [max(each) - min(each) for each in found.values() if len(each) > 1]
         return float(np.mean(gaps)) if gaps else math.nan
 
@@ -112,17 +127,16 @@ def rows_of(results: Results) -> dict[str, Row]:
 
 
 def against(row: Row, other: Row, only: Sequence[str] | None = None) -> Difference | None:
-    """Return a row minus another: last scores, paired by task, order and seed, over the seeds that both have.
+    """Return a row minus another: last scores, paired by task, order and seed, over the streams that both have.
 
     Args:
         row, other: the two.
         only: of these tasks.
     """
-    seeds = [seed for seed in row.seeds() if seed in other.seeds()]
-    if not seeds:
-        return None
-    ours, theirs = row.last(seeds), other.last(seeds)
+    ours, theirs = row.last(other), other.last(row)
     chosen = [name for name in ours if only is None or name in only]
+    if not chosen:
+        return None
     return difference({name: ours[name] for name in chosen}, {name: theirs[name] for name in chosen})
 
 

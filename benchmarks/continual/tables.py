@@ -21,7 +21,7 @@ import common as shared  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.continual.methods import methods  # noqa: E402
-from benchmarks.continual.setting import FIRST, ORDERS  # noqa: E402
+from benchmarks.continual.setting import FIRST  # noqa: E402
 from benchmarks.continual.summary import FROZEN, LORA, Results, Row, against, break_even, rows_of  # noqa: E402
 from benchmarks.quality.paired import Difference  # noqa: E402
 from benchmarks.quality.sections import DIFFERENCES, difference_line  # noqa: E402
@@ -53,7 +53,7 @@ def render(results: Results) -> str:
     """
     rows = rows_of(results)
     lora, frozen = rows[LORA], rows[FROZEN]
-    whole = [row for row in rows.values() if row.seeds()]
+    whole = list(rows.values())
     out = [*score_table(whole), "", *byte_table(whole, lora), ""]
     for other in (lora, frozen):
         out += [f"### Against {other.name}: scores after the last task", "", *difference_table(whole, other), ""]
@@ -74,33 +74,36 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
     ]
 
 
-def shown(found: Difference | None, sign: bool = True) -> str:
-    """Return a mean with its interval; a dash where there is none."""
+def shown(found: Difference | None, *, sign: bool = True, alone: bool = False) -> str:
+    """Return a mean with its interval, none where it is of one stream `alone`; a dash where there is no mean."""
     if found is None:
         return "–"
-    return str(found) if sign else f"{found.mean:.1f} [{found.low:.1f}, {found.high:.1f}]"
+    mean = f"{found.mean:+.1f}" if sign else f"{found.mean:.1f}"
+    interval = f" [{found.low:+.1f}, {found.high:+.1f}]" if sign else f" [{found.low:.1f}, {found.high:.1f}]"
+    return mean if alone else mean + interval
 
 
 def score_table(rows: Sequence[Row]) -> list[str]:
     """Return ACC, BWT, forgetting, FWT and order sensitivity per method."""
-    seeds = sorted({len(row.seeds()) for row in rows})
-    title = (
-        f"### {len(ORDERS)} orders × {' or '.join(map(str, seeds))} seeds, {FIRST} tasks given, then 8 that arrive;"
-        " points [95 % interval]"
-    )
-    body = [
-        [
-            row.name,
-            str(len(row.seeds())),
-            shown(row.metric("acc"), sign=False),
-            shown(row.metric("bwt")),
-            shown(row.metric("forgetting"), sign=False),
-            shown(row.metric("fwt")),
-            f"{row.order_gap(row.seeds()):.1f}".replace("nan", "–"),
-        ]
-        for row in rows
-    ]
-    return [title, "", *table(["method", "seeds", "ACC", "BWT", "forgetting", "FWT", "order gap"], body)]
+    body = []
+    for row in rows:
+        runs = row.runs()
+        alone = len(row.counted()) == 1
+        gap = row.order_gap()
+        body.append(
+            [
+                row.name,
+                f"{len(runs)} × {len(next(iter(runs.values()), []))}",
+                *(
+                    shown(row.metric(name), sign=name in ("bwt", "fwt"), alone=alone)
+                    for name in ("acc", "bwt", "forgetting", "fwt")
+                ),
+                "–" if math.isnan(gap) else f"{gap:.1f}",
+            ]
+        )
+    title = f"### {FIRST} tasks given, 8 that arrive; points [95 % interval over orders and seeds]"
+    head = ["method", "orders × seeds", "ACC", "BWT", "forgetting", "FWT", "order gap"]
+    return [title, "", *table(head, body)]
 
 
 def byte_table(rows: Sequence[Row], lora: Row) -> list[str]:
@@ -139,8 +142,7 @@ def jump_table(rows: Sequence[Row]) -> list[str]:
     """Return what the step from trained to stored does to a task, and how far older tasks' updates have drifted."""
     body = []
     for row in rows:
-        jumps = row.jumps(row.seeds())
-        streams = [row.streams[f"{order}{seed}"] for order in ORDERS for seed in row.seeds()]
+        jumps, streams = row.jumps(), row.counted()
         drifts = [value for found in streams for value in (found["steps"][-1].get("drift") or {}).values()]
         older = [
             value

@@ -55,7 +55,7 @@ def results() -> dict:
 
 def test_metrics_are_those_of_the_matrix_over_orders_and_seeds(results):
     rows = rows_of(results)
-    assert RANDOM not in rows and rows[LORA].seeds() == [1, 2]
+    assert RANDOM not in rows and rows[LORA].runs() == {"A": [1, 2], "B": [1, 2], "C": [1, 2]}
     found = {name: row.metric("bwt") for name, row in rows.items()}
     assert found[LORA].mean == 0 and found["sequential LoRA r=8"].mean == pytest.approx(-30)
     assert rows["append 2"].metric("acc").mean == pytest.approx(75)
@@ -68,8 +68,16 @@ def test_metrics_are_those_of_the_matrix_over_orders_and_seeds(results):
 def test_only_seeds_of_which_all_orders_are_there_count(results):
     del results["append 2"]["streams"]["B2"]
     rows = rows_of(results)
-    assert rows["append 2"].seeds() == [1] and against(rows["append 2"], rows[LORA]) is not None
-    assert Row("none", {}, {}).metric("acc") is None
+    assert rows["append 2"].runs() == dict.fromkeys(ORDERS, [1])
+    assert len(rows[LORA].counted(rows["append 2"])) == 3
+    assert against(rows["append 2"], rows[LORA]).mean == pytest.approx(5)
+    # of one order alone, where no seed has all
+    for stream in ("B1", "C1", "C2"):
+        del results["append 2"]["streams"][stream]
+    assert rows["append 2"].runs() == {"A": [1, 2]}
+    assert against(rows["append 2"], rows[LORA]).tasks.keys() == set(TASKS["A"])
+    none = Row("none", {}, {})
+    assert none.metric("acc") is None and none.runs() == {} and against(none, rows[LORA]) is None
 
 
 def test_differences_are_paired_by_task_order_and_seed(results):
@@ -93,7 +101,7 @@ def test_the_order_gap_is_between_the_two_orders_of_a_task():
         f"{order}1": {"tasks": [shared], "R": [[score]], "steps": []}
         for order, score in {"A": 0.5, "B": 0.7, "C": 0.6}.items()
     }
-    assert Row("x", streams, {}).order_gap([1]) == pytest.approx(20)
+    assert Row("x", streams, {}).order_gap() == pytest.approx(20)
 
 
 def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path, capsys):
