@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from common import RunCache
+from torch import nn
 
 from benchmarks.quality import tasks
 from benchmarks.quality.bench import OutOfTime
-from benchmarks.quality.encoder import half_is_faster
+from benchmarks.quality.encoder import HalfLinear, half_is_faster
 from benchmarks.quality.run import RESULTS as QUALITY
 from benchmarks.quality.tasks import Split
 from benchmarks.quality.training import make_loss, measure, outputs_of, score
@@ -154,6 +155,7 @@ class Record:
         task = learner.seen(name)
         held = sample(task.splits["validation"])
         before = outputs_of(model, held) if tested else None
+        exactly = None if before is None or learner.apart else in_float32(model, held)
         facts |= learner.absorb(name)
         own, shared = learner.stored(name)
         facts |= {"task": name, "own_bytes": NUMBER * own, "shared_bytes": NUMBER * shared}
@@ -167,6 +169,8 @@ class Record:
                 "loss": float(loss(after, held.labels) - loss(before, held.labels)),
                 "score": measure(after, held.labels) - measure(before, held.labels),
             }
+            if exactly is not None:
+                facts["jump"]["float32"] = float((in_float32(learner.model(name), held) - exactly).abs().max())
             row, change = self.test(name)
             self.found["R"].append(row)
             self.found["change"].append(change)
@@ -202,6 +206,21 @@ class Record:
             return True
         some = sample(self.learner.seen(name).splits["validation"])
         return torch.equal(outputs_of(self.learner.model(name), some), self.stored[name])
+
+
+def in_float32(model: nn.Module, split: Split) -> torch.Tensor:
+    """Return a model's outputs with every layer in float32.
+
+    The frozen layers' weights are those rounded to bfloat16; the model is left as it was.
+    """
+    halves = [module for module in model.modules() if isinstance(module, HalfLinear)]
+    for module in halves:
+        module.float()
+    try:
+        return outputs_of(model, split)
+    finally:
+        for module in halves:
+            module.bfloat16()
 
 
 def sample(split: Split) -> Split:

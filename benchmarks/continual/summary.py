@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from subspace_peft.continual.metrics import ScoreMatrix
 
 from benchmarks.quality.paired import Difference, difference
+from subspace_peft.continual.metrics import ScoreMatrix
 
 from .setting import ORDERS, K
 

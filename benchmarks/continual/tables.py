@@ -155,6 +155,7 @@ def jump_table(rows: Sequence[Row]) -> list[str]:
             [
                 row.name,
                 f"{max(each['logits'] for each in jumps):.2g}",
+                f"{max(exact):.2g}" if (exact := [each["float32"] for each in jumps if "float32" in each]) else "–",
                 f"{mean(each['loss'] for each in jumps):+.3f}",
                 f"{100 * mean(each['score'] for each in jumps):+.1f}",
                 f"{max(older, default=0.0):.2g}",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from subspace_peft.continual.metrics import ScoreMatrix
 
 from benchmarks.continual import streams as module
 from benchmarks.continual.growing import Append, Refit, digests, updates
 from benchmarks.continual.shared_factors import Share
 from benchmarks.continual.streams import Record
 from benchmarks.quality.training import outputs_of
+from subspace_peft.continual.metrics import ScoreMatrix
 
 from .conftest import STREAM
 

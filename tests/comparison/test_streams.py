@@ -120,3 +120,14 @@ def test_a_best_rate_at_the_edge_widens_the_sweep_at_most_twice():
     )
     assert sweep_rates((1, 4, 16), lambda rate: -abs(rate - 64))[0] == 64
     assert sweep_rates((1, 4, 16), lambda rate: 0.0)[0] == 1 / 16
+
+
+def test_a_jump_is_measured_in_float32_too_and_the_model_stays_as_it_was(data, monkeypatch):
+    monkeypatch.setattr("benchmarks.quality.training.half_is_faster", lambda: True)
+    name, split = STREAM.arriving[0], data.task(STREAM.arriving[0]).splits["test"]
+    model = data.model(name, 1)
+    half = outputs_of(model, split)
+    exact = module.in_float32(model, split)
+    assert 1e-4 < (exact - half).abs().max() < 0.1 and torch.equal(outputs_of(model, split), half)
+    found = learned(made(SequentialLora, data), STREAM.arriving[:1])
+    assert found["steps"][0]["jump"]["float32"] == 0

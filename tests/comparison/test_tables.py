@@ -24,7 +24,7 @@ def stream(order: str, scores: list[list[float | None]], own: int, shared: list[
             "trained": own // 4,
             "own_bytes": own,
             "shared_bytes": each,
-            "jump": {"logits": 0.5, "loss": 0.25, "score": -0.01},
+            "jump": {"logits": 0.5, "float32": 0.25, "loss": 0.25, "score": -0.01},
             **more,
         }
         for name, each in zip(TASKS[order], shared, strict=True)
@@ -68,7 +68,7 @@ def test_metrics_are_those_of_the_matrix_over_orders_and_seeds(results):
 def test_only_seeds_of_which_all_orders_are_there_count(results):
     del results["append 2"]["streams"]["B2"]
     rows = rows_of(results)
-    assert rows["append 2"].runs() == dict.fromkeys(ORDERS, [1])
+    assert rows["append 2"].runs() == {order: [1] for order in ORDERS}
     assert len(rows[LORA].counted(rows["append 2"])) == 3
     assert against(rows["append 2"], rows[LORA]).mean == pytest.approx(5)
     # of one order alone, where no seed has all
@@ -115,7 +115,7 @@ def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path,
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert (folder / "tables.md").read_text(encoding="utf-8") in text
     assert "| append 2 (all) | " in text and "| append 2 | 18.0 | 18.0 |" in text
-    assert "| append 2 | 0.5 | +0.250 | -1.0 | 2 | 25% | 25% |" in text
+    assert "| append 2 | 0.5 | 0.25 | +0.250 | -1.0 | 2 | 25% | 25% |" in text
     assert "sequential LoRA r=8" in (folder / "matrices.md").read_text(encoding="utf-8")
     for name in ("accuracy.png", "growth.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
