@@ -22,9 +22,9 @@ def methods() -> dict[str, Method]:
         Method("frozen first basis", FrozenBasis, FrozenBasis, usual="fleet"),
         Method("Share, update dropped", Share, Share, swept="Share, update kept"),
         Method("Share, update kept", ShareKeep, ShareKeep),
-        Method("re-fitted to k = 16", Refit, Refit, usual="fleet"),
-        *(Method(f"append {extra}", partial(Append, extra=extra), Append, usual="fleet") for extra in (1, 2, 4)),
-        Method("append 2 if needed", partial(Append, probe=True), Append, usual="fleet"),
+        Method("re-fitted to k = 16", Refit, Refit, swept="append 2"),
+        *(Method(f"append {extra}", partial(Append, extra=extra), Append, swept="append 2") for extra in (1, 2, 4)),
+        Method("append 2 if needed", partial(Append, probe=True), Append, swept="append 2"),
     ]
     return {each.name: each for each in listed}
 

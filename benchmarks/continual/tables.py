@@ -57,7 +57,12 @@ def render(results: Results) -> str:
     out = [*score_table(whole), "", *byte_table(whole, lora), ""]
     for other in (lora, frozen):
         out += [f"### Against {other.name}: scores after the last task", "", *difference_table(whole, other), ""]
-    out += ["### What storing a task changes", "", *jump_table(whole), ""]
+    out += [
+        "### What storing a task changes: logits and drift at most, the rest on average",
+        "",
+        *jump_table(whole),
+        "",
+    ]
     out += [f"### The same step by step, order {IN_FULL[0]}, seed {IN_FULL[1:]}: change of its logits, at most", ""]
     out += [*step_table(rows.values()), ""]
     out += ["### Directions per module and side after each task", "", *growth_table(rows.values()), ""]
@@ -163,15 +168,7 @@ def jump_table(rows: Sequence[Row]) -> list[str]:
                 f"{max(drifts):.0%}" if drifts else "–",
             ]
         )
-    head = [
-        "method",
-        "its logits, at most",
-        "its loss",
-        "its score",
-        "older logits, at most",
-        "drift",
-        "drift, at most",
-    ]
+    head = ["method", "its logits", "in float32", "its loss", "its score", "older logits", "drift", "most drift"]
     return table(head, body)
 
 
