@@ -5,6 +5,7 @@ rank has).
 
     python benchmarks/mixed_batch.py
     python benchmarks/mixed_batch.py --tasks 64 --rounds 5
+    python benchmarks/mixed_batch.py --tasks 64 --rounds 11 --shapes 64x1 32x1 32x128 --out mixed_batch_own.json
 
 Forward passes of a Mistral-shaped decoder (8 × 512), query and value or all linear layers adapted, rows × tokens per
 row: 128 tokens as in a prefill, 1 as in decoding, where a loop over adapters dominates. `tasks` are loaded: ours in a
