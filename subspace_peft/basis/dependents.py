@@ -46,6 +46,11 @@ def dependents_of(fingerprint: str | None, needs: Collection[str] = ("folder", "
     return list(_still(str(fingerprint), needs))
 
 
+def all_noted(fingerprint: str | None) -> bool:
+    """Return whether all dependents of a basis are among the notes: older ones make room where there are too many."""
+    return not is_sha256(fingerprint) or len(_notes(str(fingerprint))) < MOST_NOTES
+
+
 def named_dependents(fingerprint: str | None, needs: Collection[str] = ("folder",)) -> str:
     """Return words that name what is known to depend on a basis, with their number; empty where nothing is."""
     found = dependents_of(fingerprint, needs)

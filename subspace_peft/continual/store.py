@@ -11,7 +11,7 @@ from typing import Any
 
 from .._io.atomic import SUFFIX
 from .._io.folder_names import check_folder_names
-from ..basis.dependents import dependents_of
+from ..basis.dependents import all_noted, dependents_of
 from ..errors import OccupiedError, SubspaceError
 from ..logging import get_logger
 from .journal import Journal
@@ -120,12 +120,12 @@ class RunFolder:
 
     def _remove_version(self, folder: Path, fingerprint: str) -> None:
         others = [place for place in dependents_of(fingerprint) if self.root.resolve() not in Path(place).parents]
-        if not others:
+        if not others and all_noted(fingerprint):
             _remove(folder)
             return
         # those inside are on the newest version by now
         _remove(folder / "tasks")
-        logger.info("%s stays: %s on that basis", folder, ", ".join(others[:3]))
+        logger.info("%s stays: %s on that basis", folder, ", ".join(others[:3]) or "something else may be")
 
 
 def _folders(place: Path) -> list[Path]:

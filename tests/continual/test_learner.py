@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from subspace_peft import ContinualOptions, SubspaceBasis, SubspaceConfig, save_adapter
+from subspace_peft.basis import dependents
 from subspace_peft.continual import learner as learners
 from subspace_peft.errors import DiskError, OccupiedError, SubspaceError
 from subspace_peft.tuner.base_weights import model_name
@@ -107,6 +108,20 @@ def test_a_version_that_something_else_depends_on_stays(run, tmp_path):
         shutil.rmtree(tmp_path / "mine")
         made.learn("c", data(3), data(4))
         assert not version.exists()
+
+
+def test_a_version_with_more_dependents_than_are_noted_stays(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(dependents, "MOST_NOTES", 2)
+    with again(run) as made:
+        version = made.basis_folder
+        save_adapter(made.load("a"), tmp_path / "mine")
+        for number in range(2):  # a later note of the run's own takes the place of the one outside
+            save_adapter(made.load("a"), tmp_path / "run" / f"more-{number}")
+        assert not dependents.all_noted(SubspaceBasis.from_pretrained(version).fingerprint)
+        shutil.rmtree(tmp_path / "run" / "more-0")
+        made.learn("b", data(1), data(2))
+        assert version.exists()
+        PeftModel.from_pretrained(model(), tmp_path / "mine")
 
 
 def test_without_own_directions_the_basis_stays(first_basis, tmp_path):
