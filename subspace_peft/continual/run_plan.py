@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import glob
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,19 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
 
 from .._io.progress import begin
-from ..errors import HubUnavailableError, SubspaceError
+from ..errors import BadFileError, HubUnavailableError, SubspaceError
 from ..hub_requests import ask
 from ..tuner import SubspaceConfig
-from .journal import Journal, seed_of
+from .journal import Journal, changes, seed_of
 from .learner import ContinualLearner
-from .plan import Plan
+from .plan import Plan, read_kept_plan
 from .status import RunStatus
 from .text_tasks import TextTask, read_task
 from .training import default_arguments, own_randomness, twin
 
-BASIS_FOLDER = "first-basis"
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+# whole numbers by default, which need not be whole
+SHARES = ("num_train_epochs", "warmup_steps", "logging_steps", "save_steps", "eval_delay")
 
 
 def run_plan(plan: Plan, folder: str | Path, *, restart: bool = False, progress: bool = True) -> RunStatus:
@@ -45,11 +49,9 @@ def run_plan(plan: Plan, folder: str | Path, *, restart: bool = False, progress:
     root = Path(folder).expanduser()
     journal = Journal.read(root)
     known = [task.name for task in plan.tasks]
-    if journal is not None and (gone := [each["name"] for each in journal.tasks if each["name"] not in known]):
-        raise SubspaceError(
-            f"{plan.place}: tasks: {gone[0]!r} was learned in {root} and is not in the plan any more; all tasks are"
-            " scored after each. Put it back, or begin in another folder."
-        )
+    given_up = None if journal is None else _check_tasks(plan, root, journal, known, restart)
+    if journal is not None:
+        _check_kept(plan, root)
     tokenizer = _load(plan, "tokenizer", lambda: AutoTokenizer.from_pretrained(plan.base_model))
     # all data are read before the first task is learned: what is wrong with the last one shows now
     tasks = {task.name: read_task(plan, task, tokenizer) for task in plan.tasks}
@@ -67,8 +69,11 @@ def run_plan(plan: Plan, folder: str | Path, *, restart: bool = False, progress:
         data_collator=DataCollatorWithPadding(tokenizer),
     ) as learner:
         plan.save(root)
-        # those that are learned first, since their data are needed for the scores of the others
-        for name in [*learner.tasks, *(name for name in known if name not in learner.tasks)]:
+        if given_up is not None:
+            learner.drop(given_up)
+        # those that were begun first: what is learned is needed for the scores of the others
+        begun = [] if journal is None else [each["name"] for each in journal.tasks if each["name"] != given_up]
+        for name in [*begun, *(name for name in known if name not in begun)]:
             task = tasks[name]
             learner.learn(
                 name,
@@ -83,6 +88,54 @@ def run_plan(plan: Plan, folder: str | Path, *, restart: bool = False, progress:
                 restart=restart,
             )
         return learner.status
+
+
+def _check_tasks(plan: Plan, root: Path, journal: Journal, known: list[str], restart: bool) -> str | None:
+    """Check that a run's tasks are in the plan; return the unfinished one that is to be given up, if any."""
+    gone = [each["name"] for each in journal.tasks if each["name"] not in known]
+    if learned := [name for name in gone if name in journal.learned()]:
+        raise SubspaceError(
+            f"{plan.place}: tasks: {learned[0]!r} was learned in {root} and is not in the plan any more; all tasks are"
+            " scored after each. Put it back, or begin in another folder."
+        )
+    if gone and not restart:
+        raise SubspaceError(
+            f"{plan.place}: tasks: {gone[0]!r} was begun in {root} and is not finished, and is not in the plan any"
+            " more. Put it back, or give it up with restart=True (--restart)."
+        )
+    return gone[0] if gone else None
+
+
+def _check_kept(plan: Plan, root: Path) -> None:
+    """Hold a plan against the one that the run has kept, by what neither the journal nor the data tell."""
+    try:
+        kept = read_kept_plan(root)
+    except BadFileError:
+        raise
+    except SubspaceError:
+        return  # a run of Python, or one that was interrupted before the plan was kept
+    keys = ("base_model", "loras", "build") if kept.basis is None and plan.basis is None else ("base_model",)
+    wrong = changes({key: getattr(kept, key) for key in keys}, {key: getattr(plan, key) for key in keys})
+    # what was moved has another place; its weights are held against those of the first training as a task is loaded
+    moved = {key for key in ("base_model", "loras") if all(map(_is_gone, _listed(getattr(kept, key))))}
+    wrong = [each for each in wrong if each[0] not in moved]
+    if kept.basis is None and plan.basis is not None:
+        wrong = [("basis", "built from `loras:`", json.dumps(plan.basis))]
+    if wrong:
+        said = "; ".join(f"{name} was {old}, and is {new} now" for name, old, new in wrong)
+        raise SubspaceError(
+            f"{plan.place}: the run in {root} began with another plan: {said}. Go on with the earlier one, or begin in"
+            " another folder."
+        )
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _is_gone(place: str) -> bool:
+    """Return whether an absolute path, or pattern of paths, leads nowhere."""
+    return Path(place).is_absolute() and not glob.glob(place)
 
 
 class _Classifiers:
@@ -153,12 +206,31 @@ def _arguments(plan: Plan, own: Mapping[str, Any], root: Path) -> TrainingArgume
     given = {**plan.training, **own}
     _check_names(plan, "training", given, [each.name for each in dataclasses.fields(TrainingArguments) if each.init])
     usual = default_arguments(root / "work")
+    for name, value in given.items():
+        if wrong := _wrong_kind(name, value, getattr(usual, name)):
+            raise SubspaceError(f"{plan.place}: training: {name}: {value!r}: {wrong}.")
     kept = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "save_strategy", "save_total_limit")
     values = {name: getattr(usual, name) for name in (*kept, "report_to", "dataloader_pin_memory")}
     try:
         return TrainingArguments(str(root / "work"), **{**values, **given})
     except (ValueError, TypeError, ImportError) as error:
         raise SubspaceError(f"{plan.place}: training: {' '.join(str(error).split())}") from error
+
+
+def _wrong_kind(name: str, value: Any, usual: Any) -> str | None:
+    """Return what to give in the place of a training's argument that is not of the usual one's kind, or None.
+
+    TrainingArguments take anything, and what is wrong shows when a task was begun.
+    """
+    if isinstance(usual, bool):
+        return None if isinstance(value, bool) else "give true or false"
+    if isinstance(usual, float) or (isinstance(usual, int) and name in SHARES):
+        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "give a number"
+    if isinstance(usual, int) and (not isinstance(value, int) or isinstance(value, bool)):
+        return "give a whole number"
+    if name in COUNTS and value < 1:
+        return "give 1 or more"
+    return None
 
 
 def _check_names(plan: Plan, key: str, given: Mapping[str, Any], known: list[str]) -> None:

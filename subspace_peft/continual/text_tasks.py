@@ -15,6 +15,7 @@ from ..errors import SubspaceError
 from .plan import Plan, TaskPlan
 
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+OTHER_LABELS = "List all labels as `labels:`, in their order, or choose another column as `label:`."
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def read_task(plan: Plan, task: TaskPlan, tokenizer: Any) -> TextTask:
                 " Name one of these as `test:`, or add a file of examples to score it by." if key == "test" else ""
             )
             raise SubspaceError(f"{where}: {key}: there is no split {split!r}; there are {', '.join(splits)}.{remedy}")
-    first = splits[wanted.get("train", task.test)]
-    labels = _labels(where, task, first)
+    # a LoRA has no record of its labels: those of the data that it may have been trained on are the most complete
+    named_by = splits.get(task.train)
+    labels = _labels(where, task, named_by if named_by is not None and len(named_by) else splits[task.test])
     made = {key: _prepared(where, plan, task, key, splits[split], labels, tokenizer) for key, split in wanted.items()}
     return TextTask(task, labels, made.get("train"), made.get("validation"), made["test"])
 
@@ -118,16 +120,30 @@ def _file(where: str, datasets: Any, file: str) -> Mapping[str, Any]:
     if kind is None:
         raise SubspaceError(f"{where}: data: {file}: its ending is none of {', '.join(KINDS)}.")
     more = {"delimiter": "\t", "quoting": csv.QUOTE_MINIMAL} if place.suffix.lower() == ".tsv" else {}
-    return datasets.load_dataset(kind, data_files=str(place), **more)
+    try:
+        return datasets.load_dataset(kind, data_files=str(place), **more)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise SubspaceError(f"{where}: data: {file} has no examples. Give a file that has some.") from error
 
 
 def _labels(where: str, task: TaskPlan, data: Any) -> list[str]:
     """Return the names of a task's labels by number."""
     _check_columns(where, task, data)
-    named = getattr(data.features[task.label], "names", None)
-    if task.labels is not None:
-        return task.labels
-    if named:
+    labels = task.labels or _labels_of(where, task, data)
+    if len(labels) == 1 and len(data):
+        # a classifier of one output would be trained as a regression, and be right about everything
+        raise SubspaceError(
+            f"{where}: label: all of {len(data)} examples have the label {labels[0]!r} in the column {task.label!r}:"
+            f" there is nothing to tell apart. {OTHER_LABELS}"
+        )
+    return labels
+
+
+def _labels_of(where: str, task: TaskPlan, data: Any) -> list[str]:
+    """Return the names of the labels that data record, or else of those that they have, sorted."""
+    if named := getattr(data.features[task.label], "names", None):
         return [str(each) for each in named]
     values = sorted(set(data[task.label]), key=lambda value: (str(type(value)), value))
     if odd := [value for value in values if value is None or isinstance(value, float)]:
@@ -136,7 +152,15 @@ def _labels(where: str, task: TaskPlan, data: Any) -> list[str]:
             " texts; a number to be predicted is none."
         )
     if all(isinstance(value, int) for value in values):
-        return [str(value) for value in range(max(values, default=0) + 1)]
+        if values and min(values) < 0:
+            return [str(value) for value in values]
+        count = max(values, default=0) + 1
+        if count > max(2, len(data)):
+            raise SubspaceError(
+                f"{where}: label: by the numbers in the column {task.label!r}, up to {count - 1}, there are {count}"
+                f" labels, and only {len(data)} examples. {OTHER_LABELS}"
+            )
+        return [str(value) for value in range(count)]
     return [str(value) for value in values]
 
 
@@ -158,11 +182,15 @@ def _prepared(where: str, plan: Plan, task: TaskPlan, key: str, data: Any, label
         raise SubspaceError(f"{where}: {key}: the split has no examples.")
     known = {name: i for i, name in enumerate(labels)}
     named = getattr(data.features[task.label], "names", None)
+    # a whole number stands for a place among the labels, where they are no numbers themselves
+    by_place = not any(name.lstrip("-").isdecimal() for name in labels)
 
     def number(value: Any) -> int:
         if named and isinstance(value, int) and 0 <= value < len(named):
             value = named[value] if named[value] in known else value
-        elif isinstance(value, (int, bool)) and 0 <= int(value) < len(labels) and str(value) not in known:
+        elif isinstance(value, bool) and str(value) not in known and not by_place:
+            value = int(value)
+        elif isinstance(value, int) and by_place and 0 <= int(value) < len(labels) and str(value) not in known:
             return int(value)
         found = known.get(str(value))
         if found is None:
@@ -174,11 +202,23 @@ def _prepared(where: str, plan: Plan, task: TaskPlan, key: str, data: Any, label
 
     columns = [task.text] if isinstance(task.text, str) else list(task.text)
     numbers = [number(value) for value in data[task.label]]
-    texts = [[str(value) for value in data[column]] for column in columns]
+    texts = [_texts(f"{where}: {key}", column, data[column]) for column in columns]
     tokens = tokenizer(*texts, truncation=True, max_length=plan.max_length)
     from datasets import Dataset
 
     return Dataset.from_dict({**tokens, "labels": numbers})
+
+
+def _texts(where: str, column: str, values: Any) -> list[str]:
+    """Return a column's texts; one that is missing is none that a model could read."""
+    found = list(values)
+    missing = [place for place, value in enumerate(found) if value is None]
+    if missing:
+        raise SubspaceError(
+            f"{where}: text: {len(missing)} of {len(found)} examples have nothing in the column {column!r}, the first"
+            f" of them number {missing[0] + 1}. Fill these in or take them out."
+        )
+    return [str(value) for value in found]
 
 
 def accuracy(found: Any, right: Any, count: int) -> float:

@@ -49,9 +49,15 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             label = place % 2
             text = " ".join([*draw.sample(words[4:], 3), draw.choice(words[2 * label : 2 * label + 2])])
             rows.append({"sentence": text, "verdict": ("bad", "good")[label], "kind": place % 3})
+        odd = [
+            {**row, "one": "x", "id": place * 10**9, "pm": 2 * (place % 2) - 1, "gap": None if place % 8 == 3 else "a"}
+            for place, row in enumerate(rows)
+        ]
         with open(folder / f"two-{split}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        (folder / f"three-{split}.json").write_text(json.dumps(rows))
+        (folder / f"three-{split}.json").write_text(json.dumps(odd))
+    (folder / "empty.csv").write_text("sentence,verdict\n")
+    (folder / "empty.json").write_text("[]")
     return folder

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from subspace_peft.cli import main
-from subspace_peft.continual.plan import read_kept_plan, read_plan
+from subspace_peft.continual.plan import TaskPlan, read_kept_plan, read_plan
+from subspace_peft.continual.text_tasks import read_task
 from subspace_peft.errors import BadFileError, SubspaceError
 
 from .runs import contents
@@ -128,6 +131,17 @@ def test_what_is_wrong_in_a_plan(tmp_path, path, value, said):
         ("tasks.0.label", "stars", "label: there is no column 'stars'"),
         ("tasks.0.labels", ["fine", "good"], "train: the label 'bad' is none of fine, good"),
         ("tasks.1.labels", ["x", "y"], "train: the label 2 is none of x, y"),
+        ("tasks.1.labels", [1, 2], "train: the label 0 is none of 1, 2"),
+        ("tasks.1.label", "one", "label: all of 16 examples have the label 'x' in the column 'one'"),
+        ("tasks.1.label", "id", "label: by the numbers in the column 'id', up to 15000000000, there are 15000000001"),
+        ("tasks.1.text", "gap", "train: text: 2 of 16 examples have nothing in the column 'gap', the first .* 4"),
+        ("tasks.0.data", {"train": "two-train.csv", "test": "empty.csv"}, r"data: .*empty\.csv has no examples"),
+        ("tasks.1.data", {"train": "three-train.json", "test": "empty.json"}, r"empty\.json has no examples"),
+        ("training.learning_rate", "fast", "training: learning_rate: 'fast': give a number"),
+        ("training.max_steps", 2.5, "training: max_steps: 2.5: give a whole number"),
+        ("training.bf16", "perhaps", "training: bf16: 'perhaps': give true or false"),
+        ("training.per_device_train_batch_size", 0, "training: per_device_train_batch_size: 0: give 1 or more"),
+        ("tasks.0.training", {"num_train_epochs": "x"}, "training: num_train_epochs: 'x': give a number"),
     ],
 )
 def test_what_is_wrong_with_what_a_plan_names(texts, capsys, path, value, said):
@@ -136,10 +150,23 @@ def test_what_is_wrong_with_what_a_plan_names(texts, capsys, path, value, said):
     assert main(["continual", "run", str(file), "--out", str(texts / "run")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("subspace-peft continual run: ")
-    import re
-
     assert re.search(said, error), error
     assert not (texts / "run" / "versions").exists()
+
+
+def test_numbers_below_zero_are_labels_of_their_own(texts):
+    task = TaskPlan("t", {"train": str(texts / "three-train.json")}, text="sentence", label="pm", test="train")
+    made = read_task(read_plan(written(texts, PLAN)), task, AutoTokenizer.from_pretrained(texts / "base"))
+    assert made.labels == ["-1", "1"] and made.train["labels"][:4] == [0, 1, 0, 1]
+
+
+def test_a_loras_labels_are_those_of_the_training_split(texts):
+    rows = json.loads((texts / "three-test.json").read_text())
+    (texts / "fewer.json").write_text(json.dumps([row for row in rows if row["kind"] != 1]))
+    data = {"train": str(texts / "three-train.json"), "test": str(texts / "fewer.json")}
+    task = TaskPlan("t", data, text="sentence", label="kind", lora="loras/0")
+    made = read_task(read_plan(written(texts, PLAN)), task, AutoTokenizer.from_pretrained(texts / "base"))
+    assert made.labels == ["0", "1", "2"] and made.train is None and set(made.test["labels"]) == {0, 2}
 
 
 def test_a_number_as_yaml_takes_for_a_text_is_one(texts):
@@ -198,6 +225,14 @@ def test_what_a_run_does_not_take_from_a_plan_that_changed(run, texts, capsys):
     assert "options.extra_rank was 1, and is 3 now" in said(changed(one, "options.extra_rank", 3))
     assert "config.alpha was null, and is 128 now" in said(changed(one, "config", {"alpha": 128}))
     assert "'two' was learned in" in said(changed(PLAN, "tasks", [THREE]))
+    kept = (run / "plan.json").read_bytes()
+    assert "loras was [" in said(changed(one, "loras", "loras/0"))
+    assert f"build.k was {PLAN['build']['k']}, and is 7 now" in said(changed(one, "build.k", 7))
+    (texts / "other").mkdir()
+    assert re.search(r'base_model was ".*base", and is ".*other" now', said(changed(one, "base_model", "other")))
+    from_basis = changed(changed(changed(one, "loras", None), "build", None), "basis", str(run / "versions/1/basis"))
+    assert "basis was built from `loras:`, and is" in said(from_basis)
+    assert (run / "plan.json").read_bytes() == kept
     relabelled = {**TWO, "labels": ["good", "bad"]}
     assert "was learned with the labels ['bad', 'good'], and now has" in said(changed(PLAN, "tasks", [relabelled]))
     assert "was learned already, from other data (training)" in said(changed(PLAN, "tasks", [{**TWO, "limit": 5}]))
@@ -215,6 +250,27 @@ def test_a_diverged_training_is_begun_again_with_another_rate(run, texts, capsys
     assert "training.learning_rate was 1e+30, and is 0.003 now" in capsys.readouterr().err
     assert main([*words, "--restart"]) == 0
     assert json.loads((run / "continual.json").read_text())["tasks"][1]["training"]["learning_rate"] == 3e-3
+
+
+def test_a_plan_whose_models_were_moved_goes_on(run, texts):
+    for name in ("base", "loras"):
+        (texts / name).rename(texts / f"moved-{name}")
+    moved = changed(changed(changed(PLAN, "tasks", [TWO]), "base_model", "moved-base"), "loras", "moved-loras/*")
+    assert main(["continual", "run", str(written(texts, moved)), "--out", str(run), "-q"]) == 0
+    assert read_kept_plan(run).base_model == str(texts / "moved-base")
+
+
+def test_a_task_that_fails_can_be_taken_out_of_the_plan(run, texts, capsys):
+    broken = changed(PLAN, "tasks", [TWO, {**THREE, "training": {"learning_rate": "1e30"}}])
+    words = ["continual", "run", str(written(texts, broken)), "--out", str(run), "-q"]
+    assert main(words) == 1
+    written(texts, changed(PLAN, "tasks", [TWO]))
+    capsys.readouterr()
+    assert main(words) == 1
+    assert "'three' was begun in" in (said := capsys.readouterr().err) and "--restart" in said
+    assert main([*words, "--restart"]) == 0
+    assert [each["name"] for each in json.loads((run / "continual.json").read_text())["tasks"]] == ["two"]
+    assert not (run / "work").exists()
 
 
 def test_folders_without_a_run(tmp_path, capsys):
