@@ -36,6 +36,15 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100, n_positions=32)).eval()
 
 
+def logits(model: nn.Module, x: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(inputs() if x is None else x).logits
+
+
+def layers(model: nn.Module) -> list[SubspaceLayer]:
+    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
+
+
 TARGETS = {bert: ["query", "value"], gpt2: ["c_attn"]}
 
 

@@ -18,11 +18,10 @@ from subspace_peft.basis import BasisReference, resolve_reference
 from subspace_peft.bundle import bundle_tasks, load_task
 from subspace_peft.errors import SubspaceError
 from subspace_peft.tasks import load_adapter, save_adapter
-from subspace_peft.tuner import SubspaceLayer
 from subspace_peft.tuner.injection import make_plan
 from subspace_peft.tuner.loaded_from import LoadedFrom
 
-from .models import bert, gpt2, inputs, randomise
+from .models import bert, gpt2, inputs, layers, randomise
 
 TARGETS = ("query", "value")
 FIELDS = {field.name for field in dataclasses.fields(SubspaceConfig)}
@@ -31,10 +30,6 @@ FIELDS = {field.name for field in dataclasses.fields(SubspaceConfig)}
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=inputs()).logits
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 def in_memory(basis):

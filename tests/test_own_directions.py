@@ -15,11 +15,10 @@ from subspace_peft import SubspaceConfig, SubspaceError
 from subspace_peft.errors import BadFileError, BasisMismatchError
 from subspace_peft.tasks.read import read_task
 from subspace_peft.tasks.write import core_tensors, own_tensors_of, write_task
-from subspace_peft.tuner import SubspaceLayer
 from subspace_peft.tuner.coefficients import KINDS
 from subspace_peft.tuner.own_directions import own_tensors, own_units, own_update
 
-from .models import inputs, randomise
+from .models import inputs, layers, logits, randomise
 
 TABLE = [*itertools.product([kind for kind in KINDS if kind != "none"], ["none", "fixed"]), ("none", "trainable")]
 
@@ -28,15 +27,6 @@ def adapted(make, basis, coefficients="core", mean_gain="none", **config):
     given = {"r": 3, "alpha": 8.0, "extra_rank": 2, **config}
     wanted = SubspaceConfig(basis=basis, coefficients=coefficients, mean_gain=mean_gain, **given)
     return get_peft_model(make(), wanted).eval()
-
-
-def logits(model, x=None):
-    with torch.no_grad():
-        return model(inputs() if x is None else x).logits
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 @pytest.mark.parametrize(("coefficients", "gain"), TABLE)

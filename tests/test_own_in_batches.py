@@ -14,10 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from subspace_peft import SubspaceConfig, TaskBank
 from subspace_peft.tasks import read_task
-from subspace_peft.tuner import SubspaceLayer
 
 from .models import TARGETS as LORA_TARGETS
-from .models import bert, gpt2
+from .models import bert, gpt2, layers
 from .test_threads import MODELS
 
 # a task per kind of coefficients, with as many own directions, more, fewer or none
@@ -208,10 +207,6 @@ def test_the_present_scale_and_a_set_one_count():
         layer.set_scale("wide", 0.5)
     expected = alone(model, IDS, NAMES)
     torch.testing.assert_close(outputs(model, adapter_names=NAMES), expected, atol=1e-4, rtol=1e-4)
-
-
-def layers(model: nn.Module) -> list[SubspaceLayer]:
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 def test_the_number_of_products_does_not_grow_with_the_number_of_tasks(monkeypatch):

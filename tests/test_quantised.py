@@ -21,10 +21,10 @@ from transformers import (
 
 from subspace_peft import SubspaceConfig, build_basis
 from subspace_peft.errors import BasisMismatchError, SubspaceError
-from subspace_peft.tuner import SubspaceLayer, targets
+from subspace_peft.tuner import targets
 from subspace_peft.tuner.targets import base_weight
 
-from .models import randomise
+from .models import layers, randomise
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="quantised bases are read through bitsandbytes; it is not installed"
@@ -86,10 +86,6 @@ def adapted(folders: dict[str, Path], base: nn.Module, **given: int) -> PeftMode
 def logits(model: nn.Module, **kwargs: object) -> torch.Tensor:
     with torch.no_grad():
         return model(X, **kwargs).logits
-
-
-def layers(model: nn.Module) -> list[SubspaceLayer]:
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 @pytest.fixture(params=KINDS)

@@ -24,19 +24,14 @@ from transformers import BertConfig, T5Config
 
 from subspace_peft import SubspaceConfig
 from subspace_peft.errors import BasisMismatchError
-from subspace_peft.tuner import SubspaceLayer
 
-from .models import TARGETS, bert, inputs, randomise
+from .models import TARGETS, bert, inputs, layers, randomise
 from .test_layer_kinds import Small
 
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(inputs()).logits
-
-
-def layers(model: nn.Module) -> list[SubspaceLayer]:
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 @pytest.mark.parametrize("coefficients", ["core", "factor", "diagonal", "directions"])

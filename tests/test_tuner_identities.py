@@ -15,7 +15,7 @@ from subspace_peft import SubspaceConfig, export_lora
 from subspace_peft.tuner import SubspaceLayer
 from subspace_peft.tuner.coefficients import KINDS as ALL_KINDS
 
-from .models import basis_storage, inputs, randomise
+from .models import basis_storage, inputs, layers, logits, randomise
 
 KINDS = [kind for kind in ALL_KINDS if kind != "none"]  # of which there is nothing to train alone
 GAINS = ["none", "fixed", "trainable"]
@@ -26,15 +26,6 @@ def adapted(make, basis, coefficients="core", mean_gain="none", alpha=8.0, **con
     return get_peft_model(
         make(), SubspaceConfig(basis=basis, coefficients=coefficients, mean_gain=mean_gain, r=3, alpha=alpha, **config)
     ).eval()
-
-
-def logits(model, x=None):
-    with torch.no_grad():
-        return model(inputs() if x is None else x).logits
-
-
-def layers(model):
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 @pytest.mark.parametrize(("coefficients", "gain"), TABLE)

@@ -9,9 +9,8 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 
 from subspace_peft import SubspaceConfig
 from subspace_peft.errors import BasisMismatchError, SubspaceError
-from subspace_peft.tuner import SubspaceLayer
 
-from .models import inputs, randomise
+from .models import inputs, layers, randomise
 
 
 def logits(model):
@@ -34,10 +33,6 @@ def several(kind, basis, *configs: dict[str, object]) -> PeftModel:
             if f"subspace_coef.t{i}." in name:
                 parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def layers(model) -> list[SubspaceLayer]:
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 MIXED = ({}, {"coefficients": "factor", "r": 3}, {"coefficients": "diagonal", "mean_gain": "fixed"})

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from subspace_peft import SubspaceConfig
 from subspace_peft.tuner import SubspaceLayer
 
-from .models import bert, gpt2, inputs
+from .models import bert, gpt2, inputs, layers
 from .test_own_in_batches import TARGETS, Every
 
 # of different kinds, with different numbers of own directions, and without any
@@ -44,10 +44,6 @@ def several(make: Any, configs: list[dict[str, Any]], **basis: Any) -> PeftModel
     for i in range(len(configs)):
         fill(model, f"t{i}", i)
     return model.eval()
-
-
-def layers(model: PeftModel) -> list[SubspaceLayer]:
-    return [module for module in model.modules() if isinstance(module, SubspaceLayer)]
 
 
 def flat(delta: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from benchmarks.continual.setting import FIRST  # noqa: E402
 from benchmarks.continual.summary import FROZEN, LORA, Results, Row, against, break_even, rows_of  # noqa: E402
 from benchmarks.quality.paired import Difference  # noqa: E402
 from benchmarks.quality.sections import DIFFERENCES, difference_line  # noqa: E402
+from benchmarks.quality.tables import replaced  # noqa: E402
 from benchmarks.quality.tasks import SENTIMENT, TOPIC  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "continual"
@@ -245,11 +246,8 @@ def draw(rows: Mapping[str, Row], folder: Path) -> None:
 
 
 def insert(text: str, generated: str) -> str:
-    """Return `text` with what stands between the markers replaced. Raises `ValueError` without both markers."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"The page has no {BEGIN!r} … {END!r}: there is nowhere to put the tables.")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{generated}{END}{rest.split(END, 1)[1]}"
+    """Return `text` with what stands between this page's markers replaced. Raises `ValueError` without both."""
+    return replaced(text, generated, (BEGIN, END))
 
 
 def main(arguments: list[str] | None = None) -> None:

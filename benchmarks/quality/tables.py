@@ -180,11 +180,17 @@ def draw(found: Mapping[str, Rows], folder: Path) -> None:
 
 
 def insert(text: str, generated: str) -> str:
-    """Return `text` with what stands between the markers replaced. Raises `ValueError` without both markers."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"The page has no {BEGIN!r} … {END!r}: there is nowhere to put the tables.")
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{generated}{END}{rest.split(END, 1)[1]}"
+    """Return `text` with what stands between this page's markers replaced. Raises `ValueError` without both."""
+    return replaced(text, generated, (BEGIN, END))
+
+
+def replaced(text: str, generated: str, markers: tuple[str, str]) -> str:
+    """Return `text` with what stands between two `markers` replaced. Raises `ValueError` without both markers."""
+    begin, end = markers
+    if begin not in text or end not in text:
+        raise ValueError(f"The page has no {begin!r} … {end!r}: there is nowhere to put the tables.")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{generated}{end}{rest.split(end, 1)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> None:

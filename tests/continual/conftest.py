@@ -19,6 +19,24 @@ def first_basis(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def begun(first_basis: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the task a, on a basis of 5 directions; tests go on in copies of it."""
+    from .runs import learn, own_cache
+
+    folder = tmp_path_factory.mktemp("begun")
+    with own_cache(folder):
+        learn(folder / "run", "a", first_basis)
+    return folder / "run"
+
+
+@pytest.fixture
+def run(begun: Path, tmp_path: Path) -> Path:
+    from .runs import copied
+
+    return copied(begun, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model with a tokenizer, three LoRAs of it, and files of texts: `two.csv`, `three.json` and others."""
     import csv

@@ -21,23 +21,9 @@ from subspace_peft.errors import DiskError, OccupiedError, SubspaceError
 from subspace_peft.tuner.base_weights import model_name
 
 from ..models import bert, inputs, train_lora
-from .runs import arguments, contents, copied, data, learn, learner, model, options, own_cache
+from .runs import arguments, contents, copied, data, learn, learner, model, options
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def begun(first_basis, tmp_path_factory):
-    """A run with the task a; tests go on in copies of it."""
-    folder = tmp_path_factory.mktemp("begun")
-    with own_cache(folder):
-        learn(folder / "run", "a", first_basis)
-    return folder / "run"
-
-
-@pytest.fixture
-def run(begun, tmp_path):
-    return copied(begun, tmp_path / "run")
 
 
 def again(run, **more):

@@ -18,20 +18,6 @@ from .test_kill import at_write, every
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def begun(first_basis, tmp_path_factory):
-    """A run with the task a on a basis of 5 directions."""
-    folder = tmp_path_factory.mktemp("begun")
-    with own_cache(folder):
-        learn(folder / "run", "a", first_basis)
-    return folder / "run"
-
-
-@pytest.fixture
-def run(begun, tmp_path):
-    return copied(begun, tmp_path / "run")
-
-
 def updates(made, name):
     """A task's updates ΔW by module, float64."""
     task = read_task(made.task_folder(name))
