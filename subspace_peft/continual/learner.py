@@ -18,6 +18,7 @@ from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..tuner import SubspaceConfig
 from ..tuner.base_weights import model_name
+from .arguments import check_arguments, default_arguments
 from .journal import Journal
 from .lock import FolderLock
 from .metrics import ScoreMatrix
@@ -26,7 +27,7 @@ from .phases import Run, version_facts
 from .status import RunStatus, status_of
 from .store import RunFolder
 from .task_facts import check_begun, check_learned, facts_of_task
-from .training import TaskData, TaskRun, Workshop, check_arguments, default_arguments
+from .training import TaskData, TaskRun, Workshop
 
 Compute = Callable[[Any], Mapping[str, float]]
 Metric = str | Callable[[nn.Module, Any], float]

@@ -18,12 +18,13 @@ from .._io.progress import begin
 from ..errors import BadFileError, HubUnavailableError, SubspaceError
 from ..hub_requests import ask
 from ..tuner import SubspaceConfig
+from .arguments import default_arguments
 from .journal import Journal, changes, seed_of
 from .learner import ContinualLearner
 from .plan import Plan, read_kept_plan
 from .status import RunStatus
 from .text_tasks import TextTask, read_task
-from .training import default_arguments, own_randomness, twin
+from .training import own_randomness, twin
 
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 # whole numbers by default, which need not be whole

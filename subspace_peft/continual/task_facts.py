@@ -12,9 +12,10 @@ from torch import nn
 
 from .._io.digest import file_sha256
 from ..errors import SubspaceError
+from .arguments import recorded
 from .data import Facts, check, check_head, check_labels, facts_of, names_of_labels
 from .journal import changes
-from .training import TaskData, Workshop, outputs_of, recorded
+from .training import TaskData, Workshop, outputs_of
 
 SOURCES = ("data", "lora")
 

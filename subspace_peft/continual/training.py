@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,27 +15,19 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from .._io.progress import progress_bar
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..logging import get_logger
 from ..tuner import SubspaceConfig
 from .journal import finite
+from .watching import Bar, Watch, newest_checkpoint, not_finite
 
 logger = get_logger()
 
-LEARNING_RATE = 3e-3
+MACHINE = {"runtime", "second", "time", "epoch"}  # words of metrics that are about the machine
 LOGITS = 16  # examples of an evaluation batch at most, by which the absorption is measured
-STATE_FILE = "trainer_state.json"
-# what decides the result of a training; the rest of TrainingArguments is about logs, places and the machine
-RECORDED = (
-    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type"),
-    *("lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "bf16", "fp16", "label_smoothing_factor"),
-    *("gradient_checkpointing", "load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha"),
-)
 
 
 @dataclass(frozen=True)
@@ -155,7 +145,7 @@ class Workshop:
             self.train(model, run)
         else:
             self._fit(model, data, run)
-        if wrong := _not_finite(model):
+        if wrong := not_finite(model):
             raise SubspaceError(
                 f"Task {run.name!r}: the training diverged: {wrong} is not finite. Lower the learning rate"
                 " (learning_rate of the training's arguments), look for bad examples, and begin the task again with"
@@ -170,8 +160,8 @@ class Workshop:
             args.max_steps = max(1, round(run.share * args.max_steps)) if args.max_steps > 0 else args.max_steps
             args.num_train_epochs = run.share * args.num_train_epochs
         what = f"training {run.name}" if whole else f"probing {run.name}"
-        bar = _Bar(what, shown=self.progress and not args.disable_tqdm)
-        callbacks = [*(self.trainer.get("callbacks") or ()), _Watch(), bar]
+        bar = Bar(what, shown=self.progress and not args.disable_tqdm)
+        callbacks = [*(self.trainer.get("callbacks") or ()), Watch(), bar]
         args.disable_tqdm = True
         trainer = Trainer(
             model,
@@ -182,7 +172,7 @@ class Workshop:
             **{**self.trainer, "callbacks": callbacks},
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_newest_checkpoint(run.folder) if whole else None)
+        trainer.train(resume_from_checkpoint=newest_checkpoint(run.folder) if whole else None)
 
     def score(self, model: nn.Module, data: TaskData, dataset: Any) -> float:
         """Return a model's score on a data set; more is better.
@@ -206,7 +196,7 @@ class Workshop:
         trainer = self._measuring(model, data, compute)
         found = trainer.evaluate(dataset, metric_key_prefix="eval")
         own = {key.removeprefix("eval_"): value for key, value in found.items() if key != "eval_loss"}
-        known = {key: value for key, value in own.items() if not _MACHINE.intersection(key.split("_"))}
+        known = {key: value for key, value in own.items() if not MACHINE.intersection(key.split("_"))}
         name = data.metric or (next(iter(known)) if len(known) == 1 else None)
         if name not in own:
             wrong = f"no metric is called {name!r}" if name else "several metrics are measured"
@@ -242,73 +232,6 @@ class Workshop:
         args = copy.deepcopy(data.args)
         args.output_dir, args.seed, args.data_seed = str(folder), seed, seed
         return args
-
-
-class _Bar(TrainerCallback):
-    """Shows a bar of a training that takes long, in the Trainer's own one's place, which shows at once and prints."""
-
-    def __init__(self, what: str, *, shown: bool) -> None:
-        self.what, self.shown = what, shown
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.bar = progress_bar(
-            total=state.max_steps, initial=state.global_step, desc=self.what, unit="step", shown=self.shown
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        self.bar.close()
-
-
-class _Watch(TrainerCallback):
-    """Ends a training whose parameters are not finite any more, at the end of an epoch."""
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        if _not_finite(given["model"]):
-            control.should_training_stop = True
-            control.should_save = False
-
-
-_MACHINE = {"runtime", "second", "time", "epoch"}
-
-
-def default_arguments(folder: Path) -> TrainingArguments:
-    """Return the arguments of a training where none are given: a rate of 3e-3, four epochs, batches of 16."""
-    return TrainingArguments(
-        str(folder),
-        learning_rate=LEARNING_RATE,
-        num_train_epochs=4,
-        per_device_train_batch_size=16,
-        save_strategy="epoch",
-        save_total_limit=1,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-    )
-
-
-def recorded(args: TrainingArguments) -> dict[str, Any]:
-    """Return what decides a training's result, as JSON values."""
-    values = args.to_dict()
-    return {name: values[name] for name in RECORDED if name in values}
-
-
-def check_arguments(args: Any) -> TrainingArguments:
-    """Check the arguments of trainings.
-
-    Raises:
-        SubspaceError: they are of another kind, or would push checkpoints.
-    """
-    if not isinstance(args, TrainingArguments):
-        raise SubspaceError(f"args is a {type(args).__name__}: give TrainingArguments of transformers.")
-    if args.push_to_hub:
-        raise SubspaceError(
-            "args: push_to_hub would push the checkpoints of every training. Leave it out; push_basis_to and"
-            " push_tasks_to of the options push versions and tasks."
-        )
-    return args
 
 
 def task_type(model: nn.Module) -> str | None:
@@ -377,35 +300,6 @@ def twin(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         shared[id(buffer)] = buffer
     return copy.deepcopy(model, shared)
-
-
-def _not_finite(model: nn.Module) -> str | None:
-    """Return the name of a trained parameter that is not finite, or None."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            return name
-    return None
-
-
-def _newest_checkpoint(folder: Path) -> str | None:
-    """Return the newest whole checkpoint of a training, and remove those that were interrupted while written."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda each: _steps(each), reverse=True) if folder.is_dir() else []
-    for place in found:
-        # the Trainer writes this file last
-        try:
-            state = json.loads((place / STATE_FILE).read_text(encoding="utf-8"))
-            if state["global_step"] == _steps(place):
-                return str(place)
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        shutil.rmtree(place)
-        logger.info("%s was not wholly written, and is removed: the training goes on from before it", place)
-    return None
-
-
-def _steps(place: Path) -> int:
-    number = place.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 def largest_change(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -69,6 +69,13 @@ def learn(folder: Path, names: str, basis: Any = None, **more: Any) -> None:
             made.learn(name, data(ord(name)), data(ord(name) + 100))
 
 
+def again(run: Path, **more: Any) -> ContinualLearner:
+    """Return a learner that knows the data of the task a."""
+    made = learner(run, **more)
+    made.learn("a", data(ord("a")), data(ord("a") + 100))
+    return made
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run, but the lock's."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "lock.json")

@@ -12,6 +12,7 @@ from subspace_peft import SubspaceBasis, read_task
 from subspace_peft.continual import read_status
 from subspace_peft.errors import SubspaceError
 
+from . import runs
 from .runs import contents, copied, data, killed, learn, learner, options, own_cache
 from .test_kill import at_write, every
 
@@ -25,9 +26,7 @@ def updates(made, name):
 
 
 def again(run, **more):
-    made = learner(run, options=options(**more))
-    made.learn("a", data(ord("a")), data(ord("a") + 100))
-    return made
+    return runs.again(run, options=options(**more))
 
 
 def test_the_drift_is_said_before_and_holds(run, caplog):

@@ -1,0 +1,228 @@
+"""What is wrong in a call of a learner is said and changes nothing; so do faults."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import warnings
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
+
+from subspace_peft import ContinualOptions, SubspaceBasis, SubspaceConfig
+from subspace_peft.continual import learner as learners
+from subspace_peft.errors import DiskError, OccupiedError, SubspaceError
+from subspace_peft.tuner.base_weights import model_name
+
+from .runs import again, arguments, contents, copied, data, learner, model, options
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+# -- calls that are wrong ----------------------------------------------------------------------
+
+
+def labelled(names):
+    """A data set whose column of labels is numbered by `names`."""
+    rows = data(1)
+    features = Features({"input_ids": Sequence(Value("int64")), "labels": ClassLabel(names=list(names))})
+    columns = {"input_ids": [row["input_ids"].tolist() for row in rows], "labels": [row["labels"] for row in rows]}
+    return Dataset.from_dict(columns, features=features)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("b", {"eval_dataset": data(2)}, "Task 'b' has no training data"),
+        ("b", {"train_dataset": data(1)}, "Task 'b' has no evaluation data"),
+        ("b", {"train_dataset": [], "eval_dataset": data(2)}, "its training data are empty"),
+        ("b", {"train_dataset": data(1), "eval_dataset": []}, "its evaluation data are empty"),
+        ("b", {"train_dataset": iter(data(1)), "eval_dataset": data(2)}, "a list_iterator, which has no length"),
+        ("b", {"train_dataset": data(1), "eval_dataset": data(2), "lora": "x"}, "give train_dataset= or lora=, not"),
+        ("a/b", {"train_dataset": data(1), "eval_dataset": data(2)}, "'a/b' cannot be a folder's"),
+        (3, {"train_dataset": data(1), "eval_dataset": data(2)}, "3 cannot be a folder's"),
+        (
+            "b",
+            {"train_dataset": labelled("xy"), "eval_dataset": labelled("yx")},
+            "data number the labels 0 'y'",
+        ),
+        ("b", {"train_dataset": [{**row, "labels": 2} for row in data(1)], "eval_dataset": data(2)}, "labels up to 2"),
+        ("b", {"train_dataset": data(1), "eval_dataset": data(2), "args": 3}, "args is a int: give TrainingArguments"),
+    ],
+)
+def test_a_call_that_is_wrong_changes_nothing(run, name, given, said):
+    with again(run) as made:
+        before = contents(run)
+        with pytest.raises(SubspaceError, match=said):
+            made.learn(name, **given)
+        assert contents(run) == before
+
+
+def test_a_task_is_learned_once(run):
+    with learner(run) as made:
+        before = contents(run)
+        made.learn("a", data(ord("a")), data(ord("a") + 100))
+        assert contents(run) == before
+        with pytest.raises(SubspaceError, match=r"'a' was learned already, from other data \(training\)"):
+            made.learn("a", data(9), data(ord("a") + 100))
+        with pytest.raises(SubspaceError, match=r"from other data \(evaluation\)"):
+            made.learn("a", data(ord("a")), data(9))
+        with pytest.raises(SubspaceError, match="was learned with the labels None, and now has"):
+            made.learn("a", data(ord("a")), data(ord("a") + 100), labels=["no", "yes"])
+        with pytest.warns(UserWarning, match="stays as it is, though learning_rate was 0.003, and is 0.1 now"):
+            made.learn("a", data(ord("a")), data(ord("a") + 100), args=arguments(learning_rate=0.1))
+        assert contents(run) == before
+
+
+def test_earlier_tasks_data_have_to_be_known(run):
+    with learner(run) as made:
+        with pytest.raises(SubspaceError, match=r"does not know the data of a. Call `learn\('a', …\)`"):
+            made.learn("b", data(1), data(2))
+        with pytest.raises(SubspaceError, match="does not know how task 'a' is scored"):
+            made.evaluate("a")
+        with pytest.raises(SubspaceError, match=r"Task 'b' is not learned\. Learned are: a"):
+            made.task_folder("b")
+
+
+def test_other_settings_are_named(run, first_basis, tmp_path):
+    with pytest.raises(SubspaceError, match=r"options\.extra_rank was 1, and is 2 now"):
+        learner(run, options=options(extra_rank=2))
+    with pytest.raises(SubspaceError, match=r'config.coefficients was null, and is "factor" now'):
+        learner(run, config=SubspaceConfig(coefficients="factor", r=2))
+    other = SubspaceBasis.from_pretrained(first_basis).truncate(3)
+    with pytest.raises(SubspaceError, match="basis was "):
+        learner(run, other)
+    # the basis that it began with may be given again, or left out, and the storage policy may change
+    learner(run, first_basis).close()
+    learner(run, options=options(keep="all", max_drift=0.1)).close()
+    with pytest.raises(SubspaceError, match="holds no run yet, so its first basis is needed"):
+        learner(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model": "base"}, "model is a str: give a base model"),
+        ({"args": "x"}, "args is a str"),
+        ({"config": {"alpha": 3}}, "config is a dict: give a SubspaceConfig"),
+        ({"config": SubspaceConfig(basis="x")}, "config has basis='x', which the learner sets"),
+        ({"config": SubspaceConfig(extra_rank=2)}, "config has extra_rank=2, which the learner sets"),
+        ({"args": arguments(push_to_hub=True)}, "push_to_hub would push the checkpoints"),
+    ],
+)
+def test_arguments_of_the_learner(first_basis, tmp_path, given, said):
+    with pytest.raises(SubspaceError, match=said):
+        learner(tmp_path / "run", first_basis, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"extra_rank": -1}, "extra_rank=-1: give a whole number, at least 0"),
+        ({"probe": "maybe"}, "choose one of auto, always, never"),
+        ({"probe": "always", "extra_rank": 0}, "probe='always' asks for own directions, and extra_rank is 0"),
+        ({"margin": -0.1}, "margin=-0.1: give a number, 0 or more"),
+        ({"margin": math.nan}, "margin=nan"),
+        ({"probe_share": 0}, "probe_share=0: give a share above 0 and up to 1"),
+        ({"validation_share": 1}, "validation_share=1: give a share above 0 and below 1"),
+        ({"max_k": 0}, "max_k=0"),
+        ({"push_tasks_to": "org/x"}, "all tasks would be pushed to one repository"),
+        ({"push_tasks_to": "org/{task}"}, "give push_basis_to='org/basis' too"),
+        ({"push_basis_to": 3}, "push_basis_to=3: give a text"),
+    ],
+)
+def test_options_that_are_wrong(given, said):
+    with pytest.raises(SubspaceError, match=said):
+        ContinualOptions(**given)
+
+
+@pytest.mark.parametrize("there", ["notes.txt", "work/mine/a.txt", "versions/1/mine.txt"])
+def test_a_folder_of_something_else_is_left_alone(first_basis, tmp_path, there):
+    file = tmp_path / "run" / there
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    for _ in range(2):  # and again: nothing of the first attempt counts as a run
+        with pytest.raises(OccupiedError, match=r"and no run\. Give an empty folder, or one that is not there"):
+            learner(tmp_path / "run", first_basis)
+    assert file.read_text() == "mine" and [each for each in tmp_path.rglob("*") if each.is_file()] == [file]
+
+
+def test_two_learners_on_one_folder(run):
+    with learner(run) as first:
+        with pytest.raises(OccupiedError, match=rf"{run} is in use"):
+            learner(run)
+        first.learn("a", data(ord("a")), data(ord("a") + 100))
+    with pytest.raises(SubspaceError, match="This learner is closed"):
+        first.learn("a", data(ord("a")), data(ord("a") + 100))
+    learner(run).close()
+
+
+# -- faults ----------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_harms_nothing(run):
+    with again(run) as made:
+        before = contents(run / "versions")
+        with pytest.raises(SubspaceError, match=r"Task 'b': the training diverged: .* is not finite. Lower the"):
+            made.learn("b", data(1), data(2), args=arguments(learning_rate=1e30))
+        assert contents(run / "versions") == before
+        assert made.status.unfinished == ("b", "train")
+        with pytest.raises(SubspaceError, match=r"begun with something else: training.learning_rate was 1e\+30"):
+            made.learn("b", data(1), data(2))
+        with pytest.raises(SubspaceError, match=r"Task 'b' was begun and is not finished\. Learn it first"):
+            made.learn("c", data(3), data(4))
+        made.learn("b", data(1), data(2), restart=True)
+        assert made.tasks == ["a", "b"]
+
+
+def test_a_task_can_be_given_up(run):
+    with again(run) as made:
+        before = contents(run)
+        with pytest.raises(SubspaceError, match="diverged"):
+            made.learn("b", data(1), data(2), args=arguments(learning_rate=1e30))
+        made.drop("b")
+        assert contents(run) == before
+        with pytest.raises(SubspaceError, match="'b' was never begun"):
+            made.drop("b")
+        with pytest.raises(SubspaceError, match="'a' is learned already"):
+            made.drop("a")
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9])
+def test_a_full_disk(run, monkeypatch, after):
+    """The disk is full from some file on; once there is room, the same call goes on to the same bytes."""
+    whole = copied(run, run.parent / "whole")
+    with again(whole) as made:
+        made.learn("b", data(1), data(2))
+    count = [0]
+    flush = os.fsync
+
+    def fsync(handle):
+        count[0] += 1
+        if count[0] > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(handle)
+
+    with again(run) as made:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            with pytest.raises(DiskError, match="the disk is full"):
+                made.learn("b", data(1), data(2))
+        made.learn("b", data(1), data(2))
+    assert contents(run) == contents(whole)
+
+
+def test_a_basis_that_is_gone_is_missed(run):
+    shutil.rmtree(run / "versions")
+    with learner(run) as made, pytest.raises(SubspaceError):
+        made.learn("a", data(ord("a")), data(ord("a") + 100))
+        made.learn("b", data(1), data(2))
+
+
+def test_it_shows_itself(run):
+    with learner(run) as made, warnings.catch_warnings():
+        assert repr(made).startswith("ContinualLearner(folder: ") and "ACC: " in repr(made)
+        assert "after" in made._repr_html_()
+    assert model_name(model()) == "" and learners.__doc__
