@@ -129,13 +129,22 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 class Refit(Append):
-    """The same, after which the basis is fitted again within its first size, for the given adapters and all tasks."""
+    """The same, after which the basis is fitted again within its first size, for all tasks that arrived.
+
+    Args:
+        data, stream, rate, extra: as of `Append`.
+        given: fit it to the given adapters as well, each counting as a task does.
+    """
+
+    def __init__(self, data: Data, stream: Stream, rate: float, extra: int = 2, given: bool = False) -> None:
+        super().__init__(data, stream, rate, extra)
+        self.fits_given = given
 
     def absorb(self, name: str) -> dict[str, Any]:
         self.trained[name] = updates(self.task(name))
         facts = super().absorb(name)
-        tasks = {each: str(self.task(each)) for each in self.learned}
-        plan = plan_refit(self.basis, {**tasks, **self.given()}, self.data.k)
+        tasks: dict[str, Any] = {each: str(self.task(each)) for each in self.learned}
+        plan = plan_refit(self.basis, tasks | (self.given() if self.fits_given else {}), self.data.k)
         self.basis = self.version(refit_basis(plan, max_drift=1.0))
         for each in self.learned:
             migrate_task(tasks[each], self.basis, max_drift=1.0).save_pretrained(tasks[each], overwrite=True)

@@ -22,7 +22,8 @@ def methods() -> dict[str, Method]:
         Method("frozen first basis", FrozenBasis, FrozenBasis, usual="fleet"),
         Method("Share, update dropped", Share, Share, swept="Share, update kept"),
         Method("Share, update kept", ShareKeep, ShareKeep),
-        Method("re-fitted to k = 16", Refit, Refit, swept="append 2"),
+        Method("re-fitted to k = 16", partial(Refit, given=True), Refit, swept="append 2"),
+        Method("re-fitted, tasks alone", Refit, Refit, swept="append 2"),
         *(Method(f"append {extra}", partial(Append, extra=extra), Append, swept="append 2") for extra in (1, 2, 4)),
         Method("append 2 if needed", partial(Append, probe=True), Append, swept="append 2"),
     ]
