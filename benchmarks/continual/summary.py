@@ -15,7 +15,7 @@ from subspace_peft.continual.metrics import ScoreMatrix
 from .setting import ORDERS, K
 
 RANDOM = f"random basis k={K}"
-LORA, FROZEN = "LoRA r=8 each", "frozen first basis"
+LORA, FROZEN, KEPT = "LoRA r=8 each", "frozen first basis", "Share, update kept"
 
 Results = Mapping[str, Mapping[str, Any]]  # method → what its file of results holds
 

@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 
 from benchmarks.continual.methods import methods  # noqa: E402
 from benchmarks.continual.setting import FIRST  # noqa: E402
-from benchmarks.continual.summary import FROZEN, LORA, Results, Row, against, break_even, rows_of  # noqa: E402
+from benchmarks.continual.summary import FROZEN, KEPT, LORA, Results, Row, against, break_even, rows_of  # noqa: E402
 from benchmarks.quality.paired import Difference  # noqa: E402
 from benchmarks.quality.sections import DIFFERENCES, difference_line  # noqa: E402
 from benchmarks.quality.tables import replaced  # noqa: E402
@@ -57,7 +57,7 @@ def render(results: Results) -> str:
     lora, frozen = rows[LORA], rows[FROZEN]
     whole = list(rows.values())
     out = [*score_table(whole), "", *byte_table(whole, lora), ""]
-    for other in (lora, frozen):
+    for other in (lora, frozen, *(row for row in whole if row.name == KEPT)):
         out += [f"### Against {other.name}: scores after the last task", "", *difference_table(whole, other), ""]
     out += [
         "### What storing a task changes: logits and drift at most, the rest on average",
