@@ -103,6 +103,33 @@ def test_saved_and_loaded_it_is_the_same_task(kind, bases, coefficients, gain, s
         )
 
 
+@pytest.mark.parametrize("save_basis", [False, True], ids=["reference", "self-contained"])
+def test_a_new_task_of_a_saved_configuration_learns_its_own_directions(kind, bases, save_basis, tmp_path):
+    randomise(adapted(kind, bases[kind], save_basis=save_basis)).save_pretrained(tmp_path / "a")
+    config = SubspaceConfig.from_pretrained(tmp_path / "a")
+    config.inference_mode = False
+    if save_basis:
+        # the basis comes with the first task; its configuration makes a second one
+        model = PeftModel.from_pretrained(kind(), tmp_path / "a")
+        model.add_adapter("new", config)
+        model.set_adapter("new")
+    else:
+        model = get_peft_model(kind(), config)
+    name = model.active_adapter
+    assert torch.equal(logits(model.eval()), logits(kind()))
+    for layer in layers(model):
+        own, V = layer.subspace_coef[name], layer.subspace_V[name]
+        assert not own.extra_U.any() and (own.extra_V @ V.T).abs().max() < 1e-5
+    optimiser = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if f".subspace_coef.{name}." in n}
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(inputs()).logits.square().sum().backward()
+        optimiser.step()
+    now = dict(model.named_parameters())
+    assert before and all(not torch.equal(now[n], value) for n, value in before.items())
+
+
 def test_a_task_read_and_written_again_computes_the_same(kind, bases, tmp_path):
     model = randomise(adapted(kind, bases[kind]))
     model.save_pretrained(tmp_path / "a")

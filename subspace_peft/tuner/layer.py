@@ -121,7 +121,7 @@ class SubspaceLayer(BaseTunerLayer):
         self.scaling[adapter_name] = self.configured_scaling[adapter_name] = scale
         self.r[adapter_name] = (U.shape[1], V.shape[0])
         self.subspace_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self._start(coefficients, adapter_name, plan, key)
+        self._start(coefficients, adapter_name, plan, key, to_come)
         self.subspace_coef[adapter_name] = coefficients
         watch(coefficients, scale)
         self.load_trackers.pop(adapter_name, None)
@@ -203,7 +203,9 @@ class SubspaceLayer(BaseTunerLayer):
             # another thread may have been here
             self.load_trackers.pop(adapter, None)
 
-    def _start(self, coefficients: Coefficients, adapter_name: str, plan: InjectionPlan, key: str) -> None:
+    def _start(
+        self, coefficients: Coefficients, adapter_name: str, plan: InjectionPlan, key: str, to_come: list[str]
+    ) -> None:
         config = plan.config
         directions = self.subspace_G.get(adapter_name)
         core = None
@@ -220,7 +222,8 @@ class SubspaceLayer(BaseTunerLayer):
                     core = core - module.M
         core = None if core is None else core.cpu() / self.scaling[adapter_name]
         coefficients.start(core, None if directions is None else directions.cpu())
-        if coefficients.extra_rank and not config.loaded:
+        # of a saved configuration too: a new task may be made from it, whose two sides would stay zero for ever
+        if coefficients.extra_rank and not to_come:
             units = self.own_units(config.alpha)
             side = self.subspace_V[adapter_name] if units.by_rows else self.subspace_U[adapter_name].T
             start_own(coefficients, side, units)
