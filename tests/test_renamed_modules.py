@@ -37,6 +37,7 @@ from subspace_peft import (
     hotswap,
     load_task,
     project_lora,
+    read_task,
 )
 from tests.models import needs_transformers_adapters
 
@@ -171,6 +172,34 @@ LOADERS: dict[str, Callable[[Any, str], Any]] = {
     "mixed": lambda model, task: PeftMixedModel.from_pretrained(model, task),
     "transformers": lambda model, task: (model.load_adapter(task), model)[1],
 }
+
+
+@pytest.fixture(scope="module")
+def sized(case: Case) -> tuple[str, torch.Tensor]:
+    """The first LoRA in fewer directions of the basis, with own directions in some modules; and what it computes."""
+    small = case.folder / "small"
+    SubspaceBasis.from_pretrained(case.basis).truncate(2).save_pretrained(small)
+    projection = project_lora(case.fleet[0], str(small), extra_budget=200)
+    assert 0 < len(projection.own_directions) < case.modules or len(set(projection.own_directions.values())) > 1
+    folder = projection.save_pretrained(case.folder / "sized")
+    task, model = read_task(folder), made(case.make)
+    now = {earlier(case.make, name): name for name, _ in model.named_modules()}
+    for name, core in task.cores.items():
+        delta = task.modules[name].U.double() @ core @ task.modules[name].V.double()
+        if name in task.own:
+            delta = delta + task.own[name][0] @ task.own[name][1]
+        model.get_submodule(now[name]).weight.data += delta.float()
+    return str(folder), outputs(model)
+
+
+def test_patterns_name_modules_by_what_they_were_called(case: Case, sized: tuple[str, torch.Tensor]) -> None:
+    task, wanted = sized
+    model = PeftModel.from_pretrained(case.model(), task).eval()
+    torch.testing.assert_close(outputs(model), wanted, atol=1e-5, rtol=1e-4)
+    hotswap(model, task)
+    torch.testing.assert_close(outputs(model), wanted, atol=1e-5, rtol=1e-4)
+    again = model.save_pretrained(case.folder / "again") or case.folder / "again"
+    torch.testing.assert_close(outputs(PeftModel.from_pretrained(case.model(), again).eval()), wanted)
 
 
 @pytest.mark.parametrize("which", ["task", "trained"])

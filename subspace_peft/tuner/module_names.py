@@ -17,6 +17,7 @@ from ..basis.module_store import same_module
 from ..basis.renames import converted, table_of
 from ..errors import BasisMismatchError
 from .config import SubspaceConfig
+from .patterns import exact_pattern
 from .targets import outer_modules
 from .task_file import BASIS_KEY, COEFFICIENT_KEY
 
@@ -116,6 +117,24 @@ def rename_saved(config: SubspaceConfig, model: nn.Module) -> None:
     for name in ("basis_modules", "weight_shapes", "basis_names"):
         if (value := getattr(config, name)) is not None:
             setattr(config, name, now(value))
+    keep_numbers(config, {name: found.get(name, name) for name in checked or listed})
+
+
+def keep_numbers(config: SubspaceConfig, renamed: Mapping[str, str]) -> None:
+    """Let the patterns of a configuration give modules by their new names what they gave them by the earlier ones.
+
+    Args:
+        config: changed where a pattern names a module by what it was called.
+        renamed: earlier name of each of the task's modules → its name now.
+    """
+    sizes = config.sizes
+    ks = {now: sizes.k_of(name) for name, now in renamed.items()}
+    if any(sizes.k_of(now) != k for now, k in ks.items()):
+        given = exact_pattern(ks, config.k)
+        config.rank_pattern = {name: k for name, k in given.items() if k is not None}
+    own = {now: sizes.extra_asked(name) for name, now in renamed.items()}
+    if any(sizes.extra_asked(now) != rank for now, rank in own.items()):
+        config.extra_rank_pattern = exact_pattern(own, config.extra_rank)
 
 
 def rename_keys(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

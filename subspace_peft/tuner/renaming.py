@@ -19,6 +19,7 @@ from torch import nn
 from ..basis.module_names import plain_name, stored_name, unwrapped_in, unwrapped_name
 from ..basis.module_store import same_module
 from .config import NAMED, SubspaceConfig
+from .module_names import keep_numbers
 from .peft_type import PREFIX
 from .targets import outer_modules, sizes, supported
 
@@ -110,21 +111,13 @@ def follow_model(config: SubspaceConfig, model: nn.Module) -> None:
 def _rename(config: SubspaceConfig, renamed: Mapping[str, str]) -> None:
     origin = config.loaded_from
     assert origin is not None and origin.modules is not None
-    sized = {name: config.sizes.k_of(name) for name in renamed}
-    own = {name: config.sizes.extra_asked(name) for name in renamed}
     config.target_modules = set(renamed.values())
     for key in ("basis_modules", "basis_names", "weight_shapes"):
         if (value := getattr(config, key)) is not None:
             setattr(config, key, {renamed.get(name, name): entry for name, entry in value.items()})
     modules = {renamed[name]: shape for name, shape in origin.modules.items()}
     config.loaded_from = replace(origin, modules=modules, renamed={**(origin.renamed or {}), **renamed})
-    # patterns may have named a module by what it was called
-    moved = {renamed[name]: k for name, k in sized.items() if config.sizes.k_of(renamed[name]) != k and k is not None}
-    if moved:
-        config.rank_pattern = {**moved, **config.rank_pattern}
-    asked = config.sizes.extra_asked
-    if moved := {renamed[name]: rank for name, rank in own.items() if asked(renamed[name]) != rank}:
-        config.extra_rank_pattern = {**moved, **config.extra_rank_pattern}
+    keep_numbers(config, renamed)
 
 
 def by_layer_names(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
