@@ -117,6 +117,30 @@ def test_what_cannot_be_swapped_is_refused_and_changes_nothing(basis_folder, bas
         hotswap(model, one)
 
 
+def test_fields_that_say_the_same_sizes_in_other_words_are_no_obstacle(basis_folder, tmp_path):
+    every = {"query": 2, "value": 2}
+    words = [{"extra_rank": 2}, {"extra_rank_pattern": every}, {"extra_rank": 2, "k": 6, "rank_pattern": {"query": 6}}]
+    folders = [save(tmp_path / str(seed), str(basis_folder), seed, **each) for seed, each in enumerate(words)]
+    model = PeftModel.from_pretrained(bert(), folders[0])
+    for folder in (*folders[1:], folders[0]):
+        hotswap(model, folder)
+        assert torch.equal(logits(model), logits(PeftModel.from_pretrained(bert(), folder)))
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "again")), logits(model))
+
+
+def test_in_a_model_of_other_names_sizes_are_told_module_by_module(basis_folder, tmp_path):
+    name = "bert.encoder.layer.0.attention.self.query"
+    config = {"extra_rank": 2, "extra_rank_pattern": {name: 1}, "rank_pattern": {name: 3}}
+    one, two = (save(tmp_path / str(seed), str(basis_folder), seed, **config) for seed in (1, 2))
+    model = PeftModel.from_pretrained(bert().bert, one).eval()  # where the head is left out, so is the prefix
+    hotswap(model, two)
+    with torch.no_grad():
+        now = model(inputs()).last_hidden_state
+        wanted = PeftModel.from_pretrained(bert(), two).base_model.model.bert(inputs()).last_hidden_state
+    torch.testing.assert_close(now, wanted, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again(basis_folder, tmp_path):
     one, two = (save(tmp_path / str(seed), str(basis_folder), seed) for seed in (1, 2))

@@ -37,6 +37,8 @@ SAME = (
     "extra_rank",
     "extra_rank_pattern",
 )
+# those of them that say how many directions each module has, as others may say it too
+SIZED = ("k", "rank_pattern", "extra_rank", "extra_rank_pattern")
 
 
 def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub: Any) -> None:
@@ -67,13 +69,12 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     new = SubspaceConfig.from_pretrained(str(task), **hub)
     if not isinstance(new, SubspaceConfig):
         raise SubspaceError(f"{task} is not a saved subspace task.")
-    for name in SAME:
-        if getattr(old, name) != getattr(new, name):
-            raise BasisMismatchError(
-                f"{task}: its {name} is {getattr(new, name)!r}, that of adapter {adapter!r} {getattr(old, name)!r}:"
-                " they cannot be swapped in place. Load it beside the other with `model.load_adapter`."
-            )
+    _check_alike(task, adapter, new, old, [name for name in SAME if name not in SIZED])
     require_same_base(new, old, f"The task {task}")
+    rename_saved(new, inner)
+    follow_model(new, base_model_of(inner))
+    if not _of_one_size(new, old):
+        _check_alike(task, adapter, new, old, SIZED)
     targets = _targets(inner, adapter)
     found: dict[str, torch.Tensor] = {}
     for key, value in load_file(weights_of(task, new.loaded_from.folder)).items():
@@ -100,10 +101,29 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
         for module in inner.modules():
             if "row_slot" in module.__dict__:
                 module.row_slot.swaps += 1
-    rename_saved(new, inner)
-    follow_model(new, base_model_of(inner))
     new.basis_names = old.basis_names
     configs[adapter] = new  # type: ignore[index]
+
+
+def _check_alike(
+    task: str | Path, adapter: str, new: SubspaceConfig, old: SubspaceConfig, names: Iterable[str]
+) -> None:
+    for name in names:
+        if getattr(old, name) != getattr(new, name):
+            raise BasisMismatchError(
+                f"{task}: its {name} is {getattr(new, name)!r}, that of adapter {adapter!r} {getattr(old, name)!r}:"
+                " they cannot be swapped in place. Load it beside the other with `model.load_adapter`."
+            )
+
+
+def _of_one_size(new: SubspaceConfig, old: SubspaceConfig) -> bool:
+    """Tell whether two tasks have as many directions in every module, whichever fields of theirs say so."""
+    shapes = (new.loaded_from.modules if new.loaded_from is not None else None) or {}
+    return all(
+        new.sizes.used(name, shape["k_out"], shape["k_in"]) == old.sizes.used(name, shape["k_out"], shape["k_in"])
+        and new.sizes.extra_of(name, shape) == old.sizes.extra_of(name, shape)
+        for name, shape in shapes.items()
+    )
 
 
 def _as_named_in(targets: Iterable[str], found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
