@@ -107,6 +107,7 @@ def test_every_message_names_flags_that_the_verb_has_and_no_argument_of_python(p
         ("push", "have to pass the basis, with basis=….", "have to pass the basis, with basis=… in Python."),
         ("bundle add", "or replace it with replace=True (--replace).", "or replace it with --replace."),
         ("bundle extract", "own_directions=False leaves them out", "--no-own-directions leaves them out"),
+        ("project", "extra_rank=-1 (--extra-rank -1): give a", "--extra-rank -1: give a"),
         ("project", "the basis has k=16 in /data/k=3/x", "the basis has k=16 in /data/k=3/x"),
         ("build", "Build it with `build_basis(k=3)`.", "Build it with `build_basis(k=3)`."),
         (

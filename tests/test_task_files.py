@@ -87,6 +87,8 @@ def damage_task(folder: Path, how: str) -> None:
         tensors[first] = tensors[first][:3].contiguous()
     elif how == "unknown module":
         tensors[first.replace(".0.attention", ".7.attention")] = tensors.pop(first)
+    elif how == "unknown tensor":
+        tensors[first.rpartition(".")[0] + ".extra_W"] = torch.zeros(2, 3)
     elif how == "missing module":
         tensors.pop(first)
     elif how == "empty":
@@ -110,6 +112,7 @@ BAD_TASKS = {
     "integers": (BadFileError, "dtype I32"),
     "shape": (BasisMismatchError, r"\(3, 6\)"),
     "unknown module": (BasisMismatchError, "layer.7"),
+    "unknown tensor": (BasisMismatchError, "extra_W"),
     "missing module": (BasisMismatchError, "also targets"),
     "empty": (BadFileError, "no coefficients"),
     "another kind": (BasisMismatchError, "diagonal"),

@@ -29,7 +29,7 @@ NAMES = {
     "--tasks": ("cores=",),
     "--fleet": ("sources=",),
 }
-PAIR = r"\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|…|[\w.+]*[\w+])?"
+PAIR = r"\b(?P<name>[a-z]\w*)=(?P<value>'[^']*'|\"[^\"]*\"|\[[^\]]*\]|…|-?[\w.+]*[\w+])?"
 HINT = re.compile(rf"{PAIR}\s\((?P<flag>--?[a-z][\w-]*)(?P<more>[^()]*)\)")
 # a function of Python with the command that does the same
 TWICE = re.compile(r"`[a-z]\w*(?:\([^`]*\))?` \((`subspace-peft [^`]*`)\)")

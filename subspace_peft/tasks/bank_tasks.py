@@ -62,7 +62,7 @@ def task_of(config: SubspaceConfig, cores: dict[str, torch.Tensor], own: dict[st
         without_wrappers(config),
         coefficients="core",
         # the rank of factors, which a dense core has none of
-        r=SubspaceConfig.r if config.coefficients == "factor" else config.r,
+        r=SubspaceConfig.r,
         mean_gain="none",
         start="zero",
         subspace_version=None,

@@ -21,7 +21,7 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]
 Carried = Mapping[str, Mapping[str, Any]]
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
-COEFFICIENT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_coef\.(?P<name>[a-z]+|extra_[UV])$")
+COEFFICIENT_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_coef\.(?P<name>\w+)$")
 BASIS_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<module>.+)\.subspace_(?P<name>[UVMG])$")
 
 
