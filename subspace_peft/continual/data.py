@@ -23,11 +23,13 @@ class Facts:
         sha256: over all examples; hex.
         count: how many examples.
         largest: the largest whole-number label, None where the examples have none.
+        smallest: the smallest one.
     """
 
     sha256: str
     count: int
     largest: int | None
+    smallest: int | None = None
 
 
 def check(dataset: Any, task: str, what: str) -> None:
@@ -61,14 +63,15 @@ def facts_of(dataset: Any, task: str, what: str, *, shown: bool) -> Facts:
     """
     check(dataset, task, what)
     plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
-    digest, largest = hashlib.sha256(), None
+    digest, found = hashlib.sha256(), set()
     for i in progress_bar(range(len(plain)), desc=f"reading {task}", unit="example", shown=shown):
         row = plain[i]
         _feed(digest, row)
         if isinstance(row, Mapping):
             value = next((_whole(row[key]) for key in LABELS if key in row), None)
-            largest = value if largest is None else max(largest, value if value is not None else largest)
-    return Facts(digest.hexdigest(), len(plain), largest)
+            if value is not None:
+                found.add(value)
+    return Facts(digest.hexdigest(), len(plain), max(found, default=None), min(found, default=None))
 
 
 def names_of_labels(dataset: Any) -> list[str] | None:
@@ -114,6 +117,11 @@ def check_head(task: str, facts: Facts, outputs: int | None) -> None:
         SubspaceError: it has fewer.
     """
     # a single output is a regression's
+    if outputs is not None and outputs > 1 and facts.smallest is not None and facts.smallest < 0:
+        raise SubspaceError(
+            f"Task {task!r}: its data have the label {facts.smallest}, and labels are counted from 0. Choose a split"
+            " that has labels, or number them from 0."
+        )
     if outputs is not None and outputs > 1 and facts.largest is not None and facts.largest >= outputs:
         raise SubspaceError(
             f"Task {task!r} has labels up to {facts.largest}, and the model's classifier {outputs} outputs. Give a"

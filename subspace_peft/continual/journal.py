@@ -18,7 +18,9 @@ from typing import Any
 from .._io.atomic import write_text_aside
 from .._io.untrusted import read_json
 from .._version import __version__
+from ..basis.newer import upgrade_hint
 from ..errors import BadFileError, SubspaceError
+from .journal_checks import check_state
 
 JOURNAL_FILE = "continual.json"
 FORMAT = 1
@@ -49,21 +51,17 @@ class Journal:
         file = folder / JOURNAL_FILE
         if not file.is_file():
             return None
+        hint = " Begin in another folder, or put back the file as it was."
         try:
             state = read_json(file)
-            if state.get("format_version") != FORMAT:
-                raise ValueError(f"its format is {state.get('format_version')!r}, this version reads {FORMAT}")
-            for task in state["tasks"]:
-                if not isinstance(task["name"], str) or not isinstance(task["phases"], dict):
-                    raise ValueError("a task in it has no name or no phases")
-            for version in state["versions"]:
-                int(version["version"]), dict(version["k"]), str(version["fingerprint"])
-            dict(state["settings"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadFileError(
-                f"{file}: it is no journal of a run ({type(error).__name__}: {error}). Begin in another folder, or put"
-                " back a copy of the file."
-            ) from error
+            number = state.get("format_version")
+            if isinstance(number, bool) or number != FORMAT:
+                newer = isinstance(number, int) and number > FORMAT
+                hint = upgrade_hint(state.get("subspace_peft_version"), newer) or hint
+                raise ValueError(f"its format is {number!r}, this version reads {FORMAT}")
+            check_state(state, PHASES)
+        except (OSError, ValueError) as error:
+            raise BadFileError(f"{file}: it is no journal of a run ({error}).{hint}") from error
         return cls(folder, state)
 
     @classmethod

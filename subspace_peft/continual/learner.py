@@ -138,6 +138,7 @@ class ContinualLearner(Shown):
             return Journal.create(places.root, settings, version_facts(1, "start", None, first, place))
         settings["basis"] = journal.state["settings"]["basis"] if first is None else first.fingerprint
         journal.check_settings(settings, MAY_CHANGE)
+        places.check_whole(journal)
         if journal.state["settings"]["options"] != settings["options"]:
             journal.write({**journal.state, "settings": {**journal.state["settings"], "options": settings["options"]}})
         return journal

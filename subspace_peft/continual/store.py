@@ -12,9 +12,9 @@ from typing import Any
 from .._io.atomic import SUFFIX
 from .._io.folder_names import check_folder_names
 from ..basis.dependents import all_noted, dependents_of
-from ..errors import OccupiedError, SubspaceError
+from ..errors import BadFileError, OccupiedError, SubspaceError
 from ..logging import get_logger
-from .journal import Journal
+from .journal import JOURNAL_FILE, Journal
 from .lock import LOCK_FILE
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
@@ -74,15 +74,35 @@ class RunFolder:
         if not others:
             versions = self.root / "versions"
             others = [f"versions/{each.name}" for each in _folders(versions) if each.name != "1"]
+            # tasks are learned once there is a journal
+            others += [f"versions/1/tasks/{each.name}" for each in _folders(versions / "1" / "tasks")]
         if others:
             shown = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+            own = " If that is a run's, put its journal back." if "versions/" in shown else ""
             raise OccupiedError(
-                f"{self.root} holds {shown}, and no run. Give an empty folder, or one that is not there."
+                f"{self.root} holds {shown}, and no run: there is no {JOURNAL_FILE}. Give an empty folder, or one that"
+                f" is not there.{own}"
             )
 
     def begin(self) -> None:
         """Remove a first version that a learner was writing as it was ended."""
         _remove(self.basis(1).parent)
+
+    def check_whole(self, journal: Journal) -> None:
+        """Check that the newest version of the journal lies here with its tasks: only then is the rest superfluous.
+
+        Raises:
+            BadFileError: something of it is missing: removed, or the journal is an earlier one.
+        """
+        newest = max(each["version"] for each in journal.versions)
+        needed = [self.basis(newest), *(self.task(newest, name) for name in journal.learned())]
+        if missing := [each for each in needed if not each.is_dir()]:
+            there = ", ".join(each.name for each in _folders(self.root / "versions")) or "none"
+            raise BadFileError(
+                f"{self.root}: the journal's newest version is {newest}, and {missing[0].relative_to(self.root)} is"
+                f" missing; versions that are there: {there}. Put it back, or the {JOURNAL_FILE} that belongs to them;"
+                " nothing was changed."
+            )
 
     def clear(self, journal: Journal) -> None:
         """Remove what no finished phase made, and the versions that nothing needs.

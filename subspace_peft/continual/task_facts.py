@@ -44,6 +44,7 @@ def facts_of_task(data: TaskData, labels: Sequence[str] | None, shop: Workshop, 
     known = {what: names_of_labels(each) for what, each in given.items()}
     own = list(labels) if labels is not None else next((each for each in known.values() if each is not None), None)
     check_labels(name, own, known)
+    shop.facts[name] = list(found.values())
     if isinstance(shop.model, nn.Module):
         for each in found.values():
             check_head(name, each, outputs_of(shop.model))

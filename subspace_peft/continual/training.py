@@ -21,6 +21,7 @@ from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..logging import get_logger
 from ..tuner import SubspaceConfig
+from .data import Facts, check_head
 from .journal import finite
 from .watching import Bar, Watch, newest_checkpoint, not_finite
 
@@ -87,6 +88,7 @@ class Workshop:
         trainer: further keywords of the Trainer, such as ``processing_class``.
         scratch: a folder that the Trainer may make where it only measures.
         progress: show bars.
+        facts: task → what is known of its data, which a classifier has to fit.
     """
 
     model: nn.Module | Callable[[str], nn.Module]
@@ -95,6 +97,7 @@ class Workshop:
     train: Callable[[nn.Module, TaskRun], object] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = True
+    facts: dict[str, list[Facts]] = field(default_factory=dict)
 
     def base(self, name: str) -> nn.Module:
         """Return a base model for a task; of a model that was given, another of the same weights in memory.
@@ -103,13 +106,16 @@ class Workshop:
             SubspaceError: the function returns no model, or an adapted one.
         """
         if isinstance(self.model, nn.Module):
-            return twin(self.model)
+            return twin(self.model)  # its classifier was held against the data before
         made = self.model(name)
         if not isinstance(made, nn.Module) or hasattr(made, "peft_config"):
             kind = "a model with adapters" if isinstance(made, nn.Module) else f"a {type(made).__name__}"
             raise SubspaceError(
-                f"The function for base models returned {kind} for task {name!r}. Return a base model."
+                f"The function for base models returned {kind} for task {name!r}. Return a base model, a fresh one at"
+                " each call."
             )
+        for facts in self.facts.get(name, ()):
+            check_head(name, facts, outputs_of(made))
         return made
 
     def adapted(self, name: str, basis: SubspaceBasis, extra_rank: int) -> PeftModel:
@@ -130,7 +136,17 @@ class Workshop:
 
     def loaded(self, name: str, folder: Path) -> PeftModel:
         """Return a base model with a saved task on it."""
-        return PeftModel.from_pretrained(self.base(name), str(folder))
+        base = self.base(name)
+        try:
+            return PeftModel.from_pretrained(base, str(folder))
+        except RuntimeError as error:
+            wrong = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+            if not wrong:
+                raise
+            raise SubspaceError(
+                f"Task {name!r}: it does not fit the base model that it is loaded on: {wrong[0]} Give a base model of"
+                " the same sizes, with as many outputs as the task's classifier has."
+            ) from error
 
     def fit(self, model: PeftModel, data: TaskData, run: TaskRun) -> None:
         """Train a model's task.
@@ -191,6 +207,12 @@ class Workshop:
                 raise SubspaceError(
                     f"Task {data.name!r}: nothing says how it is scored. Give compute_metrics=, as the Trainer takes"
                     " it, or metric=, a function of model and data set; more is better."
+                )
+            if outputs_of(model) == 1:
+                raise SubspaceError(
+                    f"Task {data.name!r}: its model has one output, which is no classifier to count right answers of."
+                    " Give compute_metrics= or metric= for a number that is predicted; more is better, so negate an"
+                    " error."
                 )
             compute = accuracy
         trainer = self._measuring(model, data, compute)
@@ -298,7 +320,9 @@ def twin(model: nn.Module) -> nn.Module:
         # of other kinds, such as bitsandbytes', more than the data belongs to it
         shared[id(parameter)] = nn.Parameter(parameter.data, parameter.requires_grad) if plain else parameter
     for buffer in model.buffers():
-        shared[id(buffer)] = buffer
+        # what a forward pass may count, such as means of a batch norm, is no part of the frozen weights
+        counts = buffer.is_floating_point() or not buffer.ndim
+        shared[id(buffer)] = buffer.detach().clone() if counts else buffer
     return copy.deepcopy(model, shared)
 
 

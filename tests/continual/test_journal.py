@@ -14,6 +14,8 @@ from subspace_peft.errors import BadFileError, DiskError, SubspaceError
 
 SETTINGS = {"base_model": "org/model", "config": {"alpha": 256.0}, "options": ContinualOptions().record()}
 FIRST = {"version": 1, "kind": "start", "task": None, "fingerprint": "0" * 64, "k": {"m": [4, 4]}, "bytes": 9}
+FIRST["shapes"] = {"m": [8, 8]}
+TASK = {"first_version": 1, "data": {}, "labels": None, "lora": None, "training": {}}
 
 
 @pytest.fixture
@@ -22,7 +24,8 @@ def journal(tmp_path):
 
 
 def test_what_is_recorded_is_read_again(journal, tmp_path):
-    journal.begin("a", {"first_version": 1})
+    journal.begin("a", TASK)
+    journal.record("a", "probe", {"extra_rank": 2})
     journal.record("a", "train", {"extra_rank": 2})
     journal.record("a", "absorb", {"added": 2}, version={**FIRST, "version": 2, "task": "a"})
     again = Journal.read(tmp_path)
@@ -39,7 +42,7 @@ def test_what_is_recorded_is_read_again(journal, tmp_path):
 
 
 def test_a_task_that_is_given_up_takes_its_versions_along(journal):
-    journal.begin("a", {"first_version": 1})
+    journal.begin("a", TASK)
     journal.record("a", "absorb", {}, version={**FIRST, "version": 2, "task": "a"})
     journal.drop("a")
     assert (journal.tasks, [each["version"] for each in journal.versions]) == ([], [1])
@@ -59,6 +62,7 @@ def test_no_journal(tmp_path):
         '{"format_version": 1, "tasks": [{}], "versions": [], "settings": {}}',
         '{"format_version": 1, "tasks": [], "versions": [{"version": "x"}], "settings": {}}',
         '{"format_version": 1, "tasks": [], "versions": [], "settings": 3}',
+        '{"format_version": true}',
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, text):
@@ -67,9 +71,15 @@ def test_a_damaged_file_is_named(tmp_path, text):
         Journal.read(tmp_path)
 
 
+def test_a_newer_version_s_file_asks_for_an_upgrade(tmp_path):
+    (tmp_path / JOURNAL_FILE).write_text('{"format_version": 2, "subspace_peft_version": "99.0"}')
+    with pytest.raises(BadFileError, match=r"its format is 2, .* It was written by subspace-peft 99\.0"):
+        Journal.read(tmp_path)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_where_the_disk_refuses_the_last_state_stays(journal, tmp_path, monkeypatch, number):
-    journal.begin("a", {"first_version": 1})
+    journal.begin("a", TASK)
     before, state = (tmp_path / JOURNAL_FILE).read_bytes(), journal.state
 
     def full(*_):
@@ -122,7 +132,7 @@ def test_a_score_is_a_finite_number(value):
 
 
 def test_no_nan_gets_into_the_file(journal):
-    journal.begin("a", {"first_version": 1})
+    journal.begin("a", TASK)
     with pytest.raises(ValueError, match="not JSON compliant"):
         journal.record("a", "train", {"loss": float("nan")})
     assert json.loads((journal.folder / JOURNAL_FILE).read_text())["tasks"][0]["phases"] == {"begin": {}}

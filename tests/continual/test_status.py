@@ -9,9 +9,9 @@ import pytest
 
 from subspace_peft.cli import main
 from subspace_peft.continual import read_status
-from subspace_peft.continual.journal import Journal
+from subspace_peft.continual.journal import JOURNAL_FILE, Journal
 from subspace_peft.continual.options import ContinualOptions
-from subspace_peft.errors import SubspaceError
+from subspace_peft.errors import BadFileError, SubspaceError
 
 from ..test_light_verbs import loaded
 
@@ -93,6 +93,34 @@ def test_an_unfinished_task_is_said_and_counts_for_nothing(run):
     assert len(status.versions) == 4
     assert "Task 'd' was begun; next is scoring all tasks." in status.text()
     assert status.to_dict()["unfinished"] == {"task": "d", "next": "scores"}
+
+
+def places(value, before=()):
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*before, key)
+        yield from places(value[key], (*before, key))
+
+
+@pytest.mark.parametrize("put", ["nothing", None, "text", []])
+def test_a_journal_that_was_edited_is_read_or_refused_in_words(run, tmp_path, put):
+    refused = 0
+    for path in list(places(run.state)):
+        state = json.loads(json.dumps(run.state))
+        place = state
+        for key in path[:-1]:
+            place = place[key]
+        if put == "nothing":
+            del place[path[-1]]
+        else:
+            place[path[-1]] = put
+        (tmp_path / JOURNAL_FILE).write_text(json.dumps(state))
+        try:
+            status = read_status(tmp_path)
+            assert status.text() and json.dumps(status.to_dict(), allow_nan=False)
+        except BadFileError as error:
+            refused += 1
+            assert JOURNAL_FILE in str(error), path
+    assert refused > 100
 
 
 def test_nothing_is_learned_yet(tmp_path):

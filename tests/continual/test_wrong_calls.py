@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import shutil
 import warnings
 
 import pytest
@@ -144,7 +143,7 @@ def test_a_folder_of_something_else_is_left_alone(first_basis, tmp_path, there):
     file.parent.mkdir(parents=True)
     file.write_text("mine")
     for _ in range(2):  # and again: nothing of the first attempt counts as a run
-        with pytest.raises(OccupiedError, match=r"and no run\. Give an empty folder, or one that is not there"):
+        with pytest.raises(OccupiedError, match=r"and no run: .* Give an empty folder, or one that is not there"):
             learner(tmp_path / "run", first_basis)
     assert file.read_text() == "mine" and [each for each in tmp_path.rglob("*") if each.is_file()] == [file]
 
@@ -212,13 +211,6 @@ def test_a_full_disk(run, monkeypatch, after):
                 made.learn("b", data(1), data(2))
         made.learn("b", data(1), data(2))
     assert contents(run) == contents(whole)
-
-
-def test_a_basis_that_is_gone_is_missed(run):
-    shutil.rmtree(run / "versions")
-    with learner(run) as made, pytest.raises(SubspaceError):
-        made.learn("a", data(ord("a")), data(ord("a") + 100))
-        made.learn("b", data(1), data(2))
 
 
 def test_it_shows_itself(run):
