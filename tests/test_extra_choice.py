@@ -190,6 +190,7 @@ def test_the_model_is_left_as_it_was_even_where_a_batch_fails(bases):
         ({"budget": 1, "share": 0.5}, "one of the two"),
         ({"budget": -1}, "budget=-1"),
         ({"budget": 1.5}, "budget=1.5"),
+        ({"budget": 63}, "budget=63: one direction takes 64 parameters"),
         ({"share": 0}, "share=0"),
         ({"share": float("nan")}, "share=nan"),
         ({"share": 1.1}, "share=1.1"),

@@ -81,8 +81,8 @@ def choose_extra_ranks(
         Both fields, for ``SubspaceConfig(…, extra_rank=…, extra_rank_pattern=…)``.
 
     Raises:
-        SubspaceError: Neither budget nor share, or both; there is no such adapter, no batch, or a loss that is no
-            finite number.
+        SubspaceError: Neither budget nor share, or both; a budget that buys no direction in any module; there is no such
+            adapter, no batch, or a loss that is no finite number.
     """
     if (budget is None) == (share is None):
         raise SubspaceError("Give budget=, how many parameters, or share=, how much of the gradient; one of the two.")
@@ -93,6 +93,12 @@ def choose_extra_ranks(
     if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= width:
         raise SubspaceError(f"most={most!r}: give a whole number from 1 to {width}, the sketch's width= ({width}).")
     found = gradients_beside(model, batches, loss=loss, adapter_name=adapter_name, width=width, seed=seed)
+    costs = [each.cost for each in found.values()]
+    if budget and budget < min(costs):
+        raise SubspaceError(
+            f"budget={budget}: one direction takes {min(costs):,} parameters at least, as many as a module's out + in."
+            f" Give {min(costs)} or more; {sum(costs)} are one in every module, 0 is none."
+        )
     counts = spread_directions(found, budget=budget, share=share, most=most)
     common = set(counts.values())
     return ExtraRanks(common.pop(), {}) if len(common) == 1 else ExtraRanks(0, exact_pattern(counts, 0))
