@@ -18,6 +18,9 @@ RECORDED = (
     *("lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "bf16", "fp16", "label_smoothing_factor"),
     *("gradient_checkpointing", "load_best_model_at_end", "metric_for_best_model", "neftune_noise_alpha"),
 )
+# the same, recorded where they are not as usual
+SELDOM = {"dataloader_drop_last": False, "group_by_length": False, "train_sampling_strategy": "random"}
+SELDOM |= {"warmup_ratio": 0.0, "auto_find_batch_size": False}
 
 
 def default_arguments(folder: Path) -> TrainingArguments:
@@ -37,7 +40,8 @@ def default_arguments(folder: Path) -> TrainingArguments:
 def recorded(args: TrainingArguments) -> dict[str, Any]:
     """Return what decides a training's result, as JSON values."""
     values = args.to_dict()
-    return {name: values[name] for name in RECORDED if name in values}
+    seldom = [name for name, usual in SELDOM.items() if values.get(name) not in (None, usual)]
+    return {name: values[name] for name in (*RECORDED, *seldom) if name in values}
 
 
 def check_arguments(args: Any) -> TrainingArguments:
@@ -54,3 +58,22 @@ def check_arguments(args: Any) -> TrainingArguments:
             " push_tasks_to of the options push versions and tasks."
         )
     return args
+
+
+def check_judged(task: str, args: TrainingArguments, validation: Any) -> None:
+    """Check that a training that is to be judged on the way has data for it.
+
+    Args:
+        task: the task's name.
+        args: of its training.
+        validation: its validation data, or None.
+
+    Raises:
+        SubspaceError: it has none.
+    """
+    if validation is None and args.eval_strategy != "no":
+        raise SubspaceError(
+            f"Task {task!r}: its training is to be judged on the way (eval_strategy={args.eval_strategy.value!r}), and"
+            " the data for the scores decide nothing. Give validation_dataset= (in a plan: `validation:`), or leave"
+            " eval_strategy out."
+        )

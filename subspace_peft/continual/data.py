@@ -24,12 +24,14 @@ class Facts:
         count: how many examples.
         largest: the largest whole-number label, None where the examples have none.
         smallest: the smallest one.
+        fraction: a label that is a number, and no whole one, None where there is none.
     """
 
     sha256: str
     count: int
     largest: int | None
     smallest: int | None = None
+    fraction: float | None = None
 
 
 def check(dataset: Any, task: str, what: str) -> None:
@@ -63,15 +65,17 @@ def facts_of(dataset: Any, task: str, what: str, *, shown: bool) -> Facts:
     """
     check(dataset, task, what)
     plain = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
-    digest, found = hashlib.sha256(), set()
+    digest, found, fraction = hashlib.sha256(), set(), None
     for i in progress_bar(range(len(plain)), desc=f"reading {task}", unit="example", shown=shown):
         row = plain[i]
         _feed(digest, row)
         if isinstance(row, Mapping):
-            value = next((_whole(row[key]) for key in LABELS if key in row), None)
-            if value is not None:
+            value = next((_scalar(row[key]) for key in LABELS if key in row), None)
+            if isinstance(value, int) and not isinstance(value, bool):
                 found.add(value)
-    return Facts(digest.hexdigest(), len(plain), max(found, default=None), min(found, default=None))
+            elif isinstance(value, float) and not value.is_integer():
+                fraction = value
+    return Facts(digest.hexdigest(), len(plain), max(found, default=None), min(found, default=None), fraction)
 
 
 def names_of_labels(dataset: Any) -> list[str] | None:
@@ -117,6 +121,12 @@ def check_head(task: str, facts: Facts, outputs: int | None) -> None:
         SubspaceError: it has fewer.
     """
     # a single output is a regression's
+    if outputs is not None and outputs > 1 and facts.fraction is not None:
+        raise SubspaceError(
+            f"Task {task!r}: its data have the label {facts.fraction}, and the model's classifier {outputs} outputs,"
+            " one for each label. Give whole numbers as labels, or, to predict a number, a model of one output"
+            " (num_labels=1) and compute_metrics=."
+        )
     if outputs is not None and outputs > 1 and facts.smallest is not None and facts.smallest < 0:
         raise SubspaceError(
             f"Task {task!r}: its data have the label {facts.smallest}, and labels are counted from 0. Choose a split"
@@ -188,9 +198,9 @@ def _feed(digest: Any, value: Any) -> None:
             digest.update(pickle.dumps(value, protocol=4))
 
 
-def _whole(value: Any) -> int | None:
-    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _scalar(value: Any) -> Any:
+    """Return a value, of an array or tensor without axes as a number of Python."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def _listed(labels: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from .._io.progress import begin
 from ..errors import BadFileError, HubUnavailableError, SubspaceError
 from ..hub_requests import ask
 from ..tuner import SubspaceConfig
-from .arguments import default_arguments
+from .arguments import check_judged, default_arguments
 from .journal import Journal, changes, seed_of
 from .learner import ContinualLearner
 from .plan import Plan, read_kept_plan
@@ -57,6 +57,9 @@ def run_plan(plan: Plan, folder: str | Path, *, restart: bool = False, progress:
     # all data are read before the first task is learned: what is wrong with the last one shows now
     tasks = {task.name: read_task(plan, task, tokenizer) for task in plan.tasks}
     args = {task.name: _arguments(plan, task.training, root) for task in plan.tasks}
+    for name, task in tasks.items():
+        if task.train is not None:
+            check_judged(name, args[name], task.validation)
     config = _config(plan)
     model = _Classifiers(plan, tasks)
     basis = plan.basis or (_built(plan, root, progress) if journal is None else None)

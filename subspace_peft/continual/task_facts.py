@@ -12,7 +12,7 @@ from torch import nn
 
 from .._io.digest import file_sha256
 from ..errors import SubspaceError
-from .arguments import recorded
+from .arguments import check_judged, recorded
 from .data import Facts, check, check_head, check_labels, facts_of, names_of_labels
 from .journal import changes
 from .training import TaskData, Workshop, outputs_of
@@ -38,6 +38,8 @@ def facts_of_task(data: TaskData, labels: Sequence[str] | None, shop: Workshop, 
     if data.lora is None:
         check(data.train, name, "training")
     check(data.evaluation, name, "evaluation")
+    if data.train is not None and shop.train is None:
+        check_judged(name, data.args, data.validation)
     given = {"training": data.train, "evaluation": data.evaluation, "validation": data.validation}
     given = {what: each for what, each in given.items() if each is not None}
     found: dict[str, Facts] = {what: facts_of(each, name, what, shown=shown) for what, each in given.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ def absorb_task(
             )
         basis = read.modules.basis
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
+    if not any(core.any() for core in read.cores.values()) and not _alive(read.own):
+        # it changes nothing, such as where a classifier alone was trained: there is nothing to absorb
+        return old, migrate_task(replace(read, own={}), old, max_drift=max_drift)
     # a file's sha256 is what the basis remembers the task by
     source = task if isinstance(task, (str, Path)) and not hub else read
     new = update_basis(old, [source], progress=progress, token=token)
@@ -63,5 +67,9 @@ def absorb_task(
     if moved.config.coefficients == "core" and not moved.config.extra_rank and not moved.config.extra_rank_pattern:
         return new, moved
     # another kind, or own directions that are zero
-    alive = {name: pair for name, pair in read.own.items() if all(side.any() for side in pair)}
-    return new, migrate_task(replace(read, own=alive), new, max_drift=max_drift)
+    return new, migrate_task(replace(read, own=_alive(read.own)), new, max_drift=max_drift)
+
+
+def _alive(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the own directions that are not zero."""
+    return {name: pair for name, pair in own.items() if all(side.any() for side in pair)}

@@ -75,3 +75,16 @@ def test_a_lora_with_another_classifier(first_basis, tmp_path):
         pytest.raises(SubspaceError, match=r"'t'.*classifier.*torch.Size\(\[2, 32\]\)"),
     ):
         made.learn("t", None, rows(0, 1), lora=str(lora))
+
+
+def test_fractions_are_no_labels_of_a_classifier(first_basis, tmp_path):
+    with learner(tmp_path / "run", first_basis) as made, pytest.raises(SubspaceError, match=r"label 1\.5, and the"):
+        made.learn("t", rows(0.5, 1.5), rows(0, 1))
+    assert not made.status.unfinished
+
+
+def test_a_training_that_moves_nothing_leaves_nothing_to_absorb(first_basis, tmp_path):
+    with learner(tmp_path / "run", first_basis, train=lambda model, run: None) as made:
+        status = made.learn("t", rows(0, 1), rows(0, 1))
+        assert status.learned == ("t",) and len(status.versions) == 1
+        assert made.load("t").peft_config["default"].extra_rank == 0

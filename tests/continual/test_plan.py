@@ -139,6 +139,7 @@ def test_what_is_wrong_in_a_plan(tmp_path, path, value, said):
         ("tasks.1.data", {"train": "three-train.json", "test": "empty.json"}, r"empty\.json has no examples"),
         ("training.learning_rate", "fast", "training: learning_rate: 'fast': give a number"),
         ("training.max_steps", 2.5, "training: max_steps: 2.5: give a whole number"),
+        ("tasks.1.training", {"eval_strategy": "epoch"}, "Task 'three': .*`validation:`"),
         ("training.bf16", "perhaps", "training: bf16: 'perhaps': give true or false"),
         ("training.per_device_train_batch_size", 0, "training: per_device_train_batch_size: 0: give 1 or more"),
         ("tasks.0.training", {"num_train_epochs": "x"}, "training: num_train_epochs: 'x': give a number"),

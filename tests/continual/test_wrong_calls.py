@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
 from subspace_peft import ContinualOptions, SubspaceBasis, SubspaceConfig
 from subspace_peft.continual import learner as learners
+from subspace_peft.continual.arguments import recorded
 from subspace_peft.errors import DiskError, OccupiedError, SubspaceError
 from subspace_peft.tuner.base_weights import model_name
 
@@ -57,6 +58,20 @@ def test_a_call_that_is_wrong_changes_nothing(run, name, given, said):
         with pytest.raises(SubspaceError, match=said):
             made.learn(name, **given)
         assert contents(run) == before
+
+
+def test_a_training_that_is_judged_on_the_way_needs_data_to_judge_by(run):
+    judged = arguments(eval_strategy="epoch")
+    with again(run) as made:
+        with pytest.raises(SubspaceError, match=r"\(eval_strategy='epoch'\).*Give validation_dataset="):
+            made.learn("b", data(1), data(2), args=judged)
+        assert made.status.unfinished is None
+        assert made.learn("b", data(1), data(2), validation_dataset=data(3), args=judged).learned == ("a", "b")
+
+
+def test_what_seldom_decides_a_training_is_recorded_where_it_does():
+    assert "dataloader_drop_last" not in recorded(arguments())
+    assert recorded(arguments(dataloader_drop_last=True))["dataloader_drop_last"] is True
 
 
 def test_a_task_is_learned_once(run):
