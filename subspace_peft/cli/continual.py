@@ -66,7 +66,7 @@ def add_continual(add: Add) -> None:
 
 def _add_restart(verb: ArgumentParser) -> None:
     grouped(verb, RUNS).add_argument(
-        "--restart", action="store_true", help="begin the unfinished task again, with what the plan says now"
+        "--restart", action="store_true", help="begin the unfinished task again, as the plan has it now, or give it up"
     )
 
 

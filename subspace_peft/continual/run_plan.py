@@ -37,7 +37,8 @@ def run_plan(plan: Plan, folder: str | Path, *, restart: bool = False, progress:
     Args:
         plan: see `read_plan`.
         folder: the run's folder.
-        restart: begin a task again that was begun with other data or arguments and is not finished.
+        restart: begin a task again that was begun with other data or arguments and is not finished, or give it up
+            where the plan has it no more.
         progress: show bars.
 
     Returns:
