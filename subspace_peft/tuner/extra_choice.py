@@ -81,7 +81,7 @@ def choose_extra_ranks(
         Both fields, for ``SubspaceConfig(…, extra_rank=…, extra_rank_pattern=…)``.
 
     Raises:
-        SubspaceError: Neither budget nor share, or both; a budget that buys no direction in any module; there is no such
+        SubspaceError: Neither budget nor share, or both; a budget that buys no direction in any module; no such
             adapter, no batch, or a loss that is no finite number.
     """
     if (budget is None) == (share is None):
