@@ -63,6 +63,20 @@ def test_what_is_trained_under_checkpointing_is_saved(place, tmp_path, save_basi
         torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "task")), want)
 
 
+def test_patterns_mean_the_same_modules_with_and_without_wrappers(place, tmp_path):
+    query, value = "layer.0.attention.self.query", "_checkpoint_wrapped_module.attention.self.value"
+    patterns = {"rank_pattern": {query: 3, value: 5}, "extra_rank_pattern": {query: 2, value: 0}}
+    model = get_peft_model(checkpointed(), SubspaceConfig(basis=str(place / "basis"), extra_rank=1, **patterns))
+    want = logits(randomise(model))
+    given = [(layer.r["default"][0], layer.extra_rank["default"]) for layer in model.modules() if hasattr(layer, "r")]
+    assert given == [(3, 2), (5, 0), (8, 1), (5, 0)]
+    model.save_pretrained(tmp_path / "task")
+    for base in (bert(), checkpointed()):
+        torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path / "task")), want)
+    export_lora(tmp_path / "task", tmp_path / "lora")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(bert(), tmp_path / "lora")), want)
+
+
 def compiled() -> nn.Module:
     return torch.compile(bert(), backend="eager")
 

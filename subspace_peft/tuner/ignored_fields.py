@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
 from .._io.warn import warn_caller
 from ..basis import SubspaceBasis
 from ..basis.module_store import describe_k, names_of
 from .config import Default, SubspaceConfig
+from .patterns import pattern_for
 
 SEED = SubspaceConfig.seed
 
@@ -39,8 +38,7 @@ def _sizes(config: SubspaceConfig, basis: SubspaceBasis, names: Mapping[str, str
     sides = {name: (shapes[key]["k_out"], shapes[key]["k_in"]) for name, key in names.items()}
     by_pattern: dict[str | None, list[str]] = {}
     for name in names:
-        key = get_pattern_key(config.rank_pattern, name)
-        by_pattern.setdefault(key if key in config.rank_pattern else None, []).append(name)
+        by_pattern.setdefault(pattern_for(config.rank_pattern, name), []).append(name)
     for pattern, modules in by_pattern.items():
         k = config.k if pattern is None else config.rank_pattern[pattern]
         asked = config.sizes.asked(modules[0])
@@ -77,7 +75,7 @@ def _own(config: SubspaceConfig, shapes: Mapping[str, Mapping[str, int]], names:
             f"extra_rank={asked[cut[0]]}: {names_of(cut, 3)} {'has' if len(cut) == 1 else 'have'} no more than"
             f" {max(most[name] for name in cut)} dimensions on one side, which is used"
         )
-    reached = {get_pattern_key(config.extra_rank_pattern, name) for name in names}
+    reached = {pattern_for(config.extra_rank_pattern, name) for name in names}
     if unused := [pattern for pattern in config.extra_rank_pattern if pattern not in reached]:
         said.append(f"extra_rank_pattern: no adapted module is called {names_of(unused, 3)}, which has no effect")
     if config.extra_rank and names and not any(rank == config.extra_rank for rank in asked.values()):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
+
+from ..basis.module_names import plain_patterns, unwrapped_name
 
 Value = TypeVar("Value")
 
@@ -29,3 +32,24 @@ def exact_pattern(values: Mapping[str, Value], default: Value | None = None) -> 
 
 def _pattern(name: str) -> str:
     return name if re.fullmatch(r"[\w.]+", name) else re.escape(name)
+
+
+def pattern_for(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first of some patterns that names a module, as in PEFT, or None.
+
+    Names of wrappers count in neither: a task is saved without them, and means the same modules then.
+
+    Args:
+        patterns: ends of names, or regular expressions for them.
+        name: the module.
+    """
+    if not patterns:
+        return None
+    plain = unwrapped_name(name)
+    # a name that is no expression for itself names its module all the same
+    return next((each for each in patterns if each in (name, plain) or _compiled(each).fullmatch(plain)), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("|".join(rf"(?:.*\.)?(?:{each})" for each in plain_patterns(pattern)))

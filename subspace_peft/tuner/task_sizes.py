@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.utils.other import get_pattern_key
-
 from ..basis import ModuleBasis
 from .coefficients import OWN, default_scale, make_coefficients
 from .own_directions import OwnUnits, own_fields, own_units
+from .patterns import pattern_for
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,8 @@ class TaskSizes:
 
     def extra_asked(self, name: str) -> int:
         """Return how many directions of its own the configuration asks for in the module `name`."""
-        if not self.extra_rank_pattern:
-            return self.extra_rank
-        return self.extra_rank_pattern.get(get_pattern_key(self.extra_rank_pattern.keys(), name), self.extra_rank)
+        key = pattern_for(self.extra_rank_pattern, name)
+        return self.extra_rank if key is None else self.extra_rank_pattern[key]
 
     def fields_of_own(self, ranks: Mapping[str, int]) -> dict[str, Any]:
         """Return what a configuration has to say instead, for every module to have so many directions of its own.
@@ -76,7 +74,8 @@ class TaskSizes:
 
     def k_of(self, name: str) -> int | Sequence[int] | None:
         """Return the k, or (k_out, k_in), asked for in the module `name`, or None for all that the basis has."""
-        return self.rank_pattern.get(get_pattern_key(self.rank_pattern.keys(), name), self.k)
+        key = pattern_for(self.rank_pattern, name)
+        return self.k if key is None else self.rank_pattern[key]
 
     def asked(self, name: str) -> tuple[int, int] | None:
         """Return the (k_out, k_in) asked for in the module `name`, or None for all that the basis has."""
