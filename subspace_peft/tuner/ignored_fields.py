@@ -72,8 +72,8 @@ def _own(config: SubspaceConfig, shapes: Mapping[str, Mapping[str, int]], names:
     most = {name: sizes.extra_of(name, shapes[key]) for name, key in names.items()}
     if cut := [name for name, rank in asked.items() if rank > most[name]]:
         said.append(
-            f"extra_rank={asked[cut[0]]}: {names_of(cut, 3)} {'has' if len(cut) == 1 else 'have'} no more than"
-            f" {max(most[name] for name in cut)} dimensions on one side, which is used"
+            f"extra_rank={asked[cut[0]]}: {names_of(cut, 3)} has no more than {most[cut[0]]} dimensions on one side,"
+            " which is used"
         )
     reached = {pattern_for(config.extra_rank_pattern, name) for name in names}
     if unused := [pattern for pattern in config.extra_rank_pattern if pattern not in reached]:
