@@ -104,20 +104,23 @@ def test_only_what_needs_a_gradient_gets_one():
     assert terms.u.grad is not None and terms.v.grad is None
 
 
-def test_k_wide_activations_are_all_that_is_kept():
-    x, W, b, terms = operands(torch.float32, True, (50,))
+@pytest.mark.parametrize("own", [0, 2])
+def test_k_wide_activations_are_all_that_is_kept(own):
+    x, W, b, terms = operands(torch.float32, True, (50,), own)
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         linear_with_update(x, W, b, terms)
-    own = {tensor.data_ptr() for tensor in (W, terms.V, terms.C, terms.U)}
-    assert [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in own] == [(50, 3)]
+    # of the basis no copy, beside own directions neither; their gradient needs the input as it is
+    known = {tensor.data_ptr() for tensor in (W, terms.V, terms.U, *terms.trained, *([x] if own else []))}
+    assert [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in known] == [(50, 3 + own)]
 
 
 @pytest.mark.parametrize("coefficients", ["core", "factor", "diagonal", "directions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("extra_rank", [0, 2])
 def test_a_training_step_is_that_of_the_plain_layers(coefficients, dtype, extra_rank, path, monkeypatch):
-    model = adapted(dtype=dtype, coefficients=coefficients, extra_rank=extra_rank)
+    # at the usual alpha the own part of such narrow layers is hundreds of times as large, and bfloat16 rounds it
+    model = adapted(dtype=dtype, coefficients=coefficients, extra_rank=extra_rank, alpha=16.0)
     x = torch.randn(4, 6, dtype=dtype)
 
     def step() -> dict[str, torch.Tensor]:

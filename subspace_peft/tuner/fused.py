@@ -111,21 +111,22 @@ class _LinearWithUpdate(torch.autograd.Function):
         return grad_x, None, None, *trained, None
 
 
-def _add(result: torch.Tensor, x: torch.Tensor, terms: Terms) -> tuple[torch.Tensor, ...]:
-    """Add the update to `result` in place; return ``x [V; v]ᵀ`` (rows, k_in + φ) and the two sides."""
-    inner, outer = terms.inner, terms.outer
-    h = x.reshape(-1, x.shape[-1]) @ inner.T
+def _add(result: torch.Tensor, x: torch.Tensor, terms: Terms) -> torch.Tensor:
+    """Add the update to `result` in place; return ``x [V; v]ᵀ`` (rows, k_in + φ)."""
+    h = x.reshape(-1, x.shape[-1]) @ terms.inner.T
     if terms.v is None:
-        add_out(result, h @ terms.C.T, outer, terms.scale)
+        add_out(result, h @ terms.C.T, terms.U, terms.scale)
     else:
-        add_out(result, terms.through(h), outer, 1.0)
-    return h, inner, outer
+        add_out(result, terms.through(h), terms.outer, 1.0)
+    return h
 
 
-def _keep(ctx: Any, x: torch.Tensor, terms: Terms, made: tuple[torch.Tensor, ...], *more: torch.Tensor) -> None:
-    # only v's gradient needs x itself
-    ctx.save_for_backward(*made, terms.C, *(() if terms.v is None else (x,)), *more)
-    ctx.scale, ctx.own, ctx.shape, ctx.extra = terms.scale, terms.own, x.shape, terms.v is not None
+def _keep(ctx: Any, x: torch.Tensor, terms: Terms, h: torch.Tensor, W: torch.Tensor | None = None) -> None:
+    # the sides as they are, of which the basis's are the shared ones: side by side they would be copies, by layer.
+    # Only v's gradient needs x itself.
+    own = (None, None, None) if terms.v is None else (terms.u, terms.v, x)
+    ctx.save_for_backward(h, terms.U, terms.C, terms.V, *own, W)
+    ctx.scale, ctx.own, ctx.shape = terms.scale, terms.own, x.shape
 
 
 def _gradients(
@@ -139,23 +140,23 @@ def _gradients(
         flat: (rows, out), the gradient of the output.
         first: the place of C among the arguments.
     """
-    h, inner, outer, C, *rest = saved
+    h, U, C, V, u, v, x, _ = saved
+    terms = Terms(U, C, V, ctx.scale, u, v, ctx.own)
     k_out, k_in = C.shape
-    grad_z = flat @ outer
-    grad_core = (grad_z[:, :k_out] if ctx.extra else grad_z).mul_(ctx.scale)
+    grad_z = flat @ terms.outer
+    grad_core = (grad_z if v is None else grad_z[:, :k_out]).mul_(ctx.scale)
     grad_C = grad_u = grad_v = None
     if ctx.needs_input_grad[first]:
         # a quantised layer gives float32 under autocast, where h came in its dtype
         grad_C = grad_core.T @ h[:, :k_in].to(grad_z.dtype)
-    if not ctx.extra:
-        return grad_core @ C, inner, [grad_C, grad_u, grad_v]
+    if v is None:
+        return grad_core @ C, terms.inner, [grad_C, grad_u, grad_v]
     grad_own = grad_z[:, k_out:].mul_(ctx.own)
     if ctx.needs_input_grad[first + 1]:
         grad_u = (flat.T @ h[:, k_in:].to(flat.dtype)).mul_(ctx.own)
     if ctx.needs_input_grad[first + 2]:
-        x = rest[0]
         grad_v = grad_own.T @ x.reshape(-1, x.shape[-1]).to(grad_z.dtype)
-    return torch.cat([grad_core @ C, grad_own], 1), inner, [grad_C, grad_u, grad_v]
+    return torch.cat([grad_core @ C, grad_own], 1), terms.inner, [grad_C, grad_u, grad_v]
 
 
 def linear_with_update(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None, terms: Terms) -> torch.Tensor:
