@@ -21,6 +21,7 @@ from .._version import __version__
 from ..basis.newer import upgrade_hint
 from ..errors import BadFileError, SubspaceError
 from .journal_checks import check_state
+from .options import ContinualOptions
 
 JOURNAL_FILE = "continual.json"
 FORMAT = 1
@@ -62,7 +63,10 @@ class Journal:
             check_state(state, PHASES)
         except (OSError, ValueError) as error:
             raise BadFileError(f"{file}: it is no journal of a run ({error}).{hint}") from error
-        return cls(folder, state)
+        # an option that a later version brought is at its default, whichever version began the run
+        settings = state["settings"]
+        settings = {**settings, "options": {**ContinualOptions().record(), **settings["options"]}}
+        return cls(folder, {**state, "settings": settings})
 
     @classmethod
     def create(cls, folder: Path, settings: Mapping[str, Any], version: Mapping[str, Any]) -> Journal:

@@ -8,7 +8,6 @@ from typing import Any
 
 from .options import ContinualOptions
 
-OPTIONS = ("lora_rank", "forward", "max_k", "refit_every", "push_basis_to", "keep")  # those that a status is told by
 FACTS = ("data", "labels", "lora", "training")  # what a call for a task is held against
 
 
@@ -24,8 +23,6 @@ def check_state(state: Mapping[str, Any], phases: tuple[str, ...]) -> None:
     """
     settings = _mapping("settings", state.get("settings"))
     options = _mapping("settings.options", settings.get("options"))
-    for name in OPTIONS:
-        _need(name in options, f"settings.options.{name}", "missing")
     ContinualOptions.of(options)  # a SubspaceError is a ValueError
     versions, tasks = state.get("versions"), state.get("tasks")
     _need(isinstance(versions, list) and versions, "versions", versions)

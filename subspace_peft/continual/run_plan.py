@@ -13,8 +13,11 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from .._io.progress import begin
+from .._io.warn import warn_caller
+from ..basis.module_store import names_of
 from ..errors import BadFileError, HubUnavailableError, SubspaceError
 from ..hub_requests import ask
 from ..tuner import SubspaceConfig
@@ -157,18 +160,36 @@ class _Classifiers:
             seed = int(self.plan.options.get("seed", 0))
             # its head is new, also where the base model has one for other labels, and the same in every process
             with own_randomness(seed_of(seed, "classifier", str(len(labels)))):
-                load = AutoModelForSequenceClassification.from_pretrained
-                made = _load(
-                    self.plan,
-                    "classifier",
-                    lambda: load(self.plan.base_model, num_labels=len(labels), ignore_mismatched_sizes=True),
-                )
+                made = _load(self.plan, "classifier", lambda: _under_new_head(self.plan, len(labels)))
             self.made[len(labels)] = made
         model = twin(self.made[len(labels)])
         model.config = copy.deepcopy(model.config)
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
         return model
+
+
+def _under_new_head(plan: Plan, count: int) -> nn.Module:
+    """Return the base model as a classifier of `count` labels; warn of what it lacks below its head."""
+    said = transformers_logging.get_verbosity()
+    # it reports a head of another size or task, which is meant to be new
+    transformers_logging.set_verbosity_error()
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            plan.base_model, num_labels=count, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    finally:
+        transformers_logging.set_verbosity(said)
+    own = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    inner = f"{model.base_model_prefix}."
+    # the pooler belongs to the head: models that were trained without one have none
+    lacking = sorted(key for key in own if key.startswith(inner) and ".pooler." not in f".{key}")
+    if lacking:
+        warn_caller(
+            f"{plan.place}: base_model: {plan.base_model} lacks {names_of(lacking, 3)} of a"
+            f" {type(model).__name__}, which begin at random. Name a model whose encoder is whole."
+        )
+    return model
 
 
 def _load(plan: Plan, what: str, load: Any) -> Any:

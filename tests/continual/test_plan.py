@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from subspace_peft.cli import main
 from subspace_peft.continual.plan import TaskPlan, read_kept_plan, read_plan
+from subspace_peft.continual.run_plan import _under_new_head
 from subspace_peft.continual.text_tasks import read_task
 from subspace_peft.errors import BadFileError, SubspaceError
 
@@ -237,6 +242,30 @@ def test_what_a_run_does_not_take_from_a_plan_that_changed(run, texts, capsys):
     relabelled = {**TWO, "labels": ["good", "bad"]}
     assert "was learned with the labels ['bad', 'good'], and now has" in said(changed(PLAN, "tasks", [relabelled]))
     assert "was learned already, from other data (training)" in said(changed(PLAN, "tasks", [{**TWO, "limit": 5}]))
+
+
+def test_a_head_of_its_own_is_no_news_and_a_lacking_encoder_is(texts, monkeypatch):
+    heard = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [logging.StreamHandler(heard)])
+    one = changed(changed(PLAN, "tasks", [THREE]), "options.probe", "never")
+    assert main(["continual", "run", str(written(texts, one)), "--out", str(texts / "quiet"), "-q"]) == 0
+    assert "MISMATCH" not in heard.getvalue()
+    lacking, gone = texts / "lacking", "bert.encoder.layer.0.output.dense.weight"
+    shutil.copytree(texts / "base", lacking)
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors[gone]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    plan = read_plan(written(texts, changed(one, "base_model", "lacking")))
+    with pytest.warns(UserWarning, match=f"base_model: .*lacking lacks {gone} of a BertForSequenceClassification"):
+        _under_new_head(plan, 2)
+
+
+def test_a_run_of_a_version_without_an_option_goes_on(run, texts):
+    journal = run / "continual.json"
+    state = json.loads(journal.read_text())
+    del state["settings"]["options"]["forward"]
+    journal.write_text(json.dumps(state))
+    assert main(["continual", "run", str(texts / "plan.yaml"), "--out", str(run), "-q"]) == 0
 
 
 def test_a_diverged_training_is_begun_again_with_another_rate(run, texts, capsys):
