@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,8 @@ from torch import nn
 from subspace_peft import SubspaceBasis, build_basis, compress_fleet, export_lora, load_task, open_bundle, project_lora
 from subspace_peft.bundle.compress import enough, shares
 from subspace_peft.cli import main
-from subspace_peft.convert.residual import residual_of
+from subspace_peft.convert.residual import fits_of
 from subspace_peft.errors import SubspaceError
-from subspace_peft.sources import open_source
 
 from .bundle.conftest import logits
 from .models import bert, gpt2, train_lora
@@ -62,32 +62,28 @@ def fleet(tmp_path_factory, fleets):
 def test_energies_add_up_against_the_dense_update(make, rank, fleet):
     basis, folders = fleet[make]
     for folder in folders[:3]:
-        projection = project_lora(folder, basis)
+        alone = project_lora(folder, basis)
+        projection = alone.with_fits(fits_of(alone, dict.fromkeys(alone.places, rank)))
         dense = deltas(make, folder)
-        found = {
-            key: residual_of(
-                basis[str(basis.find(key))], projection.source.factors(key), projection.cores[str(basis.find(key))]
-            )
-            for key in projection.source.keys
-        }
-        total, modules = shares(projection, found, rank)
+        total, modules = shares(projection)
         assert modules.keys() == dense.keys() and len(dense) in (2, 4)
         for name, delta in dense.items():
-            module = basis[str(basis.find(name))]
-            projected = module.U.double() @ (module.U.double().T @ delta @ module.V.double().T) @ module.V.double()
+            place = str(basis.find(name))
+            module = basis[place]
+            projected = module.reconstruct(module.U.double().T @ delta @ module.V.double().T)
             S, energy = torch.linalg.svdvals(delta - projected), float(delta.square().sum())
-            share = modules[name]
+            share, now = modules[name], module.reconstruct(projection.cores[place])
+            if rank:
+                B, A = projection.own[place]
+                now = now + B @ A
             assert share.kept == pytest.approx(float(projected.square().sum()) / energy, abs=1e-5)
-            assert share.residual == pytest.approx(float(S[:rank].square().sum()) / energy, abs=1e-5)
-            assert share.lost == pytest.approx(float(S[rank:].square().sum()) / energy, abs=1e-5)
-            assert share.kept + share.residual + share.lost == pytest.approx(1, abs=1e-5)
-            B, A = found[name].factors(rank)
-            assert float((delta - projected - B @ A).square().sum()) == pytest.approx(
-                share.lost * energy, abs=1e-4 * energy
-            )
-            assert B.shape[1] == A.shape[0] <= rank
-        assert total.kept + total.residual + total.lost == pytest.approx(1, abs=1e-5)
-        assert total.kept == pytest.approx(projection.energy_kept, abs=1e-6)
+            assert share.lost == pytest.approx(float((delta - now).square().sum()) / energy, abs=1e-5)
+            assert share.kept + share.residual + share.lost == pytest.approx(1, abs=1e-12)
+            # at least as good as the best residual beside the projection; without one it is the projection
+            best = float(S[rank:].square().sum()) / energy
+            assert share.lost <= best + 1e-5 and (rank or share.lost == pytest.approx(best, abs=1e-5))
+        assert total.kept + total.residual + total.lost == pytest.approx(1, abs=1e-12)
+        assert total.kept == pytest.approx(alone.energy_kept, abs=1e-12)
 
 
 @pytest.mark.parametrize("make", [Small, bert, gpt2])
@@ -127,21 +123,22 @@ def test_what_is_loaded_is_projection_plus_residual(make, fleet, tmp_path):
     for name, delta in deltas(make, tmp_path / "cut").items():
         S = torch.linalg.svdvals(written[name])
         assert float((written[name] - delta).norm()) == pytest.approx(float(S[2:].norm()), rel=1e-3, abs=1e-5)
-    # without it, the projection alone
-    projection = project_lora(folders[2], basis)
-    projection.save_pretrained(tmp_path / "projected")
-    projected = run(PeftModel.from_pretrained(make(), tmp_path / "projected"))
+    # without it, the core alone, which is not the projection
+    projection = project_lora(folders[2], basis, extra_rank=part.residual_rank)
+    bare = replace(projection, own={}, energy_both={})
+    bare.save_pretrained(tmp_path / "bare")
+    core = run(PeftModel.from_pretrained(make(), tmp_path / "bare"))
     alone = load_task(make(), bundle, part.name, own_directions=False)
     assert alone.peft_config[part.name].peft_type == "SUBSPACE" and alone.peft_config[part.name].extra_rank == 0
-    torch.testing.assert_close(run(alone), projected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(alone), core, atol=1e-5, rtol=1e-4)
     with pytest.warns(FutureWarning, match=r"as_lora=False leaves own directions .* Say own_directions=False"):
         alone = load_task(make(), bundle, part.name, as_lora=False)
-    torch.testing.assert_close(run(alone), projected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(alone), core, atol=1e-5, rtol=1e-4)
     alone = load_task(make(), bundle, part.name, as_lora=True, own_directions=False)
     assert alone.peft_config[part.name].peft_type == "LORA"
-    torch.testing.assert_close(run(alone), projected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(run(alone), core, atol=1e-5, rtol=1e-4)
     # with directions of its own it is a task like others: the projection with as many
-    project_lora(folders[2], basis, extra_rank=part.residual_rank).save_pretrained(tmp_path / "own")
+    projection.save_pretrained(tmp_path / "own")
     torch.testing.assert_close(
         run(load_task(make(), bundle, part.name)),
         run(PeftModel.from_pretrained(make(), tmp_path / "own")),
@@ -160,14 +157,13 @@ def test_the_smallest_rank_that_suffices_is_kept_and_good_adapters_need_none(fle
     for each, folder in zip(report.adapters, folders, strict=True):
         assert each.refused is None and enough(each.total, 0.6)
         if each.residual_rank:
-            source, projection = open_source(folder), project_lora(folder, basis)
-            found = {
-                key: residual_of(
-                    basis[str(basis.find(key))], source.factors(key), projection.cores[str(basis.find(key))]
-                )
-                for key in source.keys
-            }
-            assert not enough(shares(projection, found, each.residual_rank - 1)[0], 0.6)
+            fewer = project_lora(folder, basis, extra_rank=each.residual_rank - 1)
+            assert not enough(shares(fewer)[0], 0.6)
+            now = project_lora(folder, basis, extra_rank=each.residual_rank)
+            assert each.total.kept == pytest.approx(now.energy_kept, abs=1e-9)
+            assert each.total.kept + each.total.residual == pytest.approx(now.energy_with_own, abs=1e-9)
+            entry = open_bundle(tmp_path / "out").entry(each.name)
+            assert (entry["energy_kept"], entry["energy_residual"]) == (each.total.kept, each.total.residual)
 
 
 def test_the_storage_table_counts_files(fleet, tmp_path):

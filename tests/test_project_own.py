@@ -7,14 +7,15 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from subspace_peft import build_basis, project_lora
+from subspace_peft import SubspaceConfig, build_basis, export_lora, project_lora
 from subspace_peft.cli import main
 from subspace_peft.convert.residual import spread
 from subspace_peft.errors import SubspaceError
+from subspace_peft.sources import open_source
 from subspace_peft.tasks.read import read_task
 from subspace_peft.tuner.own_directions import own_fields
 from subspace_peft.tuner.task_sizes import TaskSizes
@@ -46,44 +47,73 @@ def run(make, model) -> torch.Tensor:
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 @pytest.mark.parametrize("make", MAKERS)
-def test_the_task_is_the_best_approximation_that_so_many_directions_give(make, rank, fleet, tmp_path):
+def test_the_task_is_at_least_what_directions_beside_the_projection_give(make, rank, fleet, tmp_path):
     basis, folder = fleet[make]
     projection, alone = project_lora(folder, basis, extra_rank=rank), project_lora(folder, basis)
     projection.save_pretrained(tmp_path / "task")
     task, dense = read_task(tmp_path / "task"), deltas(make, folder)
-    lost = total = 0.0
+    lost = total = beside = 0.0
     assert task.cores.keys() == dense.keys()
     for name, delta in dense.items():
         place = str(basis.find(name))
         projected = basis[place].reconstruct(alone.cores[place])
-        S = torch.linalg.svdvals(delta - projected)
+        S, energy = torch.linalg.svdvals(delta - projected), float(delta.square().sum())
         B, A = task.own[name]
         assert B.shape[1] == len(A) == min(rank, *delta.shape)
-        now = task.modules[name].reconstruct(task.cores[name]) + B @ A
-        assert float((delta - now).square().sum()) == pytest.approx(
-            float(S[rank:].square().sum()), abs=1e-5 * float(delta.square().sum())
-        )
-        assert projection.energy_own[place] == pytest.approx(
-            float(S[:rank].square().sum() / delta.square().sum()), abs=1e-5
-        )
-        lost, total = lost + float((delta - now).square().sum()), total + float(delta.square().sum())
+        # each is the best for the other: nothing that the core could hold is left
+        rest = delta - task.modules[name].reconstruct(task.cores[name]) - B @ A
+        left = float(rest.square().sum())
+        assert left <= float(S[rank:].square().sum()) + 1e-6 * energy
+        assert projection.energy_own[place] == pytest.approx(1 - left / energy - alone.energy[place], abs=1e-5)
+        assert projection.energy[place] == alone.energy[place]
+        assert float(basis[place].project(rest).square().sum()) <= 2e-3 * energy
+        lost, total, beside = lost + left, total + energy, beside + float(S[rank:].square().sum())
     assert projection.energy_with_own == pytest.approx(1 - lost / total, abs=1e-5)
+    assert lost < beside
     assert projection.energy_kept == alone.energy_kept == alone.energy_with_own < projection.energy_with_own
-    assert projection.relative_error < alone.relative_error
+    assert projection.relative_error == pytest.approx((lost / total) ** 0.5, abs=2e-3)
     assert alone.own_directions == dict.fromkeys(basis, 0) and alone.own_parameters == 0
+    assert set(alone.energy_own.values()) == {0.0}
+    facts = projection.to_dict()
+    assert facts["energy_kept"] == alone.energy_kept and facts["modules"] == alone.energy
+    assert facts["energy_with_own"] == projection.energy_with_own
 
 
+@pytest.mark.parametrize("more", [0, 9])
 @pytest.mark.parametrize("make", MAKERS)
-def test_with_enough_directions_the_task_is_the_lora(make, fleet, tmp_path):
+def test_with_as_many_directions_as_its_rank_the_task_is_the_lora(make, more, fleet, tmp_path):
     basis, folder = fleet[make]
-    # 6 at most: twice the LoRA's rank in a basis that it shares nothing with
-    projection = project_lora(folder, basis, extra_rank=12)
-    assert projection.energy_with_own == pytest.approx(1, abs=1e-6) and projection.verdict == "faithful"
+    rank = max(open_source(folder).factors(name).rank for name in open_source(folder).keys)
+    projection = project_lora(folder, basis, extra_rank=rank + more)
+    assert projection.energy_with_own == pytest.approx(1, abs=1e-9) and projection.verdict == "faithful"
+    assert project_lora(folder, basis, extra_rank=rank - 1).energy_with_own < 1 - 1e-5
     projection.save_pretrained(tmp_path / "task")
+    task = read_task(tmp_path / "task")
+    for name, delta in deltas(make, folder).items():
+        B, A = task.own[name]
+        now = task.modules[name].reconstruct(task.cores[name]) + B @ A
+        assert float((delta - now).norm()) <= 1e-6 * float(delta.norm())
     expected = run(make, PeftModel.from_pretrained(make(), folder))
     loaded = PeftModel.from_pretrained(make(), tmp_path / "task")
     torch.testing.assert_close(run(make, loaded), expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(run(make, make()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_task_on_its_own_basis_with_as_many_is_itself(rank, fleet, tmp_path):
+    basis, _ = fleet[bert]
+    config = SubspaceConfig(basis=str(basis.location), extra_rank=rank, task_type="SEQ_CLS")
+    model = get_peft_model(bert(), config)
+    draw = torch.Generator().manual_seed(rank)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".subspace_coef." in name and parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * (1 if ".weight" in name else 0.3))
+    model.save_pretrained(tmp_path / "task")
+    export_lora(tmp_path / "task", tmp_path / "lora")
+    found = project_lora(tmp_path / "lora", basis, extra_rank=rank)
+    assert found.energy_kept < 0.999 and found.energy_with_own >= 1 - 1e-6
+    assert project_lora(tmp_path / "lora", basis, extra_rank=rank - 1).energy_with_own < 0.999
 
 
 def test_it_is_trained_further(fleet, tmp_path):

@@ -70,9 +70,11 @@ def test_a_residual_of_as_many_makes_every_adapter_faithful(tmp_path: Any) -> No
     rank = found.numbers["extra_rank"]
     assert rank >= 1 and found.numbers["bytes_per_direction"] == 4 * 2 * (120 + 90)
     made = compress_fleet(folders, basis, tmp_path / "bundle", residual=rank, min_energy=FAITHFUL, progress=False)
-    assert len(made.adapters) == 5 and max(each.residual_rank for each in made.adapters) == rank
+    # fitted together with the cores fewer may do
+    used = max(each.residual_rank for each in made.adapters)
+    assert len(made.adapters) == 5 and 1 < used <= rank
     with pytest.raises(SubspaceError, match="cannot be compressed"):
-        compress_fleet(folders, basis, tmp_path / "less", residual=rank - 1, min_energy=FAITHFUL, progress=False)
+        compress_fleet(folders, basis, tmp_path / "less", residual=used - 1, min_energy=FAITHFUL, progress=False)
     assert any(entry["extra_rank"] == rank for entry in found.sources)
     shown = page(found)
     assert f'data-label="own directions">{rank}</td>' in shown

@@ -19,7 +19,7 @@ from ..basis import SubspaceBasis
 from ..basis.overwriting import Planned, check_target
 from ..convert.project import project_lora
 from ..convert.projection import Projection
-from ..convert.residual import Residual, residual_in
+from ..convert.residual import fits_of, residual_in
 from ..energy import percent
 from ..errors import BadFileError, HubUnavailableError, SourceError, SubspaceError
 from ..hub_requests import patient
@@ -52,11 +52,15 @@ def compress_fleet(
 ) -> CompressionReport:
     """Project existing LoRAs on a basis and pack them into one bundle.
 
-    An adapter of which the basis keeps less than `min_energy` gets a residual, the best low-rank approximation of the
-    missing part. Its rank is the smallest one, up to `residual` and the same in all modules, that reaches
-    `min_energy`; where none does, the adapter is refused. Loaded again (`load_task`, `extract_task`), such a task has
-    the residual in directions of its own, `extra_rank`: it is a subspace adapter, trainable further, and exactly
-    projection and residual together; ``as_lora=True`` gives a stock LoRA of the same.
+    An adapter of which the basis keeps less than `min_energy` gets a residual of low rank, fitted together with its
+    core as `project_lora` does it. Its rank is the smallest one, up to `residual` and the same in all modules, that
+    reaches `min_energy`; where none does, the adapter is refused. The search for it begins at an estimate from above,
+    by the singular values of what the projection leaves. Shares in the report and in the bundle's index are of the
+    fit: `kept` is what the basis alone keeps, `residual` what core and residual together hold beyond that.
+
+    Loaded again (`load_task`, `extract_task`), such a task has the residual in directions of its own, `extra_rank`: it
+    is a subspace adapter, trainable further, and exactly core and residual together; ``as_lora=True`` gives a stock
+    LoRA of the same. Without the residual (``own_directions=False``) its core is less than the projection.
 
     Args:
         loras: One or several, as `build_basis` takes its sources: folders, files, Hub ids, patterns (``loras/*``),
@@ -162,14 +166,11 @@ def _one(
             converted_from=source.converted,
             lost_in_conversion=source.lost,
         )
-        residuals: dict[str, Residual] = {}
-        rank, (total, modules) = 0, shares(projection, {}, 0)
+        total, modules = shares(projection)
+        rank = 0
         if most and not enough(total, min_energy):
-            residuals = _residuals(projection)
-            for rank in range(1, min(most, max(len(each.S) for each in residuals.values())) + 1):
-                total, modules = shares(projection, residuals, rank)
-                if enough(total, min_energy):
-                    break
+            rank, projection = _with_residual(projection, min_energy, most)
+            total, modules = shares(projection)
         what = replace(what, total=total, modules=modules, residual_rank=rank)
         if not enough(total, min_energy):
             with_it = f" and {percent(total.residual)} in a residual of rank {rank}" if rank else ""
@@ -187,12 +188,8 @@ def _one(
             )
         packed = []
         for task, of in zip(named_tasks([projection]), list(projection.parts.values()) or [projection], strict=True):
-            own = {source.split(key)[1]: residuals[key].factors(rank) for key in of.source.keys if rank}
-            share = shares(of, residuals, rank)[0]
-            ranks = {name: own[name][0].shape[1] if rank else 0 for name in task.task.cores}
-            config = replace(task.task.config, **task.task.config.sizes.fields_of_own(ranks))
-            named_task = replace(task, task=replace(task.task, own=own, config=config))
-            packed.append(pack(named_task, dtype, energy_kept=share.kept, energy_residual=share.residual))
+            share = shares(of)[0]
+            packed.append(pack(task, dtype, energy_kept=share.kept, energy_residual=share.residual))
         parts = [each.name for each in packed] if len(packed) > 1 else []
         return replace(what, parts=parts, bytes_after=sum(each.entry["bytes"] for each in packed)), packed
     except HubUnavailableError:
@@ -202,41 +199,64 @@ def _one(
         return CompressedAdapter(name, named, refused=str(error)), []
 
 
-def _residuals(projection: Projection) -> dict[str, Residual]:
-    return {name: residual_in(projection, name) for name in projection.places}
+def _with_residual(projection: Projection, min_energy: float, most: int) -> tuple[int, Projection]:
+    """Return the smallest rank that holds enough, or the highest allowed, and the projection with a residual of it."""
+    sources = {name: projection.source.factors(name) for name in projection.places}
+    # more than the LoRA's rank has nothing to hold
+    highest = max(1, min(most, max(each.rank for each in sources.values())))
+
+    def fitted(rank: int) -> Projection:
+        ranks = {name: min(rank, each.rank, *each.shape) for name, each in sources.items()}
+        return projection.with_fits(fits_of(projection, ranks))
+
+    rank = min(highest, _estimate(projection, min_energy))
+    found = fitted(rank)
+    while rank < highest and not enough(shares(found)[0], min_energy):
+        rank += 1
+        found = fitted(rank)
+    while rank > 1 and enough(shares(fewer := fitted(rank - 1))[0], min_energy):
+        rank, found = rank - 1, fewer
+    return rank, found
+
+
+def _estimate(projection: Projection, min_energy: float) -> int:
+    """Return the rank at which the projection and the leading part of what it leaves hold enough."""
+    lost = [residual_in(projection, name).S.square() for name in projection.places]
+    total = sum(projection.source.norm(name) ** 2 for name in projection.places)
+    for rank in range(1, longest := max(map(len, lost))):
+        held = projection.energy_kept + sum(float(each[:rank].sum()) for each in lost) / total
+        if held >= min_energy:
+            return rank
+    return longest
 
 
 def enough(share: Share, min_energy: float) -> bool:
     """Return whether basis and residual hold that share of the energy.
 
-    With a residual of full rank nothing is lost, but the shares sum to 1 only as far as the stored basis is
+    With a residual of full rank nothing is lost, but what the basis keeps is known only as far as the stored one is
     orthonormal, which is to float32's precision: hence the tolerance.
     """
     return share.kept + share.residual >= min_energy - 1e-6
 
 
-def shares(projection: Projection, residuals: dict[str, Residual], rank: int) -> tuple[Share, dict[str, Share]]:
-    """Compute the shares of the whole adapter's energy, and of every module's.
-
-    Each share is computed by itself, so that their sum checks the algebra.
+def shares(projection: Projection) -> tuple[Share, dict[str, Share]]:
+    """Return the shares of the whole adapter's energy, and of every module's.
 
     Args:
-        projection: The projected LoRA.
-        residuals: Module of the LoRA → residual; empty for none.
-        rank: Rank at which the residuals are cut off.
+        projection: The projected LoRA; its own directions are the residual.
     """
+    energies, added = projection.energy, projection.energy_own
     modules, sums = {}, [0.0, 0.0, 0.0, 0.0]
     for key, place in projection.places.items():
-        name, core = projection.source.aliases.get(key, key), projection.cores[place]
         total = projection.source.norm(key) ** 2
-        # stored bases are orthonormal to float32's precision, so a core may seem to hold a little more than there is
-        kept = min(total, float(core.square().sum()))
-        residual = residuals[key].energy(rank) if key in residuals else 0.0
-        lost = residuals[key].lost(rank) if key in residuals else total - kept
-        # a module whose update is zero is kept whole
-        modules[name] = Share(kept / total, residual / total, lost / total) if total else Share(1.0, 0.0, 0.0)
-        sums = [old + new for old, new in zip(sums, (kept, residual, lost, total), strict=True)]
-    return Share(*(each / sums[3] for each in sums[:3])), modules
+        kept, residual = energies[place], added[place]
+        share = Share(kept, residual, 1 - kept - residual)
+        modules[projection.source.aliases.get(key, key)] = share
+        sums = [
+            old + total * new for old, new in zip(sums, (share.kept, share.residual, share.lost, 1.0), strict=True)
+        ]
+    # an update that is zero is kept whole
+    return Share(*(each / sums[3] for each in sums[:3])) if sums[3] else Share(1.0, 0.0, 0.0), modules
 
 
 def _bytes(source: Source) -> int:

@@ -65,8 +65,8 @@ def load_task(
             name of a module.
         as_lora: Load the task as a stock LoRA (core and own directions in one, exact) instead of a subspace adapter.
         own_directions: Whether directions of the task's own, such as what `compress_fleet` keeps of a LoRA beside the
-            basis, come along. None: yes, but not with ``as_lora=False``, which left residuals out in earlier versions
-            and warns.
+            basis, come along. Both were fitted or trained together, and the core alone holds less. None: yes, but not
+            with ``as_lora=False``, which left residuals out in earlier versions and warns.
         basis: The basis, its folder or its Hub id; by default the place that the bundle names.
         is_trainable: Whether the adapter may be trained.
         revision: Branch, tag or commit sha on the Hub.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,9 @@ def project_lora(
 ) -> Projection:
     """Project an existing LoRA onto a basis, in closed form: ``C = (UᵀB)(AVᵀ)`` per module.
 
-    What the basis does not keep goes, where asked for, into directions of the task's own: the leading singular
-    triples of ``ΔW − U C V``, the best approximation that so many directions give. With as many as that has, the task
-    is the LoRA, exactly.
+    What the basis does not keep goes, where asked for, into directions of the task's own, ``ΔW ≈ U C V + B A``. Core
+    and own directions are fitted together (`convert/joint.py`): the core is then ``Uᵀ (ΔW − B A) Vᵀ``, which without
+    these directions holds less than the projection. With as many as the LoRA's rank the task is the LoRA, exactly.
 
     Args:
         lora: Folder, Hub id with ``@revision``, state dict, ``(state_dict, config)`` or live PeftModel.
@@ -56,7 +55,7 @@ def project_lora(
             do not tell.
         extra_rank: Directions of the task's own in every module; None: none, or with `extra_budget` any number.
         extra_budget: How many parameters these may have in all (a direction has out + in): they go to the modules
-            where a parameter keeps most energy, up to `extra_rank` in each.
+            where a parameter keeps most energy of what the projection leaves, up to `extra_rank` in each.
 
     Raises:
         SourceError: The LoRA cannot be read.
@@ -122,13 +121,13 @@ def project_lora(
         raise SubspaceError(f"{source.location}: every lora_B is zero, so there is nothing to project.")
     if extra_budget is None and not extra_rank:
         return projection
-    own = directions_of(projection, extra_rank, extra_budget)
-    if not own:
+    fits = directions_of(projection, extra_rank, extra_budget)
+    if not fits:
         warn_caller(
             f"project_lora: extra_budget={extra_budget} (--extra-budget {extra_budget}) buys nothing: the basis keeps"
             f" all of {source.location}, up to rounding."
         )
-    return replace(projection, own=own)
+    return projection.with_fits(fits)
 
 
 def _check_whole(name: str, value: Any, least: int, what: str) -> None:

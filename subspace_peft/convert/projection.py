@@ -16,12 +16,13 @@ from ..basis.overwriting import check_target
 from ..basis.pipeline_parts import split_part
 from ..energy import of_source, percent, share_of, word
 from ..errors import SubspaceError
-from ..sources import Factors, Source
+from ..sources import Source
 from ..sources.lora import saved_modules
 
 if TYPE_CHECKING:
     from ..tasks.read import SavedTask
     from ..tuner import SubspaceConfig
+    from .joint import JointFit
 
 # PEFT is for tasks: measuring what a basis keeps of a LoRA does without, and is done in a tenth of the time
 
@@ -33,13 +34,17 @@ class Projection(Shown):
     Attributes:
         source: The LoRA.
         basis: The basis.
-        cores: Module of the basis → ``C = Uᵀ ΔW Vᵀ`` (k_out, k_in) float64, the least-squares optimum.
-        energy: Module of the basis → ‖C‖² / ‖ΔW‖², the share kept (1 for a module whose ΔW is zero).
+        cores: Module of the basis → C (k_out, k_in) float64, the least-squares optimum: the projection ``Uᵀ ΔW Vᵀ``;
+            in a module with own directions ``Uᵀ (ΔW − B A) Vᵀ``, the best beside them.
+        energy: Module of the basis → ‖Uᵀ ΔW Vᵀ‖² / ‖ΔW‖², the share that the basis alone keeps (1 for a module whose
+            ΔW is zero), with or without own directions.
         energy_random: The share that a random basis of the same size keeps on average.
-        energy_kept: The share over all modules together, which the basis keeps.
+        energy_kept: The share over all modules together, which the basis alone keeps.
         places: Module of the LoRA → module of the basis.
-        own: Module of the basis → ``(B, A)``, (out, φ) and (φ, in) float64, of the task's own directions: the best
-            approximation of ``ΔW − U C V``. Modules that have none are left out; see `project_lora`.
+        own: Module of the basis → ``(B, A)``, (out, φ) and (φ, in) float64, of the task's own directions. Modules that
+            have none are left out; see `project_lora`.
+        energy_both: Module of the basis → 1 − ‖ΔW − U C V − B A‖² / ‖ΔW‖², the share that the basis and own directions
+            keep together. Modules without own directions are left out.
     """
 
     source: Source
@@ -50,6 +55,7 @@ class Projection(Shown):
     energy_kept: float
     places: dict[str, str]
     own: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    energy_both: dict[str, float] = field(default_factory=dict)
 
     def _shown_facts(self) -> Iterator[tuple[str, Any]]:
         yield "source", short(self.source.location)
@@ -69,6 +75,23 @@ class Projection(Shown):
         more = ("in own directions", "own directions") if self.own else ()
         return ("module", "energy kept", *more), rows, len(self.energy)
 
+    def with_fits(self, fits: Mapping[str, JointFit]) -> Projection:
+        """Return the projection with own directions and the cores that go with them.
+
+        Args:
+            fits: Module of the basis → the fit of both together.
+        """
+        norms = {place: self.source.norm(name) for name, place in self.places.items()}
+        return replace(
+            self,
+            cores=self.cores | {place: fit.core for place, fit in fits.items()},
+            own={place: fit.own for place, fit in fits.items()},
+            # nothing is lost of an update that is zero
+            energy_both={
+                place: 1 - fit.lost[-1] / norms[place] ** 2 if norms[place] else 1.0 for place, fit in fits.items()
+            },
+        )
+
     @property
     def own_directions(self) -> dict[str, int]:
         """Module of the basis → how many directions of its own the task has there."""
@@ -76,13 +99,9 @@ class Projection(Shown):
 
     @property
     def energy_own(self) -> dict[str, float]:
-        """Module of the basis → the share of ‖ΔW‖² that is in the task's own directions."""
-        shares = {}
-        for name, place in self.places.items():
-            square = Factors(*self.own[place]).norm() ** 2 if place in self.own else 0.0
-            # stored bases are orthonormal to float32's precision, so both together may seem to hold a little more
-            shares[place] = min(square / self.source.norm(name) ** 2, 1 - self.energy[place]) if square else 0.0
-        return shares
+        """Module of the basis → the share of ‖ΔW‖² that own directions add to what the basis alone keeps."""
+        # stored bases are orthonormal to float32's precision, so the basis may seem to keep a little more
+        return {place: max(0.0, self.energy_both.get(place, kept) - kept) for place, kept in self.energy.items()}
 
     @property
     def energy_with_own(self) -> float:
@@ -110,11 +129,13 @@ class Projection(Shown):
         own = replace(source, keys=keys, other_keys=others)
         places = {name: self.places[name] for name in keys}
         directions = {place: self.own[place] for place in places.values() if place in self.own}
-        return replace(projection_of(own, self.basis, places, self.cores), own=directions)
+        both = {place: self.energy_both[place] for place in directions}
+        part = projection_of(own, self.basis, places, self.cores, self.energy)
+        return replace(part, own=directions, energy_both=both)
 
     @property
     def relative_error(self) -> float:
-        """‖ΔW − U C V‖ / ‖ΔW‖ over all modules, less what the task's own directions hold."""
+        """‖ΔW − U C V − B A‖ / ‖ΔW‖ over all modules, where B A is of the task's own directions."""
         return math.sqrt(max(0.0, 1 - self.energy_with_own))
 
     @property
@@ -236,14 +257,23 @@ def projection_of(
     basis: SubspaceBasis,
     places: dict[str, str],
     cores: Mapping[str, torch.Tensor],
+    kept: Mapping[str, float] | None = None,
 ) -> Projection:
-    """Return the projection of a source's modules, by the cores of all modules of the basis."""
+    """Return the projection of a source's modules, by the cores of all modules of the basis.
+
+    Args:
+        source: The source.
+        basis: The basis.
+        places: Module of the source → module of the basis.
+        cores: Module of the basis → core.
+        kept: Module of the basis → the share that the basis alone keeps; None where the cores are the projection's.
+    """
     shapes = basis.shapes()
     energy, random, norms = {}, {}, {}
     for name, key in places.items():
         shape = shapes[key]
         norms[key] = source.norm(name)
-        energy[key] = share_of(float(cores[key].square().sum()), norms[key] ** 2)
+        energy[key] = share_of(float(cores[key].square().sum()), norms[key] ** 2) if kept is None else kept[key]
         random[key] = shape["k_out"] * shape["k_in"] / (shape["out"] * shape["in"])
     own = {key: cores[key] for key in places.values()}
     return Projection(source, basis, own, energy, of_source(random, norms), of_source(energy, norms), places)

@@ -1,4 +1,4 @@
-"""Compute the part of a LoRA's update outside a basis, and its best low-rank approximation, in factored form."""
+"""Compute what a projection leaves of a LoRA's update, in factored form, and where own directions are worth most."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..basis import ModuleBasis
 from ..basis.spread import spread_by_energy
 from ..errors import SubspaceError
 from ..sources import Factors
+from .joint import JointFit, joint_fit
 from .projection import Projection
 
 ROUNDING = 1e-12  # of ‖ΔW‖²: what stored bases, orthonormal to float32's precision, leave of an update that they keep
@@ -34,14 +35,6 @@ class Residual:
     def energy(self, rank: int) -> float:
         """Return ‖R‖² of its best approximation of this rank."""
         return float(self.S[:rank].square().sum())
-
-    def lost(self, rank: int) -> float:
-        """Return ‖R‖² of the rest."""
-        return float(self.S[rank:].square().sum())
-
-    def factors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``(B, A)``, (out, r) and (r, in) float64, of the best approximation of this rank."""
-        return self.P[:, :rank] * self.S[:rank], self.T[:, :rank].T
 
 
 def residual_of(module: ModuleBasis, update: Factors, core: torch.Tensor) -> Residual:
@@ -66,10 +59,11 @@ def residual_in(projection: Projection, name: str) -> Residual:
     return residual_of(projection.basis[place], projection.source.factors(name), projection.cores[place])
 
 
-def directions_of(
-    projection: Projection, rank: int | None, budget: int | None
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Choose a task's own directions for what the basis does not keep of a LoRA.
+def directions_of(projection: Projection, rank: int | None, budget: int | None) -> dict[str, JointFit]:
+    """Fit cores and own directions to a LoRA together.
+
+    How a budget is spread over the modules goes by the singular values of what the projection leaves: an estimate, as
+    the pair that is fitted then (`joint_fit`) holds more with as many. No module gets more than the LoRA's rank by it.
 
     Args:
         projection: The projected LoRA.
@@ -77,8 +71,7 @@ def directions_of(
         budget: How many parameters all directions together may have; None for no limit.
 
     Returns:
-        Module of the basis → ``(B, A)``, (out, φ) and (φ, in) float64: the best approximation of the residual by φ
-        directions, filled up with zeros where the residual's rank is lower. Modules without a direction are left out.
+        Module of the basis → the fit. Modules without a direction are left out: their core is the projection.
 
     Raises:
         SubspaceError: The budget is less than one direction takes.
@@ -97,15 +90,25 @@ def directions_of(
         # the factors of all modules would be as many as a model's weights: only spectra are kept until it is known
         # which are needed
         spectra = {name: residual_in(projection, name).S for name in places}
+        # with as many as the LoRA's rank nothing is lost
+        most = {name: min(projection.source.factors(name).rank, rank or len(S)) for name, S in spectra.items()}
         least = ROUNDING * sum(projection.source.norm(name) ** 2 for name in places)
-        ranks = spread({name: S[:rank] for name, S in spectra.items()}, sizes, budget, least)
-    own = {}
-    for name in filter(ranks.__getitem__, places):
-        B, A = residual_in(projection, name).factors(ranks[name])
-        fill = ranks[name] - B.shape[1]
-        pad = torch.nn.functional.pad
-        own[places[name]] = pad(B, (0, fill)), pad(A, (0, 0, 0, fill))
-    return own
+        ranks = spread({name: S[: most[name]] for name, S in spectra.items()}, sizes, budget, least)
+    return fits_of(projection, ranks)
+
+
+def fits_of(projection: Projection, ranks: Mapping[str, int]) -> dict[str, JointFit]:
+    """Fit cores and own directions together.
+
+    Args:
+        projection: The projected LoRA.
+        ranks: Module of the LoRA → own directions, 0 for none.
+
+    Returns:
+        Module of the basis → the fit, of the modules that have directions.
+    """
+    basis, factors, places = projection.basis, projection.source.factors, projection.places
+    return {places[name]: joint_fit(basis[places[name]], factors(name), rank) for name, rank in ranks.items() if rank}
 
 
 def spread(

@@ -1,7 +1,8 @@
 """Say how many directions of its own an adapter needs beside a basis.
 
 What a basis leaves of an update, ``R = ΔW − U C V``, is orthogonal to what it keeps. So φ own directions per module,
-the leading singular ones of R, add ``Σ_{i≤φ} σ_i²`` to the energy kept, and no other φ add more.
+the leading singular ones of R, add ``Σ_{i≤φ} σ_i²`` to the energy kept. Fitted together with the core
+(`convert/joint.py`) so many add more, so the number said here is an upper bound.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def directions_needed(
     kept: Mapping[str, float | None], left: Mapping[str, Sequence[float]], norms: Mapping[str, float]
 ) -> int | None:
     """Return how many own directions per module make an adapter faithful; 0 where it is, None where `MOST` do not.
+
+    Fewer may do, where core and directions are fitted together.
 
     Args:
         kept: module → the share that the basis keeps.

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..basis.blocks import blocks_of
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 LEAST = 1e-6  # of an update's norm: below it lies float32's rounding of what is combined
-STEADY = 1e-4  # of an update's norm: dividing by a shorter one would cost float32's last digits
 
 
 class Update(NamedTuple):
@@ -56,20 +57,11 @@ def cut(update: Update, U: torch.Tensor, V: torch.Tensor, rank: int) -> Update:
         rank: at least 1.
     """
     assert update.own is not None
-    B, A = (side.double() for side in update.own)
+    blocks = blocks_of(U, V, *update.own, core=update.core)
     k_out, k_in = update.core.shape
-    left, R_left = torch.linalg.qr(torch.cat([U.double(), B], 1))
-    right, R_right = torch.linalg.qr(torch.cat([V.double(), A]).T)
-    middle = torch.block_diag(update.core.double(), torch.eye(B.shape[1], dtype=B.dtype, device=B.device))
-    P, S, T = torch.linalg.svd(R_left @ middle @ R_right.T, full_matrices=False)
+    P, S, T = torch.linalg.svd(blocks.small, full_matrices=False)
     best = (P[:, :rank] * S[:rank]) @ T[:rank]
-    last = torch.linalg.pinv(best[k_out:, k_in:], atol=STEADY * float(S[0]), rtol=0.0)
-    first = best[:k_out, :k_in] - best[:k_out, k_in:] @ last @ best[k_out:, :k_in]
-    rest = best.clone()
-    rest[:k_out, :k_in] -= first
-    P, S_rest, T = torch.linalg.svd(rest, full_matrices=False)
-    kept = int((S_rest > LEAST * float(S[0])).sum())
-    core = torch.linalg.solve_triangular(R_left[:k_out, :k_out], first, upper=True)
-    core = torch.linalg.solve_triangular(R_right[:k_in, :k_in], core.T, upper=True).T
-    own = (left @ P[:, :kept]) * S_rest[:kept], T[:kept] @ right.T
-    return Update(core, own if kept else None)
+    rest = blocks.completed(best)
+    core = blocks.core((best - rest)[:k_out, :k_in])
+    kept = int((torch.linalg.svdvals(rest) > LEAST * float(S[0])).sum())
+    return Update(core, blocks.own(rest, kept) if kept else None)
