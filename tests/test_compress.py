@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,10 +122,9 @@ def test_what_is_loaded_is_projection_plus_residual(make, fleet, tmp_path):
     for name, delta in deltas(make, tmp_path / "cut").items():
         S = torch.linalg.svdvals(written[name])
         assert float((written[name] - delta).norm()) == pytest.approx(float(S[2:].norm()), rel=1e-3, abs=1e-5)
-    # without it, the core alone, which is not the projection
+    # without it, the projection, which is not the core that was fitted together with it
     projection = project_lora(folders[2], basis, extra_rank=part.residual_rank)
-    bare = replace(projection, own={}, energy_both={})
-    bare.save_pretrained(tmp_path / "bare")
+    project_lora(folders[2], basis).save_pretrained(tmp_path / "bare")
     core = run(PeftModel.from_pretrained(make(), tmp_path / "bare"))
     alone = load_task(make(), bundle, part.name, own_directions=False)
     assert alone.peft_config[part.name].peft_type == "SUBSPACE" and alone.peft_config[part.name].extra_rank == 0

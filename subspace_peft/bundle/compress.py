@@ -60,7 +60,7 @@ def compress_fleet(
 
     Loaded again (`load_task`, `extract_task`), such a task has the residual in directions of its own, `extra_rank`: it
     is a subspace adapter, trainable further, and exactly core and residual together; ``as_lora=True`` gives a stock
-    LoRA of the same. Without the residual (``own_directions=False``) its core is less than the projection.
+    LoRA of the same, and ``own_directions=False`` the projection on the basis.
 
     Args:
         loras: One or several, as `build_basis` takes its sources: folders, files, Hub ids, patterns (``loras/*``),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,8 +64,8 @@ def load_task(
             name of a module.
         as_lora: Load the task as a stock LoRA (core and own directions in one, exact) instead of a subspace adapter.
         own_directions: Whether directions of the task's own, such as what `compress_fleet` keeps of a LoRA beside the
-            basis, come along. Both were fitted or trained together, and the core alone holds less. None: yes, but not
-            with ``as_lora=False``, which left residuals out in earlier versions and warns.
+            basis, come along. False gives the projection of the whole on the basis. None: yes, but not with
+            ``as_lora=False``, which left residuals out in earlier versions and warns.
         basis: The basis, its folder or its Hub id; by default the place that the bundle names.
         is_trainable: Whether the adapter may be trained.
         revision: Branch, tag or commit sha on the Hub.
@@ -301,15 +300,16 @@ def _write(
     """
     if as_lora:
         read = bundle.task(task, basis)
-        export_lora(read if own else replace(read, own={}), folder, overwrite=overwrite, model=model)
+        export_lora(read if own else read.without_own(), folder, overwrite=overwrite, model=model)
         return None
     config, numbers = bundle.config(task, basis), bundle.read(task)
     found = config.resolve()
     whole = own or not numbers.own
+    cores = numbers.cores if whole else bundle.task(task, basis).without_own().cores
     if not whole:
         config.extra_rank, config.extra_rank_pattern = 0, {}
     directions = own_tensors_of(config, numbers.own if own else {})
-    tensors = {**core_tensors(config, numbers.cores), **directions, **numbers.extras}
+    tensors = {**core_tensors(config, cores), **directions, **numbers.extras}
     if config.card and any(key in config.card for key in MEASURED):
         # the parameters are those of the task that was packed, so what was measured of it holds of them as well
         config.card = (

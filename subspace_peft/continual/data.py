@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from datasets.fingerprint import Hasher
 
 from .._io.progress import progress_bar
 from ..errors import SubspaceError
@@ -195,7 +196,7 @@ def _feed(digest: Any, value: Any) -> None:
                 _feed(digest, each)
             digest.update(b"]")
         else:
-            digest.update(pickle.dumps(value, protocol=4))
+            digest.update(Hasher.hash(value).encode())
 
 
 def _scalar(value: Any) -> Any:

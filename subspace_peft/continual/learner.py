@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -132,7 +132,7 @@ class ContinualLearner(Shown):
                 raise SubspaceError(f"{places.root} holds no run yet, so its first basis is needed. Give basis=.")
             places.begin()
             # a basis that lies somewhere stays the one that lies there
-            own = first if first.location is None else pickle.loads(pickle.dumps(first))
+            own = first if first.location is None else copy.copy(first)
             place = own.save_pretrained(places.basis(1))
             settings["basis"] = first.fingerprint
             return Journal.create(places.root, settings, version_facts(1, "start", None, first, place))

@@ -72,6 +72,18 @@ class SavedTask(Shown):
         found = self.modules[module]
         return found.out_features, found.in_features
 
+    def without_own(self) -> SavedTask:
+        """Return the task without directions of its own: the whole projected on its basis, which is nearest to it.
+
+        The core by itself may be far from that: core and own directions were fitted or trained together.
+        """
+        cores = dict(self.cores)
+        for name, (B, A) in self.own.items():
+            module = self.modules[name]
+            cores[name] = cores[name] + (module.U.double().T @ B.double()) @ (A.double() @ module.V.double().T)
+        config = replace(self.config, extra_rank=0, extra_rank_pattern={})
+        return SavedTask(config, cores, self.modules, self.extras)
+
     def renamed(self, names: Mapping[str, str]) -> SavedTask:
         """Return the task with other names of its modules.
 
