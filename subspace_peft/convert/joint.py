@@ -69,6 +69,14 @@ def joint_fit(module: ModuleBasis, update: Factors, rank: int) -> JointFit:
     B, A = blocks.own(rest, rank)
     fill = rank - B.shape[1]
     B, A = torch.nn.functional.pad(B, (0, fill)), torch.nn.functional.pad(A, (0, 0, 0, fill))
+    # the core comes last, so that the projection of the sum on the basis is that of ΔW
+    last = small - best
+    last[core_of] = 0
+    beside = small.clone()
+    beside[core_of] = best[core_of]
+    if _bounded(blocks, beside):
+        rest = beside
+        lost[-1] = min(lost[-1], float(last.square().sum()))
     return JointFit(blocks.core((small - rest)[core_of]), (B, A), lost)
 
 
