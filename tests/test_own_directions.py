@@ -343,7 +343,7 @@ def test_mixed_with_a_lora(kind, bases):
 def test_what_has_no_effect_is_said(kind, bases):
     names = [layer.key for layer in layers(adapted(kind, bases[kind]))]
     for given, says in (
-        ({"extra_rank": 10_000}, "extra_rank=10000: .* have no more than"),
+        ({"extra_rank": 10_000}, "extra_rank=10000: .* has no more than"),
         ({"extra_rank_pattern": {"nowhere": 1}}, "no adapted module is called nowhere"),
         ({"extra_rank": 2, "extra_rank_pattern": dict.fromkeys(names, 1)}, "extra_rank=2 has no effect"),
     ):

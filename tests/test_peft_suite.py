@@ -85,7 +85,7 @@ def test_another_version_of_peft_is_refused(monkeypatch, tmp_path):
 
 def test_rows_are_configurations_that_pefts_tests_can_make():
     for made in rows(), rows("CAUSAL_LM"):
-        assert [cls(**given).coefficients for cls, given in made] == ["core", "factor", "diagonal"]
+        assert [cls(**given).coefficients for cls, given in made] == ["core", "factor", "diagonal", "core"]
     for _, _, cls, one, other in several_active_rows():
         assert cls(**one).to_dict() != cls(**other).to_dict()
     assert all(one.to_dict() != other.to_dict() for _, one, other in batch_rows())
