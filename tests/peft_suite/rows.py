@@ -27,12 +27,13 @@ CUSTOM = (
     ("EmbConv1D", {"target_modules": ["conv1d"], "coefficients": "factor", "r": 2}),
     ("EmbConv1D", {"target_modules": ["conv1d"], "coefficients": "diagonal"}),
     ("EmbConv1D", {"target_modules": ["emb"]}),
-    ("MLP", {"target_modules": ["lin0", "lin1"], "extra_rank": 2}),
-    ("EmbConv1D", {"target_modules": ["emb", "conv1d"], "extra_rank": 2}),
-    ("Conv2d", {"target_modules": ["conv2d", "lin0"], "extra_rank": 1, "alpha": 8.0}),
     # these tests train with plain SGD and a learning rate for LoRA's scale of 1: with ours, convolutions diverge
     ("Conv2d", {"target_modules": ["conv2d"], "alpha": 8.0}),
     ("Conv2d", {"target_modules": ["conv2d", "lin0"], "coefficients": "factor", "r": 2, "alpha": 8.0}),
+    # so do own directions, in layers so narrow
+    ("MLP", {"target_modules": ["lin0", "lin1"], "extra_rank": 2, "alpha": 8.0}),
+    ("EmbConv1D", {"target_modules": ["emb", "conv1d"], "extra_rank": 2, "alpha": 8.0}),
+    ("Conv2d", {"target_modules": ["conv2d", "lin0"], "extra_rank": 1, "alpha": 8.0}),
 )
 
 
