@@ -142,9 +142,9 @@ def test_in_a_model_of_other_names_sizes_are_told_module_by_module(basis_folder,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_is_not_compiled_again(basis_folder, tmp_path):
     one, two = (save(tmp_path / str(seed), str(basis_folder), seed) for seed in (1, 2))
-    torch._dynamo.reset()
     model = PeftModel.from_pretrained(bert(), one).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from subspace_peft.tasks import read_task
 
 from .models import TARGETS as LORA_TARGETS
 from .models import bert, gpt2, layers
-from .test_threads import MODELS
+from .threads.served import MODELS
 
 # a task per kind of coefficients, with as many own directions, more, fewer or none
 TASKS: dict[str, dict[str, Any]] = {
@@ -242,14 +242,6 @@ def test_no_tensor_of_a_batch_has_the_size_of_an_update():
             rank = bank.layout.own[layer.bank_place][0]
             assert group.own.A.shape == (3, rank, layer.in_features)
             assert group.own.B.shape == (3, rank, layer.out_features)
-
-
-@pytest.fixture
-def compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 @pytest.mark.usefixtures("compiler")
