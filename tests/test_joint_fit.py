@@ -130,3 +130,19 @@ def test_a_core_that_would_cancel_against_the_own_part_is_not_taken():
     assert float(fit.core.norm()) <= GROWTH * update.norm() * (1 + 1e-9)
     # two are enough without
     assert joint_fit(ModuleBasis(U, V), update, 2).lost[-1] <= 1e-20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_equal_fits_the_core_is_the_projection(seed):
+    draw = torch.Generator().manual_seed(seed)
+    rand = lambda *size: torch.randn(*size, generator=draw, dtype=torch.float64)  # noqa: E731
+    left, right = torch.linalg.qr(rand(48, 11)).Q, torch.linalg.qr(rand(40, 11)).Q.T
+    module = ModuleBasis(left[:, :8].contiguous(), right[:8].contiguous())
+    # one direction inside and three outside: four own ones hold all of it, and three with the projection
+    inside, outside = rand(8, 1), rand(3, 3)
+    update = Factors(torch.cat([left[:, :8] @ inside, left[:, 8:] @ outside], 1), right[7:])
+    fit = joint_fit(module, update, 4)
+    assert error(module, update, fit) < 1e-20
+    assert torch.allclose(fit.core, module.U.T @ update.B @ update.A @ module.V.T, atol=1e-10)
+    assert float(fit.core.norm()) == pytest.approx(float(inside.norm()))
+    assert float(fit.own[0].norm()) == pytest.approx(float(outside.norm()))

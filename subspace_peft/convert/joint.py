@@ -12,6 +12,7 @@ from ..sources import Factors
 
 ROUNDS = 20  # of the alternation, at most
 GAIN = 1e-4  # of ‖ΔW‖²: a round that gains less is the last
+ROUNDED = 1e-14  # of ‖ΔW‖²: starts that differ by less are alike, since factors are stored in float32
 GROWTH = 10.0  # of ‖ΔW‖: a larger core would cancel against the own part, at the cost of a stored dtype's digits
 
 
@@ -36,8 +37,9 @@ def joint_fit(module: ModuleBasis, update: Factors, rank: int) -> JointFit:
     Each round takes the best of one for the other: ``B A = SVD_φ(ΔW − U C V)``, then ``C = Uᵀ (ΔW − B A) Vᵀ``. It
     begins at the best of the projection ``Uᵀ ΔW Vᵀ``, the Schur complement of the part outside the basis, and C = 0,
     and ends when a round gains less than 1e-4 of ‖ΔW‖², or after 20: a local optimum. With φ ≥ rank(ΔW), and wherever
-    so many directions can, it begins at ΔW itself. All of it is algebra of matrices of size (k + r)²; one thin QR per
-    side makes them.
+    so many directions can, it begins at ΔW itself. Of starts that lose alike it is the first: where the projection
+    leaves no more than φ directions, it is the core. All of it is algebra of matrices of size (k + r)²; one thin QR
+    per side makes them.
 
     Args:
         module: The basis of the module, with orthonormal U and V.
@@ -52,7 +54,9 @@ def joint_fit(module: ModuleBasis, update: Factors, rank: int) -> JointFit:
     # what is left of ΔW beside a core; the first is always within the bound
     starts = [projected, blocks.completed(small, rank), small.clone()]
     starts = [rest for rest in starts if _bounded(blocks, rest)]
-    rest, best, loss = min((_cut(rest, rank) for rest in starts), key=lambda found: found[2])
+    cuts = [_cut(rest, rank) for rest in starts]
+    least = min(loss for _, _, loss in cuts)
+    rest, best, loss = next(found for found in cuts if found[2] <= least + ROUNDED * total)
     lost = [loss]
     while len(lost) <= ROUNDS:
         better = small.clone()
