@@ -110,6 +110,26 @@ def check_labels(task: str, labels: Sequence[str] | None, others: Mapping[str, S
             )
 
 
+def check_labelled(task: str, what: str, dataset: Any, names: Sequence[str]) -> None:
+    """Check that examples have what a model calls labels: without them it returns no loss, and nothing is scored.
+
+    Args:
+        task: the task's name.
+        what: which of its data they are.
+        dataset: the data.
+        names: what the model calls labels; empty where its arguments do not tell.
+
+    Raises:
+        SubspaceError: the first example has none of these.
+    """
+    row = dataset[0]
+    if names and isinstance(row, Mapping) and not {*names, *LABELS, "label_ids"} & row.keys():
+        raise SubspaceError(
+            f"Task {task!r}: its {what} data have no labels: an example has {', '.join(map(str, row))}, and its model"
+            f" takes them as {' or '.join(names)}. Name the column so, or give a data_collator= that makes them."
+        )
+
+
 def check_head(task: str, facts: Facts, outputs: int | None) -> None:
     """Check that a classifier has an output for every label.
 

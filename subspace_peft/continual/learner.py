@@ -27,7 +27,7 @@ from .phases import Run, version_facts
 from .status import RunStatus, status_of
 from .store import RunFolder
 from .task_facts import check_begun, check_learned, facts_of_task
-from .training import TaskData, TaskRun, Workshop
+from .training import TaskData, TaskRun, Workshop, own_randomness
 
 Compute = Callable[[Any], Mapping[str, float]]
 Metric = str | Callable[[nn.Module, Any], float]
@@ -97,14 +97,19 @@ class ContinualLearner(Shown):
                 f"model is a {type(model).__name__}: give a base model, or a function that returns one."
             )
         config = _template(config)
+        # what refuses a run that is not begun comes before its folder is made, and the lock's file in it
+        begun = Journal.read(root) is not None
+        if basis is None and not begun:
+            raise SubspaceError(f"{root} holds no run yet, so its first basis is needed. Give basis=.")
+        first = basis if basis is None or isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis)
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
-        if Journal.read(root) is None:
-            RunFolder(root).check_free()  # before the lock's file lies there
+        if not begun:
+            RunFolder(root).check_free()
         self._lock = FolderLock(root)
         try:
             shop = Workshop(model, config, root / "work", train, trainer, self.options.progress)
-            journal = self._opened(RunFolder(root), model, basis, config)
+            journal = self._opened(RunFolder(root), model, first, config)
             self._run = Run(journal, RunFolder(root), self.options, shop, {})
             self._run.places.clear(journal)
         except BaseException:
@@ -115,12 +120,11 @@ class ContinualLearner(Shown):
         self,
         places: RunFolder,
         model: Any,
-        basis: SubspaceBasis | str | Path | None,
+        first: SubspaceBasis | None,
         config: SubspaceConfig,
     ) -> Journal:
         """Return the journal of the folder, begun where there is none, and held against what is given."""
         journal = Journal.read(places.root)
-        first = basis if basis is None or isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis)
         fixed = {name: value for name, value in config.to_dict().items() if name in _kept_fields(config)}
         settings = {
             "base_model": model_name(model) if isinstance(model, nn.Module) else None,
@@ -128,8 +132,7 @@ class ContinualLearner(Shown):
             "options": self.options.record(),
         }
         if journal is None:
-            if first is None:
-                raise SubspaceError(f"{places.root} holds no run yet, so its first basis is needed. Give basis=.")
+            assert first is not None  # a journal that was there does not go
             places.begin()
             # a basis that lies somewhere stays the one that lies there
             own = first if first.location is None else copy.copy(first)
@@ -211,6 +214,8 @@ class ContinualLearner(Shown):
                 entry = None
             else:
                 check_begun(entry, facts)
+        with own_randomness(run.seed(name, "begin")):
+            run.shop.check(data)
         run.data[name] = data
         if entry is None:
             journal.begin(name, {**facts, "first_version": run.newest})

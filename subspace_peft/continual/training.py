@@ -16,12 +16,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.utils import find_labels
 
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..logging import get_logger
 from ..tuner import SubspaceConfig
-from .data import Facts, check_head
+from .data import Facts, check_head, check_labelled
 from .journal import finite
 from .watching import Bar, Watch, newest_checkpoint, not_finite
 
@@ -118,6 +119,24 @@ class Workshop:
             check_head(name, facts, outputs_of(made))
         return made
 
+    def check(self, data: TaskData) -> None:
+        """Check that a base model for a task can be trained on its data and scored by them.
+
+        Raises:
+            SubspaceError: it does not fit the labels, the data have none, or nothing says how it is scored.
+        """
+        model = self.base(data.name)
+        check_scored(data, model)
+        if {"data_collator", "compute_loss_func"} & self.trainer.keys():
+            return  # which may make labels, or need none
+        names = data.args.label_names or find_labels(type(model))
+        used = {"training": None if self.train is not None else data.train}
+        if not callable(data.metric):
+            used |= {"validation": data.validation, "evaluation": data.evaluation}
+        for what, each in used.items():
+            if each is not None:
+                check_labelled(data.name, what, each, names)
+
     def adapted(self, name: str, basis: SubspaceBasis, extra_rank: int) -> PeftModel:
         """Return a base model with a new task on it.
 
@@ -201,21 +220,8 @@ class Workshop:
         if callable(data.metric):
             with torch.no_grad():
                 return finite(what, data.metric(model, dataset))
-        compute = data.compute_metrics
-        if compute is None:
-            if task_type(model) != "SEQ_CLS":
-                raise SubspaceError(
-                    f"Task {data.name!r}: nothing says how it is scored. Give compute_metrics=, as the Trainer takes"
-                    " it, or metric=, a function of model and data set; more is better."
-                )
-            if outputs_of(model) == 1:
-                raise SubspaceError(
-                    f"Task {data.name!r}: its model has one output, which is no classifier to count right answers of."
-                    " Give compute_metrics= or metric= for a number that is predicted; more is better, so negate an"
-                    " error."
-                )
-            compute = accuracy
-        trainer = self._measuring(model, data, compute)
+        check_scored(data, model)
+        trainer = self._measuring(model, data, data.compute_metrics or accuracy)
         found = trainer.evaluate(dataset, metric_key_prefix="eval")
         own = {key.removeprefix("eval_"): value for key, value in found.items() if key != "eval_loss"}
         known = {key: value for key, value in own.items() if not MACHINE.intersection(key.split("_"))}
@@ -281,6 +287,30 @@ def _labels_of(model: nn.Module) -> dict[int, str] | None:
 def outputs_of(model: nn.Module) -> int | None:
     """Return how many outputs a classifier has; None of other models."""
     return getattr(model.config, "num_labels", None) if task_type(model) == "SEQ_CLS" else None
+
+
+def check_scored(data: TaskData, model: nn.Module) -> None:
+    """Check that a task has a score: one of its own, or that of classifiers.
+
+    Args:
+        data: the task.
+        model: a base model for it, or an adapted one.
+
+    Raises:
+        SubspaceError: nothing says what its score is.
+    """
+    if callable(data.metric) or data.compute_metrics is not None:
+        return
+    if task_type(model) != "SEQ_CLS":
+        raise SubspaceError(
+            f"Task {data.name!r}: nothing says how it is scored. Give compute_metrics=, as the Trainer takes it, or"
+            " metric=, a function of model and data set; more is better."
+        )
+    if outputs_of(model) == 1:
+        raise SubspaceError(
+            f"Task {data.name!r}: its model has one output, which is no classifier to count right answers of. Give"
+            " compute_metrics= or metric= for a number that is predicted; more is better, so negate an error."
+        )
 
 
 def accuracy(answers: Any) -> dict[str, float]:

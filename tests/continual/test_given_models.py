@@ -58,11 +58,11 @@ def test_labels_below_zero(first_basis, tmp_path, factory):
 
 def test_one_output_is_no_classifier_to_count_right_answers_of(first_basis, tmp_path):
     values = rows(0.5, 1.5)
-    with (
-        learner(tmp_path / "run", first_basis, model=classifier(1)) as made,
-        pytest.raises(SubspaceError, match=r"'t': its model has one output.*compute_metrics"),
-    ):
-        made.learn("t", values, values)
+    for name, model in (("called", lambda name: classifier(1)), ("run", classifier(1))):
+        with learner(tmp_path / name, first_basis, model=model) as made:
+            with pytest.raises(SubspaceError, match=r"'t': its model has one output.*compute_metrics"):
+                made.learn("t", values, values)
+            assert made.status.unfinished is None
     score = {"compute_metrics": lambda found: {"error": -float(abs(found.predictions[:, 0] - found.label_ids).mean())}}
     with learner(tmp_path / "run", **score, model=classifier(1)) as made:
         assert made.learn("t", values, values).matrix.score(1, 1) < 0

@@ -8,12 +8,13 @@ import os
 import warnings
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
 from subspace_peft import ContinualOptions, SubspaceBasis, SubspaceConfig
 from subspace_peft.continual import learner as learners
 from subspace_peft.continual.arguments import recorded
-from subspace_peft.errors import DiskError, OccupiedError, SubspaceError
+from subspace_peft.errors import BasisNotFoundError, DiskError, OccupiedError, SubspaceError
 from subspace_peft.tuner.base_weights import model_name
 
 from .runs import again, arguments, contents, copied, data, learner, model, options
@@ -113,6 +114,40 @@ def test_other_settings_are_named(run, first_basis, tmp_path):
     learner(run, options=options(keep="all", max_drift=0.1)).close()
     with pytest.raises(SubspaceError, match="holds no run yet, so its first basis is needed"):
         learner(tmp_path / "new")
+    with pytest.raises(BasisNotFoundError, match="not-there"):
+        learner(tmp_path / "new", tmp_path / "not-there")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "given"),
+    [
+        ("train_dataset", "training", {}),
+        ("eval_dataset", "evaluation", {}),
+        ("validation_dataset", "validation", {}),
+        ("eval_dataset", "evaluation", {"compute_metrics": lambda found: {"x": 1.0}}),
+    ],
+)
+def test_data_without_labels(run, name, what, given):
+    bare = [{"input_ids": row["input_ids"]} for row in data(3)]
+    with again(run) as made:
+        before = contents(run)
+        said = f"'b': its {what} data have no labels: an example has input_ids, .* takes them as labels"
+        with pytest.raises(SubspaceError, match=said):
+            made.learn("b", **{"train_dataset": data(1), "eval_dataset": data(2), name: bare}, **given)
+        assert contents(run) == before and made.status.unfinished is None
+
+
+def test_data_without_labels_are_enough_where_the_users_own_functions_make_them(first_basis, tmp_path):
+    bare = [{"input_ids": row["input_ids"]} for row in data(3)]
+
+    def collate(rows):
+        return {"input_ids": torch.stack([row["input_ids"] for row in rows]), "labels": torch.zeros(len(rows)).long()}
+
+    with learner(tmp_path / "collated", first_basis, data_collator=collate) as made:
+        assert made.learn("t", bare, bare).matrix.score(1, 1) >= 0
+    with learner(tmp_path / "own", first_basis, train=lambda model, run: None, metric=lambda model, rows: 1) as made:
+        assert made.learn("t", bare, bare).matrix.score(1, 1) == 1
 
 
 @pytest.mark.parametrize(
