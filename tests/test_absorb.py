@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -273,6 +274,22 @@ def test_tasks_beside_adapters_and_on_other_bases(bases, tmp_path):
     turned, _ = own(bert, tmp_path / "turned", other, extra_rank=10)
     with pytest.raises(SubspaceError, match="would change by"):
         absorb_task(turned, new.truncate(2), progress=False)
+
+
+def test_the_same_bytes_on_another_basis_are_another_task(bases, tmp_path):
+    old = bases[bert]
+    folder, _ = own(bert, tmp_path / "task", old)
+    other = flipped(old, tmp_path / "flipped")
+    turned, _ = own(bert, tmp_path / "turned", other)
+    shutil.copy(folder / WEIGHTS, turned / WEIGHTS)
+    new = update_basis(old, [folder], progress=False)
+    third = update_basis(new, [turned], progress=False)
+    assert [entry["task_on"] for entry in third.info["sources"][-2:]] == [old.fingerprint, other.fingerprint]
+    assert len({entry["sha256"] for entry in third.info["sources"][-2:]}) == 1
+    assert len(build_basis([folder, turned], k=4, progress=False).info["sources"]) == 2
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(SourceError, match=r"a duplicate of .*the same bytes"):
+        build_basis([folder, tmp_path / "copy"], k=4, progress=False)
 
 
 def flipped(basis: SubspaceBasis, folder: Path) -> SubspaceBasis:

@@ -19,6 +19,11 @@ def version_of(basis: SubspaceBasis) -> int:
     return int(basis.info.get("version") or 1)
 
 
+def earlier_versions(basis: SubspaceBasis) -> list[str]:
+    """Return the fingerprints of the versions that a basis came from, the first one first."""
+    return [str(each.get("fingerprint")) for each in basis.info.get("lineage") or [] if isinstance(each, dict)]
+
+
 def origins(basis: SubspaceBasis) -> dict[str, Sides]:
     """Return where the directions come from, in their order: module → ``{"out": [[origin, count], …], "in": …}``."""
     known, builder = basis.info.get("columns"), str(basis.info.get("builder") or "version 1")

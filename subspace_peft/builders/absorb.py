@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..basis import ModuleBasis, SubspaceBasis
+from ..basis.lineage import earlier_versions
 from ..basis.module import fix_signs
 from ..basis.transfer import Own, Transfer
 from ..sources.factors import Factors
@@ -94,17 +95,17 @@ def own_parts(source: Source, basis: SubspaceBasis) -> dict[str, Own] | None:
         None where the source is no such task, but an adapter that has to be approximated.
     """
     task = source.task
-    if task is None or not _is_on(task, basis):
+    if task is None or not is_on(task, basis):
         return None
     return {module: task.own[own] for module in source.keys if (own := source.aliases.get(module, module)) in task.own}
 
 
-def _is_on(task: SavedTask, basis: SubspaceBasis) -> bool:
+def is_on(task: SavedTask, basis: SubspaceBasis) -> bool:
+    """Return whether a task is on a basis, or on an earlier version whose directions the basis begins with."""
     fingerprint = task.config.basis_fingerprint
     if fingerprint == basis.fingerprint:
         return True
-    earlier = [each.get("fingerprint") for each in basis.info.get("lineage") or [] if isinstance(each, dict)]
-    if fingerprint is None or fingerprint not in earlier:
+    if fingerprint is None or fingerprint not in earlier_versions(basis):
         return False
     named = basis.named(task.config.basis_names or {})
     places = {module: named.find(module) for module in task.cores}

@@ -70,14 +70,15 @@ def duplicates(
         same: from this cosine on two sources are one.
 
     Returns:
-        For each its number, the earlier one's, and their cosine; None where they have the same bytes.
+        For each its number, the earlier one's, and their cosine; None where they have the same bytes,
+        of tasks on one basis.
     """
     found: list[tuple[int, int, float | None]] = []
-    seen: dict[str, int] = {}
+    seen: dict[tuple[str, str | None], int] = {}
     # sources with the same modules, each with its sketch as one vector of norm 1
     kept: dict[frozenset[str], tuple[list[int], torch.Tensor]] = {}
     for i, source in enumerate(sources):
-        if (first := seen.setdefault(source.sha256, i)) != i:
+        if (first := seen.setdefault((source.sha256, source.task_on), i)) != i:
             found.append((i, first, None))
             continue
         names = list(source.keys)

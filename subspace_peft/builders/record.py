@@ -110,5 +110,5 @@ def _facts(source: Source) -> dict[str, Any]:
         "left_out_tensors": list(source.other_keys),
         **source.conversion,
         # of a task, which basis it is on
-        **({} if source.task is None else {"task_on": source.task.config.basis_fingerprint}),
+        **({} if source.task is None else {"task_on": source.task_on}),
     }

@@ -13,12 +13,12 @@ from torch import nn
 from .._io.progress import progress_bar
 from ..base_names import REMEDY, difference, is_of, said_of_basis
 from ..basis import ModuleBasis, SubspaceBasis
-from ..basis.lineage import warn_float32
+from ..basis.lineage import earlier_versions, warn_float32
 from ..basis.module import tensor_sha256
 from ..basis.transfer import Own
 from ..errors import SubspaceError
 from ..sources.source import Source
-from .absorb import own_parts
+from .absorb import is_on, own_parts
 from .base_model import base_model_name, check_weights, keep_weights
 from .fleet import Fleet, gather
 from .ignored import fewer_directions, warn_of_few_added, warn_of_fewer, warn_of_ignored_in_update
@@ -131,7 +131,8 @@ def update_basis(
     Args:
         basis: a basis, its folder or its Hub id.
         sources: the new adapters, as in `build_basis`, and tasks in a basis: folder, Hub id, live PeftModel or
-            `SavedTask`. One that is in the basis already (by sha256) is a bad source.
+            `SavedTask`. One that is in the basis already (by sha256, a task on the same directions) is a bad
+            source.
         options: how to update; its fields are keywords of their own, too.
         resources: as in `build_basis`; its fields are keywords of their own, too.
         cores: with `k`: per task of the old basis its module → core (k_out, k_in) in units of ΔW, such as
@@ -306,10 +307,20 @@ def _with_absent(module: ModuleBasis, count: int) -> ModuleBasis:
     return replace(module, cores=torch.cat([module.cores, module.cores.new_zeros(count, module.k_out, module.k_in)]))
 
 
+def _is_entry(source: Source, entry: Mapping[str, Any], basis: SubspaceBasis) -> bool:
+    """Return whether a source is the one of an entry: the same bytes and, of a task, on the same directions."""
+    if entry.get("sha256") != source.sha256:
+        return False
+    if source.task is None or entry.get("task_on") == source.task_on:
+        return True
+    # moved on as it was, from one version of the basis to another
+    return entry.get("task_on") in (basis.fingerprint, *earlier_versions(basis)) and is_on(source.task, basis)
+
+
 def _misfit(source: Source, basis: SubspaceBasis) -> str | None:
     """Return why a source cannot update the basis, or None."""
     for entry in basis.info.get("sources") or []:
-        if entry.get("sha256") == source.sha256:
+        if _is_entry(source, entry, basis):
             return f"it is in the basis already, as {entry.get('name')!r} (the same sha256). Leave it out."
     # a name that the user says is held against the basis's own before
     if source.said_base is None and not is_of(source.base_model, basis.info):

@@ -101,6 +101,11 @@ class Source(Shown):
         return ("module",), ((name,) for name in self.keys), len(self.keys)
 
     @property
+    def task_on(self) -> str | None:
+        """Fingerprint of the basis that a task is on; its file's bytes alone do not say its update."""
+        return None if self.task is None else self.task.config.basis_fingerprint
+
+    @property
     def sha256(self) -> str:
         """Hex digest of the weights' file, or of the tensors of a source in memory."""
         if not self.digest and self.file is not None:
