@@ -137,6 +137,8 @@ def test_it_grows_by_what_is_needed(kind, change, more, bases, tmp_path):
     folder, before = own(kind, tmp_path / "task", bases[kind], change)
     new, moved = absorb_task(folder, progress=False)
     assert begins(new, bases[kind]) and growth(new, bases[kind]) == {more}
+    # what it holds already needs no new version
+    assert (new.fingerprint == bases[kind].fingerprint) is (more == (0, 0))
     assert moved.total_drift <= 1e-6 and not moved.config.extra_rank
     new.save_pretrained(tmp_path / "v2")
     moved.save_pretrained(tmp_path / "moved")
@@ -221,6 +223,33 @@ def test_only_some_modules_have_own_directions(bases, tmp_path):
     moved = migrate_task(both, update_basis(old, [half], progress=False))
     assert moved.config.extra_rank == 2 and list(moved.config.extra_rank_pattern.values()) == [0]
     assert moved.total_drift <= 1e-6 and sum(key.endswith("extra_U") for key in moved.tensors) == len(old) - 1
+
+
+def test_tasks_on_the_basis_need_not_have_the_same_modules(bases, tmp_path):
+    old = bases[bert]
+    one, _ = own(bert, tmp_path / "one", old, lambda u, v, m, n: (u.flip(0), v.flip(1)), target_modules=["query"])
+    two, _ = own(bert, tmp_path / "two", old)
+    new = update_basis(old, [one, two], progress=False)
+    assert {n: growth(new, {n: m}) for n, m in old.items()} == {
+        n: {(4, 4) if n.endswith("query") else (2, 2)} for n in old
+    }
+    assert all(migrate_task(each, new).total_drift <= 1e-6 for each in (one, two))
+    # adapters still have to agree with one another
+    loras = [train_lora(bert, tmp_path / f"lora{i}", 70 + i, target_modules=["query", "value"][i:]) for i in range(2)]
+    with pytest.raises(SourceError, match=r"unlike the others. partial=True"):
+        update_basis(old, [one, *map(str, loras)], progress=False)
+    # so do tasks that are taken as adapters
+    with pytest.raises(SourceError, match=r"unlike the others. partial=True"):
+        update_basis(old, [one, two], add=0.9, progress=False)
+
+
+def test_a_core_alone_needs_no_new_version(bases, tmp_path):
+    folder, before = saved(bert, tmp_path / "task", bases[bert].location, coefficients="factor", r=2)
+    new, moved = absorb_task(folder, progress=False)
+    assert new.fingerprint == bases[bert].fingerprint and moved.total_drift == 0
+    assert moved.config.coefficients == "factor"
+    moved.save_pretrained(tmp_path / "moved")
+    assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path / "moved")), before)
 
 
 def test_live_models_and_tasks_in_memory(bases, tmp_path):

@@ -76,6 +76,7 @@ def gather(
     keep_duplicates: bool = False,
     processes: ProcessGroup = ALONE,
     judge: Callable[[Source], str | None] | None = None,
+    alone: Callable[[Source], bool] = lambda source: False,
     taken: Iterable[str] = (),
 ) -> Fleet:
     """Open every source and check it against the others.
@@ -92,6 +93,7 @@ def gather(
         keep_duplicates: do not look for sources that repeat another one.
         processes: the processes that do this together; each returns the same.
         judge: source → a further reason to leave it out, or None.
+        alone: source → whether it may adapt other modules than the others do, `partial` or not.
         taken: names that sources may not have.
 
     Raises:
@@ -118,7 +120,7 @@ def gather(
             bad.append({"name": source.name, "location": source.location, "reason": f"{source.location}: {reason}"})
 
     # one after the other: a source that is left out is not held against the rest
-    leave_out(misfits(opened, partial))
+    leave_out(misfits(opened, partial, alone))
     if not keep_duplicates:
         leave_out(repeats(opened, scanned.sketches))
     if judge is not None:

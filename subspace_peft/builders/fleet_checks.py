@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -14,16 +14,21 @@ from .duplicates import duplicates
 Misfit = tuple[int, str]  # a source's number, and the reason to leave it out
 
 
-def misfits(sources: Mapping[int, Source], partial: bool) -> list[Misfit]:
+def misfits(
+    sources: Mapping[int, Source], partial: bool, alone: Callable[[Source], bool] = lambda source: False
+) -> list[Misfit]:
     """Return the sources that do not belong with the majority.
 
     Args:
         sources: number → source, with its module names unified.
         partial: allow modules that only some of the sources adapt.
+        alone: source → whether it may adapt other modules than the others do all the same.
     """
     named = [source.base_model for source in sources.values()]
     base, tied = majority(named), majority(named) is None and common_name(named) is not None
-    counts = Counter(frozenset(source.keys) for source in sources.values())
+    kinds = {frozenset(source.keys) for source in sources.values()}
+    held = [] if partial or len(kinds) < 2 else [number for number, source in sources.items() if not alone(source)]
+    counts = Counter(frozenset(sources[number].keys) for number in held)
     common: frozenset[str] = max(counts, key=counts.__getitem__) if counts else frozenset()
     shapes: dict[str, Counter[tuple[int, int]]] = {}
     for source in sources.values():
@@ -33,7 +38,7 @@ def misfits(sources: Mapping[int, Source], partial: bool) -> list[Misfit]:
     found = []
     for number, source in sources.items():
         reason = _no_majority(source, named) if tied else _other_model(source, base, usual)
-        reason = reason or (None if partial else _other_modules(source, common))
+        reason = reason or (_other_modules(source, common) if number in held else None)
         if reason is not None:
             found.append((number, reason))
     return found

@@ -196,6 +196,8 @@ def prepare_update(
         base_model=base_model,
         base_model_name=options.base_model_name,
         judge=lambda source: _misfit(source, old),
+        # what a task on the basis brings depends on no other source
+        alone=lambda source: options.absorbs and own_parts(source, old) is not None,
         taken=[str(entry.get("name")) for entry in old.info.get("sources") or []],
     )
     names = {str(old.find(name)): name for name in fleet.modules}

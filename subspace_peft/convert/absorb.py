@@ -9,6 +9,7 @@ from typing import Any
 
 from ..basis import SubspaceBasis
 from ..builders import update_basis
+from ..builders.absorb import is_on
 from ..errors import SubspaceError
 from ..tasks.read import Parts, read_task
 from .migrate import MAX_DRIFT, Migration, migrate_task
@@ -40,7 +41,8 @@ def absorb_task(
         **hub: `revision`, `cache_dir` and `subfolder` of a task on the Hub.
 
     Returns:
-        The next version of the basis, and the task on it, with `core` coefficients and no own directions.
+        The next version of the basis, or the very basis where it lacks nothing that the task uses; and the task on it,
+        with no own directions and, where it had such, with `core` coefficients.
 
     Raises:
         SourceError: The basis has absorbed the task before, or the task does not fit it.
@@ -57,12 +59,18 @@ def absorb_task(
             )
         basis = read.modules.basis
     old = basis if isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis, token=token)
-    if not any(core.any() for core in read.cores.values()) and not _alive(read.own):
-        # it changes nothing, such as where a classifier alone was trained: there is nothing to absorb
-        return old, migrate_task(replace(read, own={}), old, max_drift=max_drift)
+    nothing = not any(core.any() for core in read.cores.values())
+    if not _alive(read.own) and (nothing or is_on(read, old)):
+        # a core alone, or not even that where a classifier alone was trained: there is nothing to absorb
+        if read.own:
+            return old, migrate_task(replace(read, own={}), old, max_drift=max_drift)
+        return old, migrate_task(task, old, max_drift=max_drift, adapter_name=adapter_name, **hub)
     # a file's sha256 is what the basis remembers the task by
     source = task if isinstance(task, (str, Path)) and not hub else read
     new = update_basis(old, [source], progress=progress, token=token)
+    if new.shapes() == old.shapes():
+        # all lies within the basis: there is no other version to move the tasks to
+        new = old
     moved = migrate_task(task, new, max_drift=max_drift, adapter_name=adapter_name, **hub)
     if moved.config.coefficients == "core" and not moved.config.extra_rank and not moved.config.extra_rank_pattern:
         return new, moved
