@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from .._lazy import collecting_later
 from .._shown import said_of_directions
 from ..energy import percent
 from ..errors import SubspaceError
-from .common import DTYPES, Add, add_force, add_json, add_out, print_json, refuse_idle
+from .common import DTYPES, Add, add_basis, add_force, add_json, add_out, print_json, refuse_idle
 from .parsers import OUTPUT, RUNS, SOURCES, STORED, adder, grouped
 
 
@@ -33,7 +33,7 @@ def add_bundle(add: Add) -> None:
         help="pack saved tasks into a bundle",
         description="Pack saved tasks of one basis into a bundle. Each keeps its name, its labels and its head.",
     )
-    make.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
+    _add_packed(make)
     grouped(make, STORED).add_argument("--dtype", default="float32", choices=DTYPES, help="of the stored cores")
     add_out(make, "the bundle's folder", required=True)
     add_force(make)
@@ -45,16 +45,9 @@ def add_bundle(add: Add) -> None:
         description="Add saved tasks to a bundle. What is in it stays as it is.",
     )
     more.add_argument("bundle", metavar="BUNDLE", help="its folder")
-    more.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
+    _add_packed(more)
     grouped(more, OUTPUT).add_argument("--replace", action="store_true", help="replace tasks of the same names")
     more.set_defaults(run=add_to)
-    for each in (make, more):
-        grouped(each, SOURCES).add_argument(
-            "--basis", metavar="BASIS", help="where the basis is, if not where the tasks say"
-        )
-        grouped(each, STORED).add_argument(
-            "--facts", metavar="FILE", help='JSON: {"name": {"metrics": {…}, "id2label": {…}}} for the index'
-        )
 
     show = verb(
         "ls",
@@ -79,7 +72,7 @@ def add_bundle(add: Add) -> None:
     out.add_argument("tasks", nargs="*", metavar="NAME", help="names in the bundle; all with --all")
     sources = grouped(out, SOURCES)
     sources.add_argument("--all", action="store_true", help="every task")
-    sources.add_argument("--basis", metavar="BASIS", help="where the basis is, if not where the bundle says")
+    add_basis(out, "where the basis is, if not where the bundle says")
     form = grouped(out, OUTPUT).add_mutually_exclusive_group()
     form.add_argument("--as-lora", action="store_true", help="as stock LoRAs, own directions and all")
     form.add_argument(
@@ -96,6 +89,15 @@ def add_bundle(add: Add) -> None:
         grouped(each, SOURCES).add_argument("--revision", help="branch, tag or commit on the Hub")
     for each in (make, more, show, out):
         add_json(each)
+
+
+def _add_packed(verb: ArgumentParser) -> None:
+    """Add which tasks are packed, where their basis is, and what the index says of them beside."""
+    verb.add_argument("tasks", nargs="+", metavar="TASK", help="folder of a task, or Hub id with @revision")
+    add_basis(verb, "where the basis is, if not where the tasks say")
+    grouped(verb, STORED).add_argument(
+        "--facts", metavar="FILE", help='JSON: {"name": {"metrics": {…}, "id2label": {…}}} for the index'
+    )
 
 
 def create(args: Namespace) -> int:

@@ -37,6 +37,11 @@ def add_base_model(verb: ArgumentParser, help: str = BASE_MODEL_HELP, **more: An
     grouped(verb, BASE).add_argument("--base-model", metavar="MODEL", help=help, **more)
 
 
+def add_basis(verb: ArgumentParser, help: str, **more: Any) -> None:
+    """Add the flag that names a basis."""
+    grouped(verb, SOURCES).add_argument("--basis", metavar="BASIS", help=help, **more)
+
+
 def add_reading(verb: ArgumentParser) -> None:
     """Add the flags of what may be read as a LoRA beside one."""
     add_base_model(verb)

@@ -11,6 +11,7 @@ from .common import (
     DTYPES,
     Add,
     add_base_model_name,
+    add_basis,
     add_force,
     add_json,
     add_no_base_check,
@@ -44,9 +45,7 @@ def add_compress(add: Add) -> None:
         metavar="LORA",
         help="LoRA folder or file, Hub id with @revision, pattern, list.txt or collection",
     )
-    grouped(verb, SOURCES).add_argument(
-        "--basis", required=True, metavar="BASIS", help="folder or Hub id of the basis"
-    )
+    add_basis(verb, "folder or Hub id of the basis", required=True)
     grouped(verb, SOURCES).add_argument(
         "--skip-bad", action="store_true", help="leave refused adapters out, each with its reason"
     )

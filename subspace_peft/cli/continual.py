@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,6 @@ def add_continual(add: Add) -> None:
     )
     run.add_argument("plan", metavar="PLAN", help="YAML or JSON file")
     add_out(run, "the run's folder, if not the plan's `out:`")
-    _add_restart(run)
-    add_json(run)
-    run.set_defaults(run=continual)
     status = verb(
         "status",
         help="say how far a run is, and what it costs",
@@ -44,12 +41,9 @@ def add_continual(add: Add) -> None:
             " beside a LoRA for each task. Nothing is loaded for it but the run's journal."
         ),
     )
-    status.add_argument("folder", metavar="FOLDER", help="the run's folder")
     output = grouped(status, OUTPUT)
     output.add_argument("--markdown", action="store_true", help="print tables of Markdown")
     output.add_argument("--figure", metavar="FILE", help="draw scores, growth and bytes into a PNG as well")
-    add_json(status)
-    status.set_defaults(run=continual)
     resume = verb(
         "resume",
         help="go on with a run that was interrupted",
@@ -58,16 +52,17 @@ def add_continual(add: Add) -> None:
             " checkpoint; the files at the end are those of a run that was not interrupted."
         ),
     )
-    resume.add_argument("folder", metavar="FOLDER", help="the run's folder")
-    _add_restart(resume)
-    add_json(resume)
-    resume.set_defaults(run=continual)
-
-
-def _add_restart(verb: ArgumentParser) -> None:
-    grouped(verb, RUNS).add_argument(
-        "--restart", action="store_true", help="begin the unfinished task again, as the plan has it now, or give it up"
-    )
+    for each in (status, resume):
+        each.add_argument("folder", metavar="FOLDER", help="the run's folder")
+    for each in (run, resume):
+        grouped(each, RUNS).add_argument(
+            "--restart",
+            action="store_true",
+            help="begin the unfinished task again, as the plan has it now, or give it up",
+        )
+    for each in (run, status, resume):
+        add_json(each)
+        each.set_defaults(run=continual)
 
 
 def continual(args: Namespace) -> int:

@@ -10,6 +10,7 @@ from ..energy import percent
 from .common import (
     Add,
     add_base_model_name,
+    add_basis,
     add_force,
     add_json,
     add_no_base_check,
@@ -35,9 +36,10 @@ def add_project(add: Add) -> None:
         ),
     )
     verb.add_argument("lora", metavar="LORA", help="LoRA folder, or Hub id with @revision")
-    sources = grouped(verb, SOURCES)
-    sources.add_argument("--basis", required=True, metavar="BASIS", help="folder or Hub id of the basis")
-    sources.add_argument("--part", help="of a pipeline's basis the part that the LoRA is of, where names do not tell")
+    add_basis(verb, "folder or Hub id of the basis", required=True)
+    grouped(verb, SOURCES).add_argument(
+        "--part", help="of a pipeline's basis the part that the LoRA is of, where names do not tell"
+    )
     add_no_base_check(verb)
     add_base_model_name(verb)
     add_reading(verb)
@@ -66,9 +68,8 @@ def add_export_lora(add: Add) -> None:
         ),
     )
     verb.add_argument("task", metavar="TASK", help="folder or Hub id of a task")
-    sources = grouped(verb, SOURCES)
-    sources.add_argument("--basis", metavar="BASIS", help="where the basis is, if not where the task says")
-    sources.add_argument("--part", help="with --format diffusers: the part of a pipeline, such as unet")
+    add_basis(verb, "where the basis is, if not where the task says")
+    grouped(verb, SOURCES).add_argument("--part", help="with --format diffusers: the part of a pipeline, such as unet")
     size = grouped(verb, SIZE)
     size.add_argument("--rank", type=int, help="truncate to this rank")
     size.add_argument("--pad-to", metavar="RANK", help="fill up to this rank with zeros, or 'vllm'")

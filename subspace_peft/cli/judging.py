@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .._io.progress import begin
 from ..energy import FAITHFUL, percent
 from ..errors import SubspaceError
-from .common import Add, add_base_model_name, add_force, add_json, add_reading, base_model, print_json
+from .common import Add, add_base_model_name, add_basis, add_force, add_json, add_reading, base_model, print_json
 from .language import hints_in_flags
 from .parsers import OUTPUT, SIZE, SOURCES, grouped
 
@@ -28,7 +28,7 @@ def add_analyze(add: Add) -> None:
         ),
     )
     verb.add_argument("sources", nargs="+", metavar="ADAPTER", help="as for build")
-    grouped(verb, SOURCES).add_argument("--basis", metavar="BASIS", help="folder or Hub id of a basis")
+    add_basis(verb, "folder or Hub id of a basis")
     add_base_model_name(verb)
     add_reading(verb)
     add_json(verb)

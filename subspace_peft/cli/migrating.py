@@ -10,7 +10,7 @@ from typing import Any
 from .._io.progress import begin
 from .._lazy import collecting_later
 from ..errors import SubspaceError
-from .common import Add, add_force, add_json, add_out, print_json
+from .common import Add, add_basis, add_force, add_json, add_out, print_json
 from .parsers import SOURCES, TASKS, grouped
 
 LISTED = 20  # tasks that are said one by one
@@ -27,11 +27,10 @@ def add_migrate(add: Add) -> None:
         ),
     )
     verb.add_argument("tasks", nargs="+", metavar="TASK", help="folder or Hub id of a task, or a bundle's folder")
-    sources = grouped(verb, SOURCES)
-    sources.add_argument(
-        "--basis", required=True, metavar="BASIS", help="folder or Hub id of the basis to carry them to"
+    add_basis(verb, "folder or Hub id of the basis to carry them to", required=True)
+    grouped(verb, SOURCES).add_argument(
+        "--old-basis", metavar="BASIS", help="where their own basis is, if not where they say"
     )
-    sources.add_argument("--old-basis", metavar="BASIS", help="where their own basis is, if not where they say")
     add_carrying(grouped(verb, TASKS))
     add_out(verb, "where to write them, each under its own name", required=True)
     add_force(verb)
