@@ -17,7 +17,7 @@ from subspace_peft.errors import BadFileError
 from subspace_peft.report import inspect_path, validate_basis
 
 from .models import bert
-from .test_one_number import saved, states
+from .uneven import saved, states
 
 PROGRAM = """
 import sys

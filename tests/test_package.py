@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from .test_one_number import saved, states
+from .uneven import saved, states
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow

@@ -365,7 +365,7 @@ def test_a_whole_path_opens_no_text_in_the_system_s_encoding(tmp_path):
     """Python itself warns of every text that is opened so; none may be this package's."""
     import subprocess
 
-    from .test_one_number import saved, states
+    from .uneven import saved, states
 
     loras = saved(tmp_path / "loras", states(4))
     basis = str(tmp_path / "basis")

@@ -194,7 +194,7 @@ def test_every_module_gets_its_number_by_the_fields(ranks):
 
 
 def test_several_parts_each_get_their_own(tmp_path):
-    from .test_pipelines import FILES, SD, write
+    from .pipeline_files import FILES, SD, write
 
     files = [write(FILES["diffusers"](SD, number), tmp_path / f"style{number}.safetensors") for number in (1, 2)]
     basis = build_basis(files[:1], k=2, progress=False)

@@ -71,7 +71,7 @@ def diffusers(folder: Path) -> Names:
     """UNets, one of them with the adapter `sketch`, a pipeline with its text encoder, and two files of styles."""
     from subspace_peft import SubspaceConfig
 
-    from ..test_pipelines import FILES, SD, pipeline, text_encoder, unet, write
+    from ..pipeline_files import FILES, SD, pipeline, text_encoder, unet, write
 
     basis = _basis(unet(), folder, ["to_q", "to_v"])
     other = unet()
