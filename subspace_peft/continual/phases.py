@@ -217,12 +217,14 @@ def refit(run: Run, data: TaskData) -> None:
 def scores(run: Run, data: TaskData) -> None:
     """Score all tasks that are learned by now: a row of the matrix."""
     names = [*run.journal.learned(), data.name]
+    basis = run.basis()  # in memory it is found by all tasks, and opened once
     row = {
         name: run.shop.score(
             run.shop.loaded(name, run.places.task(run.newest, name)), run.data[name], run.data[name].evaluation
         )
         for name in progress_bar(names, desc="scoring", unit="task", shown=run.options.progress)
     }
+    del basis
     files = {name: run.places.task(run.newest, name) / WEIGHTS_FILE for name in names}
     run.journal.record(
         data.name,

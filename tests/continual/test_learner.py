@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from subspace_peft import SubspaceBasis, save_adapter
-from subspace_peft.basis import dependents
+from subspace_peft.basis import basis, dependents
 
 from ..models import bert, inputs, train_lora
 from .runs import again, arguments, data, learn, learner, model, options
@@ -53,6 +53,18 @@ def test_absorption_changes_no_logit_but_by_rounding(run):
         made.learn("b", data(1), data(2))
         changes = made.status.changes
     assert changes.keys() == {"a", "b"} and max(changes.values()) < 1e-5
+
+
+def test_a_basis_is_opened_as_often_whatever_the_number_of_tasks(run, monkeypatch):
+    opened, read = [], basis.open_basis
+    monkeypatch.setattr(basis, "open_basis", lambda place, **how: opened.append(place) or read(place, **how))
+    counts = []
+    with again(run) as made:
+        for name in "bcd":
+            opened.clear()
+            made.learn(name, data(ord(name)), data(ord(name) + 100))
+            counts.append(len(opened))
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_the_newest_version_alone_is_kept_and_its_lineage_recorded(run):
