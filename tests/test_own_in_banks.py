@@ -19,7 +19,8 @@ from subspace_peft.errors import BadFileError, BasisMismatchError, SubspaceError
 from subspace_peft.serve import TaskExports
 from subspace_peft.tasks import SavedTask, read_task
 
-from .models import bert, inputs
+from .models import bert, inputs, layers
+from .test_tuner_identities import TABLE as KINDS_OF_TASKS
 
 FIRST = "bert.encoder.layer.0.attention.self.query"
 # name → what the task's configuration has
@@ -287,10 +288,38 @@ def test_a_file_goes_into_a_bank_with_other_room(bank, place, alone, tmp_path):
     assert narrow.load(file, cores_only=True) == list(bank)
     check(narrow, {name: alone[name] for name in ("plain", "one", "small")})
     assert narrow.own("two") == {}
-    assert torch.equal(narrow["two"][FIRST], bank["two"][FIRST])
     half = bank.save(tmp_path / "half.safetensors", torch.bfloat16)
     bank.load(half)
     assert bank.own("two").keys() == narrow.layers.keys()
+
+
+@pytest.mark.parametrize(("coefficients", "gain"), KINDS_OF_TASKS)
+@pytest.mark.parametrize("packed", [False, True], ids=["bank", "bundle"])
+def test_a_bank_without_room_holds_the_projection_of_the_whole_task(place, coefficients, gain, packed, tmp_path):
+    """Its row's ΔW is ``U Uᵀ (s U C V + s' u v) Vᵀ V``, whatever the coefficients."""
+    config = {"coefficients": coefficients, "mean_gain": gain, **({"r": 2} if coefficients == "factor" else {})}
+    model = trained(place, extra_rank=2, extra_rank_pattern={"1.attention.self.value": 1}, **config)
+    model.save_pretrained(tmp_path / "task")
+    if packed:
+        file = Path(bundle_tasks([tmp_path / "task"], tmp_path / "bundle", progress=False).location, BUNDLE_FILE)
+    else:
+        wide = TaskBank(model)
+        wide.add("task", tmp_path / "task")
+        file = wide.save(tmp_path / "bank.safetensors")
+    narrow = TaskBank(adapted(place), extra_rank=0)
+    with pytest.raises(BasisMismatchError, match="room for 0"):
+        narrow.load(file)
+    narrow.load(file, cores_only=True)
+    cores = read_task(tmp_path / "task").without_own().cores
+    for layer in layers(model):
+        U, V = (getattr(layer, f"subspace_{side}")["default"].double() for side in "UV")
+        whole, own = layer.get_delta_weight("default").double(), layer.own_part("default")
+        core = narrow["task"][layer.key].double()
+        torch.testing.assert_close(U @ core @ V, U @ (U.T @ whole @ V.T) @ V, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(core, cores[layer.key], atol=1e-5, rtol=1e-4)
+        # own directions have a part in the basis, so the core alone is another
+        assert (U.T @ own[0].double() @ own[1].double() @ V.T).abs().max() > 1e-2
+    assert narrow.own("task") == {}
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
@@ -364,5 +393,5 @@ def test_a_bundles_tasks_come_with_theirs(saved, place, alone, tmp_path):
             TaskBank(adapted(place), extra_rank=2).load(altered)
     plain = TaskBank(adapted(place))
     plain.load(file, cores_only=True)
-    assert all(torch.equal(plain[name][FIRST], bank[name][FIRST]) for name in order)
+    assert torch.equal(plain["plain"][FIRST], bank["plain"][FIRST])
     assert read_task(plain.model, adapter_name="default").own == {}

@@ -18,6 +18,7 @@ from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import SubspaceLayer
 from ..tuner.module_names import as_named_in
+from ..tuner.own_directions import core_of_own
 from ..tuner.renaming import named_as
 from ..tuner.row_batch import BASE, Group, TaskNames
 from ..tuner.row_names import task_names_passed
@@ -317,8 +318,9 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
         Args:
             file: The file. Of a bundle in a folder it is ``folder/bundle.safetensors``, of a bundle on the Hub
                 `open_bundle(…).download()`.
-            cores_only: Leave out of a task what a bank cannot hold, trained modules and more own directions than it
-                has room for, instead of refusing the file.
+            cores_only: Take what a bank can hold of a task, instead of refusing the file. Trained modules are left
+                out. Of a task with more own directions than there is room for, the bank takes the projection on its
+                basis, own directions included, as a core.
 
         Returns:
             The names of the tasks.
@@ -330,9 +332,14 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             SubspaceError: Some of its tasks have trained modules, and `cores_only` is off.
         """
         fingerprint = self.config.basis_fingerprint
-        names, rows = read_all(Path(file), self.layout, fingerprint, self._named, cores_only=cores_only)
+        projected = self._projected if cores_only else None
+        names, rows = read_all(Path(file), self.layout, fingerprint, self._named, projected=projected)
         self._held.put(names, rows)
         return names
+
+    def _projected(self, module: str, own: Pair) -> torch.Tensor:
+        U, V = (getattr(self.layers[module], f"subspace_{side}")[self.adapter].cpu() for side in "UV")
+        return core_of_own(U, V, *own)
 
     def save_task(self, name: str, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write one task as a stock PEFT adapter folder, with `core` coefficients and its own directions.

@@ -14,10 +14,16 @@ from .bank_file import read_index
 from .bank_rows import Pair, RowLayout, filled
 
 Renamed = Callable[[Mapping[str, Any]], dict[str, Any]]
+Projected = Callable[[str, Pair], torch.Tensor]
 
 
 def read_all(
-    file: Path, layout: RowLayout, fingerprint: str | None, renamed: Renamed, *, cores_only: bool = False
+    file: Path,
+    layout: RowLayout,
+    fingerprint: str | None,
+    renamed: Renamed,
+    *,
+    projected: Projected | None = None,
 ) -> tuple[list[str], torch.Tensor]:
     """Read all tasks of a bank's or a bundle's file, as rows for a bank.
 
@@ -26,7 +32,9 @@ def read_all(
         layout: Of the bank's rows.
         fingerprint: Of the bank's basis.
         renamed: What puts a mapping by modules of the file under the names that the bank's model has for them.
-        cores_only: Leave out of a task what the bank cannot hold.
+        projected: What makes a core (k_out, k_in) in a module of the bank from own directions ``(B, A)``. It is used,
+            in all modules, for a task with more of these than the bank has room for, whose trained modules are left
+            out as well. None refuses such tasks.
 
     Returns:
         The tasks' names, and their rows (tasks, parameters).
@@ -34,12 +42,12 @@ def read_all(
     Raises:
         BadFileError: As `read_index`; or a task holds NaN or infinite values.
         BasisMismatchError: The tasks are on another basis, or have other modules, larger sizes, or more own directions
-            than the bank has room for, and `cores_only` is off.
-        SubspaceError: Some of the tasks have trained modules, and `cores_only` is off.
+            than the bank has room for, and `projected` is not given.
+        SubspaceError: Some of the tasks have trained modules, and `projected` is not given.
     """
     index = read_index(file)
     try:
-        return _rows(file, index, layout, fingerprint, renamed, cores_only)
+        return _rows(file, index, layout, fingerprint, renamed, projected)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         # a bundle's index and header, of which a bank's own reader knows nothing, do not go together
         what = f"{type(error).__name__}: {str(error)[:200]}"
@@ -52,7 +60,7 @@ def _rows(
     layout: RowLayout,
     fingerprint: str | None,
     renamed: Renamed,
-    cores_only: bool,
+    projected: Projected | None,
 ) -> tuple[list[str], torch.Tensor]:
     names, modules = list(index["tasks"]), _Modules(index["modules"], renamed)
     listed: dict[tuple[Any, ...], _Modules] = {}
@@ -77,7 +85,7 @@ def _rows(
         )
     tensors, blocks = _read(file, len(apart))
     whole = [name for name, block in zip(apart, blocks, strict=True) if "extra" in block]
-    if whole and not cores_only:
+    if whole and projected is None:
         raise SubspaceError(
             f"{file}: {len(whole)} of its {len(names) + len(apart)} tasks, such as {whole[0]!r}, have trained modules,"
             " which a bank does not hold. Load these as adapters, with `load_task`; or take what a bank can hold of"
@@ -100,7 +108,10 @@ def _rows(
     for name, pairs in own.items():
         now = apart.get(name, modules).names
         present = {now[module]: pair for module, pair in pairs.items()}
-        if cores_only and any(layout.lacking(module, pair) for module, pair in present.items()):
+        if projected and any(layout.lacking(module, pair) for module, pair in present.items()):
+            # core and own directions were trained together: the core alone may be far from the task
+            for module, pair in present.items():
+                layout.core(rows[places[name]], module).add_(projected(module, pair).T)
             continue
         for module, pair in present.items():
             layout.put_own(rows[places[name]], f"{file}: its task {name!r}", module, pair)

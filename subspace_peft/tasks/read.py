@@ -20,7 +20,7 @@ from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.coefficients import OWN, make_coefficients
 from ..tuner.config import SubspaceConfig
 from ..tuner.layer import basis_in
-from ..tuner.own_directions import own_update, split_own
+from ..tuner.own_directions import core_of_own, own_update, split_own
 from ..tuner.renaming import without_wrappers
 from ..tuner.task_file import BASIS_KEY, COEFFICIENT_KEY, weights_of
 from .arguments import check_hub
@@ -80,7 +80,7 @@ class SavedTask(Shown):
         cores = dict(self.cores)
         for name, (B, A) in self.own.items():
             module = self.modules[name]
-            cores[name] = cores[name] + (module.U.double().T @ B.double()) @ (A.double() @ module.V.double().T)
+            cores[name] = cores[name] + core_of_own(module.U, module.V, B, A)
         config = replace(self.config, extra_rank=0, extra_rank_pattern={})
         return SavedTask(config, cores, self.modules, self.extras)
 

@@ -90,6 +90,18 @@ def own_update(extra_U: torch.Tensor, extra_V: torch.Tensor, units: OwnUnits) ->
     return extra_U.detach().double() * units.scale, extra_V.detach().double()
 
 
+def core_of_own(U: torch.Tensor, V: torch.Tensor, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Return the core that is nearest to ``B A`` in a basis, ``Uᵀ B A Vᵀ`` (k_out, k_in) float64.
+
+    Args:
+        U: (out, k_out), orthonormal columns.
+        V: (k_in, in), orthonormal rows.
+        B: (out, φ).
+        A: (φ, in).
+    """
+    return (U.double().T @ B.double()) @ (A.double() @ V.double().T)
+
+
 def own_tensors(B: torch.Tensor, A: torch.Tensor, rank: int, units: OwnUnits) -> dict[str, torch.Tensor]:
     """Return trained tensors whose own part of ΔW is ``B A``, or its best approximation of rank `rank`.
 
