@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -15,6 +16,8 @@ from ..errors import OccupiedError
 from ..logging import get_logger
 
 LOCK_FILE = "lock.json"
+# Windows locks bytes, which others then cannot read: this one lies far behind what the file says
+LOCKED_BYTE = 1 << 30
 
 logger = get_logger()
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
@@ -82,7 +85,7 @@ def _take(handle: int) -> bool:
     try:
         import fcntl
     except ImportError:
-        return True
+        return _on_byte(handle, "LK_NBLCK")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -94,10 +97,29 @@ def _take(handle: int) -> bool:
 
 def _give_back(handle: int) -> None:
     # closing would leave it with a child that was forked meanwhile
-    with contextlib.suppress(ImportError, OSError):
+    try:
         import fcntl
-
+    except ImportError:
+        _on_byte(handle, "LK_UNLCK")
+        return
+    with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _on_byte(handle: int, how: str) -> bool:
+    """Lock or unlock one byte, as Windows does; return whether it could be done."""
+    try:
+        msvcrt: Any = importlib.import_module("msvcrt")
+    except ImportError:
+        return True
+    try:
+        os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(handle, getattr(msvcrt, how), 1)
+    except PermissionError:
+        return False
+    except OSError:
+        return True  # as above
+    return True
 
 
 def _owner(handle: int) -> dict[str, Any]:
