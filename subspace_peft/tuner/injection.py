@@ -31,6 +31,7 @@ from .module_names import names_in_basis, other_names, rename_saved
 from .part_choice import choose_part
 from .plan import InjectionPlan, carried_entry
 from .renaming import follow_model
+from .start import check_start
 from .targets import is_conv1d, is_never_called, kind_of, outer_modules, sizes, supported, weight_shape
 
 Layers = Mapping[str, nn.Module]
@@ -65,6 +66,7 @@ def make_plan(
     part = None if basis is None else choose_part(config, model, basis)
     names, shapes = _match(model, config, basis, targets, part)
     checked = _check(model, config, layers, basis, names, shapes, narrowed)
+    unstarted = _start_problem(config, basis, next(iter(names.values())))
     if not config.loaded:
         if basis is not None:
             warn_of_ignored_fields(config, basis, names)
@@ -95,8 +97,8 @@ def make_plan(
         filled_in["base_weights"] = None if checked.sample is None else checked.sample.record()
     # with PeftModel the file was checked already; loaders that bypass the config class leave it to the layers
     unchecked = config.loaded and (config.loaded_from is None or config.loaded_from.modules is None)
-    tracker = LoadTracker() if basis is None or unchecked else None
-    return InjectionPlan(config, basis, names, shapes, carried, tracker, filled_in, checked.first)
+    tracker = LoadTracker(unstarted) if basis is None or unchecked or unstarted else None
+    return InjectionPlan(config, basis, names, shapes, carried, tracker, filled_in, checked.first, not unstarted)
 
 
 def fill_target_modules(config: SubspaceConfig, model: nn.Module) -> SubspaceBasis | None:
@@ -328,34 +330,26 @@ def _check_coefficients(
         )
     if basis is None:
         return
-    mean = config.mean_gain != "none" or (config.start == "mean" and not config.loaded)
-    if mean and basis[first].M is None:
+    if config.mean_gain != "none" and basis[first].M is None:
         raise SubspaceError(
-            f"mean_gain={config.mean_gain!r}, start={config.start!r}: the basis has no mean core (builder "
-            f"{basis.info.get('builder')!r}). Use a basis built from adapters, or mean_gain='none' and start='zero'."
+            f"mean_gain={config.mean_gain!r}: the basis has no mean core (builder {basis.info.get('builder')!r}). Use"
+            " a basis built from adapters, or mean_gain='none'."
         )
-    if config.start not in ("zero", "mean") and not config.loaded:
-        source_index(config, basis)
-        if basis[first].cores is None:
-            raise SubspaceError(
-                f"start={config.start!r}: this basis does not keep its sources' cores. Build it with keep_cores=True,"
-                " or start at 'zero' or 'mean'."
-            )
 
 
-def source_index(config: SubspaceConfig, basis: SubspaceBasis) -> int:
-    """Return the place of the source that `config.start` names in the basis's list of sources.
+def _start_problem(config: SubspaceConfig, basis: SubspaceBasis | None, first: str) -> str | None:
+    """Return why a task of a saved configuration cannot start where that says: only a new one has to.
 
     Raises:
-        SubspaceError: the basis has no such source; lists those that it has.
+        SubspaceError: see `check_start`; the configuration is not a saved one.
     """
-    names = [source.get("name") for source in basis.info.get("sources", [])]
-    if config.start not in names:
-        raise SubspaceError(
-            f"start={config.start!r}: no such source in the basis; choose 'zero', 'mean' or one of "
-            f"{', '.join(map(str, names)) or '(it has none)'}."
-        )
-    return names.index(config.start)
+    try:
+        check_start(config, basis, first)
+    except SubspaceError as error:
+        if not config.loaded:
+            raise
+        return str(error)
+    return None
 
 
 # -- carry ------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from ..basis import ModuleBasis, SubspaceBasis
 from .buffers import SharedBuffers
 from .coefficients import Coefficients, default_scale, make_coefficients
 from .fused import Terms
-from .injection import source_index
 from .learning_rate import watch
 from .load_tracker import LoadTracker
 from .own_directions import OwnUnits, own_units, start_own
@@ -23,6 +22,7 @@ from .plan import InjectionPlan
 from .row_batch import RowBank
 from .row_context import RowSlot
 from .row_own import product
+from .start import start_of
 from .targets import kind_of, sizes
 
 
@@ -208,26 +208,18 @@ class SubspaceLayer(BaseTunerLayer):
     ) -> None:
         config = plan.config
         directions = self.subspace_G.get(adapter_name)
-        core = None
-        if plan.basis is not None and not config.loaded and config.start != "zero":
-            module = plan.module(key)
-            if config.start == "mean" and config.mean_gain == "trainable":
-                with torch.no_grad():
-                    coefficients.gain.fill_(1.0)
-            elif config.start == "mean":
-                core = module.M if config.mean_gain == "none" else None
-            else:
-                core = module.cores[source_index(config, plan.basis)]
-                if config.mean_gain == "fixed":
-                    core = core - module.M
+        core, gain = start_of(config, plan.basis, lambda: plan.module(key)) if plan.starts else (None, 0.0)
+        if coefficients.gain is not None:
+            with torch.no_grad():
+                coefficients.gain.fill_(gain)
         core = None if core is None else core.cpu() / self.scaling[adapter_name]
+        # of a saved configuration too: a new task may be made from it, and what a file brings replaces all of this
         coefficients.start(core, None if directions is None else directions.cpu())
-        # of a saved configuration too: a new task may be made from it, whose two sides would stay zero for ever
         if coefficients.extra_rank and not to_come:
             units = self.own_units(config.alpha)
             side = self.subspace_V[adapter_name] if units.by_rows else self.subspace_U[adapter_name].T
             start_own(coefficients, side, units)
-        if not config.init_weights and not config.loaded:
+        if not config.init_weights:
             coefficients.perturb()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

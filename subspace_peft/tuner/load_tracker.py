@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._io.warn import warn_caller
 from ..errors import BadFileError
 
 
@@ -15,21 +16,24 @@ class LoadTracker:
 
     Attributes:
         loaded: (module, name of the tensor) of each.
+        unstarted: why a new task cannot start where the configuration says, until it is said; None where it can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unstarted: str | None = None) -> None:
         self.loaded: set[tuple[str, str]] = set()
+        self.unstarted = unstarted
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # an earlier version called it otherwise
         self.loaded = state.get("loaded", state.get("came", set()))
+        self.unstarted = state.get("unstarted")
 
     def note(self, module: str, name: str) -> None:
         """Note that the tensor `name` of `module` was loaded."""
         self.loaded.add((module, name))
 
     def check(self, module: str, coefficients: set[str], basis: set[str]) -> None:
-        """Check that the file has brought all or nothing.
+        """Check that the file has brought all or nothing. Warn, once, of a new task that starts elsewhere than asked.
 
         Args:
             module: name of the layer's module.
@@ -41,8 +45,17 @@ class LoadTracker:
         """
         needed = basis | (coefficients if self.loaded else set())
         missing = sorted(name for name in needed if (module, name) not in self.loaded)
+        if missing and not self.loaded:
+            raise BadFileError(
+                f"Module {module!r}: {', '.join(missing)} lie in the file of the task whose configuration this is, and"
+                " were never loaded. Load that task, `PeftModel.from_pretrained(model, task)`, and add a new one"
+                " beside it, `model.add_adapter(name, config)`; or make a new SubspaceConfig with a basis."
+            )
         if missing:
             raise BadFileError(
-                f"Module {module!r}: the task's file did not bring {', '.join(missing)}. It is incomplete, or was"
-                " never loaded: fetch or save the task again; `PeftModel.from_pretrained` says more."
+                f"Module {module!r}: the task's file did not bring {', '.join(missing)}. It is incomplete: fetch or"
+                " save the task again; `PeftModel.from_pretrained` says more."
             )
+        if self.unstarted is not None and not self.loaded:
+            warn_caller(f"A new task of a saved configuration starts at zero. {self.unstarted}")
+            self.unstarted = None

@@ -26,9 +26,11 @@ class InjectionPlan:
         shapes: the basis's name of a module → its shape, as `SubspaceBasis.shapes` has it.
         carried: target module → shapes and hashes of the tensors that the task's own file has, or will have where it
             is saved; None: it carries no basis.
-        tracker: notes the tensors that are loaded from the task's own file; None where that was checked already.
+        tracker: notes the tensors that are loaded from the task's own file; None where that was checked already and a
+            new task of the configuration can start.
         filled_in: field of the configuration → the value that the making of the adapter fills in.
         first: the base weights, where this is the first training in a basis that has none on record; else None.
+        starts: whether the basis has what the configuration's `start` asks for; a saved task may do without.
     """
 
     config: SubspaceConfig
@@ -39,6 +41,7 @@ class InjectionPlan:
     tracker: LoadTracker | None
     filled_in: Mapping[str, Any]
     first: WeightSample | None = None
+    starts: bool = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # of one injection, and no part of a copied or saved model
