@@ -278,6 +278,50 @@ def test_embeddings_and_convolutions(coefficients, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        (None, r"lacks the embedding 'words': .*add 'words': .50, 12."),
+        ("no such field", "lacks the embedding 'words'"),
+        ({"conv": [6, 3, 3, 3]}, "lacks the embedding 'words'"),
+        ({"words": [50, 12], "last": [5, 12]}, "calls 'last' an embedding, which it is not: .* leave 'last' out"),
+    ],
+)
+def test_a_saved_task_that_does_not_name_its_embeddings_is_refused(shapes, said, tmp_path):
+    """Own directions of an embedding have units of their own, which nothing else in the file tells."""
+    config = SubspaceConfig(basis="random", k=3, target_modules=["words", "conv", "last"], extra_rank=2)
+    model = randomise(get_peft_model(Convolved(), config))
+    # filled in, for a configuration that is written by hand
+    assert config.weight_shapes == {"words": [50, 12], "conv": [6, 3, 3, 3]}
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    values = {**json.loads(file.read_text()), "weight_shapes": shapes}
+    if isinstance(shapes, str):
+        del values["weight_shapes"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(BasisMismatchError, match=said):
+        PeftModel.from_pretrained(Convolved(), tmp_path)
+    # without own directions there is nothing to tell, as in files of versions that did not know them
+    plain = {**values, "extra_rank": 0}
+    file.write_text(json.dumps({**plain, "weight_shapes": None}))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".extra_" not in k}, tmp_path / "adapter_model.safetensors")
+    loaded = PeftModel.from_pretrained(Convolved(), tmp_path)
+    assert loaded.peft_config["default"].weight_shapes == {"words": [50, 12], "conv": [6, 3, 3, 3]}
+
+
+def test_an_embeddings_own_directions_are_read_as_the_model_has_them(tmp_path):
+    config = SubspaceConfig(basis="random", k=3, target_modules=["words", "conv", "last"], extra_rank=2, alpha=8.0)
+    model = randomise(get_peft_model(Convolved(), config))
+    model.save_pretrained(tmp_path)
+    task = read_task(tmp_path)
+    for name in ("words", "conv", "last"):
+        layer = getattr(model.base_model.model, name)
+        B, A = task.own[name]
+        for one, other in zip(layer.own_part("default"), (B, A), strict=True):
+            torch.testing.assert_close(one, other.float())
+
+
+@pytest.mark.parametrize(
     ("wrong", "says"),
     [
         ({"extra_rank": -1}, "extra_rank=-1: give a whole number from 0"),

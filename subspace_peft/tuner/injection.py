@@ -260,6 +260,7 @@ def _check(
     """Raise where basis, task and model do not belong together; return what is kept of the base weights."""
     _check_shapes(layers, basis, names, shapes)
     _check_file(model, config, layers, basis, narrowed)
+    _check_embeddings(config, layers)
     _check_coefficients(config, basis, names, shapes)
     return check_base(model, config, layers, basis, names)
 
@@ -315,6 +316,22 @@ def _check_listed(model: nn.Module, config: SubspaceConfig, basis: SubspaceBasis
             f"The saved task adapts {len(config.target_modules)} modules, but this {type(model).__name__} has no"
             f" module {names_of(absent, 3)}. Load the base model that it was trained on"
             f" ({config.base_model_name_or_path})."
+        )
+
+
+def _check_embeddings(config: SubspaceConfig, layers: Layers) -> None:
+    """Hold what a saved task says of embeddings, by which own directions there are scaled, against the model's."""
+    if not config.loaded:
+        return  # it is filled in
+    there = {name for name, layer in layers.items() if kind_of(layer) == "embedding"}
+    said = config.sizes.embeddings
+    for name in sorted(name for name in (there ^ said) & set(layers) if config.sizes.extra_asked(name)):
+        wrong, right = f"calls {name!r} an embedding, which it is not", f"leave {name!r} out"
+        if name in there:
+            wrong, right = f"lacks the embedding {name!r}", f"add {name!r}: {weight_shape(layers[name])}"
+        raise BasisMismatchError(
+            f"weight_shapes of the saved task's config {wrong}: an embedding's own directions are in units of their"
+            f" own. Fetch or save the task again; or {right}, where its own directions are in these units."
         )
 
 
