@@ -17,13 +17,13 @@ from .._shown import Shown
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..tuner import SubspaceConfig
-from ..tuner.base_weights import model_name
 from .arguments import check_arguments, default_arguments
 from .journal import Journal
 from .lock import FolderLock
 from .metrics import ScoreMatrix
 from .options import MAY_CHANGE, ContinualOptions
 from .phases import Run, version_facts
+from .settings import check_model, check_trainer, checked_options, settings_of, template
 from .status import RunStatus, status_of
 from .store import RunFolder
 from .task_facts import check_begun, check_learned, facts_of_task
@@ -89,62 +89,65 @@ class ContinualLearner(Shown):
         **trainer: Any,
     ) -> None:
         root = Path(folder).expanduser()
-        self.options = ContinualOptions() if options is None else options
+        self.options = checked_options(options)
         self._args = None if args is None else check_arguments(args)
         self._compute, self._metric = compute_metrics, metric
         if not callable(model):
             raise SubspaceError(
                 f"model is a {type(model).__name__}: give a base model, or a function that returns one."
             )
-        config = _template(config)
-        # what refuses a run that is not begun comes before its folder is made, and the lock's file in it
-        begun = Journal.read(root) is not None
-        if basis is None and not begun:
+        config = template(config)
+        check_trainer(trainer)
+        # what refuses a run comes before its folder is made, and the lock's file in it
+        journal, places = Journal.read(root), RunFolder(root)
+        if basis is None and journal is None:
             raise SubspaceError(f"{root} holds no run yet, so its first basis is needed. Give basis=.")
         first = basis if basis is None or isinstance(basis, SubspaceBasis) else SubspaceBasis.from_pretrained(basis)
+        settings = settings_of(model, config, self.options)
+        if journal is not None:
+            self._check_begun(journal, places, settings, first)
+        elif root.is_dir():
+            places.check_free()
+        if isinstance(model, nn.Module):
+            newest = first if journal is None else SubspaceBasis.from_pretrained(places.newest_basis(journal))
+            assert newest is not None  # without a journal a basis was given
+            check_model(model, newest, config)
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
-        if not begun:
-            RunFolder(root).check_free()
         self._lock = FolderLock(root)
         try:
             shop = Workshop(model, config, root / "work", train, trainer, self.options.progress)
-            journal = self._opened(RunFolder(root), model, first, config)
-            self._run = Run(journal, RunFolder(root), self.options, shop, {})
-            self._run.places.clear(journal)
+            self._run = Run(self._opened(places, settings, first), places, self.options, shop, {})
+            places.clear(self._run.journal)
         except BaseException:
             self._lock.release()
             raise
 
-    def _opened(
-        self,
-        places: RunFolder,
-        model: Any,
-        first: SubspaceBasis | None,
-        config: SubspaceConfig,
-    ) -> Journal:
+    def _opened(self, places: RunFolder, settings: dict[str, Any], first: SubspaceBasis | None) -> Journal:
         """Return the journal of the folder, begun where there is none, and held against what is given."""
+        # again, under the lock: another learner may have gone on meanwhile
         journal = Journal.read(places.root)
-        fixed = {name: value for name, value in config.to_dict().items() if name in _kept_fields(config)}
-        settings = {
-            "base_model": model_name(model) if isinstance(model, nn.Module) else None,
-            "config": fixed,
-            "options": self.options.record(),
-        }
         if journal is None:
             assert first is not None  # a journal that was there does not go
             places.begin()
             # a basis that lies somewhere stays the one that lies there
             own = first if first.location is None else copy.copy(first)
             place = own.save_pretrained(places.basis(1))
-            settings["basis"] = first.fingerprint
+            settings = {**settings, "basis": first.fingerprint}
             return Journal.create(places.root, settings, version_facts(1, "start", None, first, place))
-        settings["basis"] = journal.state["settings"]["basis"] if first is None else first.fingerprint
-        journal.check_settings(settings, MAY_CHANGE)
-        places.check_whole(journal)
+        self._check_begun(journal, places, settings, first)
         if journal.state["settings"]["options"] != settings["options"]:
             journal.write({**journal.state, "settings": {**journal.state["settings"], "options": settings["options"]}})
         return journal
+
+    @staticmethod
+    def _check_begun(
+        journal: Journal, places: RunFolder, settings: dict[str, Any], first: SubspaceBasis | None
+    ) -> None:
+        """Hold a run that was begun against what is given, and its folder against its journal."""
+        fingerprint = journal.state["settings"]["basis"] if first is None else first.fingerprint
+        journal.check_settings({**settings, "basis": fingerprint}, MAY_CHANGE)
+        places.check_whole(journal)
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
@@ -332,28 +335,3 @@ class ContinualLearner(Shown):
 
     def _shown_table(self) -> Any:
         return self.status._shown_table()
-
-
-def _template(config: SubspaceConfig | None) -> SubspaceConfig:
-    """Return the configuration that tasks are made from.
-
-    Raises:
-        SubspaceError: it has what the learner sets.
-    """
-    if config is None:
-        return SubspaceConfig()
-    if not isinstance(config, SubspaceConfig):
-        raise SubspaceError(f"config is a {type(config).__name__}: give a SubspaceConfig, or leave it out.")
-    for name, empty in (("basis", None), ("extra_rank", 0)):
-        if getattr(config, name) != empty:
-            raise SubspaceError(
-                f"config has {name}={getattr(config, name)!r}, which the learner sets: give the basis to the learner,"
-                " and extra_rank to its options."
-            )
-    return config
-
-
-def _kept_fields(config: SubspaceConfig) -> set[str]:
-    """Return the names of the fields that a user's configuration changes."""
-    plain = SubspaceConfig().to_dict()
-    return {name for name, value in config.to_dict().items() if plain.get(name) != value and name != "card"}

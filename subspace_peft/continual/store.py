@@ -39,6 +39,10 @@ class RunFolder:
         """Return the folder of a version of the basis."""
         return self.root / "versions" / str(version) / "basis"
 
+    def newest_basis(self, journal: Journal) -> Path:
+        """Return the folder of the newest version of the basis."""
+        return self.basis(max(each["version"] for each in journal.versions))
+
     def task(self, version: int, name: str) -> Path:
         """Return the folder of a task on a version of the basis."""
         return self.root / "versions" / str(version) / "tasks" / name

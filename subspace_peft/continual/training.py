@@ -335,8 +335,8 @@ def own_randomness(seed: int) -> Iterator[None]:
             torch.cuda.set_rng_state_all(devices)
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's structure on the same weights: what is frozen or wrapped in it stays its own."""
+def check_unadapted(model: nn.Module) -> None:
+    """Raise `SubspaceError` where a base model has adapters, or is spread over devices by hooks."""
     if hasattr(model, "peft_config"):
         raise SubspaceError("The base model has adapters already. Give it as it was loaded, before `get_peft_model`.")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
@@ -344,6 +344,15 @@ def twin(model: nn.Module) -> nn.Module:
             "The base model is spread over devices by accelerate, and cannot be shared by several tasks. Give a"
             " function that loads it: `lambda task: AutoModel….from_pretrained(base, device_map=…)`."
         )
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's structure on the same weights: what is frozen or wrapped in it stays its own.
+
+    Raises:
+        SubspaceError: see `check_unadapted`.
+    """
+    check_unadapted(model)
     shared: dict[int, Any] = {}
     for parameter in model.parameters():
         plain = type(parameter) is nn.Parameter

@@ -10,13 +10,17 @@ import warnings
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification
 
 from subspace_peft import ContinualOptions, SubspaceBasis, SubspaceConfig
 from subspace_peft.continual import learner as learners
 from subspace_peft.continual.arguments import recorded
+from subspace_peft.continual.lock import LOCK_FILE
 from subspace_peft.errors import BasisNotFoundError, DiskError, OccupiedError, SubspaceError
 from subspace_peft.tuner.base_weights import model_name
 
+from ..models import gpt2
 from .runs import again, arguments, contents, copied, data, learner, model, options
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -150,20 +154,70 @@ def test_data_without_labels_are_enough_where_the_users_own_functions_make_them(
         assert made.learn("t", bare, bare).matrix.score(1, 1) == 1
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"model": "base"}, "model is a str: give a base model"),
-        ({"args": "x"}, "args is a str"),
-        ({"config": {"alpha": 3}}, "config is a dict: give a SubspaceConfig"),
-        ({"config": SubspaceConfig(basis="x")}, "config has basis='x', which the learner sets"),
-        ({"config": SubspaceConfig(extra_rank=2)}, "config has extra_rank=2, which the learner sets"),
-        ({"args": arguments(push_to_hub=True)}, "push_to_hub would push the checkpoints"),
-    ],
-)
-def test_arguments_of_the_learner(first_basis, tmp_path, given, said):
+def wide():
+    return BertForSequenceClassification(
+        BertConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=100)
+    )
+
+
+def adapted():
+    return get_peft_model(model(), LoraConfig(r=2, target_modules=["query"]))
+
+
+# what a learner refuses when it is made
+REFUSED = [
+    ({"model": "base"}, "model is a str: give a base model"),
+    ({"args": "x"}, "args is a str"),
+    ({"config": {"alpha": 3}}, "config is a dict: give a SubspaceConfig"),
+    ({"config": SubspaceConfig(basis="x")}, "config has basis='x', which the learner sets"),
+    ({"config": SubspaceConfig(extra_rank=2)}, "config has extra_rank=2, which the learner sets"),
+    ({"args": arguments(push_to_hub=True)}, "push_to_hub would push the checkpoints"),
+    ({"options": {"extra_rank": 1}}, "options is a dict: give ContinualOptions"),
+    ({"learning_rate": 1.0}, "learning_rate= is no argument of the learner, and none that .* Trainer, .*callbacks"),
+    ({"eval_dataset": []}, "eval_dataset= is no argument of the learner"),
+    ({"config": SubspaceConfig(target_modules=r".*nope")}, "target_modules=.* names no module of Bert"),
+    ({"config": SubspaceConfig(target_modules=["key"])}, "target modules are not in the basis"),
+    ({"config": SubspaceConfig(start="mine")}, "no such source in the basis"),
+    ({"model": gpt2()}, "None of the basis's .* modules .* is in GPT2LMHeadModel"),
+    ({"model": wide()}, "have other shapes than the basis"),
+    ({"model": adapted()}, "The base model has adapters already"),
+]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_what_is_refused_leaves_no_trace(first_basis, tmp_path, given, said, there):
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
     with pytest.raises(SubspaceError, match=said):
-        learner(tmp_path / "run", first_basis, **given)
+        learner(folder, first_basis, **given)
+    assert sorted(tmp_path.rglob("*")) == [folder] * there
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_what_is_refused_of_a_run_that_was_begun_leaves_no_trace(run, given, said):
+    (run / LOCK_FILE).unlink()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    # a setting that changed is found first
+    said = rf"{said}|this run began with other settings: (config|base_model)"
+    with pytest.raises(SubspaceError, match=said):
+        learner(run, **given)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    learner(run).close()
+
+
+def test_other_settings_leave_no_trace(run, first_basis):
+    (run / LOCK_FILE).unlink()
+    before = contents(run)
+    for given in (
+        {"basis": SubspaceBasis.from_pretrained(first_basis).truncate(3)},
+        {"options": options(extra_rank=2)},
+        {"config": SubspaceConfig(coefficients="factor", r=2)},
+    ):
+        with pytest.raises(SubspaceError, match="this run began with other settings"):
+            learner(run, **given)
+        assert contents(run) == before and not (run / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize(
