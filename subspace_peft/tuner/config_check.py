@@ -130,30 +130,29 @@ def _patterns(value: Any) -> str | None:
     return next((problem for item in value if (problem := _one_pattern(item))), None)
 
 
-def _sizes_by_pattern(value: Any) -> str | None:
-    if not isinstance(value, Mapping):
-        return "give a dict, end of a module's name → k, or [k_out, k_in]"
-    for pattern, k in value.items():
-        if problem := _one_pattern(pattern):
-            return f"[{str(pattern)[:80]!r}]: {problem}"
-        pair = isinstance(k, (list, tuple)) and len(k) == 2
-        if not all(map(is_whole, k if pair else [k])):
-            return (
-                f"[{str(pattern)[:80]!r}]={_short(k)}: give a whole number of at least 1 and at most"
-                f" {MOST_DIRECTIONS:,}, or two of them, [k_out, k_in]"
-            )
-    return None
+def _by_pattern(fits: Callable[[Any], bool], holds: str, wanted: str) -> Check:
+    """Return a check for a dict, end of a module's name → `holds`, whose values fit; `wanted` says what does."""
+
+    def check(value: Any) -> str | None:
+        if not isinstance(value, Mapping):
+            return f"give a dict, end of a module's name → {holds}"
+        for pattern, one in value.items():
+            if problem := _one_pattern(pattern):
+                return f"[{str(pattern)[:80]!r}]: {problem}"
+            if not fits(one):
+                return f"[{str(pattern)[:80]!r}]={_short(one)}: give {wanted}"
+        return None
+
+    return check
 
 
-def _own_by_pattern(value: Any) -> str | None:
-    if not isinstance(value, Mapping):
-        return "give a dict, end of a module's name → extra_rank"
-    for pattern, rank in value.items():
-        if problem := _one_pattern(pattern):
-            return f"[{str(pattern)[:80]!r}]: {problem}"
-        if not is_whole(rank, least=0):
-            return f"[{str(pattern)[:80]!r}]={_short(rank)}: give a whole number from 0 to {MOST_DIRECTIONS:,}"
-    return None
+def _one_size_or_two(k: Any) -> bool:
+    pair = isinstance(k, (list, tuple)) and len(k) == 2
+    return all(map(is_whole, k if pair else [k]))
+
+
+def _own_rank(value: Any) -> bool:
+    return is_whole(value, least=0)
 
 
 def _layers(value: Any) -> bool:
@@ -202,6 +201,7 @@ _maybe_path = _none_or(
     _be(lambda value: value == "" or (is_name(str(value)) and isinstance(value, (str, Path))), "give text")
 )
 _flag = _be(lambda value: isinstance(value, bool), "give true or false")
+_OWN_RANK = f"a whole number from 0 to {MOST_DIRECTIONS:,}"
 _size = _be(is_whole, f"give a whole number of at least 1 and at most {MOST_DIRECTIONS:,}")
 
 CHECKS: dict[str, Check] = {
@@ -213,9 +213,13 @@ CHECKS: dict[str, Check] = {
     "subspace_version": _maybe_text,
     "k": _none_or(_size),
     "r": _size,
-    "rank_pattern": _sizes_by_pattern,
-    "extra_rank": _be(lambda value: is_whole(value, least=0), f"give a whole number from 0 to {MOST_DIRECTIONS:,}"),
-    "extra_rank_pattern": _own_by_pattern,
+    "rank_pattern": _by_pattern(
+        _one_size_or_two,
+        "k, or [k_out, k_in]",
+        f"a whole number of at least 1 and at most {MOST_DIRECTIONS:,}, or two of them, [k_out, k_in]",
+    ),
+    "extra_rank": _be(_own_rank, f"give {_OWN_RANK}"),
+    "extra_rank_pattern": _by_pattern(_own_rank, "extra_rank", _OWN_RANK),
     # beyond these, s or M / s leaves the range of float32
     "alpha": _be(
         lambda value: is_finite(value) and 1e-12 <= value <= 1e12, "give a number above 0, from 1e-12 to 1e12"
