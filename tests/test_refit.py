@@ -223,3 +223,53 @@ def test_what_goes_with_no_adapter_is_said(flags, says, bases, tmp_path, capsys)
     command = ["update", str(bases[bert].location), *[places.get(flag, flag) for flag in flags]]
     assert main([*command, "--out", str(tmp_path / "v2")]) == 1
     assert says in capsys.readouterr().err
+
+
+def best_of_starts(given: list[torch.Tensor], k: tuple[int, int]) -> float:
+    """The least loss that alternating from several starts reaches, each until nothing moves: HOOI, written out."""
+    cores = torch.stack([core / core.norm() for core in given])
+    least = float("inf")
+    for start in range(6):
+        draw = torch.Generator().manual_seed(start)
+        v = torch.linalg.qr(torch.randn(cores.shape[2], k[1], generator=draw, dtype=torch.float64))[0]
+        before = -1.0
+        while True:
+            u = torch.linalg.eigh(torch.einsum("nij,nkj->ik", cores @ v, cores @ v))[1][:, -k[0] :]
+            v = torch.linalg.eigh(torch.einsum("nji,njk->ik", u.T @ cores, u.T @ cores))[1][:, -k[1] :]
+            kept = float((u.T @ cores @ v).square().sum())
+            if kept - before < 1e-13:
+                break
+            before = kept
+        least = min(least, 1 - kept / len(cores))
+    return least
+
+
+@pytest.mark.parametrize("k", [(5, 1), (1, 5), (6, 2), (4, 4), (3, 5)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_no_other_directions_lose_less(basis, k, count):
+    # each task's energy falls off, as that of what is trained does
+    draw = torch.Generator().manual_seed(count)
+    fall = torch.diag(0.5 ** torch.arange(8.0))
+    given = [torch.randn(10, 8, generator=draw) @ fall @ torch.randn(8, 8, generator=draw) for _ in range(count)]
+    plan = plan_refit(basis, {f"t{i}": {"a": core} for i, core in enumerate(given)}, k, alternations=100)
+    lost = sum(each["a"] ** 2 for each in plan.drift.values()) / count
+    assert lost == pytest.approx(best_of_starts([core.double() for core in given], k), abs=1e-6)
+    # and more rounds or more directions never lose more
+    fewer = plan_refit(basis, {f"t{i}": {"a": core} for i, core in enumerate(given)}, k, alternations=1)
+    wider = plan_refit(basis, {f"t{i}": {"a": core} for i, core in enumerate(given)}, (k[0] + 1, k[1] + 1))
+    worse, less = (sum(each["a"] ** 2 for each in one.drift.values()) / count for one in (fewer, wider))
+    assert less < lost + 1e-9 and lost < worse + 1e-9
+
+
+def test_the_squares_of_the_drifts_that_it_says_are_least_whatever_own_directions_there_are(bases, tmp_path):
+    old, tasks = bases[bert], {}
+    for number, extra in enumerate((0, 0, 2)):
+        # trained directions of its own are most of the last one's update
+        tasks[f"t{number}"], _ = saved(bert, tmp_path / f"t{number}", old.location, extra_rank=extra)
+
+    def squares(**weights: float) -> float:
+        plan = plan_refit(old, tasks, 2, weights=weights, alternations=100)
+        return sum(drift**2 for each in plan.drift.values() for drift in each.values())
+
+    least = squares()
+    assert all(least < squares(t2=weight) - 1e-6 for weight in (0.2, 5.0))

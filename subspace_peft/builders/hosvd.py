@@ -216,8 +216,8 @@ def factor_pca(
     """Return EigenLoRAx's directions (arXiv 2502.04700): PCA of the stacked raw B's and of the stacked Aᵀ's.
 
     Both are centred over their columns. This is kept for comparison: it depends on each source's gauge, and ignores
-    its scale. Where the stack has fewer
-    than k directions the released code returns arbitrary ones from the null space; here k is cut instead.
+    its scale. Where the stack has fewer than k directions the released code returns arbitrary ones of the null space;
+    here k is cut instead.
 
     Args:
         pairs: per source the stored ``lora_B`` (out, r) and ``lora_A`` (r, in), float64, without scale.
@@ -266,7 +266,8 @@ def turned(
 ) -> torch.Tensor:
     """Return the best u for this v, or the best v for this u.
 
-    For given v, u's columns are the leading eigenvectors of ``Σ w² (C_i v)(C_i v)ᵀ``; likewise v's.
+    For given v, u's columns are the leading eigenvectors of ``Σ w² (C_i v)(C_i v)ᵀ``; likewise v's. Where the updates
+    span fewer directions, seen through v, those beside them in which the whole updates have most energy fill up.
 
     Args:
         compressed: the updates.
@@ -284,10 +285,12 @@ def turned(
     if not free:
         return old
     values, vectors = compressed.moment(u, v, output=output, fixed=fixed)
-    # seen through the other side's few directions, the fleet may span fewer than asked for: then keep what there is
-    if int((values > NULL * values[-1]).sum()) < free:
-        return old
-    best = vectors.flip(1)[:, :free]
+    best = vectors.flip(1)[:, : min(free, int((values > NULL * values[-1]).sum()))]
+    if best.shape[1] < free:
+        squares, vectors = compressed.moment(None, None, output=output, fixed=fixed)
+        rest = vectors * squares.clamp_min(0).sqrt()
+        rest = torch.linalg.svd(rest - best @ (best.T @ rest))[0]
+        best = torch.linalg.qr(torch.cat([best, rest[:, : free - best.shape[1]]], 1))[0]
     return torch.block_diag(old[:fixed, :fixed], best) if fixed else best
 
 

@@ -91,9 +91,10 @@ def plan_refit(
 ) -> RefitPlan:
     """Fit at most `k` directions per side and module to the tasks on a basis, and say what each would lose.
 
-    The new directions are those in which the tasks' cores have most energy, each task's counting as of norm 1: the
-    leading eigenvectors of ``Σ w_i² C_i C_iᵀ`` and of ``Σ w_i² C_iᵀ C_i``, alternated as JD-Full does (arXiv
-    2407.00066). It is what `update_basis` does with ``k=`` and ``cores=``, without new adapters. Modules that have no
+    The new directions are those in which the tasks' cores have most energy, each task's update counting as of norm 1:
+    the leading eigenvectors of ``Σ w_i² C_i C_iᵀ`` and of ``Σ w_i² C_iᵀ C_i``, ``w_i = 1/‖ΔW_i‖``, alternated as
+    JD-Full does (arXiv 2407.00066). That minimises a module's ``Σ drift_i²``, of the drifts that the plan says, up to
+    local optima. It is what `update_basis` does with ``k=`` and ``cores=``, without new adapters. Modules that have no
     more than `k` stay bit for bit, those that no task uses keep their leading directions, and where the tasks span
     fewer directions there are fewer.
 
@@ -103,7 +104,7 @@ def plan_refit(
             of ΔW. Tasks that use the leading directions only count as padded with zeros. Own directions stay as they
             are, beside the new basis.
         k: Directions per side, or (output, input).
-        weights: Task → how much it counts; 1 by default.
+        weights: Task → how much its squared drift counts; 1 by default.
         sources: Fit to the stored cores of the basis's sources as well, each as to a task.
         alternations: At most this many rounds.
 
@@ -137,7 +138,8 @@ def plan_refit(
             module,
             source_weights_of(entries),
             [task.cores[key] for task in users.values()],
-            [counts[name] for name in users],
+            # a core counts by the share of its task's update that it is: what is bounded is the loss of the whole
+            [counts[name] * (float(t.cores[key].norm()) / t.norm(key, module)) ** 2 for name, t in users.items()],
             fit_sources=sources,
         )
         fixed = frame(module)

@@ -52,6 +52,16 @@ class TaskCores:
         """Return whether the task changes a module by the basis's directions."""
         return key in self.cores and bool(self.cores[key].any())
 
+    def norm(self, key: str, module: ModuleBasis) -> float:
+        """Return ``‖ΔW‖_F`` of a module, the task's own directions included.
+
+        Args:
+            key: The module.
+            module: As it is.
+        """
+        core, own = self.cores[key], self.own.get(key)
+        return float(core.norm()) if own is None else Transfer(module, module, key).size(core, own)
+
     def loss(self, key: str, module: ModuleBasis, u: torch.Tensor, v: torch.Tensor) -> float:
         """Return ``‖C − u uᵀ C v vᵀ‖_F / ‖ΔW‖_F`` in a module.
 
@@ -61,11 +71,8 @@ class TaskCores:
             u: (w_out, k_out') float64, orthonormal: the new directions in coordinates of the old ones.
             v: (w_in, k_in') float64, orthonormal.
         """
-        core = self.cores[key]
-        kept = u @ (u.T @ core @ v) @ v.T
-        own = self.own.get(key)
-        size = float(core.norm()) if own is None else Transfer(module, module, key).size(core, own)
-        lost = float((core - kept).norm())
+        core, size = self.cores[key], self.norm(key, module)
+        lost = float((core - u @ (u.T @ core @ v) @ v.T).norm())
         return lost / size if size else float("inf")
 
 
