@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers.integrations.peft
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -73,6 +73,32 @@ def randomise(model: nn.Module, seed: int = 3, std: float = 0.3) -> nn.Module:
         if "subspace_coef" in name:
             parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def check_merging(model: nn.Module) -> torch.Tensor:
+    """A model merged computes the same, and unmerged has its weights again; returns its logits."""
+    before = [layer.get_base_layer().weight.clone() for layer in layers(model)]
+    expected = logits(model)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    assert all(
+        (layer.get_base_layer().weight - old).abs().max() > 1e-4
+        for layer, old in zip(layers(model), before, strict=True)
+    )
+    model.unmerge_adapter()
+    for layer, old in zip(layers(model), before, strict=True):
+        torch.testing.assert_close(layer.get_base_layer().weight, old, atol=1e-6, rtol=1e-5)
+    return expected
+
+
+def check_saved(model: nn.Module, make: Callable[..., nn.Module], folder: Path) -> None:
+    """A task saved in ``folder / "a"`` and loaded computes the same, and saved again is the same file."""
+    model.save_pretrained(folder / "a")
+    loaded = PeftModel.from_pretrained(make(), folder / "a").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(folder / "b")
+    name = "adapter_model.safetensors"
+    assert (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes()
 
 
 def basis_storage(model: nn.Module) -> int:

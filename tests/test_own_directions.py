@@ -18,7 +18,7 @@ from subspace_peft.tasks.write import core_tensors, own_tensors_of, write_task
 from subspace_peft.tuner.coefficients import KINDS
 from subspace_peft.tuner.own_directions import own_tensors, own_units, own_update
 
-from .models import inputs, layers, logits, randomise
+from .models import check_merging, check_saved, inputs, layers, logits, randomise
 
 TABLE = [*itertools.product([kind for kind in KINDS if kind != "none"], ["none", "fixed"]), ("none", "trainable")]
 
@@ -74,25 +74,14 @@ def test_delta_is_the_cores_plus_its_own(kind, bases, coefficients, gain):
 @pytest.mark.parametrize(("coefficients", "gain"), TABLE)
 def test_merge_and_unmerge(kind, bases, coefficients, gain):
     model = randomise(adapted(kind, bases[kind], coefficients, gain))
-    before = [layer.get_base_layer().weight.clone() for layer in layers(model)]
-    expected = logits(model)
-    model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
-    model.unmerge_adapter()
-    for layer, old in zip(layers(model), before, strict=True):
-        torch.testing.assert_close(layer.get_base_layer().weight, old, atol=1e-6, rtol=1e-5)
+    check_merging(model)
 
 
 @pytest.mark.parametrize(("coefficients", "gain"), TABLE)
 @pytest.mark.parametrize("save_basis", [False, True], ids=["reference", "self-contained"])
 def test_saved_and_loaded_it_is_the_same_task(kind, bases, coefficients, gain, save_basis, tmp_path):
     model = randomise(adapted(kind, bases[kind], coefficients, gain, save_basis=save_basis))
-    model.save_pretrained(tmp_path / "a")
-    loaded = PeftModel.from_pretrained(kind(), tmp_path / "a").eval()
-    assert torch.equal(logits(loaded), logits(model))
-    loaded.save_pretrained(tmp_path / "b")
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    check_saved(model, kind, tmp_path)
     task = read_task(tmp_path / "a")
     for layer in layers(model):
         B, A = task.own[layer.key]

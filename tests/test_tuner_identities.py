@@ -15,7 +15,7 @@ from subspace_peft import SubspaceConfig, export_lora
 from subspace_peft.tuner import SubspaceLayer
 from subspace_peft.tuner.coefficients import KINDS as ALL_KINDS
 
-from .models import basis_storage, inputs, layers, logits, randomise
+from .models import basis_storage, check_merging, check_saved, inputs, layers, logits, randomise
 
 KINDS = [kind for kind in ALL_KINDS if kind != "none"]  # of which there is nothing to train alone
 GAINS = ["none", "fixed", "trainable"]
@@ -51,17 +51,7 @@ def test_forward_is_the_base_plus_its_own_delta(kind, bases, coefficients, gain)
 @pytest.mark.parametrize(("coefficients", "gain"), TABLE)
 def test_merge_keeps_the_function_and_unmerge_restores_the_weights(kind, bases, coefficients, gain):
     model = randomise(adapted(kind, bases[kind], coefficients, gain))
-    before = [layer.get_base_layer().weight.clone() for layer in layers(model)]
-    expected = logits(model)
-    model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
-    assert all(
-        (layer.get_base_layer().weight - old).abs().max() > 1e-4
-        for layer, old in zip(layers(model), before, strict=True)
-    )
-    model.unmerge_adapter()
-    for layer, old in zip(layers(model), before, strict=True):
-        torch.testing.assert_close(layer.get_base_layer().weight, old, atol=1e-6, rtol=1e-5)
+    expected = check_merging(model)
     merged = model.merge_and_unload()
     assert not layers(merged)
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
@@ -71,12 +61,7 @@ def test_merge_keeps_the_function_and_unmerge_restores_the_weights(kind, bases, 
 @pytest.mark.parametrize("save_basis", [False, True], ids=["reference", "self-contained"])
 def test_save_and_load_gives_the_same_logits_and_bytes(kind, bases, coefficients, gain, save_basis, tmp_path):
     model = randomise(adapted(kind, bases[kind], coefficients, gain, save_basis=save_basis))
-    model.save_pretrained(tmp_path / "a")
-    loaded = PeftModel.from_pretrained(kind(), tmp_path / "a").eval()
-    assert torch.equal(logits(loaded), logits(model))
-    loaded.save_pretrained(tmp_path / "b")
-    name = "adapter_model.safetensors"
-    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    check_saved(model, kind, tmp_path)
 
 
 @pytest.mark.parametrize(("coefficients", "gain"), TABLE)
