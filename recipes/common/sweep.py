@@ -30,15 +30,16 @@ def compare(
     seeds: Sequence[int] = (1, 2, 3),
     cache: RunCache,
     sweep_seed: int = SWEEP_SEED,
+    sweep_seeds: Sequence[int] | None = None,
     widenings: int = WIDENINGS,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train every method under one budget and report its test score over `seeds`.
 
-    Per method, every learning rate is tried with `sweep_seed` and the one with the best validation score taken, the
-    smaller of equals. A best one at the edge of the sweep widens the sweep by its own ratio. Then each of
-    `seeds` is trained at that rate; the test score decides nothing. A run whose score is not finite counts as −∞: it
-    is kept and reported.
+    Per method, every learning rate is tried with `sweep_seed`, or with each of `sweep_seeds`, and the one with the
+    best mean validation score taken, the smaller of equals. A best one at the edge of the sweep widens the sweep by
+    its own ratio. Then each of `seeds` is trained at that rate; the test score decides nothing. A run whose score is
+    not finite counts as −∞: it is kept and reported.
 
     Args:
         methods: the rows. One without rates is not trained: it is run once, with rate None.
@@ -50,33 +51,37 @@ def compare(
         seeds: report seeds.
         cache: where finished runs are kept, and found again after an interruption.
         sweep_seed: seed of the sweep's runs. A report seed that is the same one is not trained twice.
+        sweep_seeds: several of them, in the place of `sweep_seed`.
         widenings: how often a sweep may be widened.
         progress: show a bar.
 
     Returns:
         Per method a dict that JSON holds: ``method``; ``rate`` and ``at_edge`` (whether it is still the smallest or
-        largest of those tried); ``sweep``, every rate tried with its ``validation``; ``seeds``, ``tests``,
+        largest of those tried); ``sweep``, every rate tried with its ``validation`` and, with `sweep_seeds`, the
+        ``validations`` and ``tests`` of each seed; ``seeds``, ``tests``,
         ``validations``, ``metrics`` and ``curves``, an entry per seed; ``test`` and ``test_sd``, mean and sample
         standard deviation; ``diverged``, how many seeds; ``trained_adapter``, ``trained_head``, ``bytes``;
         ``seconds``, the mean. None stands for a score that is not finite, and for a standard deviation of fewer than
         two.
 
     Raises:
-        SubspaceError: no seeds; two methods of one name; a run whose result lacks a key. Before any training, but for
-            the last.
+        SubspaceError: no seeds, or one of them twice; two methods of one name; a run whose result lacks a key. Before
+            any training, but for the last.
     """
     names = [method.name for method in methods]
     if len(set(names)) != len(names):
         raise SubspaceError(f"Two methods have one name: {', '.join(names)}. Name each row once.")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise SubspaceError(f"seeds={list(seeds)}: give at least one, each once.")
-    total = sum(len(method.rates) + len(seeds) if method.rates else 1 for method in methods)
+    sweeping = [sweep_seed] if sweep_seeds is None else list(sweep_seeds)
+    for name, given in (("seeds", seeds), ("sweep_seeds", sweeping)):
+        if not given or len(set(given)) != len(given):
+            raise SubspaceError(f"{name}={list(given)}: give at least one, each once.")
+    total = sum(len(sweeping) * len(method.rates) + len(seeds) if method.rates else 1 for method in methods)
     with tqdm(total=total, desc="comparing", unit="run", disable=not progress) as bar:
-        return [_row(method, run, seeds, cache, sweep_seed, widenings, bar) for method in methods]
+        return [_row(method, run, seeds, cache, sweeping, widenings, bar) for method in methods]
 
 
 def _row(
-    method: Method, run: Run, seeds: Sequence[int], cache: RunCache, sweep_seed: int, widenings: int, bar: Any
+    method: Method, run: Run, seeds: Sequence[int], cache: RunCache, sweeping: list[int], widenings: int, bar: Any
 ) -> dict[str, Any]:
     def finished(rate: float | None, seed: int, *, tested: bool = True) -> dict[str, Any]:
         bar.set_postfix_str(f"{method.name}, {'untrained' if rate is None else f'rate {rate:g}'}, seed {seed}")
@@ -93,12 +98,15 @@ def _row(
         return result
 
     def widened() -> None:
-        bar.total += 1
+        bar.total += len(sweeping)
         bar.refresh()
+
+    def at(rate: float) -> dict[str, Any]:
+        return _mean_of([finished(rate, seed, tested=False) for seed in sweeping])
 
     if not method.rates:
         return _summary(method, None, False, {}, list(seeds)[:1], [finished(None, seeds[0])])
-    tried = _sweep(method.rates, lambda rate: finished(rate, sweep_seed, tested=False), widenings, widened)
+    tried = _sweep(method.rates, at, widenings, widened)
     rate = _best(tried)
     at_edge = rate in (min(tried), max(tried))
     return _summary(method, rate, at_edge, tried, list(seeds), [finished(rate, seed) for seed in seeds])
@@ -121,6 +129,18 @@ def _sweep(
         further = float(f"{further:.6g}")
         tried[further] = run(further)
     return tried
+
+
+def _mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a sweep keeps of the `runs` of one rate; a seed whose score is not finite makes the mean None."""
+    scores = [_score(run["validation"]) for run in runs]
+    found = {
+        "validation": statistics.fmean(scores) if all(map(math.isfinite, scores)) else None,
+        "seconds": statistics.fmean(run["seconds"] for run in runs),
+    }
+    if len(runs) > 1:
+        found |= {key + "s": [run[key] for run in runs] for key in ("validation", "test")}
+    return found
 
 
 def _complete(result: Mapping[str, Any]) -> bool:
@@ -150,10 +170,7 @@ def _summary(
 ) -> dict[str, Any]:
     tests = [_score(result["test"]) for result in runs]
     finite = all(map(math.isfinite, tests))
-    sweep = [
-        {"rate": each, "validation": tried[each]["validation"], "seconds": tried[each]["seconds"]}
-        for each in sorted(tried)
-    ]
+    sweep = [{"rate": each, **tried[each]} for each in sorted(tried)]
     return plain(
         {
             "method": method.name,

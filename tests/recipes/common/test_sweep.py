@@ -43,6 +43,33 @@ def test_equal_scores_go_to_the_smaller_rate(tmp_path):
     assert run_one(head_only(1e-3, 1e-2, 1e-1), runs, tmp_path)["rate"] == 1e-2
 
 
+def test_several_seeds_choose_the_rate_by_their_mean(tmp_path):
+    scores = {(1e-3, 1): 0.9, (1e-3, 2): 0.1, (1e-2, 1): 0.6, (1e-2, 2): 0.6, (1e-1, 1): 0.2, (1e-1, 2): 0.8}
+    calls: list[tuple[float, int]] = []
+
+    def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
+        assert rate is not None
+        calls.append((rate, seed))
+        return result(scores.get((rate, seed), 0.3))
+
+    row = run_one(head_only(1e-3, 1e-2, 1e-1), run, tmp_path, sweep_seeds=(1, 2))
+    assert row["rate"] == 1e-2 and [entry["validation"] for entry in row["sweep"]] == pytest.approx([0.5, 0.6, 0.5])
+    assert row["sweep"][1]["validations"] == [0.6, 0.6] and row["sweep"][1]["tests"] == [0.3, 0.3]
+    # the sweep's runs are the report's, where a seed is both
+    assert len(calls) == 7 and calls[-1] == (1e-2, 3) and row["tests"] == pytest.approx([0.3, 0.3, 0.15])
+    alone = run_one(head_only(1e-3, 1e-2, 1e-1), run, tmp_path, sweep_seed=1)
+    assert alone["rate"] == pytest.approx(1e-3) and "validations" not in alone["sweep"][0]
+
+
+def test_a_rate_that_diverges_with_one_seed_of_several_is_not_chosen(tmp_path):
+    def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
+        return result(math.nan if (rate, seed) == (1e-2, 2) else 0.9 if rate == 1e-2 else 0.5)
+
+    row = run_one(head_only(1e-3, 1e-2, 1e-1), run, tmp_path, sweep_seeds=(1, 2), widenings=0)
+    assert row["rate"] == 1e-3 and row["sweep"][1]["validation"] is None
+    assert row["sweep"][1]["validations"] == [0.9, None]
+
+
 def test_one_rate_is_no_sweep_to_widen(tmp_path):
     row = run_one(head_only(1e-2), Runs(lambda rate: 0.5), tmp_path)
     assert row["at_edge"] and len(row["sweep"]) == 1
@@ -113,6 +140,8 @@ def test_mean_and_spread(tmp_path):
         ([head_only(1e-2), head_only(1e-3)], {}, "one name"),
         ([head_only(1e-2)], {"seeds": ()}, "at least one"),
         ([head_only(1e-2)], {"seeds": (1, 1)}, "each once"),
+        ([head_only(1e-2)], {"sweep_seeds": (1, 1)}, r"sweep_seeds=\[1, 1\]: .* each once"),
+        ([head_only(1e-2)], {"sweep_seeds": ()}, "sweep_seeds=.*at least one"),
     ],
 )
 def test_bad_comparisons_are_refused(methods, more, says, tmp_path):
