@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from benchmarks.quality import tasks
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.experiments import ORDER
+from benchmarks.quality.order import ORDER
 from benchmarks.quality.training import BRIEF, Budget, make_model, pooled
 from subspace_peft import SubspaceBasis, build_basis
 
@@ -99,6 +99,6 @@ class Data:
             "given": stream.given,
             # pairs: in a dict their order would not be part of the key
             "arriving": [(name, self.task(name).digest) for name in stream.arriving],
-            "budget": asdict(self.budget),
+            "budget": self.budget.settings(),
             "k": self.k,
         }

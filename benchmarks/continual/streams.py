@@ -48,8 +48,8 @@ class Method:
     usual: str | None = None
     version: int = 1
 
-    def identity(self) -> dict[str, Any]:
-        """Return what, beside stream and rate, decides the results."""
+    def identity(self, seed: int | None = None) -> dict[str, Any]:
+        """Return what, beside stream and rate, decides the results: the same for every `seed`."""
         return {"method": self.name, "version": self.version}
 
 

@@ -28,7 +28,8 @@ from .bases import (
     scaled_inputs,
     shared_inputs,
 )
-from .bench import Bench, K, usual_rate
+from .bench import Bench, K
+from .experiment import usual_rate
 from .fleet import others, some_inputs
 from .gradients import first_gradients, gradient_basis
 from .rows import CORE_RATES, inside, inside_per_seed, lora

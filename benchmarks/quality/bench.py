@@ -1,29 +1,28 @@
-"""Experiments: held-out task by task, rows from `rows.py`, every run kept, results written as they come."""
+"""Comparisons of rows on one held-out task, every run kept."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common as shared
 import torch
 from common import Method, RunCache
-from common.run_cache import plain
+from common.sweep import WIDENINGS
 from peft import get_peft_model
 
 from subspace_peft import SubspaceBasis, build_basis
-from subspace_peft._io.atomic import write_text_aside
-from subspace_peft.errors import SubspaceError
 
 from . import tasks
 from .encoder import ADAPTED, Head, half_is_faster
 from .fleet import others, require_left_out, source
 from .gradients import Gradients, first_gradients
-from .rows import PerSeed
+from .heads import begin, head_state
 from .training import HEAD, Budget, make_model, pooled, score, train
 
 SEEDS = (1, 2, 3)
@@ -45,6 +44,7 @@ class Bench:
         source_budget: of the fleet's training.
         fleet: its tasks; all of the held-out task's kind without it.
         results: where finished experiments' results are.
+        widenings: how often a sweep may be widened.
     """
 
     folder: Path
@@ -53,6 +53,7 @@ class Bench:
     source_budget: Budget | None = None
     fleet: Sequence[str] | None = None
     results: Path | None = None
+    widenings: int = WIDENINGS
 
     def __post_init__(self) -> None:
         self._tasks: dict[str, tasks.EncodedTask] = {}
@@ -111,8 +112,46 @@ class Bench:
             builder=builder, base_model=model, target_modules=list(ADAPTED), k=k, seed=seed, progress=False
         )
 
-    def compare(self, name: str, methods: Sequence[Method], budget: Budget) -> list[dict[str, Any]]:
-        """Return the rows of `compare` for one held-out task. Raises `OutOfTime`."""
+    def compare(
+        self,
+        name: str,
+        methods: Sequence[Method],
+        budget: Budget,
+        *,
+        seeds: Sequence[int] | None = None,
+        sweep_seeds: Sequence[int] | None = None,
+        head_rates: Sequence[float] = (),
+        tested: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Return the rows of `compare` for one held-out task.
+
+        Args:
+            name: of the task.
+            methods: the rows.
+            budget: of every run.
+            seeds: those reported, in the place of the bench's.
+            sweep_seeds: as of `compare`; seed 0 alone without them.
+            head_rates: learning rates of the head beside an adapter, tried jointly with the adapter's, in the place of
+                the budget's one.
+            tested: whether the test split is looked at, for report seeds.
+
+        Raises:
+            OutOfTime: the time is over.
+        """
+        if head_rates:
+            each = [
+                self.compare(
+                    name,
+                    methods,
+                    replace(budget, head_rate=rate),
+                    seeds=seeds,
+                    sweep_seeds=sweep_seeds,
+                    tested=tested,
+                )
+                for rate in head_rates
+            ]
+            return [best_head(list(zip(head_rates, rows, strict=True))) for rows in zip(*each, strict=True)]
+        report = self.seeds if seeds is None else seeds
         task = self.task(name)
         settings = {
             "task": name,
@@ -120,29 +159,30 @@ class Bench:
             "top": tasks.TOP,
             "tokens": tasks.TOKENS,
             "half": half_is_faster(),
-            **asdict(budget),
+            **budget.settings(),
         }
 
         def run(method: Method, rate: float | None, seed: int) -> Mapping[str, Any]:
             if time.time() > self.until:
                 raise OutOfTime
             assert rate is not None
+            data, config = task, method.for_seed(seed)
+            start = head_state(lambda: self.pooled(name), budget, seed)
+            # behind what is made at most once, so that a run has the same numbers whichever comes first
             torch.manual_seed(seed)
-            data, wrapped = task, None
-            if method.adapter is None:
+            if config is None:
                 data = self.pooled(name)
-                wrapped = Head(data.splits["train"].hidden.shape[-1], task.outputs, seed)
+                wrapped = begin(Head(data.splits["train"].hidden.shape[-1], task.outputs, seed), start)
             else:
-                per_seed = method.for_seed if isinstance(method, PerSeed) else None
-                config = per_seed(seed) if per_seed else method.adapter()
-                wrapped = get_peft_model(make_model(self.top(name), task.outputs, seed), config)
-            reported = seed != 0
-            result = train(wrapped, data, budget, rate, seed, curve=reported)
+                wrapped = get_peft_model(begin(make_model(self.top(name), task.outputs, seed), start), config)
+            reported = seed in report
+            result = train(wrapped, data, budget, rate, seed, curve=reported and tested)
             adapter, head = (sum(p.numel() for p in part) for part in shared.trained_parameters(wrapped, HEAD))
             return {
                 **result,
-                "test": score(wrapped, data, "test") if reported else None,
-                "metrics": None,
+                "test": score(wrapped, data, "test") if reported and tested else None,
+                # what is to be tested later has no metrics; what is not to be tested has none to wait for
+                "metrics": None if tested else {},
                 "trained_adapter": adapter,
                 "trained_head": head,
                 "bytes": 4 * adapter,
@@ -150,97 +190,24 @@ class Bench:
 
         cache = RunCache(self.folder / "cells" / name, settings)
         # where there is no rate to choose, a run with the sweep's seed would tell nothing
-        chosen = {} if any(len(method.rates) > 1 for method in methods) else {"sweep_seed": self.seeds[0]}
-        return shared.compare(methods, run, seeds=self.seeds, cache=cache, progress=False, **chosen)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A part of the benchmark.
-
-    Attributes:
-        name: of its file of results.
-        held_out: the tasks, in order.
-        budget: of every run.
-        rows: makes a held-out task's rows.
-    """
-
-    name: str
-    held_out: Sequence[str]
-    budget: Budget
-    rows: Callable[[Bench, str], list[Method]]
-
-
-def perform(bench: Bench, experiment: Experiment, results: Path) -> None:
-    """Run an experiment task by task, and write `results`/<name>.json after each.
-
-    Raises:
-        OutOfTime: the time is over; what is done is written.
-    """
-    file = results / f"{experiment.name}.json"
-    found: dict[str, Any] = {}
-    for name in experiment.held_out:
-        began = time.time()
-        rows = bench.compare(name, experiment.rows(bench, name), experiment.budget)
-        found[name] = [compact(row) for row in rows]
-        body = {
-            "experiment": experiment.name,
-            "budget": asdict(experiment.budget),
-            "seeds": list(bench.seeds),
-            "tasks": found,
-        }
-        write_text_aside(
-            file,
-            json.dumps(plain(body), indent=None, separators=(",", ":")).replace('{"method"', '\n{"method"') + "\n",
-        )
-        best = ", ".join(f"{row['method']} {100 * (row['test'] or 0):.1f}@{row['rate']:g}" for row in rows)
-        print(
-            f"{time.strftime('%H:%M:%S')} {experiment.name} {name} ({time.time() - began:.0f} s): {best}", flush=True
+        swept = any(len(method.rates) > 1 for method in methods)
+        chosen = {"sweep_seeds": sweep_seeds} if swept else {"sweep_seed": report[0]}
+        return shared.compare(
+            methods, run, seeds=report, cache=cache, progress=False, widenings=self.widenings, **chosen
         )
 
 
-def usual_rate(folder: Path, method: str, held_out: str) -> float:
-    """Return the rate that a user would take who does not sweep.
+def best_head(rows: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """Return that of one method's `rows` whose sweep has the best validation score, with its ``head_rate``.
 
-    That is the best on average over the other tasks' validation splits, of those that were tried on all of them; the
-    smaller of equals.
+    Of equals the first.
 
     Args:
-        folder: with the results of ``main``, and ``main-more`` where it is there.
-
-    Raises:
-        SubspaceError: no other task's sweep is there.
+        rows: pairs of a head's rate and what `compare` returns for it.
     """
-    sweeps = []
-    for file in (folder / "main.json", folder / "main-more.json"):
-        listed = json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.is_file() else {}
-        sweeps += [
-            dict(row["sweep"])
-            for task, rows in listed.items()
-            if task != held_out
-            for row in rows
-            if row["method"] == method
-        ]
-    if not sweeps:
-        raise SubspaceError(
-            f"{folder} has no sweep of {method!r} on a task other than {held_out!r}: run the group `main` first."
-        )
-    common = sorted(set.intersection(*(set(sweep) for sweep in sweeps)))
-    return max(common, key=lambda rate: sum(sweep[rate] or 0.0 for sweep in sweeps))
 
+    def best(row: Mapping[str, Any]) -> float:
+        return max((each["validation"] for each in row["sweep"] if each["validation"] is not None), default=-math.inf)
 
-def compact(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of `compare` without what tables do not need, numbers rounded to what was measured."""
-    short = lambda value: None if value is None else round(value, 5)  # noqa: E731
-    return {
-        "method": row["method"],
-        "rate": row["rate"],
-        "at_edge": row["at_edge"],
-        "trained": row["trained_adapter"],
-        "head": row["trained_head"],
-        "tests": [short(test) for test in row["tests"]],
-        "validations": [short(value) for value in row["validations"]],
-        "sweep": [[each["rate"], short(each["validation"])] for each in row["sweep"]],
-        "curves": [[[step, short(value)] for step, value in curve] for curve in row["curves"]],
-        "seconds": short(row["seconds"]),
-    }
+    rate, row = max(rows, key=lambda pair: best(pair[1]))
+    return {**row, "head_rate": rate}

@@ -31,32 +31,16 @@ from .ablations import (
     started_rows,
 )
 from .bases import hybrid
-from .bench import Bench, Experiment, K, usual_rate
+from .bench import Bench, K
+from .experiment import Experiment, usual_rate
 from .fleet import others
+from .order import DIGGING, FEW, IMAGE_TASKS, ORDER
 from .own_directions import own_rows, own_usual_rows
 from .rows import head_only, inside, lora, mean_only, vera
+from .same_head import WIDE, groups
 from .training import BRIEF, Budget
 
-WIDE = 28  # 4 · 28² = 3,136 numbers, beside 3,072 of LoRA r=1 and of VeRA r=384
-FEW = ("movies", "reviews", "newsgroups", "noun-kinds")  # for all but the main table; two of each kind
-# the task that the main table showed to be hardest for the fleet's basis: to find out what closes that
-DIGGING = (*FEW, "speech-parts")
-IMAGE_TASKS = ("tops", "footwear", "garments", "digits-low", "digits-high")
 MAIN = Budget()
-ORDER = (
-    "movies",
-    "noun-kinds",
-    "reviews",
-    "newsgroups",
-    "tweets",
-    "reuters",
-    "products",
-    "speech-parts",
-    "editorials",
-    "election",
-    "moods",
-    "mail",
-)
 
 
 def main_rows(bench: Bench, name: str) -> list[Method]:
@@ -137,16 +121,13 @@ def control_rows(bench: Bench, name: str) -> list[Method]:
     ]
 
 
-def quick() -> Experiment:
-    """Return the first rows of the first three tasks of the main table, 40 steps."""
-    return Experiment("main", list(ORDER[:3]), Budget(steps=40, checks=()), short_rows)
-
-
 def experiments() -> dict[str, list[Experiment]]:
     """Return group → experiments, in the order in which they are run."""
     few, digging, every = list(FEW), list(DIGGING), list(ORDER)
     small, large = Budget(examples=100, checks=()), Budget(examples=1000, steps=120, checks=())
     return {
+        **groups(),
+        # from here on with the head's rate 5e-3 beside adapters, one seed's sweeps and one random basis
         "main": [Experiment("main", every, MAIN, main_rows)],
         "more": [Experiment("main-more", every, BRIEF, more_rows)],
         "one-rate": [

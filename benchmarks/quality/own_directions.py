@@ -8,7 +8,8 @@ from dataclasses import replace
 from common import Method
 
 from . import tasks
-from .bench import Bench, usual_rate
+from .bench import Bench
+from .experiment import usual_rate
 from .rows import inside, lora
 from .sections import DIFFERENCES, Rows, differences, score_table
 

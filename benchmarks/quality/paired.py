@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 DRAWS = 10_000
 LEVEL = 0.95
@@ -37,6 +38,18 @@ class Difference:
     def beyond_noise(self) -> bool:
         """Tell whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def by_t(self) -> tuple[float, float] | None:
+        """Return the 95 % interval of the mean by Student's t over the tasks' mean differences; None of one task.
+
+        What seeds and random draws add is in the tasks' spread. A bootstrap over few tasks is too narrow.
+        """
+        each = np.array(list(self.tasks.values()))
+        if len(each) < 2:
+            return None
+        half = float(student.ppf((1 + LEVEL) / 2, len(each) - 1) * each.std(ddof=1) / len(each) ** 0.5)
+        return float(each.mean()) - half, float(each.mean()) + half
 
     def __str__(self) -> str:
         return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"

@@ -26,9 +26,14 @@ CORE_RATES = (1.2e-3, 4.8e-3, 1.92e-2)
 
 @dataclass(frozen=True)
 class PerSeed(Method):
-    """A row whose adapter depends on the training examples that a seed draws: `for_seed` makes its configuration."""
+    """A row whose adapter is another one for every seed: `make` returns a seed's configuration."""
 
-    for_seed: Callable[[int], PeftConfig] | None = None
+    make: Callable[[int], PeftConfig] | None = None
+
+    def for_seed(self, seed: int | None) -> PeftConfig | None:
+        """Return the configuration of a run with `seed`; that of seed 0 without one."""
+        assert self.make is not None
+        return self.make(seed or 0)
 
 
 def head_only() -> Method:
@@ -46,16 +51,26 @@ def vera(r: int) -> Method:
     return shared.vera(r, WHERE, VERA_RATES)
 
 
+def drawn_vera(r: int, number: Callable[[int], int]) -> PerSeed:
+    """Return the row of VeRA whose frozen projections are drawn by `number` of a run's seed."""
+    row = vera(r)
+
+    def for_seed(seed: int) -> PeftConfig:
+        assert row.adapter is not None
+        config = row.adapter()
+        config.projection_prng_key = number(seed)
+        return config
+
+    return PerSeed(row.name, lambda: for_seed(0), row.rates, make=for_seed)
+
+
 def inside(name: str, basis: SubspaceBasis, rates: tuple[float, ...] = CORE_RATES, **config: Any) -> Method:
     """Return a row whose coefficients are trained in `basis`; `config` goes to `SubspaceConfig`."""
     return shared.in_basis(name, basis, WHERE, rates, **config)
 
 
 def inside_per_seed(name: str, make: Callable[[int], SubspaceBasis], **config: Any) -> PerSeed:
-    """Return a row `inside` a basis that `make` makes from a seed's training examples.
-
-    The basis of the sweep, of seed 0, stands for all in what is kept.
-    """
+    """Return a row `inside` a basis that `make` makes from a seed: of its training examples, or drawn by it."""
     made = cache(make)
 
     def for_seed(seed: int) -> PeftConfig:
@@ -63,7 +78,7 @@ def inside_per_seed(name: str, make: Callable[[int], SubspaceBasis], **config: A
         assert adapter is not None
         return adapter()
 
-    return PerSeed(name, lambda: for_seed(0), CORE_RATES, for_seed=for_seed)
+    return PerSeed(name, lambda: for_seed(0), CORE_RATES, make=for_seed)
 
 
 def mean_only(basis: SubspaceBasis) -> Method:

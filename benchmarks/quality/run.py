@@ -2,10 +2,11 @@
 
     python benchmarks/quality/run.py --quick                    # ten minutes: three tasks, a small fleet
     python benchmarks/quality/run.py                            # everything, a few hours of one core, resumable
-    python benchmarks/quality/run.py main examples --minutes 30 # groups, for so long
+    python benchmarks/quality/run.py same-head --minutes 30     # groups, for so long
     python benchmarks/quality/tables.py                         # tables and figures from the results
 
-Every run is kept in --cache and never done twice; results are written to benchmarks/results/quality/ task by task.
+Every run is kept in --cache and never done twice; results are written to benchmarks/results/quality/ task by task,
+those of the main tables and of the trial of heads to same-head/ there.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import torch  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from benchmarks.quality.bench import Bench, OutOfTime, perform  # noqa: E402
+from benchmarks.quality.bench import Bench, OutOfTime  # noqa: E402
 from benchmarks.quality.encoder import half_is_faster  # noqa: E402
-from benchmarks.quality.experiments import ORDER, experiments, quick  # noqa: E402
+from benchmarks.quality.experiment import perform  # noqa: E402
+from benchmarks.quality.experiments import experiments  # noqa: E402
+from benchmarks.quality.order import ORDER  # noqa: E402
+from benchmarks.quality.same_head import quick  # noqa: E402
 from benchmarks.quality.training import Budget  # noqa: E402
 from benchmarks.timing import machine  # noqa: E402
 from subspace_peft._io.atomic import write_text_aside  # noqa: E402
@@ -58,7 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     out = given.out or (RESULTS / "quick" if given.quick else RESULTS)
     bench = Bench(given.cache, began + 60 * given.minutes, results=out)
     if given.quick:
-        bench = replace(bench, seeds=(1, 2), source_budget=Budget(examples=1000, steps=60), fleet=ORDER[:6])
+        bench = replace(
+            bench, seeds=(1, 2), source_budget=Budget(examples=1000, steps=60), fleet=ORDER[:6], widenings=0
+        )
         groups = {"quick": [quick()]}
     chosen = given.groups or list(groups)
     try:

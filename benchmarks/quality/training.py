@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import common as shared
@@ -20,15 +20,16 @@ from .encoder import Top, half_is_faster
 from .tasks import EncodedTask, Split
 
 HEAD = "classifier"
-HEAD_RATE = 5e-3  # of the classifier, in every row that trains an adapter
+HEAD_RATE = 5e-3  # of the classifier beside an adapter, in all that was measured before heads were tried
 
 
 @dataclass(frozen=True)
 class Budget:
     """The budget of every row.
 
-    Training examples, optimizer steps, examples per step, the steps at which it is validated, and the norm to which
-    all gradients together are cut (none with 0).
+    Training examples, optimizer steps, examples per step, the steps at which it is validated, the norm to which all
+    gradients together are cut (none with 0); how the head starts, one of `heads.STARTS`, and its learning rate beside
+    an adapter.
     """
 
     examples: int = 300
@@ -36,6 +37,17 @@ class Budget:
     batch: int = 16
     checks: tuple[int, ...] = (20, 40)
     clip: float = 0.0
+    head_start: str = "drawn"
+    head_rate: float = HEAD_RATE
+
+    def settings(self) -> dict[str, Any]:
+        """Return what of the budget is part of a run's key.
+
+        The head's treatment is left out where it is the first one, so that runs from before it could be chosen are
+        found again.
+        """
+        first = {each.name: each.default for each in fields(self) if each.name.startswith("head_")}
+        return {key: value for key, value in asdict(self).items() if key not in first or value != first[key]}
 
 
 BRIEF = Budget(checks=())  # validated at its end only
@@ -66,7 +78,7 @@ def train(
     Where there is no adapter `rate` is the head's. Returns ``validation``, ``curve`` (pairs of step and validation
     score, only the last without `curve`) and ``seconds`` of training.
     """
-    groups = shared.parameter_groups(model, HEAD, rate, HEAD_RATE)
+    groups = shared.parameter_groups(model, HEAD, rate, budget.head_rate)
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     warm = max(1, round(0.06 * budget.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -72,14 +72,18 @@ class Method:
             parameter.requires_grad_(head is not None and bool(self.rates) and head in name)
         return model
 
-    def identity(self) -> dict[str, Any]:
+    def for_seed(self, seed: int | None) -> PeftConfig | None:
+        """Return the configuration of a run with `seed`: here the same for all of them."""
+        return None if self.adapter is None else self.adapter()
+
+    def identity(self, seed: int | None = None) -> dict[str, Any]:
         """Return all that decides this method's results beside rate and seed, as JSON holds it.
 
-        That is the name and the adapter's configuration, a basis as its fingerprint wherever it lies.
+        That is the name and the configuration of the run's adapter, a basis as its fingerprint wherever it lies.
         """
-        if self.adapter is None:
+        config = self.for_seed(seed)
+        if config is None:
             return {"name": self.name, "adapter": None}
-        config = self.adapter()
         values = {key: value for key, value in config.to_dict().items() if key not in _WHEREABOUTS}
         if isinstance(config, SubspaceConfig):
             basis = config.resolve()

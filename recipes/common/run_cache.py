@@ -67,7 +67,7 @@ class RunCache:
 
     def identity(self, method: Method, rate: float | None, seed: int) -> dict[str, Any]:
         """Return all that decides the run."""
-        return {"settings": self.settings, "method": method.identity(), "rate": rate, "seed": seed}
+        return {"settings": self.settings, "method": method.identity(seed), "rate": rate, "seed": seed}
 
     def file(self, method: Method, rate: float | None, seed: int) -> Path:
         """Return the run's file: readable in front, its key behind."""

@@ -10,7 +10,8 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.quality import bench as bench_module
-from benchmarks.quality.bench import Experiment, OutOfTime, perform, usual_rate
+from benchmarks.quality.bench import OutOfTime
+from benchmarks.quality.experiment import Experiment, perform, usual_rate
 from benchmarks.quality.rows import head_only, inside, lora, vera
 from benchmarks.quality.training import Budget, make_model, outputs_of
 from subspace_peft.errors import SubspaceError
@@ -29,7 +30,7 @@ def test_a_row_may_depend_on_the_seeds_examples(bench):
 
     row = inside_per_seed("per seed", make)
     found = bench.compare("one", [replace(row, rates=(1e-3,))], SMALL)
-    assert sorted(asked) == [0, 1, 2] and len(found[0]["tests"]) == 2
+    assert sorted(asked) == [1, 2] and len(found[0]["tests"]) == 2
 
 
 def test_own_directions_train_beside_the_core_at_the_rate_of_the_core_alone(bench, tmp_path):
@@ -55,35 +56,27 @@ def test_own_directions_train_beside_the_core_at_the_rate_of_the_core_alone(benc
 @pytest.mark.slow
 def test_every_experiments_rows_can_be_trained(bench, monkeypatch):
     from benchmarks.quality import experiments as listed
-    from benchmarks.quality import starts
+    from benchmarks.quality import same_head, same_head_tables, starts, tables
 
     for name, value in (("SENTIMENT", NAMES), ("TOPIC", NAMES), ("IMAGES", NAMES)):
         monkeypatch.setattr(bench_module.tasks, name, value)
     monkeypatch.setattr(starts, "FIT", 20)
     monkeypatch.setattr(starts, "HELD", 12)
     sweeps = [
-        {"method": m, "sweep": [[1e-3, 0.5]]}
-        for m in (
-            "head only",
-            "LoRA r=8",
-            "LoRA r=1",
-            "VeRA r=384",
-            "fleet",
-            "random",
-            "hybrid",
-            "eigenlora",
-            "base weights",
-        )
+        {"method": m, "sweep": [[1e-3, 0.5]]} for m in {*tables.MAIN_ORDER, *same_head_tables.ROWS} - {"mean only"}
     ]
-    (bench.folder / "main.json").write_text(json.dumps({"experiment": "main", "tasks": {"three": sweeps}}))
+    sweeps.append({"method": "mean only", "sweep": [[1e-1, 0.5]]})
+    for folder in (bench.folder, bench.folder / same_head.FOLDER):
+        folder.mkdir(exist_ok=True)
+        (folder / "main.json").write_text(json.dumps({"experiment": "main", "tasks": {"three": sweeps}}))
     bench.results = bench.folder
     for group in listed.experiments().values():
         for experiment in group:
             rows = experiment.rows(bench, "one")
             assert len({row.name for row in rows}) == len(rows)
             for row in rows:
-                if row.adapter is not None:
-                    model = get_peft_model(make_model(top_of(), 2, 0), row.adapter())
+                if (config := row.for_seed(1)) is not None:
+                    model = get_peft_model(make_model(top_of(), 2, 0), config)
                     assert torch.isfinite(outputs_of(model, toy("one").splits["test"])).all()
 
 
@@ -158,6 +151,10 @@ def test_the_quick_run_writes_its_results_and_is_not_done_twice(toys, tmp_path, 
 
 
 def test_the_quick_runs_rows_are_of_the_main_table():
-    from benchmarks.quality.experiments import experiments, quick
+    from benchmarks.quality.same_head import groups, quick
 
-    assert set(quick().held_out) <= set(experiments()["main"][0].held_out) and len(quick().held_out) == 3
+    first = groups()["same-head"][0]
+    assert set(quick().held_out) <= set(first.held_out) and len(quick().held_out) == 3
+    assert quick().rows is first.rows and quick().sweep_seeds == first.sweep_seeds and quick().folder == first.folder
+    heads = [(each.budget.head_start, each.budget.head_rate) for each in (quick(), first)]
+    assert heads[0] == heads[1]
