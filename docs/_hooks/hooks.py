@@ -20,6 +20,7 @@ BOOST = {
     "reference/api/config.md": 3,
     "reference/api/errors.md": 0.5,
     "evidence.md": 0.5,
+    "evidence-tables.md": 0.2,
     "changelog.md": 0.3,
     "architecture.md": 0.5,
 }

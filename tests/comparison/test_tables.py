@@ -110,7 +110,7 @@ def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path,
     for name, each in results.items():
         (folder / f"{slug(name)}.json").write_text(json.dumps(each), encoding="utf-8")
     page.write_text(f"before\n{tables.BEGIN}\nstale\n{tables.END}\nafter\n", encoding="utf-8")
-    tables.main(["--results", str(folder), "--evidence", str(page)])
+    tables.main(["--results", str(folder), "--page", str(page)])
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert (folder / "tables.md").read_text(encoding="utf-8") in text
@@ -121,7 +121,7 @@ def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path,
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     (folder / f"{slug(LORA)}.json").unlink()
     with pytest.raises(SystemExit):
-        tables.main(["--results", str(folder), "--evidence", str(page)])
+        tables.main(["--results", str(folder), "--page", str(page)])
     assert "run.py" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nowhere"):
         tables.insert("no markers", "x")
@@ -145,16 +145,14 @@ def test_the_pages_tables_are_those_of_the_committed_results():
     rendered = tables.render(results)
     assert (tables.RESULTS / "tables.md").read_text(encoding="utf-8") == rendered
     assert (tables.RESULTS / "matrices.md").read_text(encoding="utf-8") == tables.matrices(rows_of(results))
-    page = tables.EVIDENCE.read_text(encoding="utf-8")
+    page = tables.PAGE.read_text(encoding="utf-8")
     assert tables.insert(page, rendered) == page
 
 
 def test_every_difference_that_the_section_tells_is_in_its_tables():
-    page = tables.EVIDENCE.read_text(encoding="utf-8")
+    page = (tables.ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     section = page.split("## Continual learning", 1)[1].split("\n## ", 1)[0]
-    prose, rest = section.split(tables.BEGIN, 1)
-    generated, after = rest.split(tables.END, 1)
-    told = re.findall(r"[+−-]?\d+\.\d+ \[[^\]]+\]", prose + after)
+    told = re.findall(r"[+−-]?\d+\.\d+ \[[^\]]+\]", section)
     assert told, "the section tells no difference"
-    plain = generated.replace("-", "−")
+    plain = (tables.RESULTS / "tables.md").read_text(encoding="utf-8").replace("-", "−")
     assert [each for each in told if each.replace("-", "−") not in plain] == []

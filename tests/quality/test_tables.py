@@ -192,7 +192,7 @@ def test_the_share_of_runs_near_the_target_per_step(results):
 def test_the_command_writes_tables_figures_and_the_pages_part(results, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n", encoding="utf-8")
-    tables.main(["--results", str(results), "--evidence", str(page)])
+    tables.main(["--results", str(results), "--page", str(page)])
     text = page.read_text(encoding="utf-8")
     assert (
         text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "fleet − LoRA r=8" in text
