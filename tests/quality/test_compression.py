@@ -139,8 +139,9 @@ def test_less_room_keeps_less_and_the_measure_is_the_packages_own(fleet):
     assert all(sum(a) < sum(b) for a, b in itertools.pairwise(found))
     said = [project_lora(folder, fleet.basis(k=4)).energy_kept for folder in fleet.folders]
     assert found[1] == pytest.approx(said, abs=1e-5)
-    random = energies(fleet, in_basis.cores(fleet, **FLOAT, k=4, builder="random"))
-    assert sum(random) < 0.5 * sum(found[1])
+    random = in_basis.cores(fleet, **FLOAT, k=4, builder="random")
+    assert random.bytes == in_basis.cores(fleet, **FLOAT, k=4).bytes
+    assert 0 < sum(energies(fleet, random)) < 0.5 * sum(found[1])
 
 
 def test_the_svd_is_the_best_of_its_rank(fleet):
@@ -230,6 +231,11 @@ def test_agreement_is_one_for_the_lora_and_none_for_the_base_model():
     assert agreement(whole, bare, bare) == {"same": 0.5, "change": 1.0}
     numbers, other = of([[1.0], [2.0], [3.0]]), of([[3.0], [2.0], [1.0]])
     assert agreement(numbers, other, other)["same"] == pytest.approx(-1)
+
+
+def test_what_further_seeds_measure_is_part_of_what_the_first_does():
+    for most in (64, 96):
+        assert all(scheme in every(most) for scheme in several(most))
 
 
 def test_every_scheme_has_a_family_and_none_is_listed_twice():

@@ -56,12 +56,16 @@ def own_fleet(fleet: str, names: Sequence[str], folder: Path, seed: int, schemes
 
 
 def benchmark_fleets(folder: Path) -> dict[str, list[Plan]]:
-    """Return the plans of the benchmark's own fleets, of the text tasks and of the images, three seeds each."""
+    """Return the plans of the benchmark's own fleets, of the text tasks and of the images.
+
+    All schemes with the first seed, the chief ones with two more.
+    """
     found = {}
     for kind in ("text", "image"):
         names = tasks.names(kind)
-        schemes = every(RANK * len(names))
-        found[kind] = [own_fleet(kind, names, folder, seed, schemes) for seed in (SWEPT_WITH, *SEEDS[:2])]
+        most = RANK * len(names)
+        found[kind] = [own_fleet(kind, names, folder, SWEPT_WITH, every(most))]
+        found[kind] += [own_fleet(kind, names, folder, seed, several(most)) for seed in SEEDS[:2]]
     return found
 
 

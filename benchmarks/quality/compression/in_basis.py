@@ -77,10 +77,12 @@ def given(fleet: Fleet, *, basis: str, core: str) -> Stored:
 
 
 def _built(fleet: Fleet, precision: str, build: dict[str, Any]) -> SubspaceBasis:
-    """Return the fleet's basis, or of its modules the control of random directions, in a precision."""
+    """Return the fleet's basis, or the control of as many random directions, in a precision."""
     if build.get("builder") != "random":
         return fleet.basis(**build).to_precision(precision)
-    return build_basis(like=fleet.basis(k=1), progress=False, **build).to_precision(precision)
+    like = fleet.basis(**{key: value for key, value in build.items() if key not in ("builder", "seed")})
+    random = build_basis(like=like, builder="random", seed=build.get("seed", 0), progress=False)
+    return random.to_precision(precision)
 
 
 def _on(

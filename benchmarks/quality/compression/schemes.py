@@ -100,7 +100,7 @@ def every(most: int) -> list[Scheme]:
 
 
 def several(most: int) -> list[Scheme]:
-    """Return the schemes for fleets of many adapters, where each costs more: the sizes that the first fleets leave."""
+    """Return the chief schemes of `every`: for more seeds, and for fleets of many adapters, where each costs more."""
     sizes = [k for k in (8, 16, 24, 32, 48, 64, 96) if k < most]
     return [
         *_each("LoRA", {"kind": "int8"}, {"kind": "int4"}),

@@ -29,6 +29,7 @@ LEVEL, TIMES = 0.99, 20.0  # the aim: so much of the mean score in so many times
 LEVELS = (0.995, LEVEL, 0.97, 0.95)
 CHOICES = "choices"  # what the files of what a fleet's owner can do beforehand begin with
 HEAD = (
+    "seeds",
     "bytes per adapter",
     "times fewer",
     "score",
@@ -46,6 +47,7 @@ def line(row: Row) -> str:
     """Return a row of the long table."""
     cells = (
         row.label,
+        str(row.seeds),
         f"{row.bytes / row.adapters:,.0f}",
         f"{row.times:.1f}",
         f"{100 * row.share * _mean(row):.1f}",
