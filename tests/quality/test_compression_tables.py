@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
 
 from benchmarks.quality.bench import OutOfTime
-from benchmarks.quality.compression import cells, choices, continued, fleets, function, tables
+from benchmarks.quality.compression import cells, choices, continued, fleets, function, peers, tables
 from benchmarks.quality.compression.advice import advice_section
 from benchmarks.quality.compression.cells import Plan, Results, perform
 from benchmarks.quality.compression.choices import CHOICES, SWEPT_WITH, basis_of, trained
@@ -149,6 +150,22 @@ def test_no_cell_begins_after_the_time_and_refusals_are_kept(tmp_path, small):
     (cell,) = results.cells.values()
     assert "k" in cell["refused"] and "members" not in cell
     assert rows_of(results.trained, results.cells.values()) == []
+
+
+def test_a_package_that_fails_leaves_no_cell(tmp_path, small, monkeypatch, capsys):
+    plan = plan_of(tmp_path, [], [Scheme("vlora-dev", {"numbers": 9}), Scheme("SVD", {"rank": 1, "kind": "int8"})])
+    monkeypatch.setattr(peers.fleet_compressors, "environment", lambda folder: sys.executable)
+    worker = tmp_path / "worker.py"
+    monkeypatch.setattr(peers, "WORKER", worker)
+    results = Results(tmp_path / "toys.json", tmp_path / "cells")
+    worker.write_text("raise ImportError('no such package')")
+    perform(plan, results)
+    assert [cell["family"] for cell in results.cells.values()] == ["SVD"]
+    assert "no such package" in capsys.readouterr().out
+    # but one that has no size as small is a finding
+    worker.write_text("import sys; print('too few', file=sys.stderr); sys.exit(3)")
+    perform(plan, results)
+    assert [cell.get("refused", "")[-7:] for cell in results.cells.values()] == ["", "too few"]
 
 
 def test_the_key_has_all_that_decides_a_cell():

@@ -17,6 +17,7 @@ from subspace_peft.errors import SubspaceError
 from ..bench import OutOfTime
 from ..encoder import half_is_faster
 from .members import Fleet, Judged, agreement, dense, kept
+from .peers import PeerError
 from .schemes import Scheme
 
 VERSION = 1  # of what cells hold: another one is measured again
@@ -121,7 +122,11 @@ def perform(plan: Plan, results: Results, until: float = float("inf")) -> None:
         if time.time() > until:
             raise OutOfTime
         began = time.time()
-        results.add(cell_of(plan, scheme, fleet, references))
+        try:
+            results.add(cell_of(plan, scheme, fleet, references))
+        except PeerError as error:
+            print(f"{plan.fleet} {plan.variant}: left out, to be tried again: {error}", flush=True)
+            continue
         cell = results.cells[plan.key(scheme)]
         shown = " ".join(map(str, [scheme.family, *scheme.settings.values()]))
         if "refused" in cell:

@@ -16,11 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "peers"))
 from fleet_compressors import lorashare, vlora
 from safetensors.torch import save_file
 
+TOO_FEW = 3  # exit status: the package has no size as small
+
 
 def main(package: str, most: str, out: str, *folders: str) -> None:
     facts, again = {"vlora-dev": vlora, "lorashare": lorashare}[package](list(folders), int(most))
     if facts["components"] < 1 or facts["numbers"] > int(most):
-        raise SystemExit(f"its least size is {facts['numbers']} numbers, more than {most}")
+        print(f"its least size is {facts['numbers']} numbers, more than {most}", file=sys.stderr)
+        raise SystemExit(TOO_FEW)
     for place, folder in enumerate(folders):
         factors = {key: value.float().contiguous() for key, value in again(folder).items()}
         save_file(factors, Path(out, f"{place}.safetensors"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import safetensors
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import fleet_compressors
@@ -22,6 +23,11 @@ from .members import Fleet, dense
 from .storing import Updates
 
 WORKER = Path(__file__).with_name("peer_worker.py")
+TOO_FEW = 3  # the worker's exit status where the package has no size as small
+
+
+class PeerError(Exception):
+    """Another package cannot be installed, or fails: no result, and no reason to keep one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,19 +65,25 @@ def environment() -> Path:
     """Return the interpreter that has both packages, from the cache or made now, outside this repository.
 
     Raises:
-        SystemExit: they cannot be installed.
+        PeerError: they cannot be installed.
     """
-    return fleet_compressors.environment(cache_home() / "fleet-compressors")
+    try:
+        return fleet_compressors.environment(cache_home() / "fleet-compressors")
+    except SystemExit as error:
+        raise PeerError(str(error)) from None
 
 
 def _compressed(package: str, fleet: Fleet, numbers: int) -> Rebuilt:
     with TemporaryDirectory() as home:
         most = str(numbers * len(fleet.folders))
         command = [str(environment()), str(WORKER), package, most, home, *_without_heads(fleet, Path(home))]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+        # torch and safetensors are those of this process, wherever it has them from
+        where = {**os.environ, "PYTHONPATH": str(Path(safetensors.__file__).parents[1])}
+        done = subprocess.run(command, capture_output=True, text=True, env=where)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-            raise SubspaceError(f"{package} cannot compress this fleet to {numbers} numbers per adapter: {last}")
+            why = f"{package} cannot compress this fleet to {numbers} numbers per adapter: {last}"
+            raise SubspaceError(why) if done.returncode == TOO_FEW else PeerError(why)
         facts = json.loads(Path(home, "facts.json").read_text(encoding="utf-8"))
         again = {name: load_file(Path(home, f"{place}.safetensors")) for place, name in enumerate(fleet.names)}
     configs = {
