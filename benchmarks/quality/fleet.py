@@ -61,7 +61,7 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
         begun = _keep_start(wrapped, Path(beside)) if start in IN_WEIGHTS else None
         train(wrapped, task, budget, SOURCE_RATE, 100, curve=False)
         print(f"source {name} ({kind}): test {score(wrapped, task, 'test'):.3f}", flush=True)
-        aside = home.with_name(f".{name}.partial")
+        aside = home.with_name(f".{home.name}.partial")
         with warnings.catch_warnings():
             # of PiSSA beside other adapters: the start is loaded to be taken off, nothing else
             warnings.filterwarnings("ignore", message="PiSSA changes the base weights")

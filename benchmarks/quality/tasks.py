@@ -52,6 +52,9 @@ ABOUT = {
     "noun-kinds": "definition of a noun: which of 9 kinds of thing",
 }
 
+# family → kind, and what loads one of its members, a task named ``family/member``: filled in by families/registry.py
+FAMILIES: dict[str, tuple[str, Callable[[str, Path], EncodedTask]]] = {}
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -100,11 +103,15 @@ def kind_of(name: str) -> str:
     for kind in ("text", "image"):
         if name in names(kind):
             return kind
+    if (family := name.partition("/")[0]) in FAMILIES:
+        return FAMILIES[family][0]
     raise KeyError(f"There is no task {name!r}; there are {', '.join((*names('text'), *names('image')))}.")
 
 
 def load(name: str, folder: Path) -> EncodedTask:
     """Return a task, from `folder` or computed and kept there. Hidden states are kept in half precision."""
+    if (family := name.partition("/")[0]) in FAMILIES:
+        return FAMILIES[family][1](name, folder)
     file = folder / "hidden" / f"{name}.safetensors"
     if not file.is_file():
         tensors, facts = _make(name, folder)

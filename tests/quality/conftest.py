@@ -17,9 +17,10 @@ SMALL = Budget(examples=24, steps=4, batch=8, checks=(2,))
 
 
 def blocks(count: int = 2) -> list[dict[str, torch.Tensor]]:
-
-    torch.manual_seed(0)
-    return [{k: v.detach() for k, v in Block(D, INNER, 2, 1e-5, False).state_dict().items()} for _ in range(count)]
+    # aside, or every source would start where this seed leaves off
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [{k: v.detach() for k, v in Block(D, INNER, 2, 1e-5, False).state_dict().items()} for _ in range(count)]
 
 
 def top_of() -> dict:
