@@ -29,6 +29,7 @@ from benchmarks.quality.bench import Bench, OutOfTime  # noqa: E402
 from benchmarks.quality.encoder import half_is_faster  # noqa: E402
 from benchmarks.quality.experiment import perform  # noqa: E402
 from benchmarks.quality.experiments import experiments  # noqa: E402
+from benchmarks.quality.families.plan import Stage, stages  # noqa: E402
 from benchmarks.quality.order import ORDER  # noqa: E402
 from benchmarks.quality.same_head import quick  # noqa: E402
 from benchmarks.quality.training import Budget  # noqa: E402
@@ -41,7 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = experiments()
+    groups = {**experiments(), **stages()}
     parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(groups)}; all without any")
     parser.add_argument(
         "--quick", action="store_true", help="three held-out tasks, two seeds, six tasks' adapters of 60 steps"
@@ -71,7 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
         for group in chosen:
             for experiment in groups[group]:
                 if not given.only or experiment.name in given.only:
-                    perform(bench, experiment, out)
+                    if isinstance(experiment, Stage):
+                        experiment.perform(bench, out)
+                    else:
+                        perform(bench, experiment, out)
     except OutOfTime:
         print("The time is over. The same command goes on where this one stopped.")
     note(out / "machine.json", chosen, time.time() - began)

@@ -1,0 +1,165 @@
+"""Which cells there are, and in which order: a run that is cut short leaves whole seeds of all families."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..bench import Bench, OutOfTime
+from .cells import Cell, K, reached
+from .facts import energies, headroom
+from .registry import MAKERS, family
+from .runs import Runs, most_sources
+
+COUNTS = (2, 4, 8, 16, 32)  # sources
+SIZES = (8, 16, 32)  # k
+FEW, MANY = (300, 100), (1000, 50)  # training examples
+MIXED = (16, 4)  # sources of other families
+FIRST = ("blanks", "kinds", "writers", "digits", "groups")
+
+
+def counts(name: str) -> list[int]:
+    """Return the numbers of sources of a family's curve: powers of two, then all if that is half as much again."""
+    most = most_sources(name)
+    found = [count for count in COUNTS if count <= most]
+    return [*found, most] if most >= 1.5 * found[-1] else found
+
+
+def core(member: str, examples: int, seed: int, k: int, count: int, mixed: bool = False) -> Cell:
+    return Cell(member, "core", examples, seed, 0.0, reached(k, count), count, mixed)
+
+
+def curve_cells(name: str, member: str, seed: int) -> Iterator[Cell]:
+    """Yield the core at K in bases of ever more sources, beside LoRA r=8, the head alone and random directions."""
+    for examples in FEW:
+        yield Cell(member, "head only", examples, seed, 0.0)
+        yield Cell(member, "LoRA r=8", examples, seed, 0.0)
+        yield Cell(member, "random", examples, seed, 0.0, K)
+        for count in reversed(counts(name)):
+            yield core(member, examples, seed, K, count)
+
+
+def mixed_cells(name: str, member: str, seed: int) -> Iterator[Cell]:
+    """Yield the core in bases of other families' adapters, and the fleet's mean core alone."""
+    for examples in FEW:
+        for count in MIXED:
+            yield core(member, examples, seed, K, count, mixed=True)
+        count = counts(name)[-1]
+        yield Cell(member, "mean only", examples, seed, 0.0, reached(K, count), count)
+
+
+def row_cells(name: str, member: str, seed: int) -> Iterator[Cell]:
+    """Yield the other methods."""
+    for examples in FEW:
+        yield Cell(member, "LoRA r=1", examples, seed, 0.0)
+        yield Cell(member, "VeRA", examples, seed, 0.0)
+        yield Cell(member, "base weights", examples, seed, 0.0, K)
+
+
+def example_cells(name: str, member: str, seed: int) -> Iterator[Cell]:
+    """Yield the first rows with very few and with many examples, in bases of all sources and of four."""
+    for examples in MANY:
+        for cell in curve_cells(name, member, seed):
+            if cell.examples == FEW[0] and cell.sources in (0, 4, counts(name)[-1]):
+                yield replace(cell, examples=examples)
+
+
+def size_cells(name: str, member: str, seed: int) -> Iterator[Cell]:
+    """Yield smaller and larger cores and random bases; sizes that so few sources do not reach are left out."""
+    for examples in FEW:
+        for k in SIZES:
+            if k != K:
+                yield Cell(member, "random", examples, seed, 0.0, k)
+                for count in counts(name):
+                    if reached(k, count) == k:
+                        yield core(member, examples, seed, k, count)
+
+
+def other_example_cells(name: str, member: str, seed: int) -> Iterator[Cell]:
+    """Yield what is left with very few and with many examples."""
+    for examples in MANY:
+        for make in (curve_cells, mixed_cells, row_cells, size_cells):
+            for cell in make(name, member, seed):
+                if cell.examples == FEW[0]:
+                    yield replace(cell, examples=examples)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the benchmark of families: what `run.py` runs as an experiment.
+
+    Attributes:
+        name: as on the command line.
+        families: in order.
+        cells: yields a held-out member's cells for a seed, their rates left open; None for what is measured of the
+            weights.
+    """
+
+    name: str
+    families: Sequence[str]
+    cells: Callable[[str, str, int], Iterator[Cell]] | None
+
+    def perform(self, bench: Bench, results: Path) -> None:
+        """Run all cells that are not in `results` yet, seed after seed. Raises `OutOfTime`."""
+        every = {name: Runs(name, bench, results / "families") for name in self.families}
+        if self.cells is None:
+            for runs in every.values():
+                measure(runs)
+            return
+        for seed in bench.seeds:
+            for name, runs in every.items():
+                fill(runs, [cell for member in family(name).held() for cell in self.cells(name, member, seed)])
+
+
+def fill(runs: Runs, cells: Sequence[Cell]) -> None:
+    """Run cells at their rows' rates and say what came of it."""
+    for row in dict.fromkeys(cell.row for cell in cells):
+        rate = runs.rate(row)
+        cells = [replace(cell, rate=rate) if cell.row == row else cell for cell in cells]
+    before = len(runs.store.runs)
+    for cell in cells:
+        runs.run(cell)
+    print(f"{runs.name}: {len(runs.store.runs) - before} runs, {len(runs.store.runs)} in all", flush=True)
+
+
+def measure(runs: Runs) -> None:
+    """Measure the sources' headroom, and what bases keep of held-out members' adapters; what is there is kept."""
+    of = family(runs.name)
+    found = runs.store.facts.setdefault("headroom", {})
+    rate = runs.rate("head only")
+    for member in of.order:
+        if member not in found:
+            stop_in_time(runs.bench)
+            found[member] = headroom(runs, member, rate)
+            runs.store.write()
+    kept = runs.store.facts.setdefault("energies", [])
+    done = {(each["member"], each["seed"], each["sources"], each["mixed"]) for each in kept}
+    for seed in runs.bench.seeds:
+        for count, mixed in [*((count, False) for count in counts(runs.name)), *((count, True) for count in MIXED)]:
+            for member in of.held():
+                if (member, seed, count, mixed) not in done:
+                    stop_in_time(runs.bench)
+                    kept.append(energies(runs, member, seed, count, mixed))
+                    runs.store.write()
+
+
+def stop_in_time(bench: Bench) -> None:
+    if time.time() > bench.until:
+        raise OutOfTime
+
+
+def stages() -> dict[str, list[Stage]]:
+    """Return group → stages, in the order in which they are run."""
+    every = tuple(MAKERS)
+    return {
+        "families": [Stage("curves", FIRST, curve_cells)],
+        "families-more": [Stage("curves-more", [name for name in every if name not in FIRST], curve_cells)],
+        "families-weights": [Stage("weights", every, None)],
+        "families-mixed": [Stage("mixed", every, mixed_cells)],
+        "families-rows": [Stage("rows", every, row_cells)],
+        "families-examples": [Stage("examples", every, example_cells)],
+        "families-sizes": [Stage("sizes", every, size_cells)],
+        "families-rest": [Stage("rest", every, other_example_cells)],
+    }
