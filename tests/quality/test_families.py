@@ -256,6 +256,26 @@ def test_a_stage_cut_short_goes_on_and_does_nothing_twice(families, tmp_path, mo
     stage.perform(bench, tmp_path)
 
 
+def test_the_trial_looks_at_tuning_members_alone_and_trains_nothing_in_vain(families, letters, monkeypatch, capsys):
+    asked = []
+
+    def run(cell: Cell) -> dict:
+        asked.append(cell)
+        return {"validation": 0.5, "test": 0.9 if cell.row == "LoRA r=8" else 0.8}
+
+    monkeypatch.setattr(letters, "run", run)
+    monkeypatch.setattr(plan, "TUNING_SEEDS", (11,))
+    plan.try_headroom(letters)
+    tuned = families["letters"].tuned()
+    assert f"{tuned[0]} +10.0 on 80.0" in capsys.readouterr().out
+    assert {cell.member for cell in asked} == set(tuned)
+    ours = set(asked)
+    asked.clear()
+    for row in ("LoRA r=8", "head only"):
+        letters.rate(row)
+    assert set(asked) == ours
+
+
 def test_weights_are_measured_once_and_kept(families, letters, monkeypatch):
     monkeypatch.setattr(plan, "MIXED", (2,))
     monkeypatch.setattr(letters, "rate", lambda row: 1e-3)

@@ -60,7 +60,7 @@ def test_quotations_share_no_run_of_words():
     family = registry.family("writers")
     seen: dict[tuple[str, ...], int] = {}
     for place, text in enumerate(family.items):
-        words = text.lower().split()
+        words = plain(text).split()
         for i in range(len(words) - COPY + 1):
             assert seen.setdefault(tuple(words[i : i + COPY]), place) == place
 

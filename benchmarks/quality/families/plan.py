@@ -11,7 +11,7 @@ from ..bench import Bench, OutOfTime
 from .cells import Cell, K, reached
 from .facts import energies, headroom
 from .registry import MAKERS, family
-from .runs import Runs, most_sources
+from .runs import TUNING_EXAMPLES, TUNING_SEEDS, Runs, most_sources, tuning_cells
 
 COUNTS = (2, 4, 8, 16, 32)  # sources
 SIZES = (8, 16, 32)  # k
@@ -93,20 +93,22 @@ class Stage:
     Attributes:
         name: as on the command line.
         families: in order.
-        cells: yields a held-out member's cells for a seed, their rates left open; None for what is measured of the
-            weights.
+        cells: yields a held-out member's cells for a seed, their rates left open; None where `work` does it all.
+        work: what is done once per family, in the place of `cells`.
     """
 
     name: str
     families: Sequence[str]
-    cells: Callable[[str, str, int], Iterator[Cell]] | None
+    cells: Callable[[str, str, int], Iterator[Cell]] | None = None
+    work: Callable[[Runs], None] | None = None
 
     def perform(self, bench: Bench, results: Path) -> None:
         """Run all cells that are not in `results` yet, seed after seed. Raises `OutOfTime`."""
         every = {name: Runs(name, bench, results / "families") for name in self.families}
         if self.cells is None:
+            assert self.work is not None
             for runs in every.values():
-                measure(runs)
+                self.work(runs)
             return
         for seed in bench.seeds:
             for name, runs in every.items():
@@ -122,6 +124,26 @@ def fill(runs: Runs, cells: Sequence[Cell]) -> None:
     for cell in cells:
         runs.run(cell)
     print(f"{runs.name}: {len(runs.store.runs) - before} runs, {len(runs.store.runs)} in all", flush=True)
+
+
+def try_headroom(runs: Runs) -> None:
+    """Say what LoRA r=8 gains over the head alone on the tuning members: whether a family is worth its curves.
+
+    Every run is one of those that choose the rates of both rows, so nothing is done in vain; no held-out member is
+    looked at. Raises `OutOfTime`.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for row in ("LoRA r=8", "head only"):
+        rate = runs.rate(row)
+        for cell in tuning_cells(runs.name, row):
+            test = runs.run(replace(cell, rate=rate))["test"] or 0.0
+            scores.setdefault(cell.member, {}).setdefault(row, 0.0)
+            scores[cell.member][row] += test / len(TUNING_SEEDS)
+    each = ", ".join(
+        f"{member} {100 * (both['LoRA r=8'] - both['head only']):+.1f} on {100 * both['head only']:.1f}"
+        for member, both in scores.items()
+    )
+    print(f"{runs.name}: LoRA r=8 − head only, {TUNING_EXAMPLES} examples: {each}", flush=True)
 
 
 def measure(runs: Runs) -> None:
@@ -154,9 +176,10 @@ def stages() -> dict[str, list[Stage]]:
     """Return group → stages, in the order in which they are run."""
     every = tuple(MAKERS)
     return {
+        "families-trial": [Stage("trial", every, work=try_headroom)],
         "families": [Stage("curves", FIRST, curve_cells)],
         "families-more": [Stage("curves-more", [name for name in every if name not in FIRST], curve_cells)],
-        "families-weights": [Stage("weights", every, None)],
+        "families-weights": [Stage("weights", every, work=measure)],
         "families-mixed": [Stage("mixed", every, mixed_cells)],
         "families-rows": [Stage("rows", every, row_cells)],
         "families-examples": [Stage("examples", every, example_cells)],

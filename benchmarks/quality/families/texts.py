@@ -36,23 +36,25 @@ PAIRS = (
     "|there here|now then|some any|all every|more less|many much|before after|never always|only also|very too"
     "|good bad|first last|new old|think know|make take|even just"
 )
+# hierarchies of newsgroups; all but these are held against all others
+ALIKE = (("comp.",), ("rec.",), ("sci.",), ("talk.", "alt.", "soc."))
 CHUNK = 16  # words around and with the one that is missing
 SKIPPED = 60  # words at a posting's beginning, which the family of newsgroups is made of
 PER_WORD = 1100
 
 
 def groups() -> Family:
-    """Return the newsgroups, each against those of its own hierarchy: whether a posting was sent to it."""
+    """Return the newsgroups, each against those that are most like it: whether a posting was sent to it."""
     rows = {plain(row.text): row for row in table("20newsgroups")}
     kept = list(rows.values())
     labels = sorted({row.label for row in kept})
     members = {}
     for label in labels:
-        rest = tuple(other for other in labels if other != label)
-        members[label] = Member((label,), rest)
+        own = next((each for each in ALIKE if label.startswith(each)), labels)
+        members[label] = Member((label,), tuple(x for x in labels if x != label and x.startswith(tuple(own))))
     return Family(
         "groups",
-        "posting: to this newsgroup, or to another one",
+        "posting: to this newsgroup, or to another one like it",
         "text",
         [row.text for row in kept],
         [row.label for row in kept],
@@ -90,7 +92,7 @@ def kinds() -> Family:
 def writers() -> Family:
     """Return authors of quotations, each against all others: who wrote it."""
     rows = quotations()
-    rows = [rows[place] for place in without_copies((text for text, _ in rows), COPY)]
+    rows = [rows[place] for place in without_copies((plain(text) for text, _ in rows), COPY)]
     counts = Counter(author for _, author in rows)
     names = [author for author in authors(QUOTED) if counts[author] >= QUOTED]
     rows = [row for row in rows if row[1] in set(names)]
