@@ -208,6 +208,20 @@ def test_learning_rates_are_those_of_the_optimizer(model, tmp_path):
     assert "| test | loss |" in card and "## Beside" not in card
 
 
+def test_groups_of_an_optimizer_with_as_many_tensors_each_are_told_apart(model, tmp_path):
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ours = [p for name, p in trained if "subspace_coef" in name]
+    others = [p for name, p in trained if "subspace_coef" not in name]
+    # as many of each, of other shapes
+    count = min(len(ours), len(others))
+    groups = [{"params": ours[:count], "lr": 0.02}, {"params": others[:count], "lr": 0.005}]
+    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
+    optimizers = (torch.optim.AdamW(groups), None)
+    Trainer(model, arguments, train_dataset=rows(), optimizers=optimizers, callbacks=[SubspaceCardCallback()]).train()
+    said = model.peft_config["default"].card["training"]
+    assert (said["learning_rate"], said["head_learning_rate"]) == (0.02, 0.005)
+
+
 def test_the_best_model_has_its_own_numbers(model, tmp_path):
     trainer = train(
         model,

@@ -182,7 +182,9 @@ def _settings(args: Any, optimizer: Any, model: Any, data: Any) -> dict[str, Any
     groups = getattr(inner, "param_groups", None) or []
     ours = {id(p) for name, p in model.named_parameters() if "subspace_coef" in name}
     of_ours = [group for group in groups if any(id(p) in ours for p in group["params"])]
-    others = [group for group in groups if group["params"] and group not in of_ours]
+    # told apart by what they are: equality would compare their tensors
+    known = {id(group) for group in of_ours}
+    others = [group for group in groups if group["params"] and id(group) not in known]
     facts: dict[str, Any] = {}
     if of_ours:
         facts["learning_rate"] = _rates(of_ours)
