@@ -7,7 +7,7 @@
     python recipes/glue.py --stage train --task rte --basis org/their-basis --coefficients factor
     python recipes/glue.py settings.yaml --dry-run         # what it would fetch, train and write; fetches nothing
 
-Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
+Stages (`--stage`), each using what earlier ones left in `--out`; all but `choose` by default; interrupted runs resume:
 
     sources    a stock LoRA adapter per source task, by the stock Trainer, each with a random start of its own
     basis      `build_basis` of them, and a random basis of equal size as the control
@@ -15,6 +15,8 @@ Stages (`--stage`), each using what earlier ones left in `--out`; all of them by
     evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split(s)
     compare    head only, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate
                that is best on the validation split, then the report seeds → results.json, table.md, curves.png
+    choose     this basis, it with 1, 2 or 4 directions of the task's own, or LoRA: the smallest that no other beats by
+               more than noise on the validation split; saved and tested → choice.md
 
 The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. GLUE's
 test labels are hidden, so "test" is GLUE's validation set here (MNLI: matched, and mismatched beside it), and the

@@ -6,7 +6,7 @@
     python recipes/image_classification.py --model facebook/dinov2-base --pooling mean --task group7
     python recipes/image_classification.py settings.yaml --dry-run  # what it would fetch and train; fetches nothing
 
-Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
+Stages (`--stage`), each using what earlier ones left in `--out`; all but `choose` by default; interrupted runs resume:
 
     sources    a stock LoRA adapter per source task, by the stock Trainer, each with a random start of its own
     basis      `build_basis` of them, and a random basis of equal size as the control
@@ -14,6 +14,8 @@ Stages (`--stage`), each using what earlier ones left in `--out`; all of them by
     evaluate   the saved task, loaded by PeftModel.from_pretrained, on the test split
     compare    head only (the linear probe), mean only, LoRA, VeRA, random basis, this basis under one budget: each at
                the rate that is best on the validation split, over the seeds → results.json, table.md, curves.png
+    choose     this basis, it with 1, 2 or 4 directions of the task's own, or LoRA: the smallest that no other beats by
+               more than noise on the validation split; saved and tested → choice.md
 
 Tasks are disjoint class subsets of one Hub set (`--class-groups`: group0, group1, …, the papers' protocol; 1: the
 whole set, "all"), or the folders of `--data-dir`: data/<task>/{train,validation,test}/<label>/*.png and

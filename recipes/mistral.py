@@ -8,7 +8,7 @@
     python recipes/mistral.py settings.yaml --dry-run      # what it would fetch, train and write; fetches nothing
     subspace-peft run your_own_script.py …                 # any script that loads such a task, unchanged
 
-Stages (`--stage`), each using what earlier ones left in `--out`; all of them by default; interrupted runs resume:
+Stages (`--stage`), each using what earlier ones left in `--out`; all but `choose` by default; interrupted runs resume:
 
     sources    a stock LoRA adapter per source task of `--data-dir`; adapters that exist (with a slash) are checked
     basis      `build_basis` of them, and a random basis of equal size as the control
@@ -16,6 +16,8 @@ Stages (`--stage`), each using what earlier ones left in `--out`; all of them by
     evaluate   the saved task, loaded by PeftModel.from_pretrained, generates for the test set; prints three answers
     compare    base model, mean only, LoRA, VeRA, random basis, this basis under one budget: for each the learning rate
                with the best validation loss, then the report seeds → results.json, table.md, curves.png
+    choose     this basis, it with 1, 2 or 4 directions of the task's own, or LoRA: the smallest that no other beats by
+               more than noise on the validation split; saved and tested → choice.md
 
 The adapter of `--task` is never in its basis: a source that is, or by its name may be, of that task is refused. Tasks
 are as in Natural Instructions. On the Hub: columns input and output (a text or a list, whose first counts), and

@@ -25,7 +25,9 @@ def argument(default: Any, help: str) -> Any:
 class CommonArguments:
     """The arguments of every recipe, whose own dataclass inherits from it, adds model and data, and sets defaults."""
 
-    stage: Literal["sources", "basis", "train", "evaluate", "compare", "all"] = argument("all", "what to do")
+    stage: Literal["sources", "basis", "train", "evaluate", "compare", "choose", "all"] = argument(
+        "all", "what to do; all is everything but choose"
+    )
     preset: str = argument("none", "values for other arguments; those given by hand win")
     dry_run: bool = argument(False, "print downloads, steps, trained parameters and bytes; fetch and train nothing")
     out: str = argument("output", "folder of everything that is made")
@@ -46,10 +48,13 @@ class CommonArguments:
     )
     k: int | None = argument(None, "train in the leading k directions; all by default")
     extra_rank: int = argument(0, "directions of the task's own per module, trained beside the basis")
+    own: list[int] = argument((1, 2, 4), "directions of the task's own that --stage choose tries beside the basis")  # noqa: RUF009
+    standard_errors: float = argument(1.0, "by which --stage choose has a larger candidate win")
+    test_others: bool = argument(False, "once --stage choose has chosen, test the other candidates as well")
     mean_gain: Literal["none", "fixed", "trainable"] = argument("none", "the fleet's mean update")
     r: int = argument(8, "rank of LoRA, and of the factor coefficients")
     alpha: float = argument(256.0, "scale of the coefficients, see SubspaceConfig")
-    seed: int = argument(0, "of the source adapters, the random basis and --stage train")
+    seed: int = argument(0, "of the source adapters, the random basis, --stage train and choose")
     seeds: list[int] = argument((1, 2, 3), "report seeds of --stage compare, whose sweeps use seed 0")  # noqa: RUF009
     sweep: int = argument(0, "try at most so many learning rates per method; 0: its own sweep")
     train_examples: int = argument(0, "training examples, drawn by the seed; 0: all")

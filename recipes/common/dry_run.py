@@ -18,7 +18,7 @@ from subspace_peft.tuner.coefficients import make_coefficients
 from subspace_peft.tuner.targets import sizes, supported
 
 from .arguments import CommonArguments
-from .methods import CORE_RATES, HEAD_RATES, LORA_RATES, MEAN_RATES, VERA_RATES
+from .methods import CORE_RATES, HEAD_RATES, LORA_RATES, MEAN_RATES, VERA_RATES, own_name
 
 
 def planned_numbers(
@@ -33,14 +33,16 @@ def planned_numbers(
     directions: int = 0,
     mean_gain: str = "none",
     extra_rank: int = 0,
+    own: Sequence[int] = (),
     head: str | None = "classifier",
 ) -> dict[str, Any]:
-    """Return the trained parameters per row of `methods`, and the bytes of the basis.
+    """Return the trained parameters per row of `methods` and `candidates`, and the bytes of the basis.
 
     Args:
         model: the base model with its head; on the meta device it costs no memory.
         target_modules, layers, layers_pattern, coefficients, r, mean_gain, extra_rank: as in `methods`.
         k: of the basis; a smaller layer has as many directions as its own side.
+        own: as in `candidates`.
         directions: of the basis, for the `directions` coefficients.
         head: the head's name, or a part of it; None where there is none.
 
@@ -91,6 +93,7 @@ def planned_numbers(
             "random basis": inside(coefficients, "none", extra_rank),
             "this basis": inside(coefficients, mean_gain, extra_rank),
         }
+    rows |= {own_name(count): inside(coefficients, mean_gain, count) for count in own}
     return {
         "modules": len(shapes),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -106,7 +109,10 @@ def steps_of(examples: int, batch: int, epochs: float) -> int:
 
 
 def runs_of(args: CommonArguments, *, head: bool = True) -> int:
-    """Return the number of training runs of `--stage compare`, sweeps that are not widened."""
+    """Return the number of training runs of `--stage compare`, or of `choose`, sweeps that are not widened."""
+    if args.stage == "choose":
+        sweeps = [*[CORE_RATES] * (1 + len(args.own)), LORA_RATES]
+        return sum(min(len(s), args.sweep) if args.sweep > 0 else len(s) for s in sweeps)
     sweeps = [MEAN_RATES, LORA_RATES, VERA_RATES, *([HEAD_RATES] if head else [])]
     sweeps += [CORE_RATES] * 2 if args.coefficients != "none" else []
     return sum((min(len(s), args.sweep) if args.sweep > 0 else len(s)) + len(args.seeds) for s in sweeps)
@@ -131,7 +137,8 @@ def planned_steps(
         )
     # the last one is the held-out task's
     each, runs = list(steps)[-1], runs_of(args, head=head)
-    return steps | {each.replace("train", f"compare, {runs} runs"): steps[each] * runs}
+    stage = "choose" if args.stage == "choose" else "compare"
+    return steps | {each.replace("train", f"{stage}, {runs} runs"): steps[each] * runs}
 
 
 def dry_run(
@@ -209,6 +216,7 @@ def print_plan(
         directions=args.directions,
         mean_gain=args.mean_gain,
         extra_rank=args.extra_rank,
+        own=args.own if args.stage == "choose" else (),
         **where,
     )
     basis = planned_numbers(model, k=args.basis_k, head=head, **where)["basis_bytes"]

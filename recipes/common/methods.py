@@ -201,6 +201,41 @@ def methods(
     return [replace(row, rates=_middle(row.rates, sweep)) for row in rows] if sweep > 0 else rows
 
 
+def candidates(
+    *,
+    basis: SubspaceBasis,
+    own: Sequence[int],
+    coefficients: str = "core",
+    k: int | None = None,
+    r: int = 8,
+    alpha: float | None = None,
+    mean_gain: str = "none",
+    sweep: int = 0,
+    **where: Any,
+) -> list[Method]:
+    """Return what `--stage choose` chooses among: this basis, it with directions of the task's own, LoRA.
+
+    Args:
+        basis, coefficients, k, r, alpha, mean_gain, sweep, where: as in `methods`, of all rows but LoRA's.
+        own: how many directions per module; a row for each.
+
+    Returns:
+        The rows in that order. The first and the last are those of `methods`.
+    """
+    modules = adapted(**where)
+    given = {"k": k, "r": r, "coefficients": coefficients, "mean_gain": mean_gain}
+    given |= {} if alpha is None else {"alpha": alpha}
+    rows = [in_basis("this basis", basis, modules, **given)]
+    rows += [in_basis(own_name(count), basis, modules, **given, extra_rank=count) for count in own]
+    rows.append(lora(r, modules))
+    return [replace(row, rates=_middle(row.rates, sweep)) for row in rows] if sweep > 0 else rows
+
+
+def own_name(count: int) -> str:
+    """Return the name of the row of this basis with so many directions of the task's own."""
+    return f"this basis + {count} own"
+
+
 def _middle(rates: tuple[float, ...], count: int) -> tuple[float, ...]:
     start = max(0, len(rates) - count) // 2
     return rates[start : start + count]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from subspace_peft._io.atomic import write_text_aside
 from subspace_peft.base_names import same_model
@@ -23,12 +25,14 @@ from subspace_peft.sources import open_source
 from subspace_peft.tasks.callbacks import SubspaceCardCallback, note_metrics
 
 from .arguments import CommonArguments, quiet
+from .choice import KEYS, Candidate, choose_smallest, note_choice, write_choice
 from .extras import require
 from .measure import measure
 from .methods import Method, adapted, lora, method_named
 from .run_cache import RunCache, digest
 from .stages import (
     basis_stage,
+    candidate_methods,
     check_converged,
     compared_methods,
     finished,
@@ -38,7 +42,7 @@ from .stages import (
     save_finished,
     task_folder,
 )
-from .sweep import compare
+from .sweep import compare, finished_run, finite_score, try_rates
 from .task import Task
 from .training import fit
 
@@ -79,7 +83,7 @@ class Recipe:
         require("datasets", "evaluate", "matplotlib", "rouge_score", "scipy", "sklearn")
         quiet()
         stages = STAGES if args.stage == "all" else (args.stage,)
-        names = [args.task] if {"train", "evaluate", "compare"} & set(stages) else []
+        names = [args.task] if {"train", "evaluate", "compare", "choose"} & set(stages) else []
         names += [name for name in args.sources if "/" not in name] if "sources" in stages else []
         tasks = {name: self.load_task(args, name) for name in tqdm(names, desc="reading tasks", unit="task")}
         for stage in stages:
@@ -168,26 +172,102 @@ class Recipe:
         rows[-1].apply(self.make_model(args, task, 0), self.head)
 
         def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
-            model = method.apply(self.make_model(args, task, seed), self.head)
-            sizes, budget = measure(model), {"epochs": args.epochs, "examples": args.train_examples, "rate": rate}
-            budget |= {} if rate is not None else {"epochs": 0, "examples": 1, "rate": 0.0}
-            result = fit(self.make_trainer(args, model, task, seed=seed, **budget))
+            model, result = self._run(args, task, method, rate, seed)
             # rates are chosen on the validation split: the sweep's runs never see the test split
-            tested: dict[str, Any] = {"test": None, "metrics": None}
             if seed in args.seeds:
-                tested |= self.test(args, model, task)
-            return {**sizes, **result, "test": tested["test"], "metrics": tested["metrics"]}
+                tested = self.test(args, model, task)
+                result |= {key: tested[key] for key in ("test", "metrics")}
+            return result
 
-        chosen = self.settings(args, task, "epochs", "train_examples") | {"score": task.score_name}
+        chosen = self._run_settings(args, task)
         results = compare(rows, run, seeds=args.seeds, cache=RunCache(Path(args.out, "cells"), chosen))
-        title = (
-            f"{task.name}: {task.score_name} on {len(task.splits['test'])} test examples, {args.epochs:g} epochs of "
-            f"{args.train_examples or 'all'} training examples, {Path(args.model).name}"
-        )
+        title = f"{task.name}: {task.score_name} on {len(task.splits['test'])} test examples, {_budget(args)}"
         folder = Path(args.out, "compare", Path(task.name).name)
         score = f"validation {task.validation_name}"
         _on_main(lambda: publish(results, folder, title=title, settings=chosen, score=score))
         _on_main(put_beside_controls, task_folder(args), folder, chosen)
+
+    def choose(self, args: Any, task: Task, known: Mapping[str, Any]) -> None:
+        """Train the `candidates` under one budget, choose one by validation; save and test it, and write `choice.md`.
+
+        Of each candidate the adapter of its best rate stays in the folder `adapters`.
+        """
+        rows = candidate_methods(args, known, task_type=self.task_type, **self._where(args))
+        # a basis that does not fit the model is refused here, before the first run
+        rows[0].apply(self.make_model(args, task, 0), self.head)
+        settings, seed = self._run_settings(args, task), args.seed
+        cache = RunCache(Path(args.out, "cells"), settings)
+
+        def folder_of(method: Method, rate: float) -> Path:
+            return Path(args.out, "adapters", cache.file(method, rate, seed).stem)
+
+        def run(method: Method, rate: float | None, seed: int) -> dict[str, Any]:
+            model, result = self._run(args, task, method, rate, seed, SubspaceCardCallback())
+            converged = rate is not None and math.isfinite(finite_score(result["validation"]))
+            result["without"] = task.validations_without(self.make_trainer(args, model, task)) if converged else []
+            if rate is not None and converged:
+                _on_main(save_finished, model, folder_of(method, rate), cache.identity(method, rate, seed), result)
+            return result
+
+        def load(method: Method, rate: float) -> nn.Module:
+            if finished(folder_of(method, rate), cache.identity(method, rate, seed)) is None:
+                # its scores were kept, but not its adapter
+                cache.write(method, rate, seed, run(method, rate, seed))
+            return PeftModel.from_pretrained(self.make_model(args, task, seed), str(folder_of(method, rate)))
+
+        found = []
+        with tqdm(total=sum(len(row.rates) for row in rows), desc="choosing", unit="run") as bar:
+            for method in rows:
+                bar.set_postfix_str(method.name)
+                found.append(
+                    Candidate.of(method, tried := try_rates(method, run, cache=cache, seed=seed, keys=KEYS, bar=bar))
+                )
+                for rate in tried.keys() - {found[-1].rate}:
+                    _on_main(shutil.rmtree, folder_of(method, rate), True)
+        choice = choose_smallest(found, standard_errors=args.standard_errors)
+        folder, tests = task_folder(args, "chosen"), {}
+        others = [each for each in choice.candidates if each is not choice.chosen] if args.test_others else []
+        for each in [choice.chosen, *others]:
+            model, result = None, finished_run(each.method, each.rate, seed, run, cache, keys=KEYS)
+            if result["metrics"] is None:
+                model = load(each.method, each.rate)
+                tested = self.test(args, model, task)
+                result = {**result, "test": tested["test"], "metrics": tested["metrics"]}
+                result = cache.write(each.method, each.rate, seed, result)
+            tests[each.method.name] = result["test"]
+            chosen = cache.identity(each.method, each.rate, seed) | {"standard_errors": args.standard_errors}
+            chosen["among"] = [row.identity() for row in rows]
+            if each is choice.chosen and finished(folder, chosen) is None:
+                model = model or load(each.method, each.rate)
+                _note_tests(model, result["metrics"])
+                _on_main(save_finished, model, folder, chosen, result)
+                _on_main(note_choice, folder, choice, tests)
+        count = len(task.splits["validation"])
+        title = f"{task.name}: {task.validation_name} on {count} validation examples, {_budget(args)}"
+        place = Path(args.out, "choose", Path(task.name).name)
+        _on_main(lambda: print(write_choice(choice, place, title=title, settings=settings, tests=tests)))
+        _on_main(print, f"The chosen adapter is in {folder}.")
+
+    def _run(
+        self, args: Any, task: Task, method: Method, rate: float | None, seed: int, *callbacks: TrainerCallback
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Train a method, untested; without a rate, evaluate it alone."""
+        model = method.apply(self.make_model(args, task, seed), self.head)
+        sizes, budget = measure(model), {"epochs": args.epochs, "examples": args.train_examples, "rate": rate}
+        budget |= {} if rate is not None else {"epochs": 0, "examples": 1, "rate": 0.0}
+        trainer = self.make_trainer(args, model, task, seed=seed, **budget)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return model, {**sizes, **fit(trainer), "test": None, "metrics": None}
+
+    def _run_settings(self, args: Any, task: Task) -> dict[str, Any]:
+        """Return what the runs of a comparison, and of a choice, have in common."""
+        return self.settings(args, task, "epochs", "train_examples") | {"score": task.score_name}
+
+
+def _budget(args: Any) -> str:
+    examples = args.train_examples or "all"
+    return f"{args.epochs:g} epochs of {examples} training examples, {Path(args.model).name}"
 
 
 def _note_tests(model: nn.Module, metrics: Mapping[str, Any]) -> None:

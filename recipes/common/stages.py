@@ -19,7 +19,7 @@ from subspace_peft.tasks.callbacks import write_card
 from .arguments import CommonArguments
 from .curves import draw_curves
 from .data import refuse_own_adapter
-from .methods import Method, methods
+from .methods import Method, candidates, methods
 from .old_keywords import takes_old_keyword
 from .run_cache import canonical, plain
 from .table import write_results
@@ -163,9 +163,14 @@ def basis_stage(args: CommonArguments) -> None:
     print(f"{basis}\nIts control: {save_control(basis, args)}")
 
 
-def task_folder(args: CommonArguments) -> Path:
-    """Return the folder where `--stage train` saves the task, and `--stage evaluate` looks for it."""
-    return Path(args.out, "tasks", f"{Path(args.task).name}-{args.coefficients}")
+def task_folder(args: CommonArguments, kind: str | None = None) -> Path:
+    """Return the folder where `--stage train` saves the task, and `--stage evaluate` looks for it.
+
+    Args:
+        args: the recipe's.
+        kind: what is saved there: the coefficients by default, ``chosen`` for `--stage choose`.
+    """
+    return Path(args.out, "tasks", f"{Path(args.task).name}-{kind or args.coefficients}")
 
 
 def open_bases(args: CommonArguments, known: Iterable[str]) -> tuple[SubspaceBasis, SubspaceBasis | None]:
@@ -215,6 +220,40 @@ def compared_methods(
         alpha=args.alpha,
         mean_gain=args.mean_gain,
         extra_rank=args.extra_rank,
+        sweep=args.sweep,
+        **where,
+    )
+
+
+def candidate_methods(args: CommonArguments, known: Iterable[str], **where: Any) -> list[Method]:
+    """Return the `candidates` of `--stage choose`, as the arguments say.
+
+    Args:
+        args, known: as in `open_bases`.
+        where: as in `compared_methods`.
+
+    Raises:
+        SubspaceError: as `open_bases`; the arguments leave nothing to choose, or say what is to be chosen.
+    """
+    if args.coefficients == "none":
+        raise SubspaceError("--stage choose trains in the basis, but --coefficients none does not. Leave it out.")
+    if args.extra_rank:
+        raise SubspaceError(
+            f"--stage choose chooses among own directions, but --extra_rank {args.extra_rank} says how many. Leave it"
+            f" out, and name by --own those to be tried, such as --own {args.extra_rank}."
+        )
+    if any(count < 1 for count in args.own) or len(set(args.own)) != len(args.own):
+        raise SubspaceError(f"--own {' '.join(map(str, args.own))}: give numbers of directions from 1 on, each once.")
+    if not args.standard_errors >= 0:
+        raise SubspaceError(f"--standard_errors {args.standard_errors}: give a number from 0 on.")
+    return candidates(
+        basis=open_bases(args, known)[0],
+        own=args.own,
+        coefficients=args.coefficients,
+        k=args.k,
+        r=args.r,
+        alpha=args.alpha,
+        mean_gain=args.mean_gain,
         sweep=args.sweep,
         **where,
     )

@@ -1,4 +1,4 @@
-"""`compare`: per method the learning rate that is best on the validation split, then the report seeds at that rate."""
+"""Per method the learning rate that is best on the validation split; `compare`: then the report seeds at that rate."""
 
 from __future__ import annotations
 
@@ -80,84 +80,135 @@ def compare(
         return [_row(method, run, seeds, cache, sweeping, widenings, bar) for method in methods]
 
 
-def _row(
-    method: Method, run: Run, seeds: Sequence[int], cache: RunCache, sweeping: list[int], widenings: int, bar: Any
-) -> dict[str, Any]:
-    def finished(rate: float | None, seed: int, *, tested: bool = True) -> dict[str, Any]:
-        bar.set_postfix_str(f"{method.name}, {'untrained' if rate is None else f'rate {rate:g}'}, seed {seed}")
-        result = cache.read(method, rate, seed)
-        # a sweep's run may have left the test out, and its seed be reported now
-        if result is None or not _complete(result) or (tested and _left_out(result)):
-            fresh = run(method, rate, seed)
-            if missing := [key for key in RUN_KEYS if key not in fresh]:
-                raise SubspaceError(
-                    f"The run of {method.name!r} returned no {', '.join(missing)}; it has to return all of {RUN_KEYS}."
-                )
-            result = cache.write(method, rate, seed, fresh)
-        bar.update()
-        return result
-
-    def widened() -> None:
-        bar.total += len(sweeping)
-        bar.refresh()
-
-    def at(rate: float) -> dict[str, Any]:
-        return _mean_of([finished(rate, seed, tested=False) for seed in sweeping])
-
-    if not method.rates:
-        return _summary(method, None, False, {}, list(seeds)[:1], [finished(None, seeds[0])])
-    tried = _sweep(method.rates, at, widenings, widened)
-    rate = _best(tried)
-    at_edge = rate in (min(tried), max(tried))
-    return _summary(method, rate, at_edge, tried, list(seeds), [finished(rate, seed) for seed in seeds])
-
-
-def _sweep(
-    rates: Sequence[float], run: Callable[[float], dict[str, Any]], widenings: int, widened: Callable[[], None]
+def try_rates(
+    method: Method,
+    run: Run,
+    *,
+    cache: RunCache,
+    seed: int = SWEEP_SEED,
+    seeds: Sequence[int] | None = None,
+    keys: Sequence[str] = (),
+    widenings: int = WIDENINGS,
+    bar: Any,
 ) -> dict[float, dict[str, Any]]:
-    tried = {rate: run(rate) for rate in rates}
-    for _ in range(widenings if len(rates) > 1 else 0):
-        ordered, best = sorted(tried), _best(tried)
+    """Train a method at every learning rate of its sweep, which a best one at the edge widens.
+
+    Args:
+        method: with at least one rate.
+        run, cache, widenings: as in `compare`.
+        seed: of all runs.
+        seeds: several of them, in the place of `seed`.
+        keys: what a kept result has to hold beside `RUN_KEYS`; one that does not is trained again.
+        bar: a tqdm bar whose total counts the sweep's runs; further ones are added to it.
+
+    Returns:
+        Rate → the run's result; with several seeds their mean ``validation`` and ``seconds``, and each one's
+        ``validations`` and ``tests``.
+
+    Raises:
+        SubspaceError: a run whose result lacks a key.
+    """
+    sweeping = [seed] if seeds is None else list(seeds)
+
+    def finished(rate: float) -> dict[str, Any]:
+        results = []
+        for each in sweeping:
+            results.append(finished_run(method, rate, each, run, cache, keys=keys))
+            bar.update()
+        return results[0] if len(results) == 1 else _mean_of(results)
+
+    tried = {rate: finished(rate) for rate in method.rates}
+    for _ in range(widenings if len(method.rates) > 1 else 0):
+        ordered, best = sorted(tried), best_rate(tried)
         if best == ordered[0]:
             further = ordered[0] ** 2 / ordered[1]
         elif best == ordered[-1]:
             further = ordered[-1] ** 2 / ordered[-2]
         else:
             break
-        widened()
         # rounded, so that the same sweep names the same rates on every machine
         further = float(f"{further:.6g}")
-        tried[further] = run(further)
+        bar.total += len(sweeping)
+        bar.refresh()
+        tried[further] = finished(further)
     return tried
 
 
 def _mean_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what a sweep keeps of the `runs` of one rate; a seed whose score is not finite makes the mean None."""
-    scores = [_score(run["validation"]) for run in runs]
-    found = {
+    scores = [finite_score(run["validation"]) for run in runs]
+    return {
         "validation": statistics.fmean(scores) if all(map(math.isfinite, scores)) else None,
         "seconds": statistics.fmean(run["seconds"] for run in runs),
+        **{key + "s": [run[key] for run in runs] for key in ("validation", "test")},
     }
-    if len(runs) > 1:
-        found |= {key + "s": [run[key] for run in runs] for key in ("validation", "test")}
-    return found
 
 
-def _complete(result: Mapping[str, Any]) -> bool:
-    return all(key in result for key in RUN_KEYS)
+def finished_run(
+    method: Method,
+    rate: float | None,
+    seed: int,
+    run: Run,
+    cache: RunCache,
+    *,
+    keys: Sequence[str] = (),
+    tested: bool = False,
+) -> dict[str, Any]:
+    """Return a run's kept result, or do the run and keep its result.
+
+    Args:
+        method, rate, seed, run, cache: as in `compare`.
+        keys: as in `try_rates`.
+        tested: whether a kept result that left the test out is not enough.
+
+    Raises:
+        SubspaceError: the run's result lacks a key.
+    """
+    needed = (*RUN_KEYS, *keys)
+    result = cache.read(method, rate, seed)
+    if result is not None and all(key in result for key in needed) and not (tested and _left_out(result)):
+        return result
+    fresh = run(method, rate, seed)
+    if missing := [key for key in needed if key not in fresh]:
+        raise SubspaceError(
+            f"The run of {method.name!r} returned no {', '.join(missing)}; it has to return all of {needed}."
+        )
+    return cache.write(method, rate, seed, fresh)
+
+
+def _row(
+    method: Method, run: Run, seeds: Sequence[int], cache: RunCache, sweeping: list[int], widenings: int, bar: Any
+) -> dict[str, Any]:
+    def shown(method: Method, rate: float | None, seed: int) -> Mapping[str, Any]:
+        bar.set_postfix_str(f"{method.name}, {'untrained' if rate is None else f'rate {rate:g}'}, seed {seed}")
+        return run(method, rate, seed)
+
+    def reported(rate: float | None, seed: int) -> dict[str, Any]:
+        # a sweep's run may have left the test out, and its seed be reported now
+        result = finished_run(method, rate, seed, shown, cache, tested=True)
+        bar.update()
+        return result
+
+    if not method.rates:
+        return _summary(method, None, False, {}, list(seeds)[:1], [reported(None, seeds[0])])
+    tried = try_rates(method, shown, cache=cache, seeds=sweeping, widenings=widenings, bar=bar)
+    rate = best_rate(tried)
+    at_edge = rate in (min(tried), max(tried))
+    return _summary(method, rate, at_edge, tried, list(seeds), [reported(rate, seed) for seed in seeds])
 
 
 def _left_out(result: Mapping[str, Any]) -> bool:
     return result["test"] is None and result.get("metrics", {}) is None
 
 
-def _score(value: Any) -> float:
+def finite_score(value: Any) -> float:
+    """Return a score as a float, −∞ for None and what is not finite."""
     return float(value) if value is not None and math.isfinite(value) else -math.inf
 
 
-def _best(tried: Mapping[float, Mapping[str, Any]]) -> float:
+def best_rate(tried: Mapping[float, Mapping[str, Any]]) -> float:
     """Return the rate with the best validation score; of equals the smallest."""
-    return max(sorted(tried), key=lambda rate: _score(tried[rate]["validation"]))
+    return max(sorted(tried), key=lambda rate: finite_score(tried[rate]["validation"]))
 
 
 def _summary(
@@ -168,9 +219,10 @@ def _summary(
     seeds: list[int],
     runs: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    tests = [_score(result["test"]) for result in runs]
+    tests = [finite_score(result["test"]) for result in runs]
     finite = all(map(math.isfinite, tests))
-    sweep = [{"rate": each, **tried[each]} for each in sorted(tried)]
+    kept = ("validation", "seconds", "validations", "tests")
+    sweep = [{"rate": rate, **{key: tried[rate][key] for key in kept if key in tried[rate]}} for rate in sorted(tried)]
     return plain(
         {
             "method": method.name,

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import EvalPrediction
 
 from subspace_peft.errors import SubspaceError
 
 from .data import local_splits, local_tasks
+from .jackknife import kept_without
 
 
 @dataclass(kw_only=True)
@@ -60,6 +63,19 @@ class InstructionTask(Task):
     def validation_name(self) -> str:
         """As `Task`'s."""
         return "score: minus the loss per answer token"
+
+    def validations_without(self, trainer: Any) -> list[float]:
+        """Return the validation score without each fold of the examples in turn, see `kept_without`."""
+        rows, model = self.splits["validation"], trainer.model.eval()
+        losses, counts = np.zeros(len(rows)), np.zeros(len(rows))
+        for place, row in enumerate(rows):
+            batch = trainer.data_collator([row])
+            batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                mean = float(model(**batch).loss)
+            counts[place] = int((batch["labels"] != -100).sum())
+            losses[place] = mean * counts[place]
+        return [-float(losses[kept].sum() / counts[kept].sum()) for kept in kept_without(len(rows))]
 
 
 @dataclass(kw_only=True)
@@ -108,6 +124,12 @@ class LabelledTask(Task):
         numbers = _metric(self.metric).compute(predictions=guesses, references=prediction.label_ids)
         numbers = {key: float(value) for key, value in numbers.items()}
         return {"score": next(iter(numbers.values())), **numbers}
+
+    def validations_without(self, trainer: Any) -> list[float]:
+        """Return the validation score without each fold of the examples in turn, see `kept_without`."""
+        found = trainer.predict(self.splits["validation"])
+        parts = [(found.predictions[kept], found.label_ids[kept]) for kept in kept_without(len(found.label_ids))]
+        return [self.measure(EvalPrediction(*part))["score"] for part in parts]
 
     def test(self, trainer: Any) -> dict[str, Any]:
         """Predict every test split by a `transformers.Trainer` and measure it.

@@ -9,6 +9,7 @@ import common as shared
 import pytest
 import torch
 from common import Method, RunCache, compare
+from common.methods import candidates
 
 from subspace_peft import SubspaceBasis, build_basis
 from subspace_peft.errors import SubspaceError
@@ -44,6 +45,25 @@ def test_rows_train_what_was_planned(coefficients, bases, random_basis):
         assert sizes["trained_head"] == plan["head"] == 2 * 32 + 2
         assert (sizes["bytes"] == 0) == (row.name == "head only")
         assert sizes["bytes"] < 4 * sizes["trained_adapter"] + 2500  # the file's header, and no basis in it
+
+
+@pytest.mark.parametrize("coefficients", ["core", "factor"])
+def test_candidates_are_rows_of_the_comparison_and_own_directions_as_planned(coefficients, bases, random_basis):
+    more = {"coefficients": coefficients, "r": 2, "layers": [1], "alpha": 64.0, "k": 3, "mean_gain": "fixed"}
+    rows = shared.methods(**given(bases, random_basis, **more, sweep=2))
+    found = candidates(own=(1, 3), sweep=2, **{k: v for k, v in given(bases, None, **more).items() if k != "random"})
+    assert [row.name for row in found] == ["this basis", "this basis + 1 own", "this basis + 3 own", "LoRA r=2"]
+    # the same runs, so that a choice and a comparison share those of one seed
+    for row in (found[0], found[-1]):
+        same = shared.method_named(rows, row.name)
+        assert (row.identity(), row.rates) == (same.identity(), same.rates)
+    assert all(row.rates == rows[-1].rates for row in found[:-1])
+    with torch.device("meta"):
+        empty = bert()
+    planned = {key: value for key, value in more.items() if key != "alpha"}
+    plan = shared.planned_numbers(empty, target_modules=["query", "value"], own=(1, 3), **planned)["rows"]
+    for row in found:
+        assert shared.measure(row.apply(bert(), "classifier"))["trained_adapter"] == plan[row.name], row.name
 
 
 def test_a_basis_in_memory_travels_with_its_tasks(bases):

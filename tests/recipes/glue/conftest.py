@@ -78,15 +78,19 @@ def save_task(folder: Path, seed: int, *, held_out: bool = False, number: bool =
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.fixture(scope="package")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("glue")
+def save_world(root: Path) -> Path:
+    """A model, three source tasks and two held-out ones, of which one predicts a number."""
     save_model(root / "model")
     for seed, name in enumerate(["one", "two", "three"]):
         save_task(root / "data" / name, seed, pairs=name == "two", number=name == "three")
     save_task(root / "data" / "kept", 7, held_out=True)
     save_task(root / "data" / "kept-number", 8, held_out=True, number=True)
     return root
+
+
+@pytest.fixture(scope="package")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_world(tmp_path_factory.mktemp("glue"))
 
 
 def tiny(world: Path, out: Path, *more: str) -> list[str]:

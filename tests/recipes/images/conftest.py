@@ -50,15 +50,19 @@ def save_task(folder: Path, seed: int, held_out: bool = False, count: int = 48) 
             Image.fromarray(pixels.astype(np.uint8)).save(place / f"{i:03}.png")
 
 
-@pytest.fixture(scope="package")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
+def save_world(root: Path) -> Path:
+    """Two models, two source tasks and a held-out one."""
     save_model(root / "model")
     save_model(root / "dino", "dino")
     for seed, name in enumerate(["one", "two"]):
         save_task(root / "data" / name, seed)
     save_task(root / "data" / "kept", 7, held_out=True)
     return root
+
+
+@pytest.fixture(scope="package")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_world(tmp_path_factory.mktemp("images"))
 
 
 def tiny(world: Path, out: Path, *more: str, model: str = "model") -> list[str]:

@@ -80,10 +80,8 @@ def make_model(hidden: int = 32, seed: int = 0) -> MistralForCausalLM:
     )
 
 
-@pytest.fixture(scope="package")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `prepare("instructions")` makes it."""
-    root = tmp_path_factory.mktemp("instructions")
+def save_folder(root: Path) -> Path:
+    """Fill a folder as `prepare("instructions")` does."""
     make_tokenizer().save_pretrained(root / "model")
     make_model().save_pretrained(root / "model")
     for seed, (name, answer) in enumerate(TASKS.items()):
@@ -97,6 +95,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rows = [{"definition": f"Say the {name}.", "input": " ".join(w), "output": answer(w)} for w in chosen]
             (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tmp_path_factory.mktemp("instructions"))
 
 
 @pytest.fixture(autouse=True)
