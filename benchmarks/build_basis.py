@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,13 @@ OWN = 1.6  # size of an adapter's own noise beside them
 FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
 
-def make_fleet(root: Path, count: int, layers: int) -> list[Path]:
+def make_fleet(root: Path, count: int, layers: int, shapes: Mapping[str, tuple[int, int]] = SHAPES) -> list[Path]:
     """Folders of `count` LoRAs; the first n of them are the fleet of n."""
     draw = torch.Generator().manual_seed(0)
     fall = torch.arange(1, COMMON + 1) ** -0.5
     common = {}
     for layer in range(layers):
-        for name, sides in SHAPES.items():
+        for name, sides in shapes.items():
             bases = [torch.linalg.qr(torch.randn(d, COMMON, generator=draw))[0] * fall for d in sides]
             common[f"base_model.model.model.layers.{layer}.self_attn.{name}"] = bases
     folders = []
@@ -140,9 +140,17 @@ def status(name: str) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any]:
-    """One measurement, in this process."""
-    torch.set_num_threads(1)
+def child(
+    title: str,
+    folders: list[Path],
+    k: int,
+    memory: str,
+    *,
+    threads: int = 1,
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
+) -> dict[str, Any]:
+    """One measurement, in this process, with so many threads; `shapes` are those of the fleet."""
+    torch.set_num_threads(threads)
     small = torch.randn(300, 64)
     for dtype in (torch.float32, torch.float64):
         # what libraries set up at their first use is no part of a method's cost
@@ -182,19 +190,21 @@ def child(title: str, folders: list[Path], k: int, memory: str) -> dict[str, Any
         **facts,
         "energy_kept": found["energy_kept"],
         "certificates": found["certificates"],
-        "products": products(found["certificates"], len(folders), k),
-        "numbers": numbers(len(folders), len(basis) // len(SHAPES), k),
+        "products": products(found["certificates"], len(folders), k, shapes),
+        "numbers": numbers(len(folders), len(basis) // len(shapes), k, shapes),
     }
 
 
-def products(certificates: dict[str, Any], count: int, k: int) -> float:
+def products(
+    certificates: dict[str, Any], count: int, k: int, shapes: Mapping[str, tuple[int, int]] = SHAPES
+) -> float:
     """Return the floating-point operations of the products with B and A, and those of the probe.
 
     Per pass and side, both ways: ``4 · rows · width · d``.
     """
     rows, total = count * RANK, 0.0
     for name, facts in certificates.items():
-        sides = SHAPES[name.rsplit(".", 1)[-1]]
+        sides = shapes[name.rsplit(".", 1)[-1]]
         width = min(width_of(k, rows), rows)
         total += (
             4.0 * rows * sum(sides) * (facts["passes"] * width + (PROBE_PASSES * PROBES if facts["passes"] else 0))
@@ -202,9 +212,9 @@ def products(certificates: dict[str, Any], count: int, k: int) -> float:
     return total
 
 
-def numbers(count: int, layers: int, k: int) -> int:
+def numbers(count: int, layers: int, k: int, shapes: Mapping[str, tuple[int, int]] = SHAPES) -> int:
     """How many numbers U, V and the cores of all adapters are."""
-    return layers * sum(k * (out + inner) + count * k * k for out, inner in SHAPES.values())
+    return layers * sum(k * (out + inner) + count * k * k for out, inner in shapes.values())
 
 
 def peak() -> float:

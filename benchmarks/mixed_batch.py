@@ -30,7 +30,7 @@ from peft.tuners.lora import LoraLayer
 from timing import paired, ratios, write
 from torch import nn
 from tqdm.auto import tqdm
-from train_step import decoder
+from train_step import decoder, frozen_copy
 
 from subspace_peft import SubspaceConfig, TaskBank
 
@@ -40,7 +40,7 @@ SHAPES = ((32, 128), (64, 128), (32, 1), (64, 1))
 
 def ours(base: nn.Module, tasks: int, k: int, targets: Any, own: int = 0) -> tuple[nn.Module, TaskBank]:
     config = SubspaceConfig(basis="random", k=k, target_modules=targets, save_basis=True)
-    model = get_peft_model(copy.deepcopy(base), config).eval()
+    model = get_peft_model(frozen_copy(base), config).eval()
     bank = TaskBank(model, capacity=tasks, extra_rank=own)
     sizes = {module: layer.r["default"] for module, layer in bank.layers.items()}
     sides = {module: (layer.out_features, layer.in_features) for module, layer in bank.layers.items()}
@@ -55,7 +55,7 @@ def ours(base: nn.Module, tasks: int, k: int, targets: Any, own: int = 0) -> tup
 
 def loras(base: nn.Module, tasks: int, targets: Any) -> nn.Module:
     config = LoraConfig(r=8, target_modules=targets, init_lora_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config, adapter_name="t0")
+    model = get_peft_model(frozen_copy(base), config, adapter_name="t0")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     # what `add_adapter` leaves in each layer: it walks all modules and adapters each time, see load_many.py
     for i in tqdm(range(1, tasks), desc=f"adding {tasks} LoRAs", unit="adapter", delay=2):
@@ -69,10 +69,26 @@ def loras(base: nn.Module, tasks: int, targets: Any) -> nn.Module:
 
 
 def measure(
-    tasks: int, targets: Any, k: int, rounds: int, own: list[int], shapes: Sequence[tuple[int, int]] = SHAPES
+    tasks: int,
+    targets: Any,
+    k: int,
+    rounds: int,
+    own: Sequence[int],
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    *,
+    base: nn.Module | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
+    """Time mixed batches of every shape beside the frozen base.
+
+    Args:
+        tasks, targets, k: loaded tasks, adapted modules, directions of the basis.
+        rounds: of timing.
+        own: numbers of own directions, a bank for each.
+        shapes: rows and tokens per row.
+        base: another decoder than the small one, on the device and in the precision to measure in.
+    """
     torch.manual_seed(0)
-    base = decoder().requires_grad_(False).eval()
+    base = (decoder() if base is None else base).requires_grad_(False).eval()
     mine = {
         "core bank" if count == 0 else f"core bank, {count} own": ours(base, tasks, k, targets, count) for count in own
     }
@@ -83,7 +99,7 @@ def measure(
     }
     found = {}
     for rows, tokens in shapes:
-        x = torch.randn(rows, tokens, base.config.hidden_size)
+        x = torch.randn(rows, tokens, base.config.hidden_size, device=base.device, dtype=base.dtype)
         names = [f"t{i % tasks}" for i in range(rows)]
         runs = {
             "frozen base": lambda x=x: base(inputs_embeds=x, use_cache=False),

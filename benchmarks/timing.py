@@ -20,6 +20,8 @@ def paired(
 ) -> dict[str, list[dict[str, float]]]:
     """Return the seconds of every contender, per round: wall clock and CPU time of this process.
 
+    Where a GPU has been used, each one's work on it is awaited: there the wall clock is the one to read.
+
     Args:
         contenders: name → what is timed.
         rounds, warmup: rounds that count, and rounds before them that do not.
@@ -30,12 +32,36 @@ def paired(
         order = list(contenders)
         draw.shuffle(order)
         for name in order:
+            settle()
             wall, cpu = time.perf_counter(), time.process_time()
             contenders[name]()
+            settle()
             spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             if number >= warmup:
                 seconds[name].append(spent)
     return seconds
+
+
+def settle() -> None:
+    """Wait for what a GPU still computes, if one has been used by this process."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(run: Callable[[], Any]) -> int | None:
+    """Return how many bytes of the GPU's memory `run` takes at its peak, beyond what is held before it.
+
+    None where no GPU has been used by this process.
+    """
+    if not torch.cuda.is_initialized():
+        run()
+        return None
+    settle()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    settle()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def ratios(seconds: Mapping[str, Sequence[Mapping[str, float]]], floor: str) -> dict[str, dict[str, float]]:
@@ -90,6 +116,19 @@ def machine() -> dict[str, Any]:
         "subspace_peft": subspace_peft.__version__,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        **_accelerator(),
+    }
+
+
+def _accelerator() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {}
+    facts = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": facts.name,
+        "gpu_bytes": facts.total_memory,
+        "gpus": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
     }
 
 

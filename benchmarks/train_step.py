@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, TinyLoraConfig, VeraConfig, get_peft_model
-from timing import paired, ratios, saved_bytes, write
+from timing import paired, peak_bytes, ratios, saved_bytes, write
 from torch import nn
 from transformers import BertConfig, BertModel, MistralConfig, MistralModel
 
@@ -79,18 +79,38 @@ def own_contenders(targets: Any, k: int) -> dict[str, Callable[[], PeftConfig]]:
     return {**loras, **cores}
 
 
+def frozen_copy(base: nn.Module) -> nn.Module:
+    """Return a copy whose weights are the very ones of `base`, so that many contenders take the memory of one."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+
+
 def measure(
-    kind: str, rows: Mapping[str, Callable[[], PeftConfig]], rounds: int, batch: int, tokens: int
-) -> dict[str, dict[str, float]]:
+    kind: str,
+    rows: Mapping[str, Callable[[], PeftConfig]],
+    rounds: int,
+    batch: int,
+    tokens: int,
+    *,
+    base: nn.Module | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Time a step of every row beside the frozen base, and measure its memory.
+
+    Args:
+        kind: ``encoder`` or ``decoder``.
+        rows: name → makes the adapter's configuration.
+        rounds, batch, tokens: rounds of timing; sequences and their length.
+        base: another base model than the small one of that kind, on the device and in the precision to measure in.
+    """
     torch.manual_seed(0)
-    base = {"encoder": encoder, "decoder": decoder}[kind]().requires_grad_(False).train()
-    embeddings = torch.randn(batch, tokens, base.config.hidden_size)
+    base = {"encoder": encoder, "decoder": decoder}[kind]() if base is None else base
+    base = base.requires_grad_(False).train()
+    embeddings = torch.randn(batch, tokens, base.config.hidden_size, device=base.device, dtype=base.dtype)
     models: dict[str, nn.Module] = {"frozen base": base}
     for name, make in rows.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                models[name] = get_peft_model(copy.deepcopy(base), make()).train()
+                models[name] = get_peft_model(frozen_copy(base), make()).train()
             except (TypeError, ValueError) as error:
                 # VeRA wants its targets to be of few shapes
                 print(f"{kind}, {name}: left out ({error})")
@@ -108,6 +128,7 @@ def measure(
         found[name]["saved_bytes"] = saved_bytes(
             model, lambda model=model: model(inputs_embeds=embeddings.clone().requires_grad_())
         )
+        found[name]["peak_bytes"] = peak_bytes(lambda model=model: step(model))
         found[name]["trained"] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return found
 
