@@ -83,7 +83,8 @@ def bases_of(folders: Sequence[str], left_out: str) -> Iterator[tuple[str, int, 
     others = [each for each in folders if each != left_out]
     for k in (16, 56):
         yield "others", k, build_basis(others, k=k, progress=False)
-    yield "random", 64, build_basis(like=build_basis(folders[:1], k=1, progress=False), k=64, builder="random")
+    # k is that of the basis which it is like
+    yield "random", 64, build_basis(like=build_basis(folders, k=64, progress=False), builder="random")
 
 
 def measure(folder: str, task: demo.TextTask, encoder: Path, seed: int, bases: Any) -> Iterator[dict[str, Any]]:
