@@ -55,8 +55,12 @@ def source(name: str, folder: Path, *, start: int | str | None = None, budget: B
     task = load(name, folder)
     # a name's hash is another number for every task, whatever their order
     own = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
-    torch.manual_seed(start if isinstance(start, int) else own)
-    wrapped = _started(make_model(top_layers(kind_of(name), folder), task.outputs, 0), task, start)
+    torch.manual_seed(own)
+    model = make_model(top_layers(kind_of(name), folder), task.outputs, 0)
+    if isinstance(start, int):
+        # behind the model: its head draws as many numbers as it has outputs, and the start would be another one
+        torch.manual_seed(start)
+    wrapped = _started(model, task, start)
     with TemporaryDirectory() as beside:
         begun = _keep_start(wrapped, Path(beside)) if start in IN_WEIGHTS else None
         train(wrapped, task, budget, SOURCE_RATE, 100, curve=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,19 @@ def test_a_source_with_a_start_in_the_weights_is_what_it_moved_from_it(bench, mo
     monkeypatch.setattr(fleet_module, "SOURCE_RATE", 0.0)
     still = update(fleet_module.source("one", tmp_path / "still", start=start, budget=SMALL))
     assert all(each.norm() < 1e-5 for each in still)
+
+
+def test_a_shared_start_is_the_same_whatever_a_tasks_outputs(bench, monkeypatch, tmp_path):
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(fleet_module, "SOURCE_RATE", 0.0)
+    states = []
+    for outputs in (2, 5):
+        monkeypatch.setattr(fleet_module, "load", lambda name, folder, n=outputs: replace(toy(name), outputs=n))
+        folder = fleet_module.source("one", tmp_path / str(outputs), start=7, budget=SMALL)
+        states.append(load_file(folder / "adapter_model.safetensors"))
+    keys = [key for key in states[0] if "lora_A" in key]
+    assert keys and all(torch.equal(states[0][key], states[1][key]) for key in keys)
 
 
 def test_a_start_that_is_none_is_refused(bench):
