@@ -15,6 +15,7 @@ POOLS = {"train": 0.6, "validation": 0.12, "test": 0.28}
 SIZES = {"train": 1000, "validation": 200, "test": 500}
 SOURCE_SIZES = {"train": 1000, "validation": 100, "test": 300}  # of members that nothing but a source is made of
 LEAST = {"train": 200, "validation": 30, "test": 80}
+MOST = 36  # members: four held out, and thirty-two sources
 RICH = 800  # training examples, without which a member is nothing but a source
 
 
@@ -71,14 +72,15 @@ class Family:
     def order(self) -> list[str]:
         """Return the members, shuffled by the family's name: nothing measured decides which are held out.
 
-        Those with too few examples are left out, those with not many (`RICH`) come last: they are sources only.
+        Those with too few examples are left out, those with not many (`RICH`) come last: they are sources only. Of
+        more than `MOST` the others are left out, too.
         """
         names = sorted(
             name for name in self.members if all(self._available(name, pool) >= least for pool, least in LEAST.items())
         )
         random.Random(f"members of {self.name}").shuffle(names)
         rich = [name for name in names if self._available(name, "train") >= RICH]
-        return [*rich, *(name for name in names if name not in set(rich))]
+        return [*rich, *(name for name in names if name not in set(rich))][:MOST]
 
     def held(self) -> list[str]:
         """Return the held-out members."""
