@@ -240,10 +240,10 @@ def test_both_benchmarks_are_told_apart(main, tmp_path):
         (folder / f"{name}.json").write_text(json.dumps({"experiment": name, "tasks": listed}))
     page = tmp_path / "page.md"
     page.write_text(f"{tables.BEGIN}\n{tables.END}\n", encoding="utf-8")
-    tables.main(["--results", str(tmp_path), "--evidence", str(page)])
+    tables.main(["--results", str(tmp_path), "--page", str(page)])
     ours, earlier = page.read_text(encoding="utf-8").split(f"## {tables.EARLIER}")
     assert "one head treatment, rates swept with two seeds" in ours and "LoRA r=2 − head only" in ours
     assert "every row's rate swept on the task" in earlier and "two seeds" not in earlier
     (tmp_path / "main.json").unlink()
-    tables.main(["--results", str(tmp_path), "--evidence", str(page)])
+    tables.main(["--results", str(tmp_path), "--page", str(page)])
     assert tables.EARLIER not in page.read_text(encoding="utf-8")
