@@ -97,14 +97,8 @@ def test_a_wrong_name_is_answered_with_a_near_one_once(package, wrong, meant):
 
 def test_the_import_is_light():
     code = (
-        "import sys, time; began = time.process_time(); import subspace_peft; took = time.process_time() - began;"
-        "heavy = {'torch', 'peft', 'transformers', 'numpy', 'safetensors', 'difflib'} & set(sys.modules);"
-        "print(took, *heavy)"
+        "import sys, subspace_peft;"
+        "print(*{'torch', 'peft', 'transformers', 'numpy', 'safetensors', 'difflib'} & set(sys.modules))"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        for _ in range(3)
-    ]
-    assert [heavy for _, *heavy in runs] == [[], [], []]
-    # processor time, since the machine may be busy
-    assert min(float(took) for took, *_ in runs) < 0.05
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
