@@ -79,16 +79,18 @@ def test_gradients_pass_through_the_prefix():
 def test_metrics_are_those_of_one_example_at_a_time():
     task, model = toy("one"), top_of(tiny_model(), TOP)
     data = task.splits["test"]
-    total, count, exact, chosen = 0.0, 0, 0, 0
+    total, count, exact, chosen, among = 0.0, 0, 0, 0, 0.0
     for row in range(len(data)):
         logits, targets = answer_logits(model, task.prefix, data.take(torch.tensor([row])))
         total += float(F.cross_entropy(logits, targets, reduction="sum"))
         count += len(targets)
         exact += logits.argmax(1).tolist() == targets.tolist()
         chosen += max(task.words, key=lambda word: float(logits[0, word])) == int(targets[0])
+        among -= float(logits[0, list(task.words)].log_softmax(0)[task.words.index(int(targets[0]))])
     found = measure(model, task, "test", batch=4)
     assert found["nll"] == pytest.approx(total / count, abs=1e-4)
     assert (found["exact_match"], found["choice"]) == (exact / len(data), chosen / len(data))
+    assert found["choice_nll"] == pytest.approx(among / len(data), abs=1e-4)
     assert "choice" not in measure(model, toy("one", ()), "test")
 
 

@@ -42,10 +42,12 @@ def measure(model: nn.Module, task: EncodedTask, split: str, batch: int = 32) ->
         ``nll``: mean negative log-likelihood per answer token, its end included, in nats. ``exact_match``: share of
         answers of which every token is the likeliest; greedy decoding gives such an answer, and no other right one.
         ``choice``, on tasks with label words alone: share of prompts for which the right word's first token is
-        likelier than the other words' first tokens, each of which begins one word only.
+        likelier than the other words' first tokens, each of which begins one word only. ``choice_nll``, there too:
+        mean negative log-likelihood of the right word among these alone, which tells apart how well a task is known
+        from how well its answers' form is.
     """
     data = task.splits[split]
-    total, count, exact, chosen = 0.0, 0, 0, 0
+    total, count, exact, chosen, among = 0.0, 0, 0, 0, 0.0
     words = torch.tensor(task.words)
     for which in data.lengths.argsort(stable=True).split(batch):
         some = data.take(which)
@@ -57,8 +59,10 @@ def measure(model: nn.Module, task: EncodedTask, split: str, batch: int = 32) ->
         exact += sum(bool(hit.all()) for hit in hits)
         if len(words):
             first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-            chosen += int((words[logits[first][:, words].argmax(1)] == targets[first]).sum())
+            some_logits, right = logits[first][:, words], (targets[first][:, None] == words).int().argmax(1)
+            chosen += int((some_logits.argmax(1) == right).sum())
+            among += float(F.cross_entropy(some_logits, right, reduction="sum"))
     found = {"nll": total / count, "exact_match": exact / len(data)}
     if len(words):
-        found["choice"] = chosen / len(data)
+        found |= {"choice": chosen / len(data), "choice_nll": among / len(data)}
     return found if math.isfinite(total) else dict.fromkeys(found, math.nan)

@@ -63,6 +63,9 @@ class LanguageBench:
         self.fleet = Fleet(self.folder, self.targets, self.task, self.top, self.names, self.source_budget)
 
     def task(self, name: str) -> EncodedTask:
+        """Return a task, kept or computed now. Raises `OutOfTime`: whatever wants it is not begun any more."""
+        if time.time() > self.until:
+            raise OutOfTime
         if name not in self._tasks:
             self._tasks = {name: load(name, self.folder)}
         return self._tasks[name]
@@ -130,15 +133,13 @@ class LanguageBench:
 
     def _compare(self, name: str, methods: Sequence[Method], seed: int, widenings: int) -> list[dict[str, Any]]:
         def run(method: Method, rate: float | None, seed: int) -> Mapping[str, Any]:
-            if time.time() > self.until:
-                raise OutOfTime
             return self.run(name, method, rate, seed)
 
         given = {"seeds": (seed,), "sweep_seed": seed, "widenings": widenings, "progress": False}
         return shared.compare(methods, run, cache=self.cells(name), **given)
 
     def run(self, name: str, method: Method, rate: float | None, seed: int) -> dict[str, Any]:
-        """Train and measure one cell."""
+        """Train and measure one cell. Raises `OutOfTime`."""
         task = self.task(name)
         config = None if method.adapter is None else method.adapter()
         torch.manual_seed(seed)

@@ -93,15 +93,17 @@ def render(cells: Cells, title: str) -> list[str]:
     counts = ["0" if row == "zero-shot" else f"{_any(cells, row)['trained_adapter']:,}" for row in rows]
     lines += [f"| parameters | {' | '.join(counts)} |", ""]
     lines += _differences(nll, rows)
-    for name, words, chosen in (
-        ("exact_match", "Exact match of greedy answers, %", tasks),
-        ("choice", "Best of the label words by their first token, %", [task for task in tasks if task in LABELS]),
-        ("rougeL", "ROUGE-L of greedy answers, × 100", [task for task in tasks if task in PHRASES]),
+    labels, phrases = ([task for task in tasks if task in kind] for kind in (LABELS, PHRASES))
+    for name, words, chosen, scale, digits in (
+        ("choice_nll", "Negative log-likelihood of the right label word among the label words, nats", labels, 1, 3),
+        ("choice", "Best of the label words by their first token, %", labels, 100, 1),
+        ("exact_match", "Exact match of greedy answers, %", tasks, 100, 1),
+        ("rougeL", "ROUGE-L of greedy answers, × 100", phrases, 100, 1),
     ):
         table = {task: [metric(cells, row, task, seeds, name) for row in rows] for task in chosen}
-        points = {task: [None if v is None else 100 * v for v in values] for task, values in table.items()}
-        if points:
-            lines += [f"### {words}", "", *_table(rows, points, 1, "mean"), ""]
+        shown = {task: [None if v is None else scale * v for v in values] for task, values in table.items()}
+        if shown:
+            lines += [f"### {words}", "", *_table(rows, shown, digits, "mean"), ""]
     return lines
 
 
