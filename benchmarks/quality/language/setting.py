@@ -13,7 +13,7 @@ SEEDS = (1, 2, 3)
 SWEEP_SEED = 0
 BUDGET = Budget(examples=256, steps=40, batch=8, checks=())
 SOURCE_BUDGET = Budget(examples=256, steps=96, batch=8, checks=())
-SOURCE_RATE = 1e-3
+SOURCE_RATE = 2e-3
 K, WIDE = 16, 32
 
 QV = ("q_proj", "v_proj")
@@ -29,7 +29,7 @@ def spent(budget: Budget) -> dict[str, int]:
 
 
 # a factor of 4 between neighbours; a best one at the edge widens the sweep once
-LORA_RATES = (2.5e-4, 1e-3, 4e-3)
+LORA_RATES = (1e-3, 4e-3, 1.6e-2)
 CORE_RATES = (1.2e-3, 4.8e-3, 1.92e-2)
 MEAN_RATES = (2.5e-2, 1e-1, 4e-1)
 VERA_RATES = (5e-3, 2e-2, 8e-2)
