@@ -214,13 +214,8 @@ def compared_methods(
     return methods(
         basis=basis,
         random=random,
-        coefficients=args.coefficients,
-        k=args.k,
-        r=args.r,
-        alpha=args.alpha,
-        mean_gain=args.mean_gain,
         extra_rank=args.extra_rank,
-        sweep=args.sweep,
+        **_of_rows(args),
         **where,
     )
 
@@ -249,14 +244,14 @@ def candidate_methods(args: CommonArguments, known: Iterable[str], **where: Any)
     return candidates(
         basis=open_bases(args, known)[0],
         own=args.own,
-        coefficients=args.coefficients,
-        k=args.k,
-        r=args.r,
-        alpha=args.alpha,
-        mean_gain=args.mean_gain,
-        sweep=args.sweep,
+        **_of_rows(args),
         **where,
     )
+
+
+def _of_rows(args: CommonArguments) -> dict[str, Any]:
+    """Return what both comparing and choosing take of the arguments for their rows."""
+    return {name: getattr(args, name) for name in ("coefficients", "k", "r", "alpha", "mean_gain", "sweep")}
 
 
 def publish(
