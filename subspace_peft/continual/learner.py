@@ -16,14 +16,16 @@ from .._io.disk import writing
 from .._shown import Shown
 from ..basis import SubspaceBasis
 from ..errors import SubspaceError
+from ..sources import open_source
 from ..tuner import SubspaceConfig
 from .arguments import check_arguments, default_arguments
+from .base_model import check_trained_on
 from .journal import Journal
 from .lock import FolderLock
 from .metrics import ScoreMatrix
 from .options import MAY_CHANGE, ContinualOptions
-from .phases import Run, version_facts
-from .settings import check_model, check_trainer, checked_options, settings_of, template
+from .phases import Run, trained_tasks, version_facts
+from .settings import check_model, check_pattern, check_trainer, checked_options, settings_of, template
 from .status import RunStatus, status_of
 from .store import RunFolder
 from .task_facts import check_begun, check_learned, facts_of_task
@@ -97,6 +99,7 @@ class ContinualLearner(Shown):
                 f"model is a {type(model).__name__}: give a base model, or a function that returns one."
             )
         config = template(config)
+        check_pattern(config, self.options)
         check_trainer(trainer)
         # what refuses a run comes before its folder is made, and the lock's file in it
         journal, places = Journal.read(root), RunFolder(root)
@@ -112,6 +115,10 @@ class ContinualLearner(Shown):
             newest = first if journal is None else SubspaceBasis.from_pretrained(places.newest_basis(journal))
             assert newest is not None  # without a journal a basis was given
             check_model(model, newest, config)
+            if journal is not None:
+                # not by a task that is not finished: it may have to be given up because of its weights
+                for task, place in trained_tasks(journal, places, unfinished=False).items():
+                    check_trained_on(model, task, place)
         with writing(root):
             root.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(root)
@@ -218,7 +225,9 @@ class ContinualLearner(Shown):
             else:
                 check_begun(entry, facts)
         with own_randomness(run.seed(name, "begin")):
-            run.shop.check(data)
+            run.shop.check(data, run.trained())
+        if lora is not None:
+            open_source(lora)  # refuses one that is not there, or none
         run.data[name] = data
         if entry is None:
             journal.begin(name, {**facts, "first_version": run.newest})

@@ -67,6 +67,10 @@ class Run:
         found.location = str(folder.resolve())
         return found
 
+    def trained(self) -> dict[str, Path]:
+        """Return `trained_tasks` of the run."""
+        return trained_tasks(self.journal, self.places)
+
     def run(self, name: str) -> None:
         """Go through the phases of a task that was begun, from the first that is not finished."""
         for phase, work in WORK.items():
@@ -300,6 +304,23 @@ def _words(size: tuple[int, int]) -> str:
     return (
         f"{size[0]} directions per side" if size[0] == size[1] else f"{size[0]} output and {size[1]} input directions"
     )
+
+
+def trained_tasks(journal: Journal, places: RunFolder, *, unfinished: bool = True) -> dict[str, Path]:
+    """Return saved tasks by which a base model is told: the last one learned, and the one that is not finished.
+
+    Args:
+        journal: The run's.
+        places: Its folder.
+        unfinished: Name the one that is not finished as well, where it is trained.
+    """
+    newest = max(each["version"] for each in journal.versions)
+    found = {name: [places.task(newest, name)] for name in journal.learned()[-1:]}
+    if unfinished and (entry := journal.unfinished()) is not None:
+        name = entry["name"]
+        found[name] = [places.work(name) / "own" / name, places.task(newest, name)]
+    saved = {name: [each for each in some if (each / "adapter_config.json").is_file()] for name, some in found.items()}
+    return {name: some[0] for name, some in saved.items() if some}
 
 
 def _trained(run: Run, name: str, extra: int) -> Path:

@@ -43,6 +43,20 @@ def template(config: SubspaceConfig | None) -> SubspaceConfig:
     return config
 
 
+def check_pattern(config: SubspaceConfig, options: ContinualOptions) -> None:
+    """Check that a configuration does not ask for own directions that no task of a run gets.
+
+    Raises:
+        SubspaceError: its pattern does, and the options say that tasks have none.
+    """
+    if (options.probe == "never" or not options.extra_rank) and any((config.extra_rank_pattern or {}).values()):
+        raise SubspaceError(
+            f"config has extra_rank_pattern={config.extra_rank_pattern!r}, and no task gets own directions with"
+            f" probe={options.probe!r}, extra_rank={options.extra_rank} in the options. Leave the pattern out, or let"
+            " the options give own directions: extra_rank of 1 or more with probe='auto' or 'always'."
+        )
+
+
 def checked_options(options: ContinualOptions | None) -> ContinualOptions:
     """Return the options, or the usual ones for None.
 

@@ -22,6 +22,7 @@ from ..basis import SubspaceBasis
 from ..errors import SubspaceError
 from ..logging import get_logger
 from ..tuner import SubspaceConfig
+from .base_model import check_trained_on
 from .data import Facts, check_head, check_labelled
 from .journal import finite
 from .watching import Bar, Watch, newest_checkpoint, not_finite
@@ -119,13 +120,20 @@ class Workshop:
             check_head(name, facts, outputs_of(made))
         return made
 
-    def check(self, data: TaskData) -> None:
+    def check(self, data: TaskData, trained: Mapping[str, Path]) -> None:
         """Check that a base model for a task can be trained on its data and scored by them.
 
+        Args:
+            data: the task.
+            trained: saved tasks of the run, with their folders.
+
         Raises:
-            SubspaceError: it does not fit the labels, the data have none, or nothing says how it is scored.
+            SubspaceError: it does not fit the labels, the data have none, or nothing says how it is scored; it is not
+                the base model of the saved tasks.
         """
         model = self.base(data.name)
+        for task, folder in trained.items():
+            check_trained_on(model, task, folder)
         check_scored(data, model)
         if {"data_collator", "compute_loss_func"} & self.trainer.keys():
             return  # which may make labels, or need none
@@ -148,6 +156,8 @@ class Workshop:
         config = copy.deepcopy(self.config)
         config.basis = basis
         config.extra_rank = extra_rank
+        if not extra_rank:
+            config.extra_rank_pattern = {}  # it says where a task has more or fewer, not whether it has any
         base = self.base(name)
         config.task_type = config.task_type or task_type(base)
         config.id2label = config.id2label or _labels_of(base)

@@ -72,17 +72,7 @@ def _rows(
         if key not in listed:
             listed[key] = modules if own_modules is None else _Modules(own_modules, renamed)
         apart[name] = listed[key]
-    if index["basis_fingerprint"] != fingerprint or not (modules.fit(layout) or (apart and not names)):
-        raise BasisMismatchError(
-            f"{file}: its tasks are on the basis {index['basis_fingerprint']} in {len(modules.sizes)} modules, this"
-            f" bank's on {fingerprint} in {len(layout.cores)}. They belong to another model or basis, or are larger"
-            " than this bank's."
-        )
-    if wrong := [name for name, each in apart.items() if not each.fit(layout)]:
-        raise BasisMismatchError(
-            f"{file}: its task {wrong[0]!r} has other modules or sizes than this bank. Load it as an adapter, with"
-            " `load_task`, or make a bundle without it."
-        )
+    _check_fit(file, index, modules, apart, layout, fingerprint)
     tensors, blocks = _read(file, len(apart))
     whole = [name for name, block in zip(apart, blocks, strict=True) if "extra" in block]
     if whole and projected is None:
@@ -120,6 +110,33 @@ def _rows(
     return list(places), rows
 
 
+def _check_fit(
+    file: Path,
+    index: Mapping[str, Any],
+    modules: _Modules,
+    apart: Mapping[str, _Modules],
+    layout: RowLayout,
+    fingerprint: str | None,
+) -> None:
+    """Raise `BasisMismatchError` where tasks of a file are on another basis than a bank, or do not fit its rows."""
+    if index["basis_fingerprint"] != fingerprint:
+        raise BasisMismatchError(
+            f"{file}: its tasks are on the basis {index['basis_fingerprint']}, this bank's on {fingerprint}. They"
+            " belong to another model or basis: load them into a bank of an adapter on theirs."
+        )
+    if (index["tasks"] or not apart) and (clash := modules.clash(layout)):
+        raise BasisMismatchError(
+            f"{file}: its tasks do not fit this bank: {clash}. Load them into a bank of an adapter with their modules"
+            " and sizes, or as adapters, with `load_task`."
+        )
+    for name, each in apart.items():
+        if clash := each.clash(layout):
+            raise BasisMismatchError(
+                f"{file}: its task {name!r} does not fit this bank: {clash}. Load it as an adapter, with `load_task`,"
+                " or make a bundle without it."
+            )
+
+
 class _Modules:
     """The modules that tasks of a file have, in the order in which their cores lie in a row of it.
 
@@ -134,12 +151,16 @@ class _Modules:
         self.names = {module: now for now, module in renamed({module: module for module in self.sizes}).items()}
         self.width = sum(k_out * k_in for k_out, k_in in self.sizes.values())
 
-    def fit(self, layout: RowLayout) -> bool:
-        """Tell whether the cores, of the same basis's leading directions, can be filled up to the layout's."""
-        return set(self.names.values()) == layout.cores.keys() and all(
-            k_out <= layout.cores[self.names[module]][0] and k_in <= layout.cores[self.names[module]][1]
-            for module, (k_out, k_in) in self.sizes.items()
-        )
+    def clash(self, layout: RowLayout) -> str | None:
+        """Return why the cores, of the same basis's leading directions, are larger than a row's, or None."""
+        there = set(self.names.values())
+        if other := sorted(there ^ layout.cores.keys()):
+            return f"module {other[0]!r} is in {'them' if other[0] in there else 'the bank'} alone"
+        for module, (k_out, k_in) in self.sizes.items():
+            most_out, most_in = layout.cores[self.names[module]]
+            if k_out > most_out or k_in > most_in:
+                return f"in {module!r} they use {k_out} × {k_in} directions, and the bank has {most_out} × {most_in}"
+        return None
 
     def put_cores(self, layout: RowLayout, rows: torch.Tensor, cores: torch.Tensor) -> None:
         """Write cores (…, parameters) of the file into rows of the layout."""

@@ -9,7 +9,7 @@ from subspace_peft.continual.training import twin
 from subspace_peft.errors import SubspaceError
 
 from ..models import bert, train_lora
-from .runs import data, learner
+from .runs import again, contents, data, learn, learner
 
 
 def classifier(outputs):
@@ -88,3 +88,36 @@ def test_a_training_that_moves_nothing_leaves_nothing_to_absorb(first_basis, tmp
         status = made.learn("t", rows(0, 1), rows(0, 1))
         assert status.learned == ("t",) and len(status.versions) == 1
         assert made.load("t").peft_config["default"].extra_rank == 0
+
+
+def test_a_base_model_of_other_weights_is_refused_before_the_folder_changes(run):
+    before = contents(run)
+    with pytest.raises(SubspaceError, match=r"the run's task 'a' does not belong to this base model.*begun with"):
+        learner(run, model=bert(1))
+    assert contents(run) == before
+
+
+def test_a_functions_base_models_are_seen_before_a_task_is_begun(first_basis, tmp_path, monkeypatch):
+    from subspace_peft.continual import phases
+
+    def fails(*_, **__):
+        raise OSError("the disk is gone")
+
+    right, wrong, folder = (lambda name: bert()), (lambda name: bert(1)), tmp_path / "run"
+    learn(folder, "a", first_basis, model=right)
+    before = contents(folder)
+    with again(folder, model=wrong) as made:
+        with pytest.raises(SubspaceError, match="task 'a' does not belong to this base model"):
+            made.learn("b", data(1), data(2))
+        assert made.status.unfinished is None
+    assert contents(folder) == before
+    # nor does one go on with a task that is not finished
+    with again(folder, model=right) as made, monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+        patch.setattr(phases, "absorb_task", fails)
+        made.learn("b", data(1), data(2))
+    with again(folder, model=wrong) as made:
+        with pytest.raises(SubspaceError, match="does not belong to this base model"):
+            made.learn("b", data(1), data(2))
+        assert made.status.unfinished == ("b", "absorb")
+    with again(folder, model=right) as made:
+        assert made.learn("b", data(1), data(2)).learned == ("a", "b")

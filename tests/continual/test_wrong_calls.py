@@ -46,6 +46,7 @@ def labelled(names):
         ("b", {"train_dataset": data(1), "eval_dataset": []}, "its evaluation data are empty"),
         ("b", {"train_dataset": iter(data(1)), "eval_dataset": data(2)}, "a list_iterator, which has no length"),
         ("b", {"train_dataset": data(1), "eval_dataset": data(2), "lora": "x"}, "give train_dataset= or lora=, not"),
+        ("b", {"lora": "/nowhere/at-all", "eval_dataset": data(2)}, "nowhere"),
         ("a/b", {"train_dataset": data(1), "eval_dataset": data(2)}, "'a/b' cannot be a folder's"),
         (3, {"train_dataset": data(1), "eval_dataset": data(2)}, "3 cannot be a folder's"),
         (
@@ -171,6 +172,10 @@ REFUSED = [
     ({"config": {"alpha": 3}}, "config is a dict: give a SubspaceConfig"),
     ({"config": SubspaceConfig(basis="x")}, "config has basis='x', which the learner sets"),
     ({"config": SubspaceConfig(extra_rank=2)}, "config has extra_rank=2, which the learner sets"),
+    (
+        {"config": SubspaceConfig(extra_rank_pattern={"value": 2}), "options": options(probe="never")},
+        "extra_rank_pattern={'value': 2}, and no task gets own directions with probe='never'",
+    ),
     ({"args": arguments(push_to_hub=True)}, "push_to_hub would push the checkpoints"),
     ({"options": {"extra_rank": 1}}, "options is a dict: give ContinualOptions"),
     ({"learning_rate": 1.0}, "learning_rate= is no argument of the learner, and none that .* Trainer, .*callbacks"),
