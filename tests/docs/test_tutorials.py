@@ -53,9 +53,18 @@ def texts(notebook: Any) -> list[str]:
 
 
 def words(cell: Any) -> set[str]:
-    """The words that a cell shows, figures and order aside."""
+    """The words that a cell shows, figures, their order and the letters within fingerprints aside."""
     shown = [output.get("text") or output.get("data", {}).get("text/markdown", "") for output in cell.outputs]
-    return set(re.findall(r"[A-Za-z]{2,}", " ".join(shown)))
+    return set(re.findall(r"\b[A-Za-z]{2,}\b", " ".join(shown)))
+
+
+def test_a_fingerprint_has_no_words() -> None:
+    def cell(text: str) -> Any:
+        return nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("stream", name="stdout", text=text)])
+
+    shown = "basis my-basis at commit {}, fingerprint {}, k=16"
+    assert words(cell(shown.format("8cb12f90", "71cb9de0"))) == words(cell(shown.format("1de0f7ab", "09af3310")))
+    assert words(cell("two own directions")) == {"two", "own", "directions"}
 
 
 def test_there_are_five(runner: ModuleType) -> None:
