@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from subspace_peft import SubspaceConfig
+from subspace_peft import SubspaceConfig, TaskBank, export_lora, hotswap
 from subspace_peft.errors import BadFileError
+from subspace_peft.tasks.read import read_task
 
 from .models import bert, layers, logits, randomise
 
@@ -144,6 +147,59 @@ def test_a_new_task_gets_a_carried_basis_from_the_loaded_one(bases, field, given
     model.set_adapter("new")
     logits(model)
     same(state(model, "new"), expected)
+
+
+# what reads an adapter, each before its first forward pass
+READ: dict[str, Callable[[PeftModel, Path], object]] = {
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder / "new"),
+    "get_peft_model_state_dict": lambda model, _: get_peft_model_state_dict(model),
+    "get_delta_weight": lambda model, _: layers(model)[0].get_delta_weight("default"),
+    "merge": lambda model, _: model.merge_and_unload(),
+    "add_weighted_adapter": lambda model, _: model.add_weighted_adapter(["default"], [1.0], "sum"),
+    "read_task": lambda model, _: read_task(model),
+    "export_lora": lambda model, folder: export_lora(model, folder / "new"),
+    "hotswap": lambda model, folder: hotswap(model, folder / "first"),
+    "TaskBank": lambda model, _: TaskBank(model),
+}
+
+
+@pytest.mark.parametrize("read", READ)
+def test_a_basis_that_was_never_loaded_is_refused_by_all_that_read_an_adapter(bases, read, tmp_path):
+    first = randomise(made(SubspaceConfig(basis=bases[bert].location, save_basis=True)))
+    first.save_pretrained(tmp_path / "first")
+    alone = made(SubspaceConfig.from_pretrained(tmp_path / "first"))
+    with pytest.raises(BadFileError, match=r"subspace_U, subspace_V lie in the file .*PeftModel.from_pretrained"):
+        READ[read](alone, tmp_path)
+    # nothing that could be taken for a task is written, and the model is as it was
+    assert not list((tmp_path / "new").glob("*.safetensors"))
+    assert list(alone.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_a_new_task_of_a_saved_configuration_is_saved_before_any_forward_pass(bases, carried, tmp_path):
+    first = randomise(made(SubspaceConfig(basis=bases[bert].location, save_basis=carried, extra_rank=1)))
+    first.save_pretrained(tmp_path / "first")
+    config = SubspaceConfig.from_pretrained(tmp_path / "first")
+    config.inference_mode = False
+    model = PeftModel.from_pretrained(bert(), tmp_path / "first")
+    model.add_adapter("new", config)
+    model.set_adapter("new")
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["new"])
+    loaded = PeftModel.from_pretrained(bert(), tmp_path / "saved" / "new").eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+    assert all(layer.subspace_U["default"].any() for layer in layers(loaded))
+
+
+def test_a_new_task_that_is_swapped_for_a_saved_one_is_no_new_task(bases, tmp_path):
+    model = randomise(made(SubspaceConfig(basis=bases[bert].location, start="lora1")))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "start": "gone"}))
+    new = made(SubspaceConfig.from_pretrained(tmp_path))
+    hotswap(new, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(logits(new.eval()), logits(model.eval()))
 
 
 @pytest.mark.parametrize("start", ["mean", "lora1"])

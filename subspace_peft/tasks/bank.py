@@ -16,7 +16,7 @@ from .._shown import Shown, Table, fingerprint
 from ..basis.module_names import unwrapped_name
 from ..errors import BadFileError, BasisMismatchError, SubspaceError
 from ..tuner.config import SubspaceConfig
-from ..tuner.layer import SubspaceLayer
+from ..tuner.layer import SubspaceLayer, require_loaded
 from ..tuner.module_names import as_named_in
 from ..tuner.own_directions import core_of_own
 from ..tuner.renaming import named_as
@@ -64,6 +64,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
 
     Raises:
         SubspaceError: The model has no such adapter, or `extra_rank` is no such number.
+        BadFileError: The adapter's basis lies in a task's file, which was not loaded.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             for name, layer in model.named_modules()
             if isinstance(layer, SubspaceLayer) and self.adapter in layer.subspace_coef
         }
+        require_loaded(model, self.adapter)
         own = {module: self._room(layer, extra_rank) for module, layer in self.layers.items()}
         self.layout = RowLayout({module: layer.r[self.adapter] for module, layer in self.layers.items()}, own)
         for module, layer in self.layers.items():

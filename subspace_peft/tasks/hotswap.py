@@ -16,7 +16,7 @@ from ..basis.module_names import plain_name
 from ..errors import BasisMismatchError, SubspaceError
 from ..tuner.base_check import require_same_base
 from ..tuner.config import SubspaceConfig
-from ..tuner.layer import SubspaceLayer
+from ..tuner.layer import SubspaceLayer, require_loaded
 from ..tuner.module_names import base_model_of, rename_keys, rename_saved
 from ..tuner.renaming import follow_model, named_as
 from ..tuner.row_context import CHANGES
@@ -76,6 +76,7 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
     if not _of_one_size(new, old):
         _check_alike(task, adapter, new, old, SIZED)
     targets = _targets(inner, adapter)
+    require_loaded(inner, adapter)
     found: dict[str, torch.Tensor] = {}
     for key, value in load_file(weights_of(task, new.loaded_from.folder)).items():
         # a basis that the task carries is the one that is loaded: both have its fingerprint
@@ -101,6 +102,9 @@ def hotswap(model: nn.Module, task: str | Path, adapter: str = "default", **hub:
         for module in inner.modules():
             if "row_slot" in module.__dict__:
                 module.row_slot.swaps += 1
+            if isinstance(module, SubspaceLayer):
+                # what was a new task, of which more would be said at its first forward pass, is the saved one now
+                module.load_trackers.pop(adapter, None)
     new.basis_names = old.basis_names
     configs[adapter] = new  # type: ignore[index]
 

@@ -196,12 +196,22 @@ class SubspaceLayer(BaseTunerLayer):
             container.expect(adapter_name, tracker, key, f"subspace_{name}")
         self.load_trackers[adapter_name] = (tracker, key, {f"subspace_{name}" for name in to_come})
 
+    def require_loaded(self, adapter: str) -> None:
+        """Check that the adapter has the tensors that only a task's file has, before anything is made of them.
+
+        Raises:
+            BadFileError: see `LoadTracker.require`.
+        """
+        if (known := self.load_trackers.get(adapter)) is not None:
+            tracker, key, brought = known
+            tracker.require(key, {name for name, _ in self.subspace_coef[adapter].named_parameters()}, brought)
+
     def _check_loaded(self, adapters: Sequence[str]) -> None:
         for adapter in [name for name in adapters if name in self.load_trackers]:
-            tracker, key, brought = self.load_trackers[adapter]
-            tracker.check(key, {name for name, _ in self.subspace_coef[adapter].named_parameters()}, brought)
+            self.require_loaded(adapter)
             # another thread may have been here
-            self.load_trackers.pop(adapter, None)
+            if (known := self.load_trackers.pop(adapter, None)) is not None:
+                known[0].warn_unstarted()
 
     def _start(
         self, coefficients: Coefficients, adapter_name: str, plan: InjectionPlan, key: str, to_come: list[str]
@@ -325,7 +335,11 @@ class SubspaceLayer(BaseTunerLayer):
         return result + self.leave(terms.through(h), terms.outer)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Return ΔW in the base weight's layout and the coefficients' dtype, as PEFT's own layers do."""
+        """Return ΔW in the base weight's layout and the coefficients' dtype, as PEFT's own layers do.
+
+        Raises:
+            BadFileError: see `require_loaded`.
+        """
         coefficients = next(self.subspace_coef[adapter].parameters())
         return self._delta(adapter).to(coefficients.dtype)
 
@@ -334,6 +348,7 @@ class SubspaceLayer(BaseTunerLayer):
 
         So what is merged is rounded once, to the base weight's dtype.
         """
+        self.require_loaded(adapter)
         U, V, core = self.subspace_U[adapter], self.subspace_V[adapter], self._core(adapter) * self.scaling[adapter]
         dtype = torch.promote_types(U.dtype, torch.float32)
         delta = (U.to(dtype) @ core.to(dtype)) @ V.to(dtype)
@@ -368,6 +383,13 @@ class SubspaceLayer(BaseTunerLayer):
         `export_lora` converts layers of all kinds.
         """
         return kind_of(self) == "linear"
+
+
+def require_loaded(model: nn.Module, adapter_name: str) -> None:
+    """Check that an adapter of a live model has all its tensors, as `SubspaceLayer.require_loaded` does by layer."""
+    for layer in model.modules():
+        if isinstance(layer, SubspaceLayer) and layer.load_trackers:
+            layer.require_loaded(adapter_name)
 
 
 def basis_in(model: nn.Module, adapter_name: str) -> SubspaceBasis | None:

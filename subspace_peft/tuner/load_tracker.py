@@ -32,8 +32,8 @@ class LoadTracker:
         """Note that the tensor `name` of `module` was loaded."""
         self.loaded.add((module, name))
 
-    def check(self, module: str, coefficients: set[str], basis: set[str]) -> None:
-        """Check that the file has brought all or nothing. Warn, once, of a new task that starts elsewhere than asked.
+    def require(self, module: str, coefficients: set[str], basis: set[str]) -> None:
+        """Check that the file has brought all that `module` needs, or nothing where a new task can do without.
 
         Args:
             module: name of the layer's module.
@@ -56,6 +56,9 @@ class LoadTracker:
                 f"Module {module!r}: the task's file did not bring {', '.join(missing)}. It is incomplete: fetch or"
                 " save the task again; `PeftModel.from_pretrained` says more."
             )
+
+    def warn_unstarted(self) -> None:
+        """Warn, once, of a new task that starts elsewhere than its configuration asks."""
         if self.unstarted is not None and not self.loaded:
             warn_caller(f"A new task of a saved configuration starts at zero. {self.unstarted}")
             self.unstarted = None

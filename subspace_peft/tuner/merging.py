@@ -14,7 +14,7 @@ from .._io.warn import warn_caller
 from ..errors import BasisMismatchError, SubspaceError
 from .combined_own import Update, cut, side_by_side
 from .config import SubspaceConfig
-from .layer import SubspaceLayer
+from .layer import SubspaceLayer, require_loaded
 from .own_directions import own_fields, own_tensors
 
 EXACT = ("linear", "cat")  # in LoRA `cat` is the exact sum; on one basis the plain one is exact already
@@ -36,6 +36,8 @@ def add_weighted(
 ) -> None:
     """See `SubspaceModel.add_weighted_adapter`."""
     configs = _checked(tuner, adapters, weights, adapter_name, combination_type, density)
+    for name in adapters:
+        require_loaded(tuner.model, name)
     small = combination_type.endswith("svd")
     kind = combination_type.removesuffix("_svd") if combination_type != "svd" else "linear"
     layers = [layer for layer in tuner.model.modules() if isinstance(layer, SubspaceLayer)]

@@ -22,7 +22,7 @@ from .bnb import keep_unpacked
 from .carried import add_basis, carried_in
 from .config import SubspaceConfig
 from .injection import fill_target_modules, make_plan
-from .layer import SubspaceLayer
+from .layer import SubspaceLayer, require_loaded
 from .layer_kinds import make_layer
 from .merging import add_weighted
 from .module_names import rename_keys
@@ -117,6 +117,8 @@ class SubspaceModel(BaseTuner):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        # a basis that has not come yet is zeros, which would be saved under the hashes of the one to come
+        require_loaded(model, adapter_name)
         # PEFT takes the tensors before it saves the configuration, in all ways in which it saves
         adapter, state = adapter_name, by_layer_names(model, state_dict)
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state, *args, **kwargs)
