@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -24,7 +23,6 @@ from subspace_peft import (
     project_lora,
 )
 from subspace_peft._io.occupied import export_mark
-from subspace_peft.basis.dependents import dependents_of
 from subspace_peft.bundle import extract_task, migrate_bundle, open_bundle
 from subspace_peft.cli import main
 from subspace_peft.convert.projection import Projection
@@ -292,51 +290,6 @@ def test_a_basis_that_turns_out_to_be_another_is_not_lost(world, tmp_path, capsy
     assert contents(tmp_path / "basis") == before and (tmp_path / "basis.partial").is_dir()
     assert main([*command, "--force"]) == 0
     assert contents(tmp_path / "basis") != before and not (tmp_path / "basis.partial").exists()
-
-
-# -- what depends on a basis ------------------------------------------------------------------------------------------
-
-
-def test_what_is_saved_and_loaded_on_a_basis_is_named(world, tmp_path):
-    folder = Path(shutil.copytree(world.places["other"], tmp_path / "basis"))
-    basis = SubspaceBasis.from_pretrained(folder)
-    known = set(dependents_of(basis.fingerprint))
-    model = get_peft_model(bert(), SubspaceConfig(basis=str(folder)))
-    model.save_pretrained(tmp_path / "saved")
-    randomise(get_peft_model(bert(), SubspaceConfig(basis=str(folder), save_basis=True))).save_pretrained(
-        tmp_path / "carries"
-    )
-    shutil.copytree(tmp_path / "saved", tmp_path / "copied")
-    PeftModel.from_pretrained(bert(), tmp_path / "copied")
-    bundle_tasks([tmp_path / "saved"], tmp_path / "bundle", progress=False)
-    found = set(dependents_of(basis.fingerprint)) - known
-    assert found == {str(tmp_path / name) for name in ("saved", "copied", "bundle")}
-    shutil.rmtree(tmp_path / "copied")
-    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
-    (tmp_path / "saved" / "adapter_config.json").write_text(json.dumps({**config, "basis_fingerprint": "0" * 64}))
-    assert set(dependents_of(basis.fingerprint)) - known == {str(tmp_path / "bundle")}
-    with pytest.raises(OccupiedError, match="1 task or bundle of this machine needs that basis"):
-        world.basis.save_pretrained(folder)
-
-
-def test_notes_are_hints(world, tmp_path, own_cache):
-    notes = own_cache / "dependents"
-    notes.mkdir(parents=True, exist_ok=True)
-    for text in ("{}", "[", '[3, null, "/nowhere"]', "[" * 100000):
-        (notes / f"{world.other.fingerprint}.json").write_text(text)
-        assert dependents_of(world.other.fingerprint) == []
-    assert dependents_of("../../etc") == dependents_of(None) == []
-
-
-def test_cache_rm_names_what_needs_the_basis(world, tmp_path, capsys, monkeypatch):
-    from subspace_peft.basis import cache
-
-    folder = Path(shutil.copytree(world.places["other"], tmp_path / "basis"))
-    cache.keep(folder, fingerprint=world.other.fingerprint, location="org/basis", revision="0" * 40)
-    project_lora(world.fleet[0], SubspaceBasis.from_pretrained(folder)).save_pretrained(tmp_path / "task")
-    assert main(["cache", "rm", world.other.fingerprint[:12]]) == 0
-    out = capsys.readouterr().out
-    assert "1 task or bundle of this machine needs that basis" in out and str(tmp_path / "task") in out
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------------
