@@ -184,6 +184,40 @@ def test_more_own_directions_than_room_are_refused_with_a_remedy_that_is_one(pla
     close(logits(bank.model, adapter_names=["two"] * 3), alone["two"])
 
 
+def test_the_room_that_is_asked_for_is_enough_for_all_modules_and_tasks(bank, place, saved, alone, tmp_path):
+    # the first module in which there is no room is not the one that needs most, nor is the first task of a file
+    extra = {"extra_rank": 1, "extra_rank_pattern": {"1.attention.self.value": 3}}
+    trained(place, seed=9, **extra).save_pretrained(tmp_path / "uneven")
+    with pytest.raises(BasisMismatchError, match=r"has 3 own directions in module .*value.*room for 0") as heard:
+        TaskBank(adapted(place)).add("uneven", tmp_path / "uneven")
+    wider = eval(str(heard.value).split("`")[1], {"TaskBank": TaskBank, "model": adapted(place)})
+    wider.add("uneven", tmp_path / "uneven")
+    file = bank.save(tmp_path / "bank.safetensors")
+    with pytest.raises(BasisMismatchError, match=r"'two' has 2 own .*cores_only=True.*load_task") as heard:
+        TaskBank(adapted(place)).load(file)
+    wider = eval(str(heard.value).split("`")[1], {"TaskBank": TaskBank, "model": adapted(place)})
+    wider.load(file)
+    check(wider, alone)
+
+
+@pytest.mark.parametrize("kind", ["folder", "adapter", "task"])
+def test_the_projection_that_is_named_where_room_lacks_is_a_remedy(place, saved, kind):
+    model = adapted(place)
+    model.load_adapter(saved["two"], "two")
+    bank = TaskBank(model, "default")
+    given = {"folder": saved["two"], "adapter": None, "task": read_task(saved["two"])}[kind]
+    with pytest.raises(BasisMismatchError, match=r"'two' has 2 own directions .*projection on the basis") as heard:
+        bank.add("two", given)
+    if kind == "task":
+        assert "`without_own()`" in str(heard.value)
+        projection = given.without_own()
+    else:
+        projection = eval(str(heard.value).split("`")[3], {"read_task": read_task, "model": model})
+    bank.add("projection", projection)
+    wanted = read_task(saved["two"]).without_own().cores[FIRST]
+    torch.testing.assert_close(bank["projection"][FIRST], wanted.float(), atol=1e-5, rtol=1e-4)
+
+
 def test_directions_without_effect_need_no_room(bank, place):
     task = bank.as_task("two")
     for B, _ in task.own.values():

@@ -26,7 +26,7 @@ from .arguments import check_known
 from .bank_file import write_rows
 from .bank_load import read_all
 from .bank_rows import Pair, RowLayout, TaskRows, filled, padded
-from .bank_tasks import taken, task_of
+from .bank_tasks import instead_of_room, taken, task_of
 from .read import SavedTask
 from .write import PREFIX, task_tensors, write_task
 
@@ -204,6 +204,7 @@ class TaskBank(Shown, Mapping[str, dict[str, torch.Tensor]]):
             name,
             cores if isinstance(task, Mapping) else padded(cores, self.layout),
             {module: pair for module, (_, pair) in parts.items()},
+            instead_of_room(name, task),
         )
         if not torch.isfinite(row).all():
             raise BadFileError(f"Task {name!r} holds NaN or infinite values. Leave it out, or train it again.")

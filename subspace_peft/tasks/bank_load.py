@@ -16,6 +16,12 @@ from .bank_rows import Pair, RowLayout, filled
 Renamed = Callable[[Mapping[str, Any]], dict[str, Any]]
 Projected = Callable[[str, Pair], torch.Tensor]
 
+# what else helps a bank that lacks room for a file's tasks
+INSTEAD = (
+    "take the projection of such tasks on the basis, with cores_only=True, or load them as adapters of the model, with"
+    " `load_task`: rows of the same batches name them as they name the bank's tasks."
+)
+
 
 def read_all(
     file: Path,
@@ -95,16 +101,21 @@ def _rows(
             module: (block[f"B/{module}"], block[f"A/{module}"]) for module in each.sizes if f"B/{module}" in block
         }
     places = {name: place for place, name in enumerate([*names, *apart])}
-    for name, pairs in own.items():
-        now = apart.get(name, modules).names
-        present = {now[module]: pair for module, pair in pairs.items()}
+    named = {
+        name: {apart.get(name, modules).names[module]: pair for module, pair in pairs.items()}
+        for name, pairs in own.items()
+    }
+    if not projected:
+        # before any is written: the room that is asked for is enough for all of them
+        layout.check_room({f"{file}: its task {name!r}": pairs for name, pairs in named.items()}, INSTEAD)
+    for name, present in named.items():
         if projected and any(layout.lacking(module, pair) for module, pair in present.items()):
             # core and own directions were trained together: the core alone may be far from the task
             for module, pair in present.items():
                 layout.core(rows[places[name]], module).add_(projected(module, pair).T)
             continue
         for module, pair in present.items():
-            layout.put_own(rows[places[name]], f"{file}: its task {name!r}", module, pair)
+            layout.put_own(rows[places[name]], module, pair)
     if not torch.isfinite(rows).all():
         raise BadFileError(f"{file} holds NaN or infinite values. Fetch or save it again.")
     return list(places), rows

@@ -65,13 +65,16 @@ class RowLayout:
             rows[..., start:middle].unflatten(-1, (rank, size)), rows[..., middle:end].unflatten(-1, (rank, out))
         )
 
-    def row(self, name: str, cores: Mapping[str, torch.Tensor], own: Mapping[str, Pair | None]) -> torch.Tensor:
+    def row(
+        self, name: str, cores: Mapping[str, torch.Tensor], own: Mapping[str, Pair | None], instead: str
+    ) -> torch.Tensor:
         """Return a task's row (parameters,).
 
         Args:
             name: The task, for messages.
             cores: Module → (k_out, k_in), in units of ΔW.
             own: Module → ``(B, A)``, (out, φ) and (φ, in), in units of ΔW, or None.
+            instead: See `check_room`.
 
         Raises:
             BasisMismatchError: It has other modules or sizes, or more own directions than there is room for.
@@ -87,43 +90,55 @@ class RowLayout:
         row = torch.zeros(self.width, device=next(iter(cores.values())).device)
         for module, core in cores.items():
             self.core(row, module).copy_(core.T)
-        for module, pair in own.items():
-            if pair is not None:
-                self.put_own(row, f"Task {name!r}", module, pair)
+        pairs = {module: pair for module, pair in own.items() if pair is not None}
+        self.check_room({f"Task {name!r}": pairs}, instead)
+        for module, pair in pairs.items():
+            self.put_own(row, module, pair)
         return row
 
-    def put_own(self, row: torch.Tensor, what: str, module: str, pair: Pair) -> None:
-        """Write own directions of a module into a row.
+    def check_room(self, tasks: Mapping[str, Mapping[str, Pair]], instead: str) -> None:
+        """Check that own directions of tasks have the modules' sizes, and that there is room for them all.
+
+        Args:
+            tasks: What messages call a task → module, one of the layout's → ``(B, A)``, (out, φ) and (φ, in).
+            instead: What else helps where there is no room, as the end of a sentence.
+
+        Raises:
+            BasisMismatchError: They have other sizes, or there is no room for so many. It names the task and the
+                module that need most, so that a bank with room for these has room for all.
+        """
+        needed: list[tuple[int, str, str]] = []
+        for what, pairs in tasks.items():
+            for module, (B, A) in pairs.items():
+                out, size = self.sizes[module]
+                if (*B.shape, *A.shape) != (out, len(A), len(A), size):
+                    raise BasisMismatchError(
+                        f"{what} has own directions {tuple(B.shape)} and {tuple(A.shape)} in module {module!r}, which"
+                        f" is {out} × {size}: give (out, φ) and (φ, in)."
+                    )
+                if lacking := self.lacking(module, (B, A)):
+                    needed.append((self._room(module) + lacking, what, module))
+        if needed:
+            most, what, module = max(needed, key=lambda each: each[0])
+            raise BasisMismatchError(
+                f"{what} has {most} own {'direction' if most == 1 else 'directions'} in module {module!r}, and this"
+                f" bank has room for {self._room(module)}. Make the bank with"
+                f" `TaskBank(model, extra_rank={most})`, {instead}"
+            )
+
+    def put_own(self, row: torch.Tensor, module: str, pair: Pair) -> None:
+        """Write own directions of a module, which `check_room` has checked, into a row.
 
         Where there are more than there is room for, those that change nothing are left out.
 
         Args:
             row: (parameters,).
-            what: The task, for messages.
             module: The module, one of the layout's.
             pair: ``(B, A)``, (out, φ) and (φ, in).
-
-        Raises:
-            BasisMismatchError: They have other sizes, or there is no room for so many.
         """
-        B, A = pair
-        out, size = self.sizes[module]
-        if (*B.shape, *A.shape) != (out, len(A), len(A), size):
-            raise BasisMismatchError(
-                f"{what} has own directions {tuple(B.shape)} and {tuple(A.shape)} in module {module!r}, which is"
-                f" {out} × {size}: give (out, φ) and (φ, in)."
-            )
-        if lacking := self.lacking(module, pair):
-            room = self._room(module)
-            directions = "direction" if room + lacking == 1 else "directions"
-            raise BasisMismatchError(
-                f"{what} has {room + lacking} own {directions} in module {module!r}, and this bank has room for"
-                f" {room}. Make the bank with `TaskBank(model, extra_rank={room + lacking})`, or load the task as an"
-                " adapter of the model: rows of the same batches name it as they name the bank's tasks."
-            )
         place = self.own_part(row, module)
         if place is not None:
-            B, A = pair if len(A) <= len(place.A) else _with_effect(pair)
+            B, A = pair if len(pair[1]) <= len(place.A) else _with_effect(pair)
             place.A[: len(A)] = A
             place.B[: len(A)] = B.T
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,6 +49,27 @@ def taken(model: nn.Module, config: SubspaceConfig, name: str, task: Any, hub: d
             " as they name the bank's tasks, and get its own modules."
         )
     return read
+
+
+def instead_of_room(name: str, task: Any) -> str:
+    """Return what else helps where a bank lacks room for a task's own directions, as the end of a sentence.
+
+    Args:
+        name: The task's name in the bank.
+        task: See `TaskBank.add`.
+    """
+    rows = "rows of the same batches name it as they name the bank's tasks"
+    if task is None:
+        there = f"or use the adapter that the model has by the name {name!r}: {rows}."
+        return f"add its projection on the basis, `read_task(model, adapter_name={name!r}).without_own()`, {there}"
+    if isinstance(task, SavedTask):
+        return "or add its projection on the basis, by its method `without_own()`."
+    if isinstance(task, Mapping):
+        return "or give own= fewer: `read_task(task).without_own()` is a saved task's projection on its basis."
+    return (
+        f"add its projection on the basis, `read_task({str(task)!r}).without_own()`, or load it as an adapter of the"
+        f" model, `model.load_adapter({str(task)!r}, {name!r})`: {rows}."
+    )
 
 
 def task_of(config: SubspaceConfig, cores: dict[str, torch.Tensor], own: dict[str, Pair]) -> SavedTask:
