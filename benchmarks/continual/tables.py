@@ -146,7 +146,7 @@ def difference_table(rows: Sequence[Row], other: Row) -> list[str]:
 
 
 def jump_table(rows: Sequence[Row]) -> list[str]:
-    """Return what the step from trained to stored does to a task, and how far older tasks' updates have drifted."""
+    """Return what the step from trained to stored does to a task, and how far all tasks' updates have drifted."""
     body = []
     for row in rows:
         jumps, streams = row.jumps(), row.counted()

@@ -55,6 +55,9 @@ def _version(where: str, version: Mapping[str, Any]) -> None:
     _need("task" in version, f"{where}.task", "missing")
     _need(version["task"] is None or isinstance(version["task"], str), f"{where}.task", version["task"])
     _need(version.get("drift") is None or _is_number(version["drift"]), f"{where}.drift", version.get("drift"))
+    # journals of earlier versions have the largest alone
+    drifts = _mapping(f"{where}.drifts", version.get("drifts", {}))
+    _need(all(map(_is_number, drifts.values())), f"{where}.drifts", drifts)
     _sides(f"{where}.k", version.get("k"))
 
 

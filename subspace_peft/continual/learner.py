@@ -41,7 +41,7 @@ class ContinualLearner(Shown):
     `learn` has a probe decide whether a task needs directions of its own beside the basis, trains it, and has the
     basis absorb those directions: the next version begins with the old one's directions bit for bit, and earlier
     tasks keep their tensors, so that they answer as before to the bit. With ``max_k`` or ``refit_every`` the basis is
-    refitted within a fixed size instead, by which earlier tasks may change up to ``max_drift``.
+    refitted within a fixed size instead, by which tasks may change up to ``max_drift``.
 
     The folder has all of it, and a journal: where the process ends, even by ``kill -9``, the same calls with the same
     arguments go on from the last finished phase, and within a training from the Trainer's newest checkpoint, to the

@@ -58,8 +58,8 @@ class ContinualOptions(Options):
             The training itself has all of them.
         refit_every: refit the basis within a fixed size after so many tasks; None: never.
         max_k: most directions per side and module; where a version has more, it is refitted within so many.
-        max_drift: refuse a refit by which an earlier task may change by more than this share of its update's norm in a
-            module.
+        max_drift: refuse a refit by which a task, an earlier or the new one, may change by more than this share of its
+            update's norm in a module.
         forward: measure forward transfer too, by two short trainings more for each task.
         keep: ``needed``: keep the newest version and those that something else depends on. ``all``: every one.
         push_basis_to: Hub repository that gets each version of the basis as a commit.

@@ -215,7 +215,8 @@ def refit(run: Run, data: TaskData) -> None:
         moved = migrate_task(run.places.task(version, other), new, max_drift=bound + ROUNDING)
         moved.save_pretrained(run.places.task(number, other))
     facts = version_facts(number, "refit", name, new, run.places.basis(number))
-    return run.journal.record(name, "refit", {}, version={**facts, "drift": drift})
+    drifts = {each: max(plan.drift[each].values()) for each in names}
+    return run.journal.record(name, "refit", {}, version={**facts, "drift": drift, "drifts": drifts})
 
 
 def scores(run: Run, data: TaskData) -> None:

@@ -36,7 +36,9 @@ class Version:
         task: the task that it was made for; None of the first.
         k: module → (k_out, k_in).
         bytes: of its tensors' file.
-        drift: of a refit, the largest share of its update's norm by which a task changed in a module; else None.
+        drift: of a refit, the largest share of its update's norm by which a task changed in a module, the one that it
+            was made for included; else None.
+        drifts: of a refit, the same of every task; empty where the journal, of an earlier version, does not have it.
     """
 
     number: int
@@ -45,6 +47,7 @@ class Version:
     k: dict[str, tuple[int, int]]
     bytes: int
     drift: float | None
+    drifts: Mapping[str, float]
 
     def describe_k(self) -> str:
         """Return the range of its modules' numbers of directions: ``16`` or ``16–18``."""
@@ -128,6 +131,7 @@ class RunStatus(Shown):
                     "k": {name: list(sides) for name, sides in each.k.items()},
                     "bytes": each.bytes,
                     "drift": each.drift,
+                    "drifts": dict(each.drifts),
                 }
                 for each in self.versions
             ],
@@ -188,8 +192,8 @@ class RunStatus(Shown):
 
     def _refits(self) -> list[str]:
         return [
-            f"Refitted after {each.task}: k={each.describe_k()}; earlier tasks drifted by at most {each.drift:.2%} of"
-            " their update's norm in a module."
+            f"Refitted after {each.task}: k={each.describe_k()}; {_said_of_drift(each, each.drift)} of its update's"
+            " norm in a module."
             for each in self.versions
             if each.kind == "refit" and each.drift is not None
         ]
@@ -214,6 +218,17 @@ class RunStatus(Shown):
 
     def _shown_table(self) -> Table:
         return self.matrix._shown_table()
+
+
+def _said_of_drift(version: Version, largest: float) -> str:
+    """Return by how much at most earlier tasks and the new one drifted in a refit, as the beginning of a sentence."""
+    if not version.drifts:
+        return f"a task, {version.task} included, drifted by at most {largest:.2%}"
+    new = version.drifts.get(str(version.task), 0.0)
+    earlier = [drift for name, drift in version.drifts.items() if name != version.task]
+    if not earlier:
+        return f"{version.task} drifted by at most {new:.2%}"
+    return f"an earlier task drifted by at most {max(earlier):.2%}, {version.task} itself by {new:.2%}"
 
 
 def read_status(folder: str | Path) -> RunStatus:
@@ -256,6 +271,7 @@ def status_of(journal: Journal) -> RunStatus:
             {name: (sides[0], sides[1]) for name, sides in each["k"].items()},
             each["bytes"],
             each.get("drift"),
+            each.get("drifts", {}),
         )
         for each in journal.versions
     )

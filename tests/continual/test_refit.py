@@ -38,12 +38,14 @@ def test_the_drift_is_said_before_and_holds(run, caplog):
         versions = made.status.versions
         assert [each.kind for each in versions] == ["start", "absorb", "absorb", "refit"]
         assert versions[-2].describe_k() == "6" and versions[-1].describe_k() == "5"
-        bound = versions[-1].drift
+        bound, drifts = versions[-1].drift, versions[-1].drifts
+        assert drifts.keys() == {"a", "b"} and max(drifts.values()) == bound
         assert 0 < bound <= 1
         for name, old in before.items():
-            assert (updates(made, "a")[name] - old).norm() <= (bound + 1e-5) * old.norm()
+            assert (updates(made, "a")[name] - old).norm() <= (drifts["a"] + 1e-5) * old.norm()
         assert SubspaceBasis.from_pretrained(made.basis_folder).describe_k() == "k=5"
-        assert f"earlier tasks drifted by at most {bound:.2%}" in made.status.text()
+        said = f"an earlier task drifted by at most {drifts['a']:.2%}, b itself by {drifts['b']:.2%}"
+        assert said in made.status.text() and drifts["a"] != drifts["b"]
     said = [each.getMessage() for each in caplog.records if "refitted" in each.getMessage()]
     assert said and f"{bound:.2%}" in said[0] and "within 5 directions per side" in said[0]
 

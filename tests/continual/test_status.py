@@ -23,6 +23,10 @@ def version(number, kind, task, k, size, **more):
     return {**facts, "k": {name: [k, k - 1] for name in SHAPES}, **more}
 
 
+def refitted(number, task, drifts):
+    return version(number, "refit", task, 5, 6000, drift=max(drifts.values()), drifts=drifts)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of three tasks, of which the second brought no directions and the third made the basis be refitted."""
@@ -35,7 +39,7 @@ def run(tmp_path):
         grown = version(2 + number // 2, "absorb", name, 6 + number // 2, 7000) if extra else None
         journal.record(name, "absorb", {"added": extra, "change": 1e-8} if extra else {"added": 0}, version=grown)
         if name == "c":
-            journal.record(name, "refit", {}, version=version(4, "refit", name, 5, 6000, drift=0.03))
+            journal.record(name, "refit", {}, version=refitted(4, name, {"a": 0.01, "b": 0.02, name: 0.03}))
         names = "abc"[: number + 1]
         facts = {each: 100 + 10 * place for place, each in enumerate(names)}
         journal.record(
@@ -75,12 +79,25 @@ def test_a_run_that_never_pays(run):
 
 def test_the_text(run):
     text = read_status(run.folder).text()
-    assert "Refitted after c: k=4–5; earlier tasks drifted by at most 3.00% of" in text
+    assert "k=4–5; an earlier task drifted by at most 2.00%, c itself by 3.00% of its update's norm" in text
     assert [line.split() for line in text.splitlines() if line.startswith(("start", "b "))][-2:] == [
         ["start", "3–4", "5,000"],
         ["b", "=", "0", "=", "110"],
     ]
     assert "| b | = | 0 | = | 110 |  |" in read_status(run.folder).text(markdown=True)
+
+
+def test_the_drift_is_told_of_those_whose_it_is(run):
+    state = json.loads((run.folder / JOURNAL_FILE).read_text())
+    last = state["versions"][-1]
+    assert read_status(run.folder).to_dict()["versions"][-1]["drifts"] == last["drifts"]
+    del last["drifts"]["a"], last["drifts"]["b"]
+    (run.folder / JOURNAL_FILE).write_text(json.dumps(state))
+    assert "k=4–5; c drifted by at most 3.00% of" in read_status(run.folder).text()
+    # of a journal that an earlier version wrote it is not known whose it was
+    del last["drifts"]
+    (run.folder / JOURNAL_FILE).write_text(json.dumps(state))
+    assert "k=4–5; a task, c included, drifted by at most 3.00% of" in read_status(run.folder).text()
 
 
 def test_an_unfinished_task_is_said_and_counts_for_nothing(run):
