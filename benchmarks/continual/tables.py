@@ -23,9 +23,9 @@ import numpy as np  # noqa: E402
 from benchmarks.continual.methods import methods  # noqa: E402
 from benchmarks.continual.setting import FIRST  # noqa: E402
 from benchmarks.continual.summary import FROZEN, KEPT, LORA, Results, Row, against, break_even, rows_of  # noqa: E402
+from benchmarks.quality.generated import replaced  # noqa: E402
 from benchmarks.quality.paired import Difference  # noqa: E402
 from benchmarks.quality.sections import DIFFERENCES, difference_line  # noqa: E402
-from benchmarks.quality.tables import replaced  # noqa: E402
 from benchmarks.quality.tasks import SENTIMENT, TOPIC  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "continual"

@@ -9,6 +9,7 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from benchmarks.quality import same_head_tables, tables
 from benchmarks.quality.choice import CHOICE, choice_lines, runs_of, with_choice
+from benchmarks.quality.generated import markers
 from benchmarks.quality.paired import difference
 from benchmarks.quality.rate_choice import choice_of_rates, disagreement, lost, single_seed_cost
 from benchmarks.quality.same_head import CHOSEN, FOLDER, HEADS
@@ -239,11 +240,15 @@ def test_both_benchmarks_are_told_apart(main, tmp_path):
             listed = {"movies": [row("LoRA r=2", flat(0.75))]}
         (folder / f"{name}.json").write_text(json.dumps({"experiment": name, "tasks": listed}))
     page = tmp_path / "page.md"
-    page.write_text(f"{tables.BEGIN}\n{tables.END}\n", encoding="utf-8")
+    page.write_text("{}\n{}\n".format(*markers(tables.SCRIPT)), encoding="utf-8")
+    brief = tmp_path / "evidence.md"
+    brief.write_text("{}\nold\n{}\nlast\n".format(*markers(tables.SCRIPT, "text")), encoding="utf-8")
     tables.main(["--results", str(tmp_path), "--page", str(page)])
     ours, earlier = page.read_text(encoding="utf-8").split(f"## {tables.EARLIER}")
     assert "one head treatment, rates swept with two seeds" in ours and "LoRA r=2 − head only" in ours
     assert "every row's rate swept on the task" in earlier and "two seeds" not in earlier
+    text = brief.read_text(encoding="utf-8")
+    assert "old" not in text and text.endswith("last\n") and "| LoRA r=8 | 24,576 |" in text
     (tmp_path / "main.json").unlink()
     tables.main(["--results", str(tmp_path), "--page", str(page)])
     assert tables.EARLIER not in page.read_text(encoding="utf-8")
