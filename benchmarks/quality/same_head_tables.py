@@ -63,16 +63,20 @@ def kinds(tasks: Sequence[str]) -> dict[str, list[str]]:
 
 
 def table(rows: Rows, order: Sequence[str] = ROWS) -> list[str]:
-    """Return a line per row: parameters, its means over the tasks that all rows have, and every task's score."""
+    """Return a line per row: parameters, means, and every task's score.
+
+    Means are over the tasks that all rows have; a row that is not run on all of LoRA r=8's tasks yet has none.
+    """
     methods = [name for name in order if name in rows]
     tasks = list(dict.fromkeys(task for name in methods for task in rows[name]))
-    common = [task for task in tasks if all(task in rows[name] for name in methods)]
+    whole = [name for name in methods if set(rows[name]) >= set(rows.get(LORA, ()))]
+    common = [task for task in tasks if all(task in rows[name] for name in whole)]
     means = {f"mean of {len(common)}": common, **kinds(common)} if common else {}
     lines = [f"| row | trained | {' | '.join([*means, *tasks])} |", "|---" * (2 + len(means) + len(tasks)) + "|"]
     for name in methods:
         each = scores(rows, name)
         trained = statistics.fmean(row["trained"] for row in rows[name].values())
-        cells = [f"**{mean_score(each, chosen):.1f}**" for chosen in means.values()]
+        cells = [f"**{mean_score(each, chosen):.1f}**" if name in whole else "–" for chosen in means.values()]
         cells += [f"{mean_score(each, [task]):.1f}" if task in each else "–" for task in tasks]
         lines.append(f"| {name} | {trained:,.0f} | {' | '.join(cells)} |")
     return lines

@@ -120,6 +120,13 @@ def test_without_headroom_the_tables_say_so():
     assert "LoRA r=8 gains 3 points over the head alone on validation on none of these tasks." in text
 
 
+def test_a_row_that_is_not_run_on_all_tasks_has_no_mean_and_takes_none_from_others(main):
+    main["LoRA r=2"] = {"movies": row("LoRA r=2", flat(0.75))}
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in same_head_tables.table(main)}
+    assert lines["row"][1] == "mean of 3" and lines["LoRA r=8"][1] == "**78.3**"
+    assert lines["LoRA r=2"] == ["6,144", "–", "–", "–", "75.0", "–", "– |"]
+
+
 def test_differences_have_both_intervals(main):
     lines = same_head_tables.between(main, [("fleet", "LoRA r=8"), ("fleet", "VeRA r=384")])
     wanted = ttest_rel([82, 90, 58], [80, 95, 60]).confidence_interval(0.95)
