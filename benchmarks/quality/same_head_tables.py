@@ -182,13 +182,10 @@ def trials_of(found: Mapping[str, Rows]) -> dict[str, Rows]:
     return {name: found[file] for name, file in named.items() if file in found}
 
 
-def trial_section(trials: Mapping[str, Rows]) -> list[str]:
+def trial_table(trials: Mapping[str, Rows]) -> list[str]:
     """Return a line per treatment of heads: validation scores of all rows, and two differences between them."""
     names = [name for name in (HEAD, LORA, "fleet", "random") if all(name in rows for rows in trials.values())]
-    tasks = list(dict.fromkeys(task for rows in trials.values() for each in rows.values() for task in each))
     lines = [
-        f"### Trial of head treatments: validation scores, two seeds, best rates, {', '.join(tasks)}",
-        "",
         f"| head | {' | '.join(names)} | mean of adapters | fleet − random | LoRA r=8 − head |",
         "|---" * (len(names) + 4) + "|",
     ]
@@ -201,8 +198,15 @@ def trial_section(trials: Mapping[str, Rows]) -> list[str]:
             for a, b in (("fleet", "random"), (LORA, HEAD))
         ]
         lines.append(f"| {name}: {HEADS[name].about} | {' | '.join(cells)} |")
+    return lines
+
+
+def trial_section(trials: Mapping[str, Rows]) -> list[str]:
+    """Return `trial_table` under a heading, and what the rule chooses from it."""
+    tasks = list(dict.fromkeys(task for rows in trials.values() for each in rows.values() for task in each))
+    title = f"### Trial of head treatments: validation scores, two seeds, best rates, {', '.join(tasks)}"
     said = f"The rule chooses *{decided(trials)}*; the tables are of *{CHOSEN}*."
-    return [*lines, "", said, ""]
+    return [title, "", *trial_table(trials), "", said, ""]
 
 
 def same_head_sections(found: Mapping[str, Rows]) -> list[str]:

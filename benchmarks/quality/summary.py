@@ -1,4 +1,4 @@
-"""The short tables of docs/evidence.md: a row's mean, and its difference to the head alone and to LoRA r=8."""
+"""The short tables of docs/evidence.md: means, differences to the head alone, to random directions, to LoRA r=8."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from .choice import with_choice
 from .paired import Difference, difference, mean_score
 from .same_head_tables import HEAD, LORA, ROWS, kinds
 from .sections import Rows, scores
+
+RANDOM = "random"
 
 
 def told(found: Difference) -> str:
@@ -32,16 +34,19 @@ def summary(rows: Rows, order: Sequence[str] = ROWS) -> list[str]:
     parts = {"": tasks, **kinds(tasks)}
     against = [f"against {LORA}" + (f", {words} tasks" if words else "") for words in parts]
     most = statistics.fmean(rows[LORA][task]["trained"] for task in tasks)
-    lines = [
-        f"| {len(tasks)} tasks | trained | mean | over {HEAD} | {' | '.join(against)} |",
-        "|---" * (4 + len(against)) + "|",
+    beside = [
+        (HEAD, tasks),
+        *([(RANDOM, tasks)] if RANDOM in names else []),
+        *((LORA, part) for part in parts.values()),
     ]
+    words = [*(f"over {other}" for other, _ in beside if other != LORA), *against]
+    lines = [f"| {len(tasks)} tasks | trained | mean | {' | '.join(words)} |", "|---" * (3 + len(words)) + "|"]
     for name in names:
         each = scores(rows, name)
         trained = statistics.fmean(rows[name][task]["trained"] for task in tasks)
         share = f" ({100 * trained / most:.1f} %)" if trained and name != LORA else ""
         cells = [f"{trained:,.0f}{share}", f"{mean_score(each, tasks):.1f}"]
-        for other, some in [(HEAD, tasks), *((LORA, part) for part in parts.values())]:
+        for other, some in beside:
             theirs = scores(rows, other)
             cells.append(
                 "–" if name == other else told(difference({t: each[t] for t in some}, {t: theirs[t] for t in some}))

@@ -22,7 +22,7 @@ from benchmarks.quality.generated import EVIDENCE, fill, markers, replaced  # no
 from benchmarks.quality.own_directions import own_section  # noqa: E402
 from benchmarks.quality.paired import difference, mean_score  # noqa: E402
 from benchmarks.quality.same_head import FOLDER  # noqa: E402
-from benchmarks.quality.same_head_tables import LORA, ROWS, same_head_sections  # noqa: E402
+from benchmarks.quality.same_head_tables import LORA, ROWS, same_head_sections, trial_table, trials_of  # noqa: E402
 from benchmarks.quality.sections import (  # noqa: E402
     DIFFERENCES,
     MAIN_ORDER,
@@ -206,7 +206,8 @@ def draw(main: Rows, folder: Path) -> None:
 def short_tables(same_head: Mapping[str, Rows]) -> dict[str, list[str]]:
     """Return the tables of the evidence's page: name → lines."""
     names = {"main": "text", "images": "image"}
-    return {words: summary(same_head[name]) for name, words in names.items() if LORA in same_head.get(name, {})}
+    found = {words: summary(same_head[name]) for name, words in names.items() if LORA in same_head.get(name, {})}
+    return {**found, "heads": trial_table(trials)} if (trials := trials_of(same_head)) else found
 
 
 def main(arguments: list[str] | None = None) -> None:

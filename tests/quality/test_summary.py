@@ -38,6 +38,14 @@ def test_a_row_that_some_tasks_lack_is_left_out(rows):
     assert not any(line.startswith("| random") for line in summary(rows))
 
 
+def test_random_directions_have_a_column_where_all_tasks_have_them(rows):
+    assert "over random" not in summary(rows)[0]
+    rows["random"] = {task: row(40, *each["tests"]) for task, each in rows["head only"].items()}
+    lines = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in summary(rows)}
+    assert lines["3 tasks"][3:5] == ["over head only", "over random"]
+    assert lines["fleet"][3] == lines["fleet"][4] and lines["random"][4] == "–"
+
+
 def test_tasks_of_one_kind_have_one_column(rows):
     images = {name: {"tops": each["newsgroups"]} for name, each in rows.items() if name != "random"}
     assert summary(images)[0].count("against LoRA r=8") == 1
