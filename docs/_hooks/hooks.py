@@ -21,6 +21,8 @@ BOOST = {
     "reference/api/errors.md": 0.5,
     "evidence.md": 0.5,
     "evidence-tables.md": 0.2,
+    "evidence-earlier-tables.md": 0.1,
+    "evidence-earlier.md": 0.3,
     "changelog.md": 0.3,
     "architecture.md": 0.5,
 }

@@ -16,6 +16,7 @@ from ..loopback import Loopback
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTHS = (1280, 390)
 TIMERS = 60_000  # milliseconds
+LOADING = 120_000  # milliseconds that a page may take where tests share the processor
 ERRORS = ("error", "assert")
 LOCAL = ("http://localhost", "http://127.", "https://localhost", "file:")
 
@@ -95,7 +96,7 @@ def problems(site: Path, widths: Sequence[int] = WIDTHS) -> list[str]:
             _listen(page, base, found)
             for file in sorted(site.rglob("*.html")):
                 url = base + file.relative_to(site).as_posix()
-                page.goto(url, wait_until="load")
+                page.goto(url, wait_until="load", timeout=LOADING)
                 page.clock.fast_forward(TIMERS)  # what waits for a timer happens now
                 look = page.evaluate(LOOK)
                 where = f"{url.removeprefix(base)} at {width} px"

@@ -66,7 +66,7 @@ def test_the_site_names_no_path_of_this_machine_and_loads_nothing_from_elsewhere
 
 
 @browser
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_every_page_in_a_browser(site):
     pytest.importorskip("playwright", reason="the extra `dev` is not installed")
     found = problems(site)

@@ -256,6 +256,12 @@ def test_both_benchmarks_are_told_apart(main, tmp_path):
     assert "every row's rate swept on the task" in earlier and "two seeds" not in earlier
     text = brief.read_text(encoding="utf-8")
     assert "old" not in text and text.endswith("last\n") and "| LoRA r=8 | 24,576 |" in text
+    old = tmp_path / tables.EARLIER_PAGE
+    old.write_text("{}\n{}\n".format(*markers(tables.SCRIPT, "earlier")), encoding="utf-8")
+    tables.main(["--results", str(tmp_path), "--page", str(page)])
+    assert "every row's rate swept on the task" in old.read_text(encoding="utf-8")
+    assert tables.EARLIER not in page.read_text(encoding="utf-8")
+    assert tables.STARRED in page.read_text(encoding="utf-8")
     (tmp_path / "main.json").unlink()
     tables.main(["--results", str(tmp_path), "--page", str(page)])
     assert tables.EARLIER not in page.read_text(encoding="utf-8")
