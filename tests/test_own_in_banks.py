@@ -377,10 +377,11 @@ def test_files_that_were_altered_are_refused(bank, place, case, tmp_path):
     file = bank.save(tmp_path / "bank.safetensors")
     change, message = BROKEN[case]
     rewrite(file, change)
-    fresh = TaskBank(adapted(place), extra_rank=2)
-    with pytest.raises(SubspaceError, match=message):
-        fresh.load(file)
-    assert len(fresh) == 0
+    for room, cores_only in ((2, False), (2, True), (0, True)):
+        fresh = TaskBank(adapted(place), extra_rank=room)
+        with pytest.raises(SubspaceError, match=message):
+            fresh.load(file, cores_only=cores_only)
+        assert len(fresh) == 0
     if case == "swapped":
         with pytest.raises(BasisMismatchError, match="32 × 32"):
             TaskExports(file, cache=tmp_path / "cache").find("two")

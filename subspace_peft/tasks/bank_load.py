@@ -105,9 +105,9 @@ def _rows(
         name: {apart.get(name, modules).names[module]: pair for module, pair in pairs.items()}
         for name, pairs in own.items()
     }
-    if not projected:
-        # before any is written: the room that is asked for is enough for all of them
-        layout.check_room({f"{file}: its task {name!r}": pairs for name, pairs in named.items()}, INSTEAD)
+    # before any is written: the room that is asked for is enough for all of them
+    called = {f"{file}: its task {name!r}": pairs for name, pairs in named.items()}
+    layout.check_own(called, None if projected else INSTEAD)
     for name, present in named.items():
         if projected and any(layout.lacking(module, pair) for module, pair in present.items()):
             # core and own directions were trained together: the core alone may be far from the task

@@ -74,7 +74,7 @@ class RowLayout:
             name: The task, for messages.
             cores: Module → (k_out, k_in), in units of ΔW.
             own: Module → ``(B, A)``, (out, φ) and (φ, in), in units of ΔW, or None.
-            instead: See `check_room`.
+            instead: See `check_own`.
 
         Raises:
             BasisMismatchError: It has other modules or sizes, or more own directions than there is room for.
@@ -91,17 +91,17 @@ class RowLayout:
         for module, core in cores.items():
             self.core(row, module).copy_(core.T)
         pairs = {module: pair for module, pair in own.items() if pair is not None}
-        self.check_room({f"Task {name!r}": pairs}, instead)
+        self.check_own({f"Task {name!r}": pairs}, instead)
         for module, pair in pairs.items():
             self.put_own(row, module, pair)
         return row
 
-    def check_room(self, tasks: Mapping[str, Mapping[str, Pair]], instead: str) -> None:
+    def check_own(self, tasks: Mapping[str, Mapping[str, Pair]], instead: str | None) -> None:
         """Check that own directions of tasks have the modules' sizes, and that there is room for them all.
 
         Args:
             tasks: What messages call a task → module, one of the layout's → ``(B, A)``, (out, φ) and (φ, in).
-            instead: What else helps where there is no room, as the end of a sentence.
+            instead: What else helps where there is no room, as the end of a sentence; None where none is needed.
 
         Raises:
             BasisMismatchError: They have other sizes, or there is no room for so many. It names the task and the
@@ -116,7 +116,7 @@ class RowLayout:
                         f"{what} has own directions {tuple(B.shape)} and {tuple(A.shape)} in module {module!r}, which"
                         f" is {out} × {size}: give (out, φ) and (φ, in)."
                     )
-                if lacking := self.lacking(module, (B, A)):
+                if instead is not None and (lacking := self.lacking(module, (B, A))):
                     needed.append((self._room(module) + lacking, what, module))
         if needed:
             most, what, module = max(needed, key=lambda each: each[0])
@@ -127,7 +127,7 @@ class RowLayout:
             )
 
     def put_own(self, row: torch.Tensor, module: str, pair: Pair) -> None:
-        """Write own directions of a module, which `check_room` has checked, into a row.
+        """Write own directions of a module, which `check_own` has checked, into a row.
 
         Where there are more than there is room for, those that change nothing are left out.
 
