@@ -266,6 +266,14 @@ def test_a_loaded_task_is_exported_as_a_lora_that_stock_peft_loads(case: Case, w
     case.holds(PeftModel.from_pretrained(case.model(), tmp_path))
 
 
+@pytest.mark.parametrize("which", ["task", "trained"])
+def test_a_saved_task_is_exported_under_the_names_of_a_model_that_is_given(
+    case: Case, which: str, tmp_path: Path
+) -> None:
+    export_lora(getattr(case, which), tmp_path, model=case.model())
+    case.holds(PeftModel.from_pretrained(case.model(), tmp_path))
+
+
 def test_a_lora_and_a_basis_from_either_side_of_the_renaming(case: Case, tmp_path: Path) -> None:
     if case.make is llava:
         pytest.skip("the names in its vision tower come from two tables, one inside the other")

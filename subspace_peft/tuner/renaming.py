@@ -19,7 +19,7 @@ from torch import nn
 from ..basis.module_names import plain_name, stored_name, unwrapped_in, unwrapped_name
 from ..basis.module_store import same_module
 from .config import NAMED, SubspaceConfig
-from .module_names import keep_numbers
+from .module_names import keep_numbers, renamed_in
 from .peft_type import PREFIX
 from .targets import outer_modules, sizes, supported
 
@@ -74,8 +74,13 @@ def names_in(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         names: Names of modules.
     """
     own = [plain_name(name) for name, module in outer_modules(model) if supported(module)]
-    found = {name: hits[0] for name, hits in new_names(dict.fromkeys(names), own).items() if len(hits) == 1}
-    return found if len(found) == len(set(found.values())) == len(list(names)) else {}
+    listed = list(names)
+    found = {name: hits[0] for name, hits in new_names(dict.fromkeys(listed), own).items() if len(hits) == 1}
+    if len(found) < len(listed):
+        # checkpoints keep the names of earlier versions of transformers, and models do not
+        renamed = renamed_in(model, listed)
+        found = {name: renamed.get(name, name) for name in listed if renamed.get(name, name) in own}
+    return found if len(found) == len(set(found.values())) == len(listed) else {}
 
 
 def follow_model(config: SubspaceConfig, model: nn.Module) -> None:
