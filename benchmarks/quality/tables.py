@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,12 @@ def render(
         energy: what energy.json holds.
         same_head: experiments under one treatment of heads.
     """
-    ours = same_head_sections(same_head or {})
-    return "\n".join([*ours, *(earlier(found, energy) if "main" in found else [STARRED])]) + "\n"
+    return together(same_head_sections(same_head or {}), earlier(found, energy) if "main" in found else [])
+
+
+def together(ours: Sequence[str], before: Sequence[str]) -> str:
+    """Return the tables of this benchmark and of the earlier one, whose last lines explain the stars, as Markdown."""
+    return "\n".join([*ours, *(before or [STARRED])]) + "\n"
 
 
 def earlier(found: Mapping[str, Rows], energy: Mapping[str, Any] | None) -> list[str]:
@@ -219,16 +223,18 @@ def main(arguments: list[str] | None = None) -> None:
     if "main" not in found and "main" not in same_head:
         parser.error(f"{given.results} holds no main.json: run `python benchmarks/quality/run.py` first")
     measured = given.results / "energy.json"
-    tables = render(found, json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None, same_head)
+    energy = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
+    ours, before = same_head_sections(same_head), earlier(found, energy) if "main" in found else []
+    tables = together(ours, before)
     (given.results / "tables.md").write_text(tables, encoding="utf-8")
     draw(same_head["main"] if "main" in same_head else found["main"], given.results)
-    ours, heading, before = tables.partition(f"## {EARLIER}\n")
-    if (old := given.page.with_name(EARLIER_PAGE)).is_file():
+    old = given.page.with_name(EARLIER_PAGE)
+    if old.is_file():
         # one page of all would take a browser too long
-        fill(old, SCRIPT, {"earlier": [heading + before]})
-        tables = ours + (STARRED + "\n" if heading else "")
+        fill(old, SCRIPT, {"earlier": before})
     if given.page.is_file():
-        page = replaced(given.page.read_text(encoding="utf-8"), tables, markers(SCRIPT))
+        shown = together(ours, []) if old.is_file() else tables
+        page = replaced(given.page.read_text(encoding="utf-8"), shown, markers(SCRIPT))
         given.page.write_text(page, encoding="utf-8")
     if (brief := given.page.with_name(EVIDENCE)).is_file():
         fill(brief, SCRIPT, short_tables(same_head))
